@@ -1,0 +1,135 @@
+"""What is fastest on this machine: measured briefly, remembered, so that equal runs decide alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.core.files import default_cache_path, write_json
+from lora_diffusion.core.logs import logger
+
+if TYPE_CHECKING:
+    import torch
+
+_VALID_S = 7 * 24 * 3600
+_ROUNDS = 3
+
+
+def measured_choice(
+    question: str,
+    candidates: Mapping[str, Callable[[], object]],
+    record_path: Path | None = None,
+    cache_path: Path | None = None,
+) -> str:
+    """Returns the name of the candidate that runs fastest on this machine.
+
+    The answer is taken from the run's own record if it has one, else from what this machine measured within the last
+    week, else it is measured: one call of each to warm up, then in turns, and the best time of each counts.
+
+    Args:
+        question: what is asked, with everything the answer depends on besides the machine, say "attention 4096x40".
+        candidates: name -> call that does the work once.
+        record_path: JSON file of the run that keeps its answers, so that a resumed run computes the same.
+        cache_path: JSON file of the machine's answers; None takes machine.json in the user's cache.
+    """
+    cache_path = cache_path or default_cache_path() / "machine.json"
+    key = f"{_machine()}, {question}"
+    known = _read(cache_path).get(key, {})
+    choice = str(_read(record_path).get(question) if record_path else None)
+    if choice not in candidates and time.time() - known.get("time", 0) < _VALID_S:
+        choice = str(known.get("choice"))
+    if choice not in candidates:
+        seconds = _measure(candidates)
+        choice = min(seconds, key=lambda name: seconds[name])
+        logger.debug("%s: %s of %s", question, choice, seconds)
+        _remember(cache_path, key, {"choice": choice, "time": time.time(), "seconds": seconds})
+    if record_path:
+        _remember(record_path, question, choice)
+    return choice
+
+
+def use_threads(setting: str, record_path: Path | None = None) -> int:
+    """Sets the number of CPU threads that torch computes with, and returns it.
+
+    Args:
+        setting: value of `train.threads`, a number or auto. More threads are not always faster: beside other work on
+            the same cores they wait for each other. So auto measures 1, half and all cores, unless a GPU computes.
+        record_path: as in `measured_choice`.
+    """
+    import torch
+
+    if setting != "auto":
+        torch.set_num_threads(int(setting))
+    elif not torch.cuda.is_available():
+        cores = _num_cores()
+        counts = sorted({1, max(1, cores // 2), cores})
+        probe = _layers()
+        candidates = {str(count): partial(_run_layers, count, *probe) for count in counts}
+        torch.set_num_threads(int(measured_choice("threads", candidates, record_path)))
+    return torch.get_num_threads()
+
+
+def _layers() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A convolution and a matrix product of the size that a small UNet has: 25 ms on one core."""
+    import torch
+    from torch import nn
+
+    layers = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.Flatten(2), nn.Linear(1024, 256)).requires_grad_(False)
+    return layers, torch.ones(4, 128, 32, 32, requires_grad=True)
+
+
+def _run_layers(num_threads: int, layers: torch.nn.Module, pixels: torch.Tensor) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
+    for _ in range(4):
+        layers(pixels).sum().backward()
+
+
+def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    seconds = dict.fromkeys(candidates, float("inf"))
+    for turn in range(_ROUNDS + 1):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            if turn > 0:
+                seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return seconds
+
+
+def _machine() -> str:
+    import torch
+
+    return f"{_cpu_model()}, {_num_cores()} cores, torch {torch.__version__}"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file, or nothing where it is missing or damaged: answers can be measured again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remember(path: Path, key: str, value: Any) -> None:
+    try:
+        write_json(path, {**_read(path), key: value})
+    except OSError as error:
+        logger.debug("%s cannot be written (%s); it will be measured again.", path, error)

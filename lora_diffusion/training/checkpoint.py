@@ -1,0 +1,183 @@
+"""Checkpoints of a run: written whole or not at all, checked before use, safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_diffusion.core.errors import CheckpointError
+from lora_diffusion.core.files import atomic_path, remove_leftovers, sha256, write_json
+from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.training.optim import Params, named
+
+_ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs, besides its config and data, to continue as if it had never stopped."""
+
+    step: int
+    """Optimizer steps done."""
+    num_steps: int
+    """Length of the run that wrote the checkpoint."""
+    fingerprint: Mapping[str, Any]
+    """Setting -> value, for everything that changes the result; JSON values."""
+    scaler: Mapping[str, Any]
+    """State of the loss scaler; empty unless the precision is fp16."""
+    versions: Mapping[str, str]
+    """Package -> version, as a record."""
+
+
+def folder(run_path: Path) -> Path:
+    """Returns the folder of a run's checkpoints."""
+    return run_path / "checkpoints"
+
+
+def saved_steps(run_path: Path) -> dict[int, Path]:
+    """Returns step -> folder of the checkpoints of a run, oldest first, whole or not."""
+    found = {path.name.removeprefix("step-"): path for path in folder(run_path).glob("step-*") if path.is_dir()}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+
+
+def save(run_path: Path, state: TrainState, params: Params, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Writes `checkpoints/step-NNNNNN`, checks it, and only then deletes the oldest ones beyond `keep` (0: all stay).
+
+    Raises:
+        CheckpointError: the disk did not take it; older checkpoints are still there.
+    """
+    path = folder(run_path) / f"step-{state.step:06d}"
+    try:
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            save_file({name: _plain(value) for name, value in named(params)}, temporary / _ADAPTER)
+            save_file(_moments(params, optimizer), temporary / _OPTIMIZER)
+            digests = {name: sha256(temporary / name) for name in (_ADAPTER, _OPTIMIZER)}
+            write_json(temporary / _STATE, {**vars(state), "sha256": digests})
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}. Older checkpoints are untouched; make room and continue with --resume."
+        ) from error
+    if fault := _fault(path):
+        raise CheckpointError(f"{path} {fault} right after it was written; check the disk, then use --resume.")
+    older = [old for step, old in saved_steps(run_path).items() if step <= state.step]
+    for old in older[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return path
+
+
+def find_latest(run_path: Path) -> Path | None:
+    """Returns the newest checkpoint that is whole, or None. Damaged ones are passed over with one warning."""
+    if folder(run_path).is_dir():
+        remove_leftovers(folder(run_path))
+    damaged = []
+    for path in reversed(saved_steps(run_path).values()):
+        fault = _fault(path)
+        if fault is None:
+            break
+        damaged.append(f"{path.name} {fault}")
+    else:
+        path = None
+    if damaged:
+        instead = f"{path.name} is used" if path else "none is left and training starts over"
+        logger.warning("%d damaged checkpoints are skipped: %s; %s.", len(damaged), name_some(damaged), instead)
+    return path
+
+
+def read_state(path: Path) -> TrainState:
+    """Returns the record of a whole checkpoint."""
+    raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    return TrainState(**{name: raw[name] for name in TrainState.__dataclass_fields__})
+
+
+def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint belongs to a run with these settings and data.
+
+    Raises:
+        CheckpointError: lists the settings that differ, with both values.
+    """
+    # Through JSON, as the other side went: tuples become lists.
+    now = json.loads(json.dumps(fingerprint))
+    then = read_state(path).fingerprint
+    faults = [
+        f"{key}: {then.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{path} comes from a run with other settings, so it cannot be continued. Set them back, or start anew "
+            "with --overwrite or another output.path.",
+            faults,
+        )
+
+
+def load_params(path: Path, params: Params) -> None:
+    """Copies the adapter of a checkpoint into the parameters, bit for bit.
+
+    Raises:
+        CheckpointError: the parameters have other names or shapes.
+    """
+    saved = load_file(path / _ADAPTER)
+    own = dict(named(params))
+    faults = [name for name in sorted({*saved, *own}) if _shape(saved.get(name)) != _shape(own.get(name))]
+    if faults:
+        raise CheckpointError(
+            f"{path} holds another adapter: {len(faults)} parameters are missing on one side or have another shape. "
+            "Use the adapter: section that the run was trained with.",
+            faults[:10],
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def load_optimizer(path: Path, params: Params, optimizer: torch.optim.Optimizer) -> None:
+    """Copies moments and step counts of a checkpoint into the optimizer, bit for bit."""
+    saved = load_file(path / _OPTIMIZER)
+    entries: dict[str, dict[str, Tensor]] = {name: {} for name, _ in named(params)}
+    for key, value in saved.items():
+        name, _, entry = key.rpartition("/")
+        entries[name][entry] = value
+    # torch numbers the parameters in the order of the groups, which is the order of `named`.
+    state = {index: entry for index, entry in enumerate(entries.values()) if entry}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _moments(params: Params, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{entry}": _plain(torch.as_tensor(value))
+        for name, parameter in named(params)
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _plain(value: Tensor | nn.Parameter) -> Tensor:
+    return value.detach().cpu().contiguous()
+
+
+def _shape(value: Tensor | None) -> torch.Size | None:
+    return None if value is None else value.shape
+
+
+def _fault(path: Path) -> str | None:
+    """Says what is wrong with the files of a checkpoint, or None."""
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        incomplete = bool({*TrainState.__dataclass_fields__} - {*state})
+        damaged = [name for name in (_ADAPTER, _OPTIMIZER) if sha256(path / name) != state["sha256"][name]]
+    except FileNotFoundError as error:
+        return f"lacks {Path(error.filename).name}"
+    except (ValueError, OSError, TypeError, LookupError):
+        return f"has an unreadable {_STATE}"
+    if incomplete:
+        return f"has an incomplete {_STATE}"
+    return f"has a damaged {damaged[0]}" if damaged else None

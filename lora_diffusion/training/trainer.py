@@ -1,0 +1,240 @@
+"""The training loop: the only one, for every family, part and kind of adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from lora_diffusion.config.schema import TrainConfig
+from lora_diffusion.core.device import find_dtype, has_fast_bf16
+from lora_diffusion.core.errors import ConfigError, NonFiniteError
+from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.protocols import Tracker
+from lora_diffusion.core.rng import derive, derive_seed
+from lora_diffusion.core.tuning import use_threads
+from lora_diffusion.core.types import Batch, LossOutput
+from lora_diffusion.data.batches import Batches
+from lora_diffusion.training import checkpoint, optim, schedule
+from lora_diffusion.training.hooks import Hook
+from lora_diffusion.training.tracking import check_tracker, open_trackers
+
+_DEFAULT_STEPS = 1000
+# These say how long, how fast or how visibly a run computes, not what.
+_FREE_SETTINGS = frozenset(
+    {"max_steps", "epochs", "threads", "gradient_checkpointing", "save_every_steps", "keep_checkpoints"}
+    | {"preview_every_steps", "tracker"}
+)
+
+
+class Trainer:
+    """Trains adapter parameters against a loss. It never sees the base, the family or the files of the result."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        params: optim.Params,
+        loss: Callable[[Batch, torch.Generator], LossOutput],
+        run_path: Path,
+        hooks: Sequence[Hook] = (),
+        fingerprint: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Prepares the optimizer and the precision; `step` counts the optimizer steps done.
+
+        Args:
+            config: the `train:` section.
+            params: part -> name -> trainable float32 parameter, all on one device; the trainer changes them in place.
+            loss: gives the loss of each sample of a batch, drawing only from the CPU generator that it is handed.
+            run_path: run folder, for metrics.jsonl and checkpoints.
+            hooks: called between steps on the main process.
+            fingerprint: setting -> JSON value, for all that changes the result besides `config` (model, adapter, data);
+                a checkpoint is continued only if all are equal.
+
+        Raises:
+            ConfigError: a name in the config is unknown, or nothing is trainable.
+        """
+        schedule.find(config.schedule)
+        check_tracker(config.tracker)
+        self.config, self.params, self.loss, self.run_path = config, params, loss, run_path
+        self.step = 0
+        self.processes = PartialState()
+        self.hooks = hooks if self.processes.is_main_process else ()
+        self.optimizer = optim.build(config, params)
+        self._parameters = [parameter for _, parameter in optim.named(params)]
+        self.device = self._parameters[0].device
+        self._dtype = _compute_dtype(config.precision, self.device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
+        self._resumed_length: int | None = None
+        settings = dataclasses.asdict(config) | {"precision": str(self._dtype).removeprefix("torch.")}
+        self._fingerprint = dict(fingerprint or {}) | {
+            f"train.{name}": value for name, value in settings.items() if name not in _FREE_SETTINGS
+        }
+        use_threads(config.threads, run_path / "machine.json")
+
+    def fit(self, batches: Batches) -> None:
+        """Makes the steps that are left, and writes a checkpoint at the end and every `save_every_steps`.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite; the parameters are those of the step before.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        num_steps = _num_steps(self.config, batches.num_steps_per_epoch)
+        self._warn_of_new_length(num_steps)
+        with self._open_trackers(num_steps) as trackers:
+            started = time.perf_counter()
+            for step, micro_batches in zip(range(self.step + 1, num_steps + 1), batches.steps(self.step), strict=False):
+                factor = schedule.factor(self.config.schedule, step, num_steps, self.config.warmup_steps)
+                rate = optim.set_learning_rate(self.optimizer, factor)
+                metrics = self.take_step(step, micro_batches)
+                epoch = (step - 1) // batches.num_steps_per_epoch + 1
+                seconds = round(time.perf_counter() - started, 4)
+                for tracker in trackers:
+                    tracker.log({"epoch": epoch, **metrics, "lr": rate, "seconds": seconds}, step)
+                if step == num_steps or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
+                    self._save(num_steps)
+                for hook in self.hooks:
+                    hook.on_step(step)
+                started = time.perf_counter()
+
+    def take_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Makes one optimizer step with the mean loss over all samples of its micro-batches, on all processes.
+
+        Returns:
+            loss, grad_norm (before clipping), samples, and what the loss adds.
+        """
+        # Dropout draws from torch's global generator.
+        torch.manual_seed(derive_seed(self.config.seed, "step", step, self.processes.process_index))
+        per_sample, metrics = self._add_gradients(micro_batches)
+        loss, num_samples = self._average_processes(per_sample.sum(), len(per_sample))
+        self._check_finite("loss", loss, step, micro_batches, per_sample)
+        self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf).item()
+        # An overflow in fp16 is not a fault: the scaler leaves the step out and tries a smaller scale.
+        if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
+            self._check_finite("gradient norm", norm, step, micro_batches, per_sample)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = step
+        return {"loss": loss, "grad_norm": norm, "samples": num_samples, **metrics}
+
+    def resume(self) -> int:
+        """Restores the newest whole checkpoint of the run folder and returns its step, or 0 where there is none.
+
+        Raises:
+            CheckpointError: it was made with other settings, data or parameters; the message names them.
+        """
+        path = checkpoint.find_latest(self.run_path)
+        if path is None:
+            return 0
+        checkpoint.check_fingerprint(path, self._fingerprint)
+        state = checkpoint.read_state(path)
+        checkpoint.load_params(path, self.params)
+        checkpoint.load_optimizer(path, self.params, self.optimizer)
+        self._scaler.load_state_dict(dict(state.scaler))
+        self.step = state.step
+        self._resumed_length = state.num_steps
+        return self.step
+
+    def _add_gradients(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, dict[str, float]]:
+        """Adds up the gradients of the mean over this process's samples; returns each loss, and the mean metrics."""
+        num_samples = sum(len(batch) for batch in micro_batches)
+        per_sample = [torch.zeros(0, device=self.device)]
+        metrics: defaultdict[str, float] = defaultdict(float)
+        for batch in micro_batches:
+            with torch.autocast(self.device.type, self._dtype) if self._dtype != torch.float32 else nullcontext():
+                output = self.loss(self._on_device(batch), derive(self.config.seed, "loss", *batch.position))
+            torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
+            per_sample.append(output.per_sample.detach().float())
+            for name, value in output.metrics.items():
+                metrics[name] += value * len(batch) / num_samples
+        return torch.cat(per_sample), dict(metrics)
+
+    def _average_processes(self, loss_sum: Tensor, num_samples: int) -> tuple[float, int]:
+        """Makes gradients and loss the means over the samples of all processes; returns loss and number of samples."""
+        if self.processes.num_processes == 1:
+            return (loss_sum / num_samples).item(), num_samples
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        flat = torch.cat([loss_sum[None], *(num_samples * gradient.flatten() for gradient in gradients)])
+        total = int(reduce(torch.tensor([num_samples], device=self.device), "sum").item())
+        flat = reduce(flat, "sum") / total
+        sizes = [gradient.numel() for gradient in gradients]
+        for parameter, mean in zip(self._parameters, flat[1:].split(sizes), strict=True):
+            parameter.grad = mean.view_as(parameter)
+        return flat[0].item(), total
+
+    def _check_finite(self, what: str, value: float, step: int, micro_batches: Sequence[Batch], each: Tensor) -> None:
+        if math.isfinite(value):
+            return
+        names = [key for batch in micro_batches for key in batch.keys]
+        bad = [name for name, loss in zip(names, each.tolist(), strict=True) if not math.isfinite(loss)]
+        kept = [done for done in checkpoint.saved_steps(self.run_path) if done < step]
+        raise NonFiniteError(
+            f"Step {step}: the {what} became {value} with {name_some(bad or names)}. "
+            + (f"The checkpoint of step {kept[-1]} is kept. " if kept else "No checkpoint had been written yet. ")
+            + f"Look at what is named; lower train.learning_rate (now {self.config.learning_rate:g}) or set "
+            "train.precision=fp32, then start anew."
+        )
+
+    def _save(self, num_steps: int) -> None:
+        if self.processes.is_main_process:
+            state = checkpoint.TrainState(
+                step=self.step,
+                num_steps=num_steps,
+                fingerprint=self._fingerprint,
+                scaler=self._scaler.state_dict(),
+                versions={"torch": torch.__version__, "lora_diffusion": version("lora-diffusion")},
+            )
+            path = checkpoint.save(self.run_path, state, self.params, self.optimizer, self.config.keep_checkpoints)
+            for hook in self.hooks:
+                hook.on_checkpoint(path, self.step)
+        self.processes.wait_for_everyone()
+
+    def _open_trackers(self, num_steps: int) -> AbstractContextManager[list[Tracker]]:
+        if not self.processes.is_main_process:
+            return nullcontext([])
+        return open_trackers(self.config.tracker, self.run_path, num_steps, self.step)
+
+    def _warn_of_new_length(self, num_steps: int) -> None:
+        if self._resumed_length not in (None, num_steps) and self.config.schedule != "constant":
+            logger.warning(
+                "The run was planned with %d steps and now has %d: from step %d on, the learning rate follows the %s "
+                "schedule of the new length.",
+                self._resumed_length,
+                num_steps,
+                self.step + 1,
+                self.config.schedule,
+            )
+
+    def _on_device(self, batch: Batch) -> Batch:
+        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.tensors.items()}
+        return dataclasses.replace(batch, tensors=tensors)
+
+
+def _num_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
+    if config.max_steps is not None and config.epochs is not None:
+        raise ConfigError(f"train.max_steps={config.max_steps} and train.epochs={config.epochs}: give one of the two.")
+    if config.epochs is not None:
+        return config.epochs * num_steps_per_epoch
+    return _DEFAULT_STEPS if config.max_steps is None else config.max_steps
+
+
+def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Returns the number type of autocast; float32 means none."""
+    fast_bf16 = has_fast_bf16(device)
+    if precision == "auto":
+        return torch.bfloat16 if fast_bf16 else torch.float32
+    if precision != "fp32" and device.type == "cpu" and not fast_bf16:
+        logger.warning("train.precision=%s is emulated on this CPU and slower than fp32; auto avoids that.", precision)
+    return find_dtype(precision)

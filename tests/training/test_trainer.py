@@ -1,0 +1,253 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedError
+from lora_diffusion.training import checkpoint
+from lora_diffusion.training import trainer as trainer_module
+from lora_diffusion.training.hooks import PreviewHook
+from tests.training.toy import Toy, ToyBatches, moments
+
+
+def read_metrics(run_path: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def test_loss_falls_and_every_step_is_recorded(tmp_path: Path) -> None:
+    toy = Toy(noise=0.0, dropout=0.0)
+    trainer = toy.trainer(tmp_path, max_steps=60)
+    trainer.fit(ToyBatches())
+    metrics = read_metrics(tmp_path)
+    assert [line["step"] for line in metrics] == list(range(1, 61))
+    assert [line["epoch"] for line in metrics[:11]] == [1] * 5 + [2] * 5 + [3]
+    assert sum(line["loss"] for line in metrics[-5:]) < 0.5 * sum(line["loss"] for line in metrics[:5])
+    assert all(line["samples"] == 2 and line["grad_norm"] > 0 for line in metrics)
+    assert metrics[0]["half"] == pytest.approx(metrics[0]["loss"] / 2)
+    assert trainer.step == 60
+
+
+@pytest.mark.parametrize(("accumulation", "num_steps"), [(1, 10), (2, 6)])
+def test_epochs_are_as_many_steps_as_their_batches_make(tmp_path: Path, accumulation: int, num_steps: int) -> None:
+    batches = ToyBatches(num_items=10, batch_size=2, accumulation=accumulation)
+    by_epochs, by_steps = Toy(), Toy()
+    by_epochs.trainer(tmp_path / "a", epochs=2).fit(batches)
+    by_steps.trainer(tmp_path / "b", max_steps=num_steps).fit(batches)
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+    assert len(read_metrics(tmp_path / "a")) == num_steps
+
+
+def test_without_a_length_a_thousand_steps_are_made() -> None:
+    assert trainer_module._num_steps(Toy().trainer(Path()).config, 5) == 1000
+
+
+def test_steps_and_epochs_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give one of the two"):
+        Toy().trainer(tmp_path, max_steps=3, epochs=2).fit(ToyBatches())
+
+
+@pytest.mark.parametrize("num_items", [6, 5])
+def test_accumulation_equals_one_big_batch(tmp_path: Path, num_items: int) -> None:
+    """With five pictures the last batch holds one: it must weigh half as much as a full one."""
+    small, big = Toy(noise=0.0, dropout=0.0), Toy(noise=0.0, dropout=0.0)
+    small.trainer(tmp_path / "a", max_steps=3).fit(ToyBatches(num_items, batch_size=2, accumulation=3))
+    big.trainer(tmp_path / "b", max_steps=3).fit(ToyBatches(num_items, batch_size=num_items))
+    for name, value in small.weights().items():
+        torch.testing.assert_close(value, big.weights()[name], rtol=1e-4, atol=1e-6)  # other order of sums
+    losses = [[line["loss"] for line in read_metrics(tmp_path / run)] for run in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_resume_is_bit_for_bit_one_run(tmp_path: Path) -> None:
+    batches = ToyBatches(num_items=9, batch_size=2, accumulation=2)
+    whole, stopped, resumed = Toy(), Toy(), Toy()
+    settings = {"max_steps": 11, "save_every_steps": 4, "warmup_steps": 2}
+    expected = whole.trainer(tmp_path / "whole", **settings)
+    expected.fit(batches)
+
+    class Kill:
+        def on_step(self, step: int) -> None:
+            if step == 6:
+                raise KeyboardInterrupt
+
+        def on_checkpoint(self, path: Path, step: int) -> None:
+            torch.randn(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.trainer(tmp_path / "run", hooks=(Kill(),), **settings).fit(batches)
+    assert len(read_metrics(tmp_path / "run")) == 6
+    with (tmp_path / "run/metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "lo')
+
+    again = resumed.trainer(tmp_path / "run", **settings)
+    with torch.no_grad():
+        resumed.model[0].weight.zero_()
+    assert again.resume() == 4
+    again.fit(batches)
+    assert all(torch.equal(value, resumed.weights()[name]) for name, value in whole.weights().items())
+    assert all(map(torch.equal, moments(again), moments(expected)))
+    assert len(moments(again)) == 12
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
+    Toy().trainer(tmp_path, max_steps=3).fit(ToyBatches())
+    toy = Toy()
+    trainer = toy.trainer(tmp_path, max_steps=3)
+    assert trainer.resume() == 3
+    before = toy.weights()
+    trainer.fit(ToyBatches())
+    assert all(map(torch.equal, before.values(), toy.weights().values()))
+
+
+def test_resume_without_a_checkpoint_starts_at_zero(tmp_path: Path) -> None:
+    assert Toy().trainer(tmp_path).resume() == 0
+
+
+def test_hooks_do_not_change_the_training(tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    def draw(step: int) -> None:
+        torch.manual_seed(0)
+        drawn.append(step)
+
+    plain, watched = Toy(), Toy()
+    plain.trainer(tmp_path / "a", max_steps=6).fit(ToyBatches())
+    watched.trainer(tmp_path / "b", hooks=(PreviewHook(2, draw),), max_steps=6).fit(ToyBatches())
+    assert drawn == [2, 4, 6]
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+
+
+@pytest.mark.parametrize("save_every_steps", [2, 0])
+def test_a_nan_stops_with_the_names_and_keeps_the_last_checkpoint(tmp_path: Path, save_every_steps: int) -> None:
+    toy = Toy()
+    trainer = toy.trainer(tmp_path, max_steps=20, save_every_steps=save_every_steps)
+    kept = "checkpoint of step 2 is kept" if save_every_steps else "No checkpoint"
+    with pytest.raises(NonFiniteError, match=rf"Step 4: the loss became nan with 7.png\. .*{kept}"):
+        trainer.fit(ToyBatches(num_items=10, batch_size=2, bad=7))
+    assert all(bool(value.isfinite().all()) for value in toy.weights().values())
+    assert len(read_metrics(tmp_path)) == 3
+
+
+def test_an_infinite_gradient_names_the_whole_step(tmp_path: Path) -> None:
+    toy = Toy(noise=0.0, dropout=0.0)
+    toy.model[2].bias.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"Step 1: the gradient norm became .* with 0.png, 1.png"):
+        toy.trainer(tmp_path).fit(ToyBatches())
+
+
+def test_text_encoders_learn_at_a_tenth_unless_told(tmp_path: Path) -> None:
+    def rates(**settings: float) -> dict[str, float]:
+        groups = Toy().trainer(tmp_path, learning_rate=0.01, **settings).optimizer.param_groups
+        return {group["part"]: group["lr"] for group in groups}
+
+    assert rates() == {"unet": 0.01, "text_encoder": 0.001}
+    assert rates(text_encoder_learning_rate=0.02) == {"unet": 0.01, "text_encoder": 0.02}
+
+
+def test_clipping_limits_the_gradient_and_zero_leaves_it(tmp_path: Path) -> None:
+    norms = {}
+    for limit in (0.0, 1e-3):
+        toy = Toy()
+        trainer = toy.trainer(tmp_path, max_grad_norm=limit)
+        seen: list[float] = []
+
+        def note(*_: object, toy: Toy = toy, seen: list[float] = seen) -> None:
+            seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in toy.model.parameters()])))
+
+        trainer.optimizer.register_step_pre_hook(note)
+        metrics = trainer.take_step(1, next(ToyBatches().steps(0)))
+        norms[limit] = (seen[0], metrics["grad_norm"])
+    assert norms[0.0][0] == pytest.approx(norms[0.0][1])
+    assert norms[1e-3][0] == pytest.approx(1e-3, rel=1e-2)
+    assert norms[1e-3][1] == norms[0.0][1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
+    exact, low = Toy(dropout=0.0), Toy(dropout=0.0)
+    exact.trainer(tmp_path / "a", max_steps=20).fit(ToyBatches())
+    seen = set()
+    low.model[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    low.trainer(tmp_path / "b", max_steps=20, precision=precision).fit(ToyBatches())
+    assert seen == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    losses = [torch.tensor([line["loss"] for line in read_metrics(tmp_path / run)]) for run in "ab"]
+    # 8 bits of mantissa in bf16; in fp16 the scaler leaves out the first step while it finds its scale.
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.1, atol=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in low.model.parameters())
+
+
+def test_fp16_leaves_out_steps_that_overflow_and_resumes_with_its_scale(tmp_path: Path) -> None:
+    toy = Toy()
+    trainer = toy.trainer(tmp_path, max_steps=2, precision="fp16")
+    trainer._scaler.load_state_dict({**trainer._scaler.state_dict(), "scale": 2.0**40})
+    before = toy.weights()
+    trainer.fit(ToyBatches())
+    assert all(map(torch.equal, before.values(), toy.weights().values()))
+    again = Toy().trainer(tmp_path, max_steps=2, precision="fp16")
+    again.resume()
+    assert again._scaler.get_scale() == trainer._scaler.get_scale() < 2.0**40
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    Toy().trainer(tmp_path, max_steps=2, fingerprint={"data": "abc", "adapter.targets": ("attn",)}).fit(ToyBatches())
+    same = Toy().trainer(tmp_path, max_steps=2, threads="2", fingerprint={"data": "abc", "adapter.targets": ("attn",)})
+    assert same.resume() == 2
+    other = Toy().trainer(tmp_path, max_steps=2, learning_rate=0.5, fingerprint={"data": "abd", "model": "x"})
+    with pytest.raises(CheckpointError) as caught:
+        other.resume()
+    text = str(caught.value)
+    assert "data: abc in the checkpoint, abd now" in text
+    assert "train.learning_rate: 0.01 in the checkpoint, 0.5 now" in text
+    assert "model: absent in the checkpoint, x now" in text
+    assert "train.seed" not in text
+
+
+def test_a_longer_run_is_continued_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Toy().trainer(tmp_path, max_steps=2).fit(ToyBatches())
+    trainer = Toy().trainer(tmp_path, max_steps=4)
+    trainer.resume()
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(ToyBatches())
+    assert "planned with 2 steps and now has 4" in caplog.text
+    assert list(checkpoint.saved_steps(tmp_path)) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"optimizer": "sgd"}, "train.optimizer=sgd is unknown; use one of adamw"),
+        ({"schedule": "rex"}, "train.schedule=rex is unknown"),
+        ({"tracker": "wandb"}, "train.tracker=wandb is unknown"),
+        ({"precision": "fp8"}, "no number type 'fp8'"),
+    ],
+)
+def test_unknown_names_are_refused_before_training(tmp_path: Path, setting: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Toy().trainer(tmp_path, **setting)
+
+
+def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.params = {"unet": {}}
+    with pytest.raises(ConfigError, match="nothing to train"):
+        toy.trainer(tmp_path)
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Toy().trainer(tmp_path, max_steps=3, tracker="tensorboard").fit(ToyBatches())
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_a_missing_tensorboard_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
+    with pytest.raises(UnsupportedError, match=r"lora-diffusion\[tensorboard\]"):
+        Toy().trainer(tmp_path, tracker="tensorboard")
