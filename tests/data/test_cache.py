@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+from lora_diffusion.config.schema import CacheConfig
+from lora_diffusion.core.errors import ConfigError, RunError
+from lora_diffusion.data import cache
+
+_UNET = frozenset({"unet"})
+
+
+@pytest.fixture
+def run(dataset, family, loaded, tmp_path):
+    """Prepares the data set and returns the items, and the keys that the family was asked for."""
+    colors = {"a": "red", "b": "green", "c": "blue", "d": "white"}
+    for index, (name, color) in enumerate(colors.items()):
+        dataset.picture(f"{name}.png", f"{name} zwx", color=color, size=(128, 64) if index == 3 else (64, 64))
+
+    def call(flip=False, trained=_UNET, **settings):
+        family.asked.clear()
+        config = CacheConfig(path=str(tmp_path / "cache"))
+        items = cache.prepare(family, loaded, dataset.read(**settings), trained, config, flip)
+        return items, [key for keys in family.asked for key in keys]
+
+    return call
+
+
+def _files(tmp_path):
+    return sorted((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_the_second_run_prepares_nothing_and_gives_the_same(run, family, tmp_path):
+    first, asked = run()
+    assert asked == ["a.png", "b.png", "c.png", "d.png"]
+    assert [len(keys) for keys in family.asked] == [3, 1]
+    assert [item.key for item in first] == asked
+    assert [item.group for item in first] == ["64x64", "64x64", "64x64", "88x40"]
+    assert first[0].tensors["mean"].tolist() == [[1, -1, -1]]
+    second, asked = run()
+    assert asked == []
+    for old, new in zip(first, second, strict=True):
+        assert (old.key, old.group, old.num_repeats) == (new.key, new.group, new.num_repeats)
+        assert list(new.tensors) == list(old.tensors) and len(new.tensors) == 3
+        assert all(torch.equal(old.tensors[name], new.tensors[name]) for name in old.tensors)
+    assert "other" not in second[0].tensors
+    assert all(len(path.relative_to(tmp_path / "cache").parts) == 3 for path in _files(tmp_path))
+
+
+def test_a_changed_caption_picture_or_size_prepares_just_that_item(run, dataset, family):
+    run()
+    dataset.text("b.txt", "b zwx, changed")
+    assert run()[1] == ["b.png"]
+    dataset.picture("c.png", None, color="black")
+    assert run()[1] == ["c.png"]
+    assert run(buckets=False)[1] == ["d.png"]
+    assert run(resolution=32)[1] == ["a.png", "b.png", "c.png", "d.png"]
+    assert run()[1] == []
+
+
+def test_flip_base_and_trained_parts_are_part_of_the_key(run, family):
+    run()
+    items, asked = run(flip=True)
+    assert len(asked) == 4 and family.shapes[-1] == (1, 2, 3, 40, 88)
+    assert items[0].tensors["mean"].shape == (2, 3)
+    assert len(run(trained=frozenset({"unet", "text_encoder"}))[1]) == 4
+    family.version = "2"
+    assert len(run()[1]) == 4
+
+
+def test_names_and_repeats_are_not(run, dataset):
+    run()
+    (dataset.root / "5_x").mkdir()
+    for ending in (".png", ".txt"):
+        (dataset.root / f"a{ending}").rename(dataset.root / "5_x" / f"renamed{ending}")
+    items, asked = run()
+    assert asked == []
+    assert (items[0].key, items[0].num_repeats) == ("5_x/renamed.png", 5)
+
+
+def test_equal_pictures_are_prepared_once(run, dataset):
+    dataset.picture("a2.png", "a zwx", color="red")
+    items, asked = run()
+    assert len(asked) == 4 and [item.key for item in items[:2]] == ["a.png", "a2.png"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "swapped"])
+def test_a_damaged_file_is_made_again(run, tmp_path, caplog, damage):
+    run()
+    path, other = _files(tmp_path)[:2]
+    whole = path.read_bytes()
+    tensors = load(whole)
+    contents = {"cut": whole[:-2], "empty": b"", "noise": b"\xff" * 100, "swapped": other.read_bytes()}
+    path.write_bytes(contents[damage])
+    assert len(run()[1]) == 1 and len(caplog.text.split("is made again")) == 2
+    again = load(path.read_bytes())
+    assert all(again[name].equal(tensors[name]) for name in tensors)
+
+
+def test_a_file_lost_during_the_run_is_a_run_error(run, tmp_path):
+    items, _ = run()
+    for path in _files(tmp_path):
+        path.unlink()
+    with pytest.raises(RunError, match="start the command again"):
+        items[0].tensors["mean"]
+
+
+def test_tensors_outlive_a_file_that_is_cut_off(run, tmp_path):
+    tensor = run()[0][0].tensors["mean"]
+    for path in _files(tmp_path):
+        path.write_bytes(b"")
+    assert tensor.tolist() == [[1, -1, -1]]
+
+
+def test_a_failing_family_leaves_no_broken_file(run, family, tmp_path, monkeypatch):
+    prepare = family.prepare
+
+    def fail_on_wide(loaded, samples, trained):
+        if samples[0].size != (64, 64):
+            raise RuntimeError("out of memory")
+        return prepare(loaded, samples, trained)
+
+    monkeypatch.setattr(family, "prepare", fail_on_wide)
+    with pytest.raises(RuntimeError):
+        run()
+    monkeypatch.undo()
+    assert len(_files(tmp_path)) == 3
+    assert run()[1] == ["d.png"]
+
+
+def test_a_cache_that_cannot_be_written(dataset, family, loaded, tmp_path):
+    dataset.picture("a.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cache\.path"):
+        cache.prepare(family, loaded, dataset.read(), _UNET, CacheConfig(path=str(tmp_path / "file")), flip=False)
+
+
+def test_batches_stay_below_the_pixel_limit(dataset, family, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_BATCH_PIXELS", 2 * 64 * 64)
+    for index in range(5):
+        Image.new("RGB", (64, 64), (index, 0, 0)).save(dataset.root / f"{index}.png")
+    samples = [replace(sample) for sample in dataset.read(captions="optional")]
+    config = CacheConfig(path=str(tmp_path / "cache"))
+    cache.prepare(family, loaded, samples, _UNET, config, flip=False)
+    assert [shape[:2] for shape in family.shapes] == [(2, 1), (2, 1), (1, 1)]
+    family.shapes.clear()
+    cache.prepare(family, loaded, samples, _UNET, config, flip=True)
+    assert [shape[:2] for shape in family.shapes] == [(1, 2)] * 5

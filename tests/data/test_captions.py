@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from lora_diffusion.data.captions import find_trigger, phrase_pattern, without_trigger, words_pattern
+
+
+@pytest.mark.parametrize(
+    ("captions", "trigger"),
+    [
+        (["an emoji of a cat, blob style", "a dog in blob style", "Blob  style hat"], "blob style"),
+        (["a photo of sks dog", "sks dog on a beach"], "sks dog"),
+        (["a cat in the style of zwx", "style of zwx, a dog"], "style of zwx"),
+        (["zwx cat, flat", "a flat dog, zwx"], "zwx flat"),
+        (["an emoji of a cat", "a picture of a dog"], ""),
+        (["a cat, noto style", "a dog, blob style"], ""),
+        (["a cat"], ""),
+        (["a zwx cat", ""], ""),
+        ([], ""),
+        (["Ägypten, eine Katze", "ägypten bei Nacht"], "Ägypten"),
+    ],
+)
+def test_find_trigger(captions, trigger):
+    assert find_trigger(captions) == trigger
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "prior"),
+    [
+        ("an emoji of a cat, blob style", "blob style", "an emoji of a cat"),
+        ("an emoji of a cat, in Blob  Style", "blob style", "an emoji of a cat"),
+        ("blob style, a cat", "blob style", "a cat"),
+        ("a cat, blob style, red", "blob style", "a cat, red"),
+        ("a photo of sks dog on the beach", "sks", "a photo of dog on the beach"),
+        ("a photo of sks dog on the beach", "sks dog", "a photo on the beach"),
+        ("blob style of a cat", "blob style", "a cat"),
+        ("a blob style picture of a cat", "blob style", "a picture of a cat"),
+        ("sks dogs", "sks dog", "sks dogs"),
+        ("sks dog", "sks dog", ""),
+        ("a cat. blob style.", "blob style", "a cat.."),
+    ],
+)
+def test_a_phrase_is_cut_with_what_only_led_to_it(caption, phrase, prior):
+    assert without_trigger(caption, phrase_pattern(phrase)) == prior
+
+
+def test_found_words_are_cut_wherever_they_stand():
+    pattern = words_pattern("style of zwx")
+    assert without_trigger("a cat in the style of zwx", pattern) == "a cat"
+    assert without_trigger("zwx hat of a man, flat style", pattern) == "hat of a man, flat"

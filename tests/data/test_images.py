@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.types import BaseInfo
+from lora_diffusion.data import images
+from tests.data.conftest import INFO
+
+_sides = st.integers(1, 5000)
+_resolutions = st.sampled_from([(64, 8), (128, 64), (256, 16), (512, 8), (768, 64), (1024, 8)])
+
+
+def _buckets(resolution: int, step: int) -> list[tuple[int, int]]:
+    return images.bucket_sizes(resolution, BaseInfo(resolution, step, "", "test"))
+
+
+@given(_sides, _sides, _resolutions)
+def test_portrait_and_landscape_get_the_same_bucket_turned_round(width, height, base):
+    buckets = _buckets(*base)
+    chosen = images.choose_bucket((width, height), buckets)
+    assert images.choose_bucket((height, width), buckets) in (chosen[::-1], chosen) and (
+        width == height or images.choose_bucket((height, width), buckets) == chosen[::-1]
+    )
+
+
+@given(_sides, _sides, _resolutions)
+def test_a_bucket_is_the_nearest_shape(width, height, base):
+    buckets = _buckets(*base)
+    chosen = images.choose_bucket((width, height), buckets)
+
+    def distance(pair):
+        return abs(math.log(pair[0] / pair[1]) - math.log(width / height))
+
+    assert distance(chosen) <= min(min(distance(pair), distance(pair[::-1])) for pair in buckets) + 1e-9
+
+
+@given(_resolutions)
+def test_buckets_have_the_area_and_the_steps_that_were_asked_for(base):
+    resolution, size_step = base
+    step = 64 if resolution >= 512 else size_step
+    buckets = _buckets(*base)
+    assert (resolution, resolution) in buckets
+    for width, height in buckets:
+        assert width % step == 0 and height % step == 0 and height <= width <= 4 * height
+        assert width * height <= resolution**2
+        assert width * (height + step) > resolution**2 or (width + step) * height > resolution**2
+
+
+def test_sdxl_gets_the_shapes_it_was_trained_on():
+    buckets = _buckets(1024, 8)
+    # Podell et al. 2023, arXiv 2307.01952, appendix I, those within an aspect of 4
+    assert {(1024, 1024), (1152, 896), (1216, 832), (1344, 768), (1536, 640), (2048, 512)} <= set(buckets)
+
+
+@pytest.mark.parametrize(("resolution", "advice"), [(60, "56 or 64"), (4, "8 or 16"), (1000, "960 or 1024")])
+def test_a_resolution_between_the_steps_is_refused(resolution, advice):
+    with pytest.raises(ConfigError, match=f"data.resolution={resolution}.*{advice}"):
+        images.bucket_sizes(resolution, INFO)
+
+
+def test_crop_share_and_scale():
+    assert images.crop_share((200, 100), (64, 64)) == pytest.approx(0.5)
+    assert images.crop_share((128, 64), (128, 64)) == 0
+    assert images.cover_scale((32, 64), (64, 64)) == 2
+
+
+def _pixel(image: Image.Image, tmp_path, name="p.png", **options) -> tuple[int, ...]:
+    image.save(tmp_path / name, **options)
+    read = images.open_rgb(tmp_path / name)
+    assert read.mode == "RGB"
+    return read.getpixel((0, 0))
+
+
+def test_transparent_pictures_get_a_white_ground(tmp_path):
+    assert _pixel(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), tmp_path) == (255, 255, 255)
+    assert _pixel(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), tmp_path) == pytest.approx((127, 127, 127), abs=1)
+    assert _pixel(Image.new("LA", (4, 4), (0, 0)), tmp_path) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    assert _pixel(palette, tmp_path) == (10, 20, 30)
+    assert _pixel(palette, tmp_path, transparency=0) == (255, 255, 255)
+
+
+def test_sixteen_bits_of_grey_keep_their_brightness(tmp_path):
+    levels = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
+    assert _pixel(levels, tmp_path) == (128, 128, 128)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    assert _pixel(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path, "p.jpg") == pytest.approx((255, 0, 0), abs=4)
+
+
+def test_a_colour_profile_is_applied_and_a_damaged_one_ignored(tmp_path):
+    lab_like = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))
+    assert _pixel(grey, tmp_path, icc_profile=lab_like) == pytest.approx((100, 100, 100), abs=1)
+    assert _pixel(grey, tmp_path, icc_profile=b"no profile") == (100, 100, 100)
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    image = Image.new("RGB", (8, 4), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "p.jpg", exif=exif)
+    assert images.open_rgb(tmp_path / "p.jpg").size == (4, 8)
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "p.gif", save_all=True, append_images=frames[1:])
+    assert images.open_rgb(tmp_path / "p.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_any_damage_is_a_picture_error(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
+    rng = np.random.default_rng(1)
+    for kind in ("png", "jpeg", "webp", "gif", "bmp"):
+        buffer = io.BytesIO()
+        noise.save(buffer, kind)
+        whole = np.frombuffer(buffer.getvalue(), np.uint8)
+        for _ in range(40):
+            damaged = whole.copy()
+            damaged[rng.integers(0, len(whole), 4)] = rng.integers(0, 255, 4)
+            path = tmp_path / f"p.{kind}"
+            path.write_bytes(damaged[: rng.integers(1, len(whole))].tobytes())
+            try:
+                images.open_rgb(path)
+            except images.PictureError as error:
+                assert str(path) in str(error)
+
+
+def test_pixels_are_scaled_cropped_at_the_centre_and_mirrored(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (10, 0, 20, 20))
+    image.paste("red", (0, 0, 10, 20))
+    image.save(tmp_path / "p.png")
+    single = images.load_pixels(tmp_path / "p.png", (20, 20), flip=False)
+    assert single.shape == (1, 3, 20, 20) and str(single.dtype) == "torch.float32"
+    assert single[0, :, 10, 2].tolist() == [1, 1, 1] and single[0, :, 10, 17].tolist() == [-1, -1, -1]
+    both = images.load_pixels(tmp_path / "p.png", (20, 20), flip=True)
+    assert both.shape == (2, 3, 20, 20)
+    assert both[0].equal(single[0]) and both[1].flip(-1).equal(both[0])

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_diffusion.config.schema import DataConfig
+from lora_diffusion.core.errors import ConfigError, DataError
+from lora_diffusion.data import sources
+from lora_diffusion.data.report import describe
+from tests.data.conftest import INFO
+
+
+def _faults(dataset, **settings) -> tuple[str, ...]:
+    with pytest.raises(DataError) as caught:
+        dataset.read(**settings)
+    assert str(dataset.root) in str(caught.value)
+    return caught.value.faults
+
+
+def test_reads_folder_and_subfolders_sorted_without_hidden_ones(dataset):
+    dataset.picture("b.png", "a dog, zwx\n\n  a  big dog, zwx \n")
+    dataset.picture("sub/a.JPG", None)
+    dataset.text("sub/a.caption", "\ufeffa cat, zwx")
+    dataset.picture(".thumbs/c.png")
+    dataset.picture("._b.png", None)
+    samples = dataset.read()
+    assert [sample.key for sample in samples] == ["b.png", "sub/a.JPG"]
+    assert samples[0].captions == ("a dog, zwx", "a big dog, zwx")
+    assert samples[1].captions == ("a cat, zwx",)
+    assert [sample.trigger for sample in samples] == ["zwx", "zwx"]
+    assert [sample.prior_caption for sample in samples] == ["a dog", "a cat"]
+    assert {(sample.size, sample.num_repeats, sample.pixels) for sample in samples} == {((64, 64), 1, None)}
+
+
+def test_linked_folders_are_followed_once(dataset):
+    dataset.picture("real/a.png")
+    (dataset.root / "loop").symlink_to(dataset.root)
+    other = dataset.root.parent / "other"
+    other.mkdir()
+    (dataset.root / "real" / "a.png").rename(other / "a.png")
+    (dataset.root / "real" / "a.txt").rename(other / "a.txt")
+    (dataset.root / "linked").symlink_to(other)
+    assert [sample.key for sample in dataset.read()] == ["linked/a.png"]
+
+
+def test_kohya_folders_give_repeats_and_captions(dataset):
+    dataset.picture("10_sks dog/a.png", None)
+    dataset.picture("10_sks dog/deep/b.png", "sks dog on a beach")
+    dataset.picture("2_dog/c.png", None)
+    dataset.picture("plain/d.png", "a cat")
+    samples = dataset.read()
+    assert [sample.num_repeats for sample in samples] == [10, 10, 2, 1]
+    assert [sample.captions for sample in samples] == [("sks dog",), ("sks dog on a beach",), ("dog",), ("a cat",)]
+
+
+def test_no_repeats_is_a_fault(dataset):
+    dataset.picture("0_dog/a.png")
+    assert _faults(dataset) == ("0_dog: asks for 0 repeats; rename the folder to 1_... or move it away.",)
+
+
+def test_metadata_jsonl(dataset):
+    dataset.picture("train/a.png", None)
+    dataset.picture("train/b.png", None)
+    lines = [{"file_name": "a.png", "text": "a cat"}, {"file_name": "b.png", "caption": ["a dog", "one dog"]}]
+    dataset.text("train/metadata.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
+    assert [sample.captions for sample in dataset.read()] == [("a cat",), ("a dog", "one dog")]
+
+
+def test_every_fault_is_told_at_once(dataset):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    dataset.picture("good.png")
+    for name, kind in (("cut.png", "png"), ("cut.jpg", "jpeg"), ("cut2.webp", "webp")):
+        noise.save(dataset.root / name, kind)
+        whole = (dataset.root / name).read_bytes()
+        dataset.text(name, whole[: len(whole) // 2])
+    dataset.text("cut.txt", "a cat")
+    dataset.text("cut2.txt", "a cat")
+    dataset.text("zero.png", b"")
+    dataset.text("zero.txt", "a cat")
+    dataset.text("letter.png", "dear reader")
+    dataset.text("letter.txt", "a cat")
+    dataset.picture("latin.png", None)
+    dataset.text("latin.txt", "a cat\ncaf\xe9".encode("latin-1"))
+    dataset.picture("wide.png", None)
+    dataset.text("wide.txt", "a cat".encode("utf-16-le"))
+    dataset.picture("empty.png", " \n\n")
+    dataset.picture("none.png", None)
+    dataset.picture("near.png", None)
+    dataset.text("near.captions", "a cat")
+    dataset.picture("two.png", "a cat")
+    dataset.text("two.caption", "a dog")
+    dataset.text(
+        "metadata.jsonl",
+        '{"file_name": "gone.png", "text": "a"}\n{oops\n{"text": "a"}\n{"file_name": "good.png"}\n'
+        '{"file_name": "../pictures/good.png", "text": "x"}\n',
+    )
+    before = {path: path.read_bytes() for path in dataset.root.iterdir()}
+    faults = _faults(dataset)
+    expected = [
+        ("cut.jpg", "truncated"),
+        ("cut.png", "truncated"),
+        ("cut2.webp", "cannot be decoded"),
+        ("letter.png", "is no png, jpeg, webp, bmp or gif picture"),
+        ("zero.png", "0 bytes"),
+        ("latin.txt", "byte 0xe9 at position 9 (line 2) is not UTF-8"),
+        ("wide.txt", "NUL"),
+        ("empty.png", "its caption is empty"),
+        ("none.png", "has no caption; write none.txt"),
+        ("near.png", "has no caption; rename near.captions to near.txt"),
+        ("two.png", "two.caption and two.txt give it different captions"),
+        ("metadata.jsonl, line 1", "no picture gone.png"),
+        ("metadata.jsonl, line 2", "is not JSON"),
+        ("metadata.jsonl, line 3", "file_name"),
+        ("metadata.jsonl, line 4", '"text" or "caption"'),
+        ("metadata.jsonl, line 5", "no picture ../pictures/good.png"),
+    ]
+    for name, reason in expected:
+        assert any(fault.startswith(f"{name}: ") and reason in fault for fault in faults), (name, reason, faults)
+    assert len(faults) == len(expected)
+    assert before == {path: path.read_bytes() for path in dataset.root.iterdir()}
+
+
+def test_a_decompression_bomb_is_refused(dataset, monkeypatch):
+    dataset.picture("bomb.png", size=(200, 200))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    (fault,) = _faults(dataset)
+    assert fault.startswith("bomb.png: has too many pixels")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("missing", "no such folder"), ("file.txt", "is a file"), ("empty", "but 1 .heic, 1 .txt")]
+)
+def test_folders_that_cannot_be_used(tmp_path, path, reason):
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.heic").touch()
+    (tmp_path / "empty" / "a.txt").touch()
+    with pytest.raises(DataError, match=reason):
+        sources.read(DataConfig(path=str(tmp_path / path)), INFO)
+
+
+def test_without_any_caption_one_fault_names_files_that_look_like_them(dataset):
+    for name in ("a.png", "b.png", "c.png"):
+        dataset.picture(name, None)
+    dataset.text("a.cap", "a cat")
+    dataset.text("b.png.txt", "a dog")
+    (fault,) = _faults(dataset)
+    assert "None of the 3 pictures has a caption" in fault
+    assert "a.cap, b.png.txt" in fault and "data.captions=optional" in fault
+
+
+def test_optional_captions_take_the_default(dataset):
+    dataset.picture("a.png", None)
+    dataset.picture("b.png", "zwx cat")
+    dataset.picture("c.png", "zwx dog")
+    dataset.picture("d.png", "")
+    samples = dataset.read(captions="optional")
+    assert [sample.captions[0] for sample in samples] == ["", "zwx cat", "zwx dog", ""]
+    assert [sample.prior_caption for sample in samples] == [None, "cat", "dog", None]
+    samples = dataset.read(captions="optional", default_caption="a  zwx thing")
+    assert samples[0].captions == ("a zwx thing",)
+
+
+def test_skip_bad_leaves_out_unreadable_pictures_with_one_warning(dataset, caplog):
+    dataset.picture("a.png")
+    dataset.text("b.png", b"")
+    dataset.text("c.png", b"text")
+    samples = dataset.read(skip_bad=True)
+    assert [sample.key for sample in samples] == ["a.png"]
+    assert [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()] == [
+        "Left out pictures that cannot be read: 2 (b.png, c.png)."
+    ]
+
+
+def test_skip_bad_with_nothing_left_is_an_error(dataset):
+    dataset.text("b.png", b"")
+    assert any("0 bytes" in fault for fault in _faults(dataset, skip_bad=True))
+
+
+def test_warnings_name_files_that_are_not_used(dataset, caplog):
+    dataset.picture("a.png")
+    dataset.picture("a.jpg", None)
+    dataset.text("gone.txt", "a dog")
+    dataset.text("photo.heic", b"x")
+    dataset.picture("small.png", size=(10, 10))
+    assert len(dataset.read()) == 3
+    text = caplog.text
+    assert "Caption files without a picture, not used: 1 (gone.txt)" in text
+    assert "share a name, and with it a caption file: 1 (a.jpg and a.png)" in text
+    assert "kind that is not read: 1 (photo.heic)" in text
+    assert "scaled up: 1 (small.png)" in text
+
+
+def test_a_fixed_trigger_must_be_in_every_caption(dataset):
+    dataset.picture("a.png", "a Blob style cat\na cat")
+    dataset.picture("b.png", "a dog, blob style")
+    (fault,) = _faults(dataset, trigger="blob style")
+    assert fault.startswith('a.png: data.trigger="blob style" is not in its caption "a cat"')
+    samples = dataset.read(trigger="")
+    assert {(sample.trigger, sample.prior_caption) for sample in samples} == {("", None)}
+
+
+def test_one_picture_has_a_trigger_only_if_it_is_given(dataset):
+    dataset.picture("a.png", "a zwx cat\na zwx animal")
+    assert dataset.read()[0].prior_caption is None
+    assert dataset.read(trigger="zwx")[0].prior_caption == "a cat"
+
+
+def test_buckets_keep_the_shape_and_squares_do_not(dataset):
+    dataset.picture("wide.png", size=(200, 100))
+    dataset.picture("tall.png", size=(100, 200))
+    # 88x40 (2.2) is nearer to 2 on a log scale than 80x48 (1.67) and than 96x40 (2.4)
+    assert [sample.size for sample in dataset.read()] == [(40, 88), (88, 40)]
+    assert {sample.size for sample in dataset.read(buckets=False, resolution=32)} == {(32, 32)}
+    with pytest.raises(ConfigError, match=r"data\.captions=perhaps"):
+        dataset.read(captions="perhaps")
+
+
+def test_rotated_photos_get_the_bucket_of_their_upright_shape(dataset):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (200, 100)).save(dataset.root / "a.jpg", exif=exif)
+    dataset.text("a.txt", "a cat")
+    assert dataset.read()[0].size == (40, 88)
+
+
+def test_reading_does_not_import_torch(dataset):
+    dataset.picture("a.png")
+    code = (
+        "import sys\n"
+        "from lora_diffusion.config.schema import DataConfig\n"
+        "from lora_diffusion.core.types import BaseInfo\n"
+        "from lora_diffusion.data import batches, cache, report, sources\n"
+        "samples = sources.read(DataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', ''))\n"
+        "report.describe(samples)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(dataset.root)], check=True)
+
+
+def test_report(dataset):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    smooth = noise.resize((4, 4)).resize((64, 64))
+    smooth.save(dataset.root / "a.png")
+    smooth.save(dataset.root / "near.jpg", quality=90)
+    (dataset.root / "same.png").write_bytes((dataset.root / "a.png").read_bytes())
+    dataset.picture("3_dog/wide.png", "a small dog in zwx style", size=(200, 100))
+    for name in ("a", "near", "same"):
+        dataset.text(f"{name}.txt", "a cat, zwx")
+    report = describe(dataset.read())
+    assert (report.num_pictures, report.num_shown, report.num_captions) == (4, 6, 4)
+    assert (report.trigger, report.prior_example) == ("zwx", ("a small dog in zwx style", "a small dog in style"))
+    assert report.buckets == {"64x64": 3, "88x40": 1}
+    assert report.largest_crop[0] == "3_dog/wide.png" and 0 < report.largest_crop[1] < 0.1
+    assert report.num_upscaled == 0
+    assert report.duplicates == (("a.png", "same.png"),)
+    assert report.near_duplicates == (("a.png", "near.jpg"), ("near.jpg", "same.png"))
+    assert report.longest_caption == ("3_dog/wide.png", 6)
+    text = "\n".join(report.lines())
+    assert "64x64 (3), 88x40 (1)" in text and "a.png = same.png" in text and "near.jpg ~ same.png" in text
+    json.dumps(report.__dict__)
