@@ -1,0 +1,56 @@
+"""Which device and number type to compute with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_diffusion.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device() -> torch.device:
+    """Returns the device of this process: its own GPU where `accelerate launch` started several, else cuda, mps or cpu."""
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Says whether bf16 matrix products are faster than fp32 ones: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Returns the number type that a config calls fp32, bf16 or fp16.
+
+    Raises:
+        ConfigError: another name.
+    """
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in dtypes:
+        raise ConfigError(f"There is no number type {name!r}; use one of {', '.join(dtypes)}.")
+    return dtypes[name]
+
+
+def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Returns the number type of frozen weights; auto is bf16 on a GPU that is fast at it, else fp32."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
+    return find_dtype(name)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Returns the number type of autocast; auto is bf16 where the device is fast at it, else fp32."""
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
+    return find_dtype(precision)

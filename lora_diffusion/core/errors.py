@@ -1,0 +1,76 @@
+"""Every error that a user can cause.
+
+LoraDiffusionError
+├── InputError             what was given is wrong; exit code 2
+│   ├── ConfigError        config file, override or command-line value
+│   │   └── TargetError    adapter.targets names no module of the base
+│   ├── DataError          pictures, captions, folders
+│   ├── ModelError         the base model cannot be what was asked for
+│   ├── AdapterFileError   an adapter file is damaged or of another architecture
+│   └── UnsupportedError   each part is right, the combination cannot work
+└── RunError               the input was right and the run failed; exit code 1
+    ├── CheckpointError    a checkpoint cannot be written or does not fit the run
+    ├── NonFiniteError     a loss or a weight became NaN or infinite
+    └── VerificationError  a file read back differs from what was written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoraDiffusionError(Exception):
+    """Base of everything below; its text is shown to the user as it stands."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        """Keeps the message and, where several things are wrong at once, one line for each."""
+        self.faults = tuple(faults)
+        super().__init__("\n".join([message, *(f"  - {fault}" for fault in self.faults)]))
+
+
+class InputError(LoraDiffusionError):
+    """What the user gave is wrong, and nothing was trained or written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A config file, an override or a command-line value is wrong."""
+
+
+class TargetError(ConfigError):
+    """A target of `adapter.targets` matches no module of the base."""
+
+
+class DataError(InputError):
+    """Pictures, captions or their folder are wrong."""
+
+
+class ModelError(InputError):
+    """The base model is missing, incomplete or of another kind."""
+
+
+class AdapterFileError(InputError):
+    """An adapter file is damaged, unknown or made for another architecture."""
+
+
+class UnsupportedError(InputError):
+    """Each value is right by itself, but they cannot work together."""
+
+
+class RunError(LoraDiffusionError):
+    """The input was right, but the run failed."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint cannot be written, or does not fit the run that wants it."""
+
+
+class NonFiniteError(RunError):
+    """A loss or a weight became NaN or infinite."""
+
+
+class VerificationError(RunError):
+    """A file that was read back differs from what was written."""

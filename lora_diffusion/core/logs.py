@@ -1,0 +1,35 @@
+"""What the user reads while a command works: on stderr, since stdout carries the result."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+logger = logging.getLogger("lora_diffusion")
+
+
+@cache
+def console() -> Console:
+    """Returns the console on stderr that logs, progress bars and tables share."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def set_up(debug: bool = False) -> None:
+    """Sends our log records to the console; warnings of libraries stay as they are."""
+    from rich.logging import RichHandler
+
+    logger.handlers = [RichHandler(console=console(), show_time=False, show_path=debug, markup=False)]
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+
+
+def name_some(names: list[str], limit: int = 3) -> str:
+    """Returns the first names and how many more there are: "a, b, c and 4 more"."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

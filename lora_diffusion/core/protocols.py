@@ -1,0 +1,116 @@
+"""The borders of the program: what a family, a format, a metric and a tracker must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_diffusion.core.types import (
+    AdapterState,
+    BaseInfo,
+    Batch,
+    Loaded,
+    LossOutput,
+    Output,
+    Part,
+    Prepared,
+    Request,
+    Sample,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from lora_diffusion.core.keymap import KeyMap
+
+
+class Family(Protocol):
+    """A kind of base model. One object FAMILY in `families/<name>.py`, whose import must not import torch."""
+
+    name: str
+    """The file name, and the value of `model.family`."""
+    options_type: type[Any]
+    """The dataclass of the `model:` section."""
+    sample_type: type[Sample]
+    parts: Mapping[str, Part]
+    metrics: tuple[str, ...]
+
+    def check(self, options: Any) -> BaseInfo:
+        """Looks at the base without loading weights; raises ModelError if it cannot be used."""
+
+    def skeleton(self, options: Any) -> dict[str, nn.Module]:
+        """Builds the parts on the meta device: shapes and names, no weights."""
+
+    def key_map(self, format_name: str, options: Any) -> KeyMap:
+        """Maps modules of the parts to their names in a file; UnsupportedError if the format cannot spell them."""
+
+    def load(self, options: Any, device: torch.device) -> Loaded:
+        """Loads the base, frozen and in eval mode."""
+
+    def cache_key(self, options: Any, trained: frozenset[str]) -> str:
+        """Names all, besides the sample, that a prepared item depends on; `trained` holds the trained part names."""
+
+    def prepare(self, loaded: Loaded, samples: Sequence[Sample], trained: frozenset[str]) -> list[Prepared]:
+        """Runs the encoders that are not trained. No gradient and no random draw."""
+
+    def collate(self, items: Sequence[Prepared]) -> Batch:
+        """Stacks items of one group."""
+
+    def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
+        """Returns the loss of each sample; every random draw is taken from `rng`, a CPU generator."""
+
+    def example(self, options: Any, batch_size: int, size: tuple[int, int]) -> Mapping[str, Mapping[str, Any]]:
+        """Gives part -> keyword arguments of one call on the meta device, to estimate the memory of a step."""
+
+    def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+        """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""
+
+
+class Format(Protocol):
+    """A spelling of adapter files. One object FORMAT in `formats/<name>.py`."""
+
+    name: str
+    is_folder: bool
+    """True if `write` makes a folder instead of one file."""
+
+    def detect(self, names: Sequence[str]) -> bool:
+        """Says whether these tensor names are in this spelling; decides by content, never by file name."""
+
+    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
+        """Writes the state atomically; `state.metadata` becomes the file's metadata."""
+
+    def read(self, path: Path, key_map: KeyMap) -> AdapterState:
+        """Reads a file back; AdapterFileError names up to ten keys that the map does not know."""
+
+
+class Metric(Protocol):
+    """A score of pictures. One object METRIC in `evaluation/metrics/<name>.py`."""
+
+    name: str
+
+    def score(self, images: Sequence[Image], prompts: Sequence[str], references: Sequence[Image]) -> Tensor:
+        """Returns one score for each picture, [num_images] float32."""
+
+
+class AdapterSwitch(Protocol):
+    """Turns injected adapters up, down and off; given to families so that they need not know PEFT."""
+
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Sets each named adapter to its weight and every other one to 0."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Within the context the base answers as if no adapter were there."""
+
+
+class Tracker(Protocol):
+    """Where numbers go while training runs."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Records scalars of one optimizer step."""
+
+    def finish(self) -> None:
+        """Flushes and closes."""

@@ -1,0 +1,45 @@
+"""Finds families, formats and metrics by name: a file of that name here, or an entry point of another package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Any
+
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.keymap import suggestion
+
+_ROOMS = {
+    "families": ("lora_diffusion.families", "FAMILY"),
+    "formats": ("lora_diffusion.formats", "FORMAT"),
+    "metrics": ("lora_diffusion.evaluation.metrics", "METRIC"),
+}
+
+
+def available(kind: str) -> list[str]:
+    """Returns the sorted names of a kind: "families", "formats" or "metrics". Imports none of them."""
+    package = importlib.import_module(_ROOMS[kind][0])
+    files = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    own = {name for name in files if not name.startswith("_") and name not in _SHARED[kind]}
+    return sorted(own | {point.name for point in entry_points(group=f"lora_diffusion.{kind}")})
+
+
+_SHARED = {"families": (), "formats": ("metadata",), "metrics": ()}
+
+
+def find(kind: str, name: str) -> Any:
+    """Returns the object of that name, imported only now.
+
+    Raises:
+        ConfigError: no such name; the message offers close ones.
+    """
+    names = available(kind)
+    if name not in names:
+        hint = suggestion(name, names)
+        raise ConfigError(f"There is no {name!r} among the {kind}{hint}. Known: {', '.join(names)}.")
+    package, attribute = _ROOMS[kind]
+    for point in entry_points(group=f"lora_diffusion.{kind}"):
+        if point.name == name:
+            return point.load()
+    return getattr(importlib.import_module(f"{package}.{name}"), attribute)
