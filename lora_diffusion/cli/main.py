@@ -1,0 +1,57 @@
+"""Entry point `lora-diffusion`: finds the command, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lora_diffusion import __version__
+from lora_diffusion.cli import config, export, generate, inspect, quickstart, train
+from lora_diffusion.core.errors import LoraDiffusionError
+
+_COMMANDS = (quickstart, train, generate, export, inspect, config)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="lora-diffusion",
+        description="Train small adapter files for image models, look at what they draw, and use them everywhere.",
+        epilog="New here? Run: lora-diffusion quickstart",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    for subparser in commands.choices.values():
+        subparser.add_argument("--json", action="store_true", help="print the result as JSON")
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 done, 1 the run failed, 2 bad input or config.
+    """
+    args = build_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except LoraDiffusionError as error:
+        if args.debug:
+            raise
+        print(f"lora-diffusion {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output, say head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"\nlora-diffusion {args.command}: stopped; a training run continues with --resume.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""YAML file and `key=value` overrides -> Config. All faults are collected and raised at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config.docs import field_docs
+from lora_diffusion.config.rules import broken_rules
+from lora_diffusion.config.schema import REQUIRED, Config, ModelOptions
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.keymap import suggestion
+
+
+def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = True) -> Config:
+    """Reads a config.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: "section.key=value", the value in YAML.
+        required: refuse a config that lacks a value which has no default.
+
+    Raises:
+        ConfigError: lists every unknown key, wrong type, missing value and broken rule.
+    """
+    source = str(path) if path else "the command line"
+    values = _merged(_read(path) if path else {}, overrides)
+    options_type = _options_type(values)
+    schema = _typed_sections(options_type)
+    faults = list(_unknown_keys(values, schema))
+    sections, type_faults = _convert(values, schema)
+    faults += type_faults
+    if required:
+        faults += _missing(sections)
+    if not faults:
+        faults += broken_rules(sections)
+    if faults:
+        raise ConfigError(f"The config from {source} has {len(faults)} fault(s); mend them or see the keys with "
+                          "'lora-diffusion config show'.", faults)
+    return Config(**sections)
+
+
+def to_values(config: Config) -> dict[str, Any]:
+    """Returns the config as plain nested values that `load` accepts unchanged."""
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """Returns the fully resolved config as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_values(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        raise ConfigError(f"There is no config file {path}; 'lora-diffusion config list' shows those that come along.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not sections such as 'model:' and 'data:'.")
+    return typing.cast(dict[str, Any], values)
+
+
+def _merged(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", override, re.DOTALL):
+            raise ConfigError(f"{override!r} is not an override; write section.key=value, say train.max_steps=500.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"The overrides {' '.join(overrides)} do not fit the config: {_first_line(error)}") from error
+
+
+def _options_type(values: Mapping[str, Any]) -> type[ModelOptions]:
+    model = values.get("model")
+    family = model.get("family", ModelOptions.family) if isinstance(model, Mapping) else ModelOptions.family
+    return typing.cast(type[ModelOptions], registry.find("families", str(family)).options_type)
+
+
+def _typed_sections(options_type: type[ModelOptions]) -> dict[str, type[Any]]:
+    hints = typing.get_type_hints(Config)
+    return {f.name: options_type if f.name == "model" else hints[f.name] for f in dataclasses.fields(Config)}
+
+
+def _unknown_keys(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> Iterator[str]:
+    known = {f"{name}.{f.name}" for name, section in schema.items() for f in dataclasses.fields(section)}
+    for name, section in values.items():
+        if name not in schema:
+            yield f"{name}: there is no such section{suggestion(str(name), schema) or _suggest_key(str(name), known)}"
+        elif not isinstance(section, Mapping):
+            yield f"{name}: is a section; write its keys below it, say {name}.{dataclasses.fields(schema[name])[0].name}"
+        else:
+            for key in section:
+                if f"{name}.{key}" not in known:
+                    yield f"{name}.{key}: there is no such key{_suggest_key(f'{name}.{key}', known)}"
+
+
+def _suggest_key(dotted: str, known: set[str]) -> str:
+    """Offers the same key of another section, else keys of any section that are spelled alike."""
+    key = dotted.rsplit(".", 1)[-1]
+    by_key = {name.split(".", 1)[1]: name for name in sorted(known, reverse=True)}
+    close = [key] if key in by_key else difflib.get_close_matches(key, list(by_key), n=2, cutoff=0.7)
+    return "; did you mean " + " or ".join(f'"{by_key[match]}"' for match in close) + "?" if close else ""
+
+
+def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tuple[dict[str, Any], list[str]]:
+    """Returns typed section objects and the faults of those values that have the wrong type."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    sections, faults = {}, []
+    for name, section_type in schema.items():
+        section = OmegaConf.structured(section_type)
+        OmegaConf.set_readonly(section, False)
+        given = values.get(name)
+        hints = typing.get_type_hints(section_type)
+        for key, value in given.items() if isinstance(given, Mapping) else ():
+            if key not in hints:
+                continue
+            try:
+                if isinstance(value, str | int | float | bool) and _is_list(hints[key]):
+                    value = [value]
+                OmegaConf.update(section, key, value)
+            except (OmegaConfBaseException, ValueError, TypeError):
+                faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
+        sections[name] = section_type(**{k: _tuples(v) for k, v in OmegaConf.to_container(section).items()})
+    return sections, faults
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+_SPELLED: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _spell(hint: Any) -> str:
+    if _is_list(hint):
+        return f"a list, each {_spell(typing.get_args(hint)[0])}"
+    members = typing.get_args(hint)
+    return " or ".join(_spell(member) for member in members) if members else _SPELLED.get(hint, str(hint))
+
+
+def _missing(sections: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}.{f.name}: must be given: {_doc(type(section), f.name)}"
+        for name, section in sections.items()
+        for f in dataclasses.fields(section)
+        if getattr(section, f.name) == REQUIRED
+    ]
+
+
+def _doc(section_type: type[Any], key: str) -> str:
+    return field_docs(section_type).get(key, "").rstrip(".")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+

@@ -1,0 +1,98 @@
+"""Ranges of single values and relations between values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_POSITIVE = (lambda v: v > 0, "must be greater than 0")
+_NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")
+_AT_LEAST_ONE = (lambda v: v >= 1, "must be 1 or greater")
+_SHARE = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+_FILLED = (lambda v: len(v) > 0, "must not be empty")
+
+
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: v in choices), f"must be one of {', '.join(choices)}"
+
+
+def _each_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: len(v) > 0 and set(v) <= set(choices)), f"must name one or more of {', '.join(choices)}"
+
+
+RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model.path": _FILLED,
+    "model.quantization": _one_of("none", "8bit", "nf4"),
+    "model.dtype": _one_of("auto", "fp32", "bf16", "fp16"),
+    "data.path": _FILLED,
+    "data.resolution": (lambda v: 16 <= v <= 4096, "must be between 16 and 4096 pixels"),
+    "data.captions": _one_of("required", "optional"),
+    "adapter.rank": _AT_LEAST_ONE,
+    "adapter.alpha": _POSITIVE,
+    "adapter.dropout": _SHARE,
+    "adapter.parts": _FILLED,
+    "adapter.targets": _FILLED,
+    "train.seed": _NOT_NEGATIVE,
+    "train.max_steps": _AT_LEAST_ONE,
+    "train.epochs": _AT_LEAST_ONE,
+    "train.batch_size": _AT_LEAST_ONE,
+    "train.gradient_accumulation": _AT_LEAST_ONE,
+    "train.learning_rate": _POSITIVE,
+    "train.text_encoder_learning_rate": _POSITIVE,
+    "train.optimizer": _one_of("adamw"),
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.schedule": _one_of("constant", "linear", "cosine"),
+    "train.warmup_steps": _NOT_NEGATIVE,
+    "train.max_grad_norm": _NOT_NEGATIVE,
+    "train.precision": _one_of("auto", "fp32", "bf16", "fp16"),
+    "train.threads": (lambda v: v == "auto" or (v.isdigit() and int(v) > 0), "must be auto or a number of threads"),
+    "train.save_every_steps": _NOT_NEGATIVE,
+    "train.keep_checkpoints": _NOT_NEGATIVE,
+    "train.preview_every_steps": _NOT_NEGATIVE,
+    "train.tracker": _one_of("none", "tensorboard"),
+    "preview.seeds": _FILLED,
+    "preview.num_steps": _AT_LEAST_ONE,
+    "preview.guidance": _AT_LEAST_ONE,
+    "output.path": _FILLED,
+    "output.formats": _each_of("kohya", "diffusers", "peft"),
+    "output.dtype": _one_of("fp32", "fp16", "bf16"),
+}
+
+
+def broken_rules(sections: Mapping[str, Any]) -> list[str]:
+    """Returns one line for each value out of range and each pair of values that cannot go together."""
+    return [*_ranges(sections), *_relations(sections)]
+
+
+def _ranges(sections: Mapping[str, Any]) -> Iterator[str]:
+    own = {name: getattr(type(section), "ranges", {}) for name, section in sections.items()}
+    rules = {**RANGES, **{f"{name}.{key}": rule for name, table in own.items() for key, rule in table.items()}}
+    for dotted, (allows, text) in rules.items():
+        section, key = dotted.split(".")
+        value = getattr(sections[section], key)
+        if value is not None and value != "???" and not allows(value):
+            yield f"{dotted}={_shown(value)}: {text}"
+
+
+def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
+    data, adapter, train = sections["data"], sections["adapter"], sections["train"]
+    preview, output = sections["preview"], sections["output"]
+    if train.max_steps is not None and train.epochs is not None:
+        yield f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
+    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
+        yield f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
+    if train.text_encoder_learning_rate is not None and not any("text" in part for part in adapter.parts):
+        yield (
+            f"train.text_encoder_learning_rate={train.text_encoder_learning_rate}: no text encoder is trained; "
+            "add text_encoder to adapter.parts or drop this key"
+        )
+    if preview.prompts and not train.preview_every_steps:
+        yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
+    if data.default_caption and data.captions == "required":
+        yield "data.default_caption: is only used with data.captions=optional"
+    if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
+        yield f"output.name={output.name}: must be a plain file name without folders"
+
+
+def _shown(value: Any) -> str:
+    return "[" + ", ".join(str(item) for item in value) + "]" if isinstance(value, tuple) else str(value)
