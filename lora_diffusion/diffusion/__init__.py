@@ -1,0 +1,1 @@
+"""Noise schedules, prediction targets and loss weights; no models."""

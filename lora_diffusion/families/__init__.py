@@ -1,0 +1,1 @@
+"""Kinds of base models, one object FAMILY in each file."""

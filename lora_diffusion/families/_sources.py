@@ -1,0 +1,231 @@
+"""Where a Stable Diffusion base comes from: built-in, diffusers folder, hub id, or single-file checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.errors import ModelError, UnsupportedError
+from lora_diffusion.core.files import builtin_path, sha256
+from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.types import BaseInfo, Loaded
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_BUILTIN = {"emoji": "emoji-sd"}
+_HUB_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+
+
+class Source(Protocol):
+    """A base model on disk."""
+
+    def info(self, path: str) -> BaseInfo:
+        """Describes the base; `path` is what the user called it."""
+
+    def skeleton(self) -> dict[str, nn.Module]:
+        """Builds the parts on the meta device."""
+
+    def load(self, options: Any, device: torch.device) -> Loaded:
+        """Loads the base, frozen and in eval mode."""
+
+    def fingerprint(self, components: Sequence[str]) -> str:
+        """Names the weights of these components by their content."""
+
+
+def find(options: ModelOptions) -> Source:
+    """Returns the source that `model.path` means.
+
+    Raises:
+        ModelError: nothing is there, or it is not a Stable Diffusion 1.x base.
+        UnsupportedError: the frozen weights cannot be stored as asked.
+    """
+    if options.quantization != "none":
+        raise UnsupportedError(
+            f"model.quantization={options.quantization} is not available for Stable Diffusion 1 yet; set it to none."
+        )
+    path = _local(options.path)
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelError(
+            f"model.path={options.path} is a pickle, which can run code when it is loaded; "
+            "take the .safetensors version of this checkpoint."
+        )
+    if path.is_file():
+        from lora_diffusion.families._single_file import SingleFile
+
+        return SingleFile(path)
+    return Folder(path)
+
+
+def _local(name: str) -> Path:
+    if name.startswith("builtin:"):
+        known = name.removeprefix("builtin:")
+        if known not in _BUILTIN:
+            raise ModelError(f"model.path={name}: there is no such built-in base; known: builtin:emoji.")
+        return builtin_path(_BUILTIN[known])
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _download(name)
+    near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    raise ModelError(f"model.path={name}: there is no such folder or file{near}. Give builtin:emoji, a diffusers folder, "
+                     "a .safetensors checkpoint or a hub id such as owner/name.")
+
+
+@cache
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=["safety_checker/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"model.path={name} is neither a folder or file here nor a model that the hub gives: "
+                         f"{str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A diffusers StableDiffusionPipeline folder."""
+
+    path: Path
+
+    def info(self, path: str) -> BaseInfo:
+        """Reads the component configs."""
+        configs = self._configs()
+        return describe(configs, path)
+
+    def skeleton(self) -> dict[str, nn.Module]:
+        """Builds UNet and text encoder from their configs."""
+        return build_skeleton(self._configs())
+
+    def load(self, options: Any, device: torch.device) -> Loaded:
+        """Loads the folder; pickled weights are refused."""
+        from diffusers import StableDiffusionPipeline
+
+        from lora_diffusion.core.device import frozen_dtype
+
+        info = self.info(options.path)
+        dtype = frozen_dtype(options.dtype, device)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            self.path,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        return as_loaded(pipeline, options, device, info)
+
+    def fingerprint(self, components: Sequence[str]) -> str:
+        """Hashes every file of the components' folders."""
+        files = [file for name in components for file in sorted((self.path / name).iterdir()) if file.is_file()]
+        return " ".join(f"{file.parent.name}/{file.name}={content_hash(file)}" for file in files)
+
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        faults = [self._fault(name) for name in _CLASSES]
+        if any(faults):
+            raise ModelError(
+                f"The base {self.path} is not a complete Stable Diffusion folder; it must hold unet/, vae/, "
+                "text_encoder/, tokenizer/ and scheduler/, each as diffusers saves it.",
+                [fault for fault in faults if fault],
+            )
+        return {name: read_json(self.path / name / "config.json") for name in _CLASSES} | {
+            "scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")
+        }
+
+    def _fault(self, name: str) -> str | None:
+        folder = self.path / name
+        if not (folder / "config.json").is_file():
+            return f"{name}: {folder / 'config.json'} is missing"
+        if not list(folder.glob("*.safetensors")):
+            return f"{name}: there are no .safetensors weights in {folder}"
+        return None
+
+
+def content_hash(path: Path) -> str:
+    """Returns the sha256 of a file; a file that did not change is read once."""
+    return _hash(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _hash(path: Path, changed_ns: int) -> str:
+    del changed_ns
+    return sha256(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON object from a file of the base.
+
+    Raises:
+        ModelError: missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} of the base cannot be read: {error}") from error
+
+
+def describe(configs: Mapping[str, Mapping[str, Any]], path: str) -> BaseInfo:
+    """Returns what the component configs say of a base.
+
+    Raises:
+        ModelError: the UNet is one of SDXL, inpainting or another family.
+    """
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    if unet.get("addition_embed_type"):
+        raise ModelError(f"The base {path} is Stable Diffusion XL, not 1.x; set model.family to its family.")
+    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+        raise ModelError(f"The UNet of {path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained.")
+    if unet.get("cross_attention_dim") != text.get("hidden_size"):
+        raise ModelError(
+            f"The base {path} does not fit together: the UNet expects text of width {unet.get('cross_attention_dim')}, "
+            f"the text encoder gives {text.get('hidden_size')}."
+        )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    size_step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    return BaseInfo(int(unet["sample_size"]) * factor, size_step, "stable-diffusion-v1", path)
+
+
+def build_skeleton(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
+    """Returns UNet and text encoder on the meta device."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel.from_config(dict(configs["unet"])),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"]))),
+        }
+
+
+def as_loaded(pipeline: Any, options: Any, device: torch.device, info: BaseInfo) -> Loaded:
+    """Freezes a pipeline's networks and sorts its components into parts and modules."""
+    from lora_diffusion.diffusion.noise import NoiseSchedule
+    from lora_diffusion.diffusion.prediction import find_prediction
+
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        network.requires_grad_(False).eval().to(device)
+    kind = options.prediction if options.prediction != "auto" else pipeline.scheduler.config.prediction_type
+    if kind != pipeline.scheduler.config.prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=kind)
+    modules = {
+        "vae": pipeline.vae,
+        "tokenizer": pipeline.tokenizer,
+        "scheduler": pipeline.scheduler,
+        "schedule": NoiseSchedule(pipeline.scheduler.alphas_cumprod.float()),
+        "prediction": find_prediction(kind),
+        "scaling_factor": float(pipeline.vae.config.scaling_factor),
+    }
+    return Loaded({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, modules, options, device, info)
