@@ -18,7 +18,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.device import find_dtype, has_fast_bf16
+from lora_diffusion.core.device import compute_dtype, has_fast_bf16
 from lora_diffusion.core.errors import ConfigError, NonFiniteError
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Tracker
@@ -73,7 +73,8 @@ class Trainer:
         self.optimizer = optim.build(config, params)
         self._parameters = [parameter for _, parameter in optim.named(params)]
         self.device = self._parameters[0].device
-        self._dtype = _compute_dtype(config.precision, self.device)
+        self._dtype = compute_dtype(config.precision, self.device)
+        _warn_of_emulation(self._dtype, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         self._resumed_length: int | None = None
         settings = dataclasses.asdict(config) | {"precision": str(self._dtype).removeprefix("torch.")}
@@ -89,7 +90,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is NaN or infinite; the parameters are those of the step before.
             CheckpointError: a checkpoint cannot be written.
         """
-        num_steps = _num_steps(self.config, batches.num_steps_per_epoch)
+        num_steps = total_steps(self.config, batches.num_steps_per_epoch)
         self._warn_of_new_length(num_steps)
         with self._open_trackers(num_steps) as trackers:
             started = time.perf_counter()
@@ -222,7 +223,12 @@ class Trainer:
         return dataclasses.replace(batch, tensors=tensors)
 
 
-def _num_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
+def total_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
+    """Returns the number of optimizer steps of a run: max_steps, or epochs, or 1000 where neither is given.
+
+    Raises:
+        ConfigError: both are given.
+    """
     if config.max_steps is not None and config.epochs is not None:
         raise ConfigError(f"train.max_steps={config.max_steps} and train.epochs={config.epochs}: give one of the two.")
     if config.epochs is not None:
@@ -230,11 +236,6 @@ def _num_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
     return _DEFAULT_STEPS if config.max_steps is None else config.max_steps
 
 
-def _compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Returns the number type of autocast; float32 means none."""
-    fast_bf16 = has_fast_bf16(device)
-    if precision == "auto":
-        return torch.bfloat16 if fast_bf16 else torch.float32
-    if precision != "fp32" and device.type == "cpu" and not fast_bf16:
-        logger.warning("train.precision=%s is emulated on this CPU and slower than fp32; auto avoids that.", precision)
-    return find_dtype(precision)
+def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cpu" and dtype != torch.float32 and not (dtype == torch.bfloat16 and has_fast_bf16(device)):
+        logger.warning("This CPU emulates %s, which is slower than fp32; set train.precision=auto.", dtype)

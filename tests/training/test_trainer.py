@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedError
 from lora_diffusion.training import checkpoint
-from lora_diffusion.training import trainer as trainer_module
 from lora_diffusion.training.hooks import PreviewHook
+from lora_diffusion.training.trainer import total_steps
 from tests.training.toy import Toy, ToyBatches, moments
 
 
@@ -41,7 +42,7 @@ def test_epochs_are_as_many_steps_as_their_batches_make(tmp_path: Path, accumula
 
 
 def test_without_a_length_a_thousand_steps_are_made() -> None:
-    assert trainer_module._num_steps(Toy().trainer(Path()).config, 5) == 1000
+    assert total_steps(TrainConfig(), 5) == 1000
 
 
 def test_steps_and_epochs_together_are_refused(tmp_path: Path) -> None:
