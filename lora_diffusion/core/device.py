@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def pick_device() -> torch.device:
-    """Returns the device of this process: its own GPU where `accelerate launch` started several, else cuda, mps or cpu."""
+    """Returns cuda, else mps, else cpu; each process that `accelerate launch` starts gets a GPU of its own."""
     from accelerate import PartialState
 
     return PartialState().device
