@@ -1,0 +1,1 @@
+"""Rebuilds the built-in models and the sample sets; see README.md."""
