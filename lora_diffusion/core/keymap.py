@@ -45,7 +45,9 @@ class KeyMap:
             AdapterFileError: the base has no such module.
         """
         if key not in self._names:
-            raise AdapterFileError(f"The base has no module {key.part}/{key.path}; was the adapter made for another base?")
+            raise AdapterFileError(
+                f"The base has no module {key.part}/{key.path}; was the adapter made for another base?"
+            )
         return self._names[key]
 
     def key(self, name: str) -> ModuleKey:

@@ -61,7 +61,10 @@ class Family(Protocol):
         """Stacks items of one group."""
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
-        """Returns the loss of each sample; every random draw is taken from `rng`, a CPU generator."""
+        """Returns the loss of each sample; every random draw is taken from `rng`, a CPU generator.
+
+        The batch is on the CPU, where the draws are made; the loss moves what it needs to the base's device.
+        """
 
     def example(self, options: Any, batch_size: int, size: tuple[int, int]) -> Mapping[str, Mapping[str, Any]]:
         """Gives part -> keyword arguments of one call on the meta device, to estimate the memory of a step."""

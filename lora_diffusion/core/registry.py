@@ -17,15 +17,16 @@ _ROOMS = {
 }
 
 
+_SHARED = {"families": (), "formats": ("metadata", "verified"), "metrics": ()}
+"""Files of a room that are not one of its kind."""
+
+
 def available(kind: str) -> list[str]:
     """Returns the sorted names of a kind: "families", "formats" or "metrics". Imports none of them."""
     package = importlib.import_module(_ROOMS[kind][0])
     files = [module.name for module in pkgutil.iter_modules(package.__path__)]
     own = {name for name in files if not name.startswith("_") and name not in _SHARED[kind]}
     return sorted(own | {point.name for point in entry_points(group=f"lora_diffusion.{kind}")})
-
-
-_SHARED = {"families": (), "formats": ("metadata",), "metrics": ()}
 
 
 def find(kind: str, name: str) -> Any:

@@ -96,6 +96,8 @@ class BaseInfo:
     """Width and height of a picture must be multiples of this."""
     architecture: str
     """`modelspec.architecture` without "/lora", say stable-diffusion-v1."""
+    prediction: str
+    """What the network predicts: epsilon or v_prediction."""
     source: str
     """What the user can find again: builtin:emoji, a folder, a file or a hub id."""
 

@@ -47,9 +47,9 @@ class SingleFile:
 
     path: Path
 
-    def info(self, path: str) -> BaseInfo:
+    def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors."""
-        return _sources.describe(self._configs, path)
+        return _sources.describe(self._configs, options.path, options.prediction)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoder on the meta device."""
@@ -61,12 +61,13 @@ class SingleFile:
 
         from lora_diffusion.core.device import frozen_dtype
 
-        info = self.info(options.path)
+        _sources.silence_progress()
+        info = self.info(options)
         pipeline = StableDiffusionPipeline.from_single_file(
             str(self.path),
             config=str(self._config_folder()),
             local_files_only=True,
-            torch_dtype=frozen_dtype(options.dtype, device),
+            dtype=frozen_dtype(options.dtype, device),
             safety_checker=None,
         )
         return _sources.as_loaded(pipeline, options, device, info)

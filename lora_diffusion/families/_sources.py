@@ -28,8 +28,8 @@ _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encode
 class Source(Protocol):
     """A base model on disk."""
 
-    def info(self, path: str) -> BaseInfo:
-        """Describes the base; `path` is what the user called it."""
+    def info(self, options: Any) -> BaseInfo:
+        """Describes the base."""
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds the parts on the meta device."""
@@ -99,10 +99,9 @@ class Folder:
 
     path: Path
 
-    def info(self, path: str) -> BaseInfo:
+    def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
-        configs = self._configs()
-        return describe(configs, path)
+        return describe(self._configs(), options.path, options.prediction)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoder from their configs."""
@@ -114,11 +113,12 @@ class Folder:
 
         from lora_diffusion.core.device import frozen_dtype
 
-        info = self.info(options.path)
+        silence_progress()
+        info = self.info(options)
         dtype = frozen_dtype(options.dtype, device)
         pipeline = StableDiffusionPipeline.from_pretrained(
             self.path,
-            torch_dtype=dtype,
+            dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             safety_checker=None,
@@ -176,8 +176,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} of the base cannot be read: {error}") from error
 
 
-def describe(configs: Mapping[str, Mapping[str, Any]], path: str) -> BaseInfo:
-    """Returns what the component configs say of a base.
+def describe(configs: Mapping[str, Mapping[str, Any]], path: str, kind: str) -> BaseInfo:
+    """Returns what the component configs say of a base; `kind` is `model.prediction`.
 
     Raises:
         ModelError: the UNet is one of SDXL, inpainting or another family.
@@ -193,8 +193,13 @@ def describe(configs: Mapping[str, Mapping[str, Any]], path: str) -> BaseInfo:
             f"the text encoder gives {text.get('hidden_size')}."
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    size_step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    return BaseInfo(int(unet["sample_size"]) * factor, size_step, "stable-diffusion-v1", path)
+    return BaseInfo(
+        resolution=int(unet["sample_size"]) * factor,
+        size_step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
+        architecture="stable-diffusion-v1",
+        prediction=kind if kind != "auto" else configs["scheduler"].get("prediction_type", "epsilon"),
+        source=path,
+    )
 
 
 def build_skeleton(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
@@ -210,6 +215,15 @@ def build_skeleton(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Mod
         }
 
 
+def silence_progress() -> None:
+    """Turns off the bars that diffusers and transformers draw while they load: they take a second and say nothing."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def as_loaded(pipeline: Any, options: Any, device: torch.device, info: BaseInfo) -> Loaded:
     """Freezes a pipeline's networks and sorts its components into parts and modules."""
     from lora_diffusion.diffusion.noise import NoiseSchedule
@@ -217,15 +231,13 @@ def as_loaded(pipeline: Any, options: Any, device: torch.device, info: BaseInfo)
 
     for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         network.requires_grad_(False).eval().to(device)
-    kind = options.prediction if options.prediction != "auto" else pipeline.scheduler.config.prediction_type
-    if kind != pipeline.scheduler.config.prediction_type:
-        pipeline.scheduler.register_to_config(prediction_type=kind)
+    pipeline.scheduler.register_to_config(prediction_type=info.prediction)
     modules = {
         "vae": pipeline.vae,
         "tokenizer": pipeline.tokenizer,
         "scheduler": pipeline.scheduler,
         "schedule": NoiseSchedule(pipeline.scheduler.alphas_cumprod.float()),
-        "prediction": find_prediction(kind),
+        "prediction": find_prediction(info.prediction),
         "scaling_factor": float(pipeline.vae.config.scaling_factor),
     }
     return Loaded({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, modules, options, device, info)

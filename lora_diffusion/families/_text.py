@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     full = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
     cut = [prompt for prompt, ids in zip(prompts, full, strict=True) if len(ids) > tokenizer.model_max_length]
     if cut:
-        limit = tokenizer.model_max_length - 2
-        logger.warning("%d prompt(s) are longer than %d tokens and were cut: %s", len(cut), limit, name_some(cut))
+        _warn_of_cut(tuple(dict.fromkeys(cut)), tokenizer.model_max_length - 2)
     return tokenizer(  # type: ignore[no-any-return]
         list(prompts),
         padding="max_length",
@@ -29,6 +29,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+@cache
+def _warn_of_cut(prompts: tuple[str, ...], limit: int) -> None:
+    """Warns of prompts once in a process."""
+    logger.warning("%d prompt(s) are longer than %d tokens and were cut: %s", len(prompts), limit, name_some([*prompts]))
 
 
 def encode(text_encoder: nn.Module, token_ids: Tensor) -> Tensor:

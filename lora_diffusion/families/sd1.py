@@ -77,7 +77,7 @@ class StableDiffusion1:
         """Reads the configs of the base."""
         from lora_diffusion.families import _sources
 
-        return _sources.find(options).info(options.path)
+        return _sources.find(options).info(options)
 
     def skeleton(self, options: SD1Options) -> dict[str, nn.Module]:
         """Builds UNet and text encoder on the meta device."""
@@ -110,28 +110,25 @@ class StableDiffusion1:
         Tensors of an item: "moments" [views, 2 * channels, height, width]; "text", "text_empty" and, where the
         sample has one, "text_prior", each [captions, length(, dim)].
         """
-        import torch
+        from lora_diffusion.families import _latent
 
-        from lora_diffusion.families import _latent, _text
+        priors = [sample.prior_caption for sample in samples if sample.prior_caption is not None]
+        prompts = list(dict.fromkeys(["", *(caption for sample in samples for caption in sample.captions), *priors]))
+        rows = _prepare_text(loaded, prompts, is_trained="text_encoder" in trained)
 
-        def text(prompts: Sequence[str]) -> Tensor:
-            ids = _text.tokenize(loaded.modules["tokenizer"], prompts)
-            if "text_encoder" in trained:
-                return ids
-            with torch.no_grad():
-                return _text.encode(loaded.parts["text_encoder"], ids).float().cpu()
+        def text(*wanted: str) -> Tensor:
+            return rows[[prompts.index(prompt) for prompt in wanted]]
 
         items = []
-        empty = text([""])
         for sample in samples:
             assert sample.pixels is not None, f"{sample.key} has no pixels"
             tensors = {
                 "moments": _latent.encode_moments(loaded.modules["vae"], sample.pixels),
-                "text": text(sample.captions),
-                "text_empty": empty,
+                "text": text(*sample.captions),
+                "text_empty": text(""),
             }
             if sample.prior_caption is not None:
-                tensors["text_prior"] = text([sample.prior_caption])
+                tensors["text_prior"] = text(sample.prior_caption)
             items.append(Prepared(sample.key, tensors, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats))
         return items
 
@@ -208,6 +205,19 @@ class StableDiffusion1:
                 images = _generate_alike(loaded, [requests[i] for i in chunk])
                 outputs.update({i: Output(requests[i], image) for i, image in zip(chunk, images, strict=True)})
         return [outputs[i] for i in range(len(requests))]
+
+
+def _prepare_text(loaded: Loaded, prompts: Sequence[str], *, is_trained: bool) -> Tensor:
+    """Returns token ids [num_prompts, length] if the text encoder is trained, else embeddings on the CPU."""
+    import torch
+
+    from lora_diffusion.families import _text
+
+    ids = _text.tokenize(loaded.modules["tokenizer"], prompts)
+    if is_trained:
+        return ids
+    with torch.no_grad():
+        return torch.cat([_text.encode(loaded.parts["text_encoder"], rows) for rows in ids.split(32)]).float().cpu()
 
 
 def _settings(request: Request) -> tuple[Any, ...]:

@@ -155,7 +155,7 @@ class Trainer:
         metrics: defaultdict[str, float] = defaultdict(float)
         for batch in micro_batches:
             with torch.autocast(self.device.type, self._dtype) if self._dtype != torch.float32 else nullcontext():
-                output = self.loss(self._on_device(batch), derive(self.config.seed, "loss", *batch.position))
+                output = self.loss(batch, derive(self.config.seed, "loss", *batch.position))
             torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
             per_sample.append(output.per_sample.detach().float())
             for name, value in output.metrics.items():
@@ -217,10 +217,6 @@ class Trainer:
                 self.step + 1,
                 self.config.schedule,
             )
-
-    def _on_device(self, batch: Batch) -> Batch:
-        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-        return dataclasses.replace(batch, tensors=tensors)
 
 
 def total_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:

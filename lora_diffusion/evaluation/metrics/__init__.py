@@ -1,0 +1,1 @@
+"""Scores of pictures, one object METRIC in each file."""

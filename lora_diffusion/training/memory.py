@@ -1,0 +1,103 @@
+"""How much memory a run will need, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapters.plan import InjectionPlan
+
+_OPTIMIZER_COPIES = 4
+"""float32 numbers for each adapter parameter: itself, its gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step, framework not counted."""
+
+    weights_bytes: int
+    adapter_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all."""
+        return self.weights_bytes + self.adapter_bytes + self.activation_bytes
+
+    def line(self) -> str:
+        """Returns one line for people."""
+        parts = (
+            ("frozen weights", self.weights_bytes),
+            ("adapter, gradients and optimizer", self.adapter_bytes),
+            ("activations", self.activation_bytes),
+        )
+        return f"memory  about {_gigabytes(self.total_bytes)}: " + ", ".join(f"{n} {_gigabytes(b)}" for n, b in parts)
+
+
+def estimate(
+    parts: Mapping[str, nn.Module],
+    examples: Mapping[str, Mapping[str, Any]],
+    plan: InjectionPlan,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    gradient_checkpointing: bool,
+) -> MemoryEstimate:
+    """Estimates the peak of a training step.
+
+    Args:
+        parts: networks on the meta device that stay in memory while training.
+        examples: part -> keyword arguments of one call, on the meta device; parts without one run without gradient.
+        plan: what is trained.
+        dtype: number type of the frozen weights.
+        compute_dtype: number type of activations.
+        gradient_checkpointing: keep only the inputs of blocks; estimated as a fifth of all activations.
+    """
+    weights = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
+    activations = sum(_saved_numbers(parts[name], kwargs) for name, kwargs in examples.items() if name in parts)
+    share = 0.2 if gradient_checkpointing else 1.0
+    return MemoryEstimate(
+        weights_bytes=weights * dtype.itemsize,
+        adapter_bytes=plan.num_parameters * 4 * _OPTIMIZER_COPIES,
+        activation_bytes=int(activations * compute_dtype.itemsize * share),
+    )
+
+
+def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
+    """Makes networks of diffusers and transformers recompute the inside of each block in the backward pass.
+
+    They do so in train mode only, which changes nothing else: their dropout is 0 and they hold no batch statistics.
+    """
+    for network in parts.values():
+        enable = getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable
+        enable()
+        network.train()
+
+
+def _saved_numbers(network: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """Counts the numbers that autograd keeps for the backward pass to the inputs."""
+    network.requires_grad_(False)
+    inputs = {name: _with_gradient(value) for name, value in kwargs.items()}
+    weights = {id(parameter) for parameter in network.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in weights and not isinstance(tensor, nn.Parameter):
+            saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(**inputs)
+    del output
+    return sum(tensor.untyped_storage().nbytes() // tensor.dtype.itemsize for tensor in saved.values())
+
+
+def _with_gradient(value: Any) -> Any:
+    return value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -1,0 +1,121 @@
+"""What a run says about itself: in its adapter file and in its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config.load import to_values
+from lora_diffusion.config.schema import Config
+from lora_diffusion.core.device import compute_dtype, pick_device
+from lora_diffusion.core.types import AdapterState, BaseInfo, ImageText
+from lora_diffusion.data.batches import Batches
+from lora_diffusion.formats.metadata import build, count_tags
+from lora_diffusion.training.optim import learning_rate
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.tracking import METRICS_NAME
+
+
+def fingerprint(config: Config, base: str, samples: Sequence[ImageText]) -> dict[str, Any]:
+    """Returns setting -> value of all that changes the result besides the `train:` section.
+
+    Args:
+        config: the run's config.
+        base: names the weights of the base by content.
+        samples: the data; their captions, sizes and repeats are hashed. The pictures' bytes are in `base`'s cache keys.
+    """
+    values = to_values(config)
+    settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
+    listed = [(s.key, s.captions, s.prior_caption, s.num_repeats, s.size, _digest(s)) for s in samples]
+    return settings | {"base": base, "data": hashlib.sha256(json.dumps(listed).encode()).hexdigest()}
+
+
+def _digest(sample: ImageText) -> str:
+    with sample.path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def final_loss(run: RunFolder) -> float:
+    """Returns the mean loss over the last tenth of the steps."""
+    lines = (run.path / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    last = losses[-max(1, len(losses) // 10) :]
+    return float(sum(last) / len(last))
+
+
+def metadata(
+    config: Config, info: BaseInfo, state: AdapterState, samples: Sequence[ImageText], batches: Batches, step: int
+) -> dict[str, str]:
+    """Returns the metadata of the adapter file.
+
+    Args:
+        config: the run's config.
+        info: the base.
+        state: the trained adapter.
+        samples: the data.
+        batches: how the data was shown.
+        step: optimizer steps made.
+    """
+    train, model = config.train, config.model
+    epochs = -(-step // batches.num_steps_per_epoch)
+    training = {
+        "unet_lr": train.learning_rate,
+        "text_encoder_lr": learning_rate(train, "text_encoder") if "text_encoder" in config.adapter.parts else None,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler": train.schedule,
+        "lr_warmup_steps": train.warmup_steps,
+        "optimizer": train.optimizer,
+        "max_grad_norm": train.max_grad_norm,
+        "seed": train.seed,
+        "steps": step,
+        "epoch": epochs,
+        "num_epochs": epochs,
+        "max_train_steps": step,
+        "num_train_images": batches.num_samples_per_epoch,
+        "num_batches_per_epoch": batches.num_steps_per_epoch * train.gradient_accumulation,
+        "batch_size_per_device": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "mixed_precision": _precision(train.precision),
+        "network_dropout": config.adapter.dropout or None,
+        "network_args": {"parts": config.adapter.parts, "targets": config.adapter.targets},
+        "noise_offset": model.noise_offset or None,
+        "min_snr_gamma": model.min_snr_gamma,
+        "caption_dropout_rate": model.caption_dropout,
+        "flip_aug": config.data.flip,
+        "enable_bucket": config.data.buckets,
+        "resolution": f"({samples[0].size[0]}, {samples[0].size[1]})",
+        "sd_model_name": Path(info.source).name,
+        **(_published(samples) if config.output.publish_tags else {}),
+    }
+    return build(
+        state,
+        architecture=info.architecture,
+        name=RunFolder(Path(config.output.path)).name(config),
+        written_at=time.time(),
+        resolution=samples[0].size,
+        prediction_type=info.prediction,
+        trigger=samples[0].trigger,
+        training=training,
+    )
+
+
+def _precision(precision: str) -> str:
+    """Returns kohya's word for what autocast computed in."""
+    dtype = str(compute_dtype(precision, pick_device()))
+    return {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(dtype, "no")
+
+
+def _published(samples: Sequence[ImageText]) -> dict[str, Any]:
+    captions: dict[str, list[str]] = {}
+    for sample in samples:
+        captions.setdefault(sample.path.parent.name, []).extend(sample.captions)
+    folders = Counter(sample.path.parent.name for sample in samples)
+    repeats = {sample.path.parent.name: sample.num_repeats for sample in samples}
+    dirs = {name: {"n_repeats": repeats[name], "img_count": count} for name, count in folders.items()}
+    return {"tag_frequency": count_tags(captions), "dataset_dirs": dirs}

@@ -1,0 +1,118 @@
+"""The folder of a training run: who may write into it, and what is where."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_diffusion.config.describe import differences
+from lora_diffusion.config.load import load, to_yaml
+from lora_diffusion.config.schema import Config
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import write_text
+from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import logger
+
+_FREE = ("output.", "cache.", "preview.", "train.threads", "train.save_every_steps", "train.keep_checkpoints")
+_FREE += ("train.preview_every_steps", "train.tracker", "train.max_steps", "train.epochs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below `output.path`."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved config; a folder that has it is a run."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan_path(self) -> Path:
+        """The injection plan."""
+        return self.path / "plan.json"
+
+    @property
+    def previews_path(self) -> Path:
+        """Pictures drawn while training."""
+        return self.path / "previews"
+
+    def name(self, config: Config) -> str:
+        """Returns the name of the adapter: `output.name`, else that of the folder."""
+        return config.output.name or self.path.resolve().name
+
+    def adapter_path(self, config: Config, format_name: str, is_folder: bool) -> Path:
+        """Returns where the adapter goes: `<name>.safetensors` for kohya, `<name>.<format>` with or without ending."""
+        stem = self.name(config) if format_name == "kohya" else f"{self.name(config)}.{format_name}"
+        return self.path / (stem if is_folder else f"{stem}.safetensors")
+
+    def find_adapter(self, config: Config) -> Path:
+        """Returns the finished adapter, in whichever format was written.
+
+        Raises:
+            ConfigError: the run has not finished.
+        """
+        for format_name in config.output.formats:
+            for is_folder in (False, True):
+                path = self.adapter_path(config, format_name, is_folder)
+                if path.exists():
+                    return path
+        raise ConfigError(f"The run in {self.path} has no finished adapter; finish it with 'lora-diffusion train --resume'.")
+
+    def config(self) -> Config:
+        """Returns the config that the run was made with.
+
+        Raises:
+            ConfigError: this is no run folder.
+        """
+        if not self.config_path.is_file():
+            near = self.path.parent.iterdir() if self.path.parent.is_dir() else ()
+            names = [entry.name for entry in near if (entry / "config.yaml").is_file()]
+            raise ConfigError(
+                f"{self.path} is not a run folder: it holds no config.yaml{suggestion(self.path.name, names)}"
+            )
+        return load(self.config_path)
+
+
+def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
+    """Says whether a run may use its output folder; changes nothing.
+
+    Raises:
+        ConfigError: the folder holds another run or other files.
+    """
+    run = RunFolder(Path(config.output.path))
+    if resume and overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it; give one of the two.")
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"output.path={run.path} is a file; name a folder.")
+    if run.config_path.is_file():
+        if resume:
+            _check_equal(run, config)
+        elif not overwrite:
+            raise ConfigError(
+                f"output.path={run.path} holds a run already. Continue it with --resume, replace it with --overwrite, "
+                "or give another output.path."
+            )
+    elif run.path.is_dir() and any(run.path.iterdir()) and not resume:
+        raise ConfigError(f"output.path={run.path} holds other files; give a new or empty folder.")
+    return run
+
+
+def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
+    """Empties the folder of a run that is replaced, and writes the resolved config."""
+    if overwrite and run.config_path.is_file():
+        logger.info("Replacing the run in %s", run.path)
+        shutil.rmtree(run.path)
+    write_text(run.config_path, to_yaml(config))
+
+
+def _check_equal(run: RunFolder, config: Config) -> None:
+    changed = [line for line in differences(run.config(), config) if not line.startswith(_FREE)]
+    if changed:
+        raise ConfigError(
+            f"The run in {run.path} was started with other settings and cannot be continued with these; "
+            "set them back, or start a new run in another output.path.",
+            changed,
+        )

@@ -1,0 +1,303 @@
+"""Whole commands, from config to files. This file wires objects together and decides nothing.
+
+Read `train` first: every line of it is one step of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.inject import inject
+from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.adapters.plan import plan as make_plan
+from lora_diffusion.adapters.state import load_state, read_state
+from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import compute_dtype, find_dtype, frozen_dtype, pick_device
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import write_json
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Output, Prepared, Request
+from lora_diffusion.data import cache, sources
+from lora_diffusion.data.batches import Batches
+from lora_diffusion.data.images import open_rgb
+from lora_diffusion.data.report import DataReport, describe
+from lora_diffusion.evaluation import before_after
+from lora_diffusion.evaluation.before_after import Comparison
+from lora_diffusion.evaluation.clip import load_clip
+from lora_diffusion.evaluation.pictures import grid, save_image, save_output
+from lora_diffusion.formats import FileReport, describe_file, detect
+from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.training import memory, record, run_folder
+from lora_diffusion.training.hooks import PreviewHook
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.trainer import Trainer, total_steps
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run left."""
+
+    run_path: Path
+    num_steps: int
+    loss: float
+    """Mean over the last tenth of the steps."""
+    files: tuple[Path, ...]
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Trains an adapter and writes it in every asked format.
+
+    Raises:
+        InputError: anything that the user can mend; raised before the base is loaded.
+        RunError: the run failed; its folder can be continued with `resume`.
+    """
+    family: Family = registry.find("families", config.model.family)
+    variant = variants.find(config.adapter.variant, config.model.quantization)
+    info = family.check(config.model)
+    plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
+    run = run_folder.check(config, resume=resume, overwrite=overwrite)
+    samples = sources.read(config.data, info)
+    for line in plan.lines():
+        logger.info(line)
+
+    run_folder.prepare(run, config, overwrite=overwrite)
+    write_json(run.plan_path, plan.to_json())
+    loaded = family.load(config.model, pick_device())
+    trained = frozenset(config.adapter.parts)
+    items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
+    hooks = _prepare_previews(config, family, loaded, samples, run)
+    loaded.release(*(set(loaded.parts) - trained - {"unet"}), *(() if hooks else ("vae",)))
+
+    params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
+    if config.train.gradient_checkpointing:
+        memory.checkpoint_activations(loaded.parts)
+    batches = _batches(items, family, config)
+    fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
+    trainer = Trainer(config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint)
+    if resume:
+        trainer.resume()
+    trainer.fit(batches)
+
+    state = read_state(loaded)
+    state = replace(state, metadata=record.metadata(config, info, state, samples, batches, trainer.step))
+    files = tuple(_write(state, family, config, name, run) for name in config.output.formats)
+    return TrainResult(run.path, trainer.step, record.final_loss(run), files)
+
+
+def _batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:
+    processes = PartialState()
+    return Batches(
+        items,
+        family.collate,
+        batch_size=config.train.batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        seed=config.train.seed,
+        process_index=processes.process_index,
+        num_processes=processes.num_processes,
+    )
+
+
+def _write(state: AdapterState, family: Family, config: Config, format_name: str, run: RunFolder) -> Path:
+    format_: Format = registry.find("formats", format_name)
+    path = run.adapter_path(config, format_name, format_.is_folder)
+    key_map = family.key_map(format_name, config.model)
+    return write_verified(state, key_map, format_, path, find_dtype(config.output.dtype))
+
+
+def _prepare_previews(
+    config: Config, family: Family, loaded: Loaded, samples: Sequence[ImageText], run: RunFolder
+) -> list[PreviewHook]:
+    """Draws what the base alone makes of the preview prompts, which also encodes them while the text encoder is there."""
+    every, preview = config.train.preview_every_steps, config.preview
+    if not every:
+        return []
+    prompts = preview.prompts or tuple(dict.fromkeys(sample.captions[0] for sample in samples))[:4]
+    requests = [
+        Request(prompt, seed, preview.negative, preview.num_steps, preview.guidance)
+        for prompt in prompts
+        for seed in preview.seeds
+    ]
+
+    def draw(step: int) -> None:
+        outputs = family.generate(loaded, requests)
+        save_image(_grid(outputs, preview.seeds), run.previews_path / f"step-{step:06d}.png")
+
+    draw(0)
+    if "text_encoder" in config.adapter.parts:
+        loaded.text_cache.clear()
+    return [PreviewHook(every, draw)]
+
+
+def _grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Any:
+    """Returns outputs in a table: one row for each prompt, one column for each seed."""
+    rows = [outputs[start : start + len(seeds)] for start in range(0, len(outputs), len(seeds))]
+    labels = [row[0].request.prompt for row in rows]
+    return grid([[output.image for output in row] for row in rows], labels, [f"seed {seed}" for seed in seeds])
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a training run would do."""
+
+    data: DataReport
+    plan: InjectionPlan
+    memory: memory.MemoryEstimate
+    num_steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "data": vars(self.data),
+            "plan": self.plan.to_json(),
+            "memory": vars(self.memory) | {"total_bytes": self.memory.total_bytes},
+            "steps": self.num_steps,
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        lines = [*self.data.lines(), *self.plan.lines(), *self.plan.module_lines(), self.memory.line()]
+        return "\n".join([*lines, f"steps   {self.num_steps}", "Nothing was trained: this was a dry run."])
+
+
+def dry_run(config: Config) -> Outlook:
+    """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing."""
+    family: Family = registry.find("families", config.model.family)
+    variants.find(config.adapter.variant, config.model.quantization)
+    info = family.check(config.model)
+    skeleton = family.skeleton(config.model)
+    plan = make_plan(skeleton, family.parts, config.adapter)
+    run_folder.check(config, resume=True, overwrite=False)
+    samples = sources.read(config.data, info)
+    kept = {name: part for name, part in skeleton.items() if name == "unet" or name in config.adapter.parts}
+    example = family.example(config.model, config.train.batch_size, _largest(samples))
+    device = pick_device()
+    estimate = memory.estimate(
+        kept,
+        example,
+        plan,
+        frozen_dtype(config.model.dtype, device),
+        compute_dtype(config.train.precision, device),
+        config.train.gradient_checkpointing,
+    )
+    stubs = [Prepared(sample.key, {}, f"{sample.size}", sample.num_repeats) for sample in samples]
+    num_steps_per_epoch = _batches(stubs, family, config).num_steps_per_epoch
+    return Outlook(describe(samples), plan, estimate, total_steps(config.train, num_steps_per_epoch))
+
+
+def _largest(samples: Sequence[ImageText]) -> tuple[int, int]:
+    return max((sample.size for sample in samples), key=lambda size: size[0] * size[1])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Files that `generate` wrote."""
+
+    files: tuple[Path, ...]
+    grid: Path
+
+
+def generate(
+    model: ModelOptions,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    adapters: Sequence[tuple[Path, float]],
+    output_path: Path,
+    negative: str = "",
+    num_steps: int = 25,
+    guidance: float = 5.0,
+    size: tuple[int, int] | None = None,
+) -> Pictures:
+    """Draws each prompt with each seed and writes the pictures and one grid.
+
+    Args:
+        model: the base.
+        prompts: at least one.
+        seeds: at least one; a seed gives the same starting noise as in diffusers.
+        adapters: files or folders with their weights; all are applied at once.
+        output_path: folder; pictures of the same name are replaced.
+        negative: what the pictures should not show.
+        num_steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        size: width and height in pixels.
+
+    Raises:
+        InputError: the base or an adapter file cannot be used.
+    """
+    family: Family = registry.find("families", model.family)
+    info = family.check(model)
+    if size and (size[0] % info.size_step or size[1] % info.size_step):
+        raise ConfigError(f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base.")
+    states = [_read(path, family, model) for path, _ in adapters]
+    loaded = family.load(model, pick_device())
+    weights = _attach(loaded, states, [weight for _, weight in adapters])
+    requests = [Request(p, s, negative, num_steps, guidance, size, weights or None) for p in prompts for s in seeds]
+    outputs = family.generate(loaded, requests)
+    files = tuple(save_output(output, output_path, index) for index, output in enumerate(outputs))
+    grid_path = output_path / "grid.png"
+    save_image(_grid(outputs, seeds), grid_path)
+    return Pictures(files, grid_path)
+
+
+def _read(path: Path, family: Family, model: ModelOptions) -> AdapterState:
+    format_: Format = registry.find("formats", detect(path))
+    return format_.read(path, family.key_map(format_.name, model))
+
+
+def _attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
+    """Injects adapters under the names adapter0, adapter1, ... and returns their weights by name."""
+    named = {f"adapter{index}": weight for index, weight in enumerate(weights)}
+    for (name, weight), state in zip(named.items(), states, strict=True):
+        load_state(loaded, state, name, weight)
+    return named
+
+
+def export(run_path: Path, format_name: str, output_path: Path, *, overwrite: bool = False) -> Path:
+    """Writes the adapter of a finished run in a format, and reads it back.
+
+    Raises:
+        ConfigError: no run, no adapter in it, or the output exists.
+    """
+    run = RunFolder(run_path)
+    config = run.config()
+    family: Family = registry.find("families", config.model.family)
+    format_: Format = registry.find("formats", format_name)
+    source = run.find_adapter(config)
+    if output_path.exists() and not overwrite:
+        raise ConfigError(f"--output {output_path} exists; give another name or --overwrite.")
+    state = _read(source, family, config.model)
+    key_map = family.key_map(format_name, config.model)
+    return write_verified(state, key_map, format_, output_path, find_dtype(config.output.dtype))
+
+
+def inspect(path: Path) -> FileReport:
+    """Says what an adapter file is; needs no base model."""
+    return describe_file(path)
+
+
+def compare(config: Config, adapter_path: Path, references_path: Path, template: Request) -> Comparison:
+    """Draws and scores the captions of held-out pictures with the adapter file and without it.
+
+    Args:
+        config: gives the base, and how captions are read.
+        adapter_path: adapter file.
+        references_path: folder of captioned pictures that were not trained on.
+        template: steps, guidance, size and negative prompt of every picture.
+    """
+    family: Family = registry.find("families", config.model.family)
+    info = family.check(config.model)
+    references = sources.read(replace(config.data, path=str(references_path)), info)
+    state = _read(adapter_path, family, config.model)
+    loaded = family.load(config.model, pick_device())
+    _attach(loaded, [state], [1.0])
+    images = [open_rgb(sample.path) for sample in references]
+    return before_after.compare(partial(family.generate, loaded), load_clip(), references, images, "adapter0", template)
