@@ -116,7 +116,7 @@ def _write(state: AdapterState, family: Family, config: Config, format_name: str
 def _prepare_previews(
     config: Config, family: Family, loaded: Loaded, samples: Sequence[ImageText], run: RunFolder
 ) -> list[PreviewHook]:
-    """Draws what the base alone makes of the preview prompts, which also encodes them while the text encoder is there."""
+    """Draws what the base alone makes of the prompts, which also encodes them while the text encoder is there."""
     every, preview = config.train.preview_every_steps, config.preview
     if not every:
         return []
@@ -236,7 +236,9 @@ def generate(
     family: Family = registry.find("families", model.family)
     info = family.check(model)
     if size and (size[0] % info.size_step or size[1] % info.size_step):
-        raise ConfigError(f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base.")
+        raise ConfigError(
+            f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base."
+        )
     states = [_read(path, family, model) for path, _ in adapters]
     loaded = family.load(model, pick_device())
     weights = _attach(loaded, states, [weight for _, weight in adapters])

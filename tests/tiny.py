@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-_WORDS = "a an the of with on red green blue round square cat dog heart face style picture sks".split()
+_WORDS = ("a", "an", "the", "of", "red", "blue", "round", "cat", "dog", "heart", "face", "style", "picture", "sks")
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

@@ -33,7 +33,9 @@ def weighted_file(text: str) -> tuple[Path, float]:
     if not path.exists() and ":" in text:
         name, number = text.rsplit(":", 1)
         if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
-            raise ConfigError(f"--adapter {text}: {number!r} is not a weight; write FILE:WEIGHT, say style.safetensors:0.8.")
+            raise ConfigError(
+                f"--adapter {text}: {number!r} is not a weight; write FILE:WEIGHT, say style.safetensors:0.8."
+            )
         path, weight = Path(name), float(number)
     if not path.exists():
         raise ConfigError(f"--adapter {text}: there is no file {path}.")

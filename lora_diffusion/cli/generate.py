@@ -16,7 +16,9 @@ def add_parser(commands: Any) -> None:
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--config", type=Path, help="take the base model from a training config")
     base.add_argument("--model", help="builtin:emoji, a diffusers folder, a .safetensors checkpoint or a hub id")
-    parser.add_argument("--adapter", action="append", default=[], metavar="FILE:WEIGHT", help="may be given several times")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="FILE:WEIGHT", help="may be given several times"
+    )
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--negative", default="", help="what the pictures should not show")
     parser.add_argument("--seed", action="append", type=int, help="may be given several times; default 0")

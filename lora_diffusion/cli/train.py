@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> None:
     files = "\n".join(f"  {path}" for path in result.files)
     print_result(
         args,
-        {"run": str(result.run_path), "steps": result.num_steps, "loss": result.loss, "files": list(map(str, result.files))},
+        {
+            "run": str(result.run_path),
+            "steps": result.num_steps,
+            "loss": result.loss,
+            "files": list(map(str, result.files)),
+        },
         f"Trained {result.num_steps} steps. The adapter:\n{files}",
     )

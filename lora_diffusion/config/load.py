@@ -41,8 +41,11 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = T
     if not faults:
         faults += broken_rules(sections)
     if faults:
-        raise ConfigError(f"The config from {source} has {len(faults)} fault(s); mend them or see the keys with "
-                          "'lora-diffusion config show'.", faults)
+        raise ConfigError(
+            f"The config from {source} has {len(faults)} fault(s); mend them or see the keys with "
+            "'lora-diffusion config show'.",
+            faults,
+        )
     return Config(**sections)
 
 
@@ -110,11 +113,15 @@ def _unknown_keys(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) ->
         if name not in schema:
             yield f"{name}: there is no such section{suggestion(str(name), schema) or _suggest_key(str(name), known)}"
         elif not isinstance(section, Mapping):
-            yield f"{name}: is a section; write its keys below it, say {name}.{dataclasses.fields(schema[name])[0].name}"
+            yield f"{name}: is a section; write its keys below it, such as {_first_key(name, schema)}"
         else:
             for key in section:
                 if f"{name}.{key}" not in known:
                     yield f"{name}.{key}: there is no such key{_suggest_key(f'{name}.{key}', known)}"
+
+
+def _first_key(section: str, schema: Mapping[str, type[Any]]) -> str:
+    return f"{section}.{dataclasses.fields(schema[section])[0].name}"
 
 
 def _suggest_key(dotted: str, known: set[str]) -> str:
@@ -140,9 +147,8 @@ def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tupl
             if key not in hints:
                 continue
             try:
-                if isinstance(value, str | int | float | bool) and _is_list(hints[key]):
-                    value = [value]
-                OmegaConf.update(section, key, value)
+                alone = _is_list(hints[key]) and isinstance(value, str | int | float)
+                OmegaConf.update(section, key, [value] if alone else value)
             except (OmegaConfBaseException, ValueError, TypeError):
                 faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
         sections[name] = section_type(**{k: _tuples(v) for k, v in OmegaConf.to_container(section).items()})
@@ -188,5 +194,3 @@ def _doc(section_type: type[Any], key: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
-
-

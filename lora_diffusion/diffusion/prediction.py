@@ -38,7 +38,10 @@ class Epsilon:
 
 
 class Velocity:
-    """The network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, arXiv 2202.00512)."""
+    """The network predicts v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0.
+
+    Source: Salimans and Ho 2022, arXiv 2202.00512, appendix D.
+    """
 
     name = "v_prediction"
 

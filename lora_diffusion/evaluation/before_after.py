@@ -98,19 +98,30 @@ def compare(
         pictures = tuple(output.image for output in draw(requests))
         # The scorer knows the subject by its plain words; the trigger means nothing to it.
         rows.append(Row(label, pictures, _scores(clip, pictures, plain, images)))
-    real = Row("real pictures", tuple(images), _scores_of_real(clip, images, [s.prior_caption or s.captions[0] for s in references]))
+    real = Row(
+        "real pictures",
+        tuple(images),
+        _scores_of_real(clip, images, [s.prior_caption or s.captions[0] for s in references]),
+    )
     return Comparison(prompts, plain, tuple(rows), real, clip.name)
 
 
-def _scores(clip: Clip, pictures: Sequence[Image], texts: Sequence[str], references: Sequence[Image]) -> dict[str, Interval]:
-    return {metric.name: _interval(metric.score(clip, pictures, texts, references)) for metric in (CLIP_IMAGE, CLIP_TEXT)}
+def _scores(
+    clip: Clip, pictures: Sequence[Image], texts: Sequence[str], references: Sequence[Image]
+) -> dict[str, Interval]:
+    return {
+        metric.name: _interval(metric.score(clip, pictures, texts, references)) for metric in (CLIP_IMAGE, CLIP_TEXT)
+    }
 
 
 def _scores_of_real(clip: Clip, images: Sequence[Image], texts: Sequence[str]) -> dict[str, Interval]:
     """Scores the references against each other, each without itself."""
     vectors = clip.encode_images(images)
     similar = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / max(1, len(images) - 1)
-    return {CLIP_IMAGE.name: _interval(similar), CLIP_TEXT.name: _interval(CLIP_TEXT.score(clip, images, texts, images))}
+    return {
+        CLIP_IMAGE.name: _interval(similar),
+        CLIP_TEXT.name: _interval(CLIP_TEXT.score(clip, images, texts, images)),
+    }
 
 
 def _interval(scores: Tensor) -> Interval:

@@ -34,7 +34,9 @@ class Clip:
         device = next(self.model.parameters()).device
         rows = [
             self.model.encode_image(
-                torch.stack([self.transform(image.convert("RGB")) for image in images[start : start + _BATCH]]).to(device),
+                torch.stack([self.transform(image.convert("RGB")) for image in images[start : start + _BATCH]]).to(
+                    device
+                ),
                 normalize=True,
             )
             for start in range(0, len(images), _BATCH)

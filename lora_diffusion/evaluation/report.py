@@ -40,7 +40,9 @@ def write_report(
     """
     from jinja2 import Environment
 
-    template = Environment(autoescape=True).from_string(files(__package__).joinpath("report.html.j2").read_text("utf-8"))
+    template = Environment(autoescape=True).from_string(
+        files(__package__).joinpath("report.html.j2").read_text("utf-8")
+    )
     html = template.render(
         title=title,
         rows=[*comparison.rows, comparison.real],

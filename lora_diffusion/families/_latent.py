@@ -66,9 +66,7 @@ def initial_noise(requests: Sequence[Request], shape: tuple[int, int, int], dtyp
 
 
 @torch.no_grad()
-def sample(
-    denoise: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, num_steps: int
-) -> Tensor:
+def sample(denoise: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, num_steps: int) -> Tensor:
     """Runs a diffusers scheduler from noise to latents.
 
     Args:

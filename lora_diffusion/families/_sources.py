@@ -77,8 +77,10 @@ def _local(name: str) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _download(name)
     near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
-    raise ModelError(f"model.path={name}: there is no such folder or file{near}. Give builtin:emoji, a diffusers folder, "
-                     "a .safetensors checkpoint or a hub id such as owner/name.")
+    raise ModelError(
+        f"model.path={name}: there is no such folder or file{near}. Give builtin:emoji, a diffusers folder, "
+        "a .safetensors checkpoint or a hub id such as owner/name."
+    )
 
 
 @cache
@@ -89,8 +91,10 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=["safety_checker/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"model.path={name} is neither a folder or file here nor a model that the hub gives: "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"model.path={name} is neither a folder or file here nor a model that the hub gives: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,9 @@ def describe(configs: Mapping[str, Mapping[str, Any]], path: str, kind: str) -> 
     if unet.get("addition_embed_type"):
         raise ModelError(f"The base {path} is Stable Diffusion XL, not 1.x; set model.family to its family.")
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
-        raise ModelError(f"The UNet of {path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained.")
+        raise ModelError(
+            f"The UNet of {path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained."
+        )
     if unet.get("cross_attention_dim") != text.get("hidden_size"):
         raise ModelError(
             f"The base {path} does not fit together: the UNet expects text of width {unet.get('cross_attention_dim')}, "

@@ -34,7 +34,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 @cache
 def _warn_of_cut(prompts: tuple[str, ...], limit: int) -> None:
     """Warns of prompts once in a process."""
-    logger.warning("%d prompt(s) are longer than %d tokens and were cut: %s", len(prompts), limit, name_some([*prompts]))
+    logger.warning(
+        "%d prompt(s) are longer than %d tokens and were cut: %s", len(prompts), limit, name_some([*prompts])
+    )
 
 
 def encode(text_encoder: nn.Module, token_ids: Tensor) -> Tensor:

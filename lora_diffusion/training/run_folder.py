@@ -59,7 +59,9 @@ class RunFolder:
                 path = self.adapter_path(config, format_name, is_folder)
                 if path.exists():
                     return path
-        raise ConfigError(f"The run in {self.path} has no finished adapter; finish it with 'lora-diffusion train --resume'.")
+        raise ConfigError(
+            f"The run in {self.path} has no finished adapter; finish it with 'lora-diffusion train --resume'."
+        )
 
     def config(self) -> Config:
         """Returns the config that the run was made with.

@@ -70,8 +70,14 @@ def _unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
             else:
                 key = f"middle_block.{2 * int(step[2])}.{_rename(inner, _RESNET)}"
         else:
-            key = name.replace("time_embedding.linear_1", "time_embed.0").replace("time_embedding.linear_2", "time_embed.2")
-            key = key.replace("conv_in", "input_blocks.0.0").replace("conv_norm_out", "out.0").replace("conv_out", "out.2")
+            key = name.replace("time_embedding.linear_1", "time_embed.0").replace(
+                "time_embedding.linear_2", "time_embed.2"
+            )
+            key = (
+                key.replace("conv_in", "input_blocks.0.0")
+                .replace("conv_norm_out", "out.0")
+                .replace("conv_out", "out.2")
+            )
         out[key] = tensor
     return out
 
@@ -96,10 +102,9 @@ def _vae(vae: AutoencoderKL) -> dict[str, Tensor]:
         elif ".mid_block.attentions.0." in name:
             half, _, inner = name.partition(".mid_block.attentions.0.")
             key = f"{half}.mid.attn_1.{_rename(inner, _VAE_ATTENTION)}"
-            if tensor.dim() == 2:
-                tensor = tensor[:, :, None, None]
         key = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        out[key] = tensor
+        is_convolution = ".attn_1." in key and tensor.dim() == 2
+        out[key] = tensor[:, :, None, None] if is_convolution else tensor
     return out
 
 
