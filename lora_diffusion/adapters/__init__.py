@@ -1,0 +1,1 @@
+"""The injection core: the only room that touches PEFT."""

@@ -1,0 +1,263 @@
+"""Which modules get an adapter, worked out before any weight is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.config.schema import AdapterConfig
+from lora_diffusion.core.errors import ConfigError, TargetError
+from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.types import ModuleKey, Part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One module that gets an adapter."""
+
+    part: str
+    path: str
+    kind: str
+    """linear or conv."""
+    shape: tuple[int, ...]
+    """Of the frozen weight: (out, in) or (out, in, k, k)."""
+    rank: int
+    alpha: float
+    num_parameters: int
+    """Of the adapter."""
+
+    @property
+    def key(self) -> ModuleKey:
+        """Returns the module's name."""
+        return ModuleKey(self.part, self.path)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Returns the shape of one row of the down matrix: (in,) or (in, k, k)."""
+        return self.shape[1:]
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """All modules that get an adapter; printed before training and kept as plan.json."""
+
+    modules: tuple[PlannedModule, ...]
+    part_sizes: Mapping[str, int]
+    """Part -> number of parameters of the frozen network."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Returns how many numbers are trained."""
+        return sum(module.num_parameters for module in self.modules)
+
+    def of_part(self, part: str) -> tuple[PlannedModule, ...]:
+        """Returns the modules of one part."""
+        return tuple(module for module in self.modules if module.part == part)
+
+    def lines(self) -> list[str]:
+        """Returns one line for each part: modules, parameters, and their share of the frozen network."""
+        return [self._summary(part, size) for part, size in self.part_sizes.items()]
+
+    def _summary(self, part: str, size: int) -> str:
+        own = self.of_part(part)
+        count = sum(module.num_parameters for module in own)
+        return f"{part}: {len(own)} modules, {count:,} trained parameters ({100 * count / size:.2f} % of {size:,})"
+
+    def module_lines(self) -> list[str]:
+        """Returns one line for each module."""
+        return [
+            f"{module.part}/{module.path}  {module.kind} {'x'.join(str(side) for side in module.shape)}  "
+            f"rank {module.rank}  alpha {module.alpha:g}  {module.num_parameters:,} parameters"
+            for module in self.modules
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for plan.json."""
+        return {"part_sizes": dict(self.part_sizes), "modules": [asdict(module) for module in self.modules]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> InjectionPlan:
+        """Returns the plan that `to_json` gave."""
+        modules = (PlannedModule(**{**module, "shape": tuple(module["shape"])}) for module in values["modules"])
+        return cls(tuple(modules), dict(values["part_sizes"]))
+
+
+def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig) -> InjectionPlan:
+    """Resolves `adapter.parts` and `adapter.targets` to modules.
+
+    Args:
+        skeleton: part -> network; the meta device is enough.
+        declared: part -> its groups, from the family.
+        config: asks for parts, targets and size.
+
+    Raises:
+        TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module.
+        ConfigError: a part that the base does not have; rank, alpha or dropout out of range.
+    """
+    _check_numbers(config)
+    _check_parts(config.parts, skeleton, declared)
+    searches = {part: _Search(part, skeleton[part], declared[part]) for part in config.parts}
+    for target in config.targets:
+        _resolve(target, searches, declared)
+    empty = [part for part, search in searches.items() if not search.found]
+    if empty:
+        raise TargetError(
+            f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_shown(config.targets)} match no module "
+            f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
+        )
+    modules = tuple(
+        _planned(part, path, module, config)
+        for part, search in searches.items()
+        for path, module in search.modules.items()
+        if path in search.found
+    )
+    _check_ranks(modules)
+    return InjectionPlan(modules, {part: _count(skeleton[part]) for part in config.parts})
+
+
+class _Search:
+    """What the targets have found so far in one part."""
+
+    def __init__(self, part: str, network: nn.Module, declared: Part) -> None:
+        self.part = part
+        self.groups = declared.groups
+        self.modules = {path: module for path, module in network.named_modules() if path}
+        self.found: set[str] = set()
+
+    def match(self, target: str) -> list[str]:
+        """Returns the paths that a target without a part prefix names."""
+        if target.startswith("re:"):
+            return self._fullmatch((target.removeprefix("re:"),), target)
+        if target in self.groups:
+            return self._fullmatch(self.groups[target], target)
+        return [target] if target in self.modules else []
+
+    def _fullmatch(self, patterns: Sequence[str], target: str) -> list[str]:
+        try:
+            compiled = [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise TargetError(f'adapter.targets: "{target}" is not a regular expression: {error}.') from error
+        # Containers, activations and dropout have no weight of their own, so a pattern cannot mean them.
+        weighty = (path for path, module in self.modules.items() if any(True for _ in module.parameters(recurse=False)))
+        return [path for path in weighty if any(pattern.fullmatch(path) for pattern in compiled)]
+
+    def known(self) -> Iterator[str]:
+        """Yields what a target could have said."""
+        yield from self.groups
+        yield from (path for path, module in self.modules.items() if _kind(module))
+
+
+def _resolve(target: str, searches: Mapping[str, _Search], declared: Mapping[str, Part]) -> None:
+    asked, bare = _split(target, tuple(searches), declared)
+    matched = [(searches[part], path) for part in asked for path in searches[part].match(bare)]
+    if not matched:
+        known = [word for part in asked for word in searches[part].known()]
+        groups = dict.fromkeys(group for part in asked for group in searches[part].groups)
+        raise TargetError(
+            f'adapter.targets: "{target}" matches no module of {", ".join(asked)}{suggestion(bare, known)}. '
+            f"Use a group ({', '.join(groups)}), the path of a Linear or Conv2d module, or re:PATTERN."
+        )
+    unfit = [
+        f"{search.part}/{path} is a {type(search.modules[path]).__name__}"
+        for search, path in matched
+        if not _kind(search.modules[path])
+    ]
+    if unfit:
+        raise TargetError(
+            f'adapter.targets: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
+            "Conv2d (without groups) can. Name a narrower target.",
+            unfit[:_SHOWN_FAULTS],
+        )
+    for search, path in matched:
+        search.found.add(path)
+
+
+def _split(target: str, parts: tuple[str, ...], declared: Mapping[str, Part]) -> tuple[tuple[str, ...], str]:
+    if target.startswith("re:") or "/" not in target:
+        return parts, target
+    part, bare = target.split("/", 1)
+    if part not in declared:
+        raise TargetError(
+            f'adapter.targets: "{target}" asks in part "{part}", which the base does not have'
+            f"{suggestion(part, declared)}. Parts: {', '.join(declared)}."
+        )
+    if part not in parts:
+        raise TargetError(f'adapter.targets: "{target}" asks in part {part}; add {part} to adapter.parts.')
+    return (part,), bare
+
+
+def _check_numbers(config: AdapterConfig) -> None:
+    if config.rank < 1:
+        raise ConfigError(f"adapter.rank={config.rank} must be 1 or greater.")
+    if config.alpha is not None and config.alpha <= 0:
+        raise ConfigError(f"adapter.alpha={config.alpha:g} must be greater than 0; drop it to take the rank.")
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"adapter.dropout={config.dropout:g} must be at least 0 and less than 1.")
+
+
+def _check_parts(parts: Sequence[str], skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part]) -> None:
+    if not parts:
+        raise ConfigError(f"adapter.parts is empty; name one or more of {', '.join(declared)}.")
+    for part in parts:
+        if part not in declared or part not in skeleton:
+            present = [name for name in declared if name in skeleton]
+            raise ConfigError(
+                f'adapter.parts: the base has no part "{part}"{suggestion(part, present)}. Use {", ".join(present)}.'
+            )
+
+
+def _check_ranks(modules: Sequence[PlannedModule]) -> None:
+    limits = {module: largest_rank(module.shape) for module in modules}
+    small = [module for module in modules if module.rank > limits[module]]
+    if small:
+        raise ConfigError(
+            f"adapter.rank={small[0].rank} is larger than {len(small)} of the matched modules can hold; the largest "
+            f"rank that fits all of them is {min(limits.values())}. Lower adapter.rank or name other targets.",
+            [f"{module.part}/{module.path} holds rank {limits[module]} at most" for module in small[:_SHOWN_FAULTS]],
+        )
+
+
+def largest_rank(shape: Sequence[int]) -> int:
+    """Returns the rank that a weight can have at most.
+
+    >>> largest_rank((320, 4, 3, 3))
+    36
+    """
+    return min(shape[0], math.prod(shape[1:]))
+
+
+def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig) -> PlannedModule:
+    shape = tuple(module.get_parameter("weight").shape)
+    return PlannedModule(
+        part=part,
+        path=path,
+        kind=_kind(module),
+        shape=shape,
+        rank=config.rank,
+        alpha=float(config.rank if config.alpha is None else config.alpha),
+        num_parameters=config.rank * (shape[0] + math.prod(shape[1:])),
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    from torch import nn
+
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "conv" if isinstance(module, nn.Conv2d) and module.groups == 1 else ""
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _shown(words: Sequence[str]) -> str:
+    return "[" + ", ".join(words) + "]"

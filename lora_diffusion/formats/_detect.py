@@ -1,0 +1,35 @@
+"""Which format a file is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats.peft import tensor_files
+
+
+def detect(path: Path) -> str:
+    """Returns the name of the format of an adapter file or folder, decided by the names of its tensors.
+
+    Raises:
+        AdapterFileError: no format, or two at once.
+    """
+    files = tensor_files(path) if path.is_dir() else [path]
+    names = [name for file in files for name in _safetensors.read_header(file).tensors]
+    found = formats_of(names)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AdapterFileError(f"{path} mixes the spellings of {' and '.join(found)}; no program reads all of it.")
+    raise AdapterFileError(
+        f"{path} is not an adapter in a known format ({', '.join(registry.available('formats'))}). Its first tensors:",
+        names[:5],
+    )
+
+
+def formats_of(names: Sequence[str]) -> list[str]:
+    """Returns every format that recognises some of the names."""
+    return [name for name in registry.available("formats") if registry.find("formats", name).detect(names)]

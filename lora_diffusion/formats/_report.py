@@ -1,0 +1,181 @@
+"""What can be said of an adapter file without its base."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.core import lowrank
+from lora_diffusion.core.logs import name_some
+from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._detect import formats_of
+from lora_diffusion.formats._spelling import DIFFUSERS, KOHYA, PEFT_PREFIX, sort_names, variant_of
+from lora_diffusion.formats.peft import tensor_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+_LONGEST_TEXT = 100
+_BLOCK = re.compile(r"(?:down|up|input|output)_blocks_\d+|mid_block|middle_block|layers_\d+")
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What `inspect` shows."""
+
+    path: str
+    format: str
+    """Format names joined by "+"; more than one is among the problems."""
+    variant: str
+    num_modules: Mapping[str, int]
+    """By part, guessed from the prefixes."""
+    ranks: Mapping[str, int]
+    """Rank -> number of modules."""
+    alphas: Mapping[str, int]
+    """Alpha -> number of modules."""
+    dtypes: Mapping[str, int]
+    """Number type -> number of tensors."""
+    block_norms: Mapping[str, float]
+    """Part and block -> Frobenius norm of all its changes of weight."""
+    metadata: Mapping[str, str]
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        counts = {
+            "modules": [f"{count} in {part}" for part, count in self.num_modules.items()],
+            "ranks": [f"{rank} ({count})" for rank, count in self.ranks.items()],
+            "alphas": [f"{alpha} ({count})" for alpha, count in self.alphas.items()],
+            "tensors": [f"{count} {dtype}" for dtype, count in self.dtypes.items()],
+        }
+        lines = [self.path, f"{self.format} spelling, {self.variant}"]
+        lines += [f"{label:<9}{', '.join(values)}" for label, values in counts.items()]
+        lines += ["norm of the change of each block:"]
+        lines += [f"  {block:<36}{norm:.4g}" for block, norm in self.block_norms.items()]
+        lines += ["metadata:", *(f"  {name}: {_shortened(value)}" for name, value in sorted(self.metadata.items()))]
+        lines += ["problems:", *(f"  {problem}" for problem in self.problems)] if self.problems else ["no problems found"]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Module:
+    name: str
+    down: Tensor
+    up: Tensor
+    alpha: float | None
+
+
+def describe_file(path: Path) -> FileReport:
+    """Reads an adapter file or folder and says what is in it and what is wrong with it.
+
+    Raises:
+        AdapterFileError: it cannot be read at all.
+    """
+    files = {file.parent.name: file for file in tensor_files(path)} if path.is_dir() else {"": path}
+    headers = [_safetensors.read_header(file) for file in files.values()]
+    tensors = {
+        _full_name(folder, name): tensor
+        for folder, file in files.items()
+        for name, tensor in _safetensors.load_unchecked(file).items()
+    }
+    names = [name for header in headers for name in header.tensors]
+    formats = formats_of(names)
+    roles, strange = sort_names(tensors, {**KOHYA, **DIFFUSERS})
+    modules = [
+        _Module(name, tensors[own["down"]], tensors[own["up"]], _alpha(tensors, own))
+        for name, own in roles.items()
+        if {"down", "up"} <= own.keys() and tensors[own["up"]].dim() > 1
+    ]
+    variants = Counter(variant for name in names if (variant := variant_of(name)))
+    return FileReport(
+        path=str(path),
+        format="+".join(formats) or "unknown",
+        variant="+".join(variants) or "lora",
+        num_modules=Counter(_part(module.name) for module in modules),
+        ranks=Counter(str(module.down.shape[0]) for module in modules),
+        alphas=Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in modules),
+        dtypes=Counter(info.dtype for header in headers for info in header.tensors.values()),
+        block_norms=_block_norms(modules),
+        metadata={key: value for header in headers for key, value in header.metadata.items()},
+        problems=tuple(_problems(formats, roles, strange, modules, tensors)),
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)} characters)"
+
+
+def _full_name(folder: str, name: str) -> str:
+    return f"{folder}.{name.removeprefix(PEFT_PREFIX)}" if folder and name.startswith(PEFT_PREFIX) else name
+
+
+def _alpha(tensors: Mapping[str, Tensor], roles: Mapping[str, str]) -> float | None:
+    return float(tensors[roles["alpha"]].float().mean()) if "alpha" in roles else None
+
+
+def _part(name: str) -> str:
+    return next((part for prefix, part in _PREFIXES.items() if name.startswith(prefix)), "unknown")
+
+
+def _block(name: str) -> str:
+    block = _BLOCK.search(name.replace(".", "_"))
+    return f"{_part(name)} {block.group() if block else 'other'}"
+
+
+def _block_norms(modules: Iterable[_Module]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for module in modules:
+        rank = module.down.shape[0]
+        scale = 1.0 if module.alpha is None else module.alpha / rank
+        if module.up.shape[1] == rank and not _safetensors.non_finite({"down": module.down, "up": module.up}):
+            block = _block(module.name)
+            norm = lowrank.delta_norm(module.down, module.up, scale)
+            squares[block] = squares.get(block, 0.0) + norm**2
+    return {block: square**0.5 for block, square in sorted(squares.items(), key=lambda item: _natural(item[0]))}
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (0, piece) for piece in re.split(r"(\d+)", text)]
+
+
+def _problems(
+    formats: list[str],
+    roles: Mapping[str, Mapping[str, str]],
+    strange: list[str],
+    modules: list[_Module],
+    tensors: Mapping[str, Tensor],
+) -> Iterable[str]:
+    if len(formats) > 1:
+        yield f"spellings of {' and '.join(formats)} are mixed; no program reads all of it"
+    found = {
+        "tensor(s) with unknown names": strange,
+        "module(s) with up but no down": [name for name, own in roles.items() if "up" in own and "down" not in own],
+        "module(s) with down but no up": [name for name, own in roles.items() if "down" in own and "up" not in own],
+        "tensor(s) with NaN or infinity": _safetensors.non_finite(tensors),
+        "module(s) whose up is zero, so that they change nothing": [m.name for m in modules if not m.up.any()],
+        "module(s) whose factors have different ranks": [m.name for m in modules if m.up.shape[1] != m.down.shape[0]],
+    }
+    if formats == ["kohya"]:
+        found["module(s) without alpha; most programs then take alpha = rank"] = [
+            module.name for module in modules if module.alpha is None
+        ]
+    for what, names in found.items():
+        if names:
+            yield f"{len(names)} {what}: {name_some(names)}"

@@ -1,0 +1,131 @@
+"""What a kohya file says of itself in its header: read by A1111, Forge, ComfyUI and model sites.
+
+Names and texts follow sd-scripts (`train_network.py`, `library/train_util.py`, `library/sai_model_spec.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_diffusion.core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_diffusion.core.types import AdapterState
+
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
+
+
+class _Base(NamedTuple):
+    version: str
+    is_v2: bool
+    implementation: str
+
+
+_BASES: Mapping[str, _Base] = {
+    "stable-diffusion-v1": _Base("sd_v1", False, "diffusers"),
+    "stable-diffusion-v2-512": _Base("sd_v2", True, "diffusers"),
+    "stable-diffusion-v2-768-v": _Base("sd_v2_v", True, "diffusers"),
+    "stable-diffusion-xl-v1-base": _Base("sdxl_base_v1-0", False, "https://github.com/Stability-AI/generative-models"),
+}
+
+
+def build(
+    state: AdapterState,
+    *,
+    architecture: str,
+    name: str,
+    written_at: float,
+    resolution: tuple[int, int],
+    prediction_type: str = "epsilon",
+    trigger: str = "",
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """Returns the metadata of a file, without the hashes, which `kohya.FORMAT.write` adds.
+
+    Args:
+        state: gives `ss_network_dim` and `ss_network_alpha`; where modules differ, the largest.
+        architecture: `BaseInfo.architecture`, say stable-diffusion-v1.
+        name: how users call the adapter in prompts: the file name without ending.
+        written_at: seconds since 1970.
+        resolution: width and height in pixels of the pictures it was trained on.
+        prediction_type: epsilon or v_prediction.
+        trigger: words that call up what was trained, "" for none.
+        training: what else kohya tells, by its names without ss_ (learning_rate, steps, seed, clip_skip, ...): numbers,
+            texts, or tables, which are written as JSON. None values are left out. `tag_frequency` and `dataset_dirs`
+            publish caption words and folder names.
+
+    Raises:
+        UnsupportedError: an architecture that kohya has no name for.
+    """
+    if architecture not in _BASES:
+        raise UnsupportedError(
+            f"kohya has no name for {architecture}, only for {', '.join(_BASES)}; use another format."
+        )
+    base = _BASES[architecture]
+    is_v_prediction = prediction_type == "v_prediction"
+    version = base.version + ("_v" if is_v_prediction and base.version in ("sd_v1", "sd_v2") else "")
+    values: dict[str, Any] = {
+        "ss_base_model_version": version,
+        "ss_v2": base.is_v2,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": max(adapter.rank for _, adapter in state),
+        "ss_network_alpha": max(adapter.alpha for _, adapter in state),
+        "ss_output_name": name,
+        **{f"ss_{key}": value for key, value in (training or {}).items() if value is not None},
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": base.implementation,
+        "modelspec.title": name,
+        "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
+        "modelspec.date": datetime.fromtimestamp(int(written_at)).isoformat(),
+        "modelspec.prediction_type": "v" if is_v_prediction else "epsilon",
+    }
+    if trigger:
+        values["modelspec.trigger_phrase"] = trigger
+    return {key: _text(value) for key, value in values.items()}
+
+
+def count_tags(captions: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int]]:
+    """Returns how often each tag of each folder occurs, for `tag_frequency`.
+
+    >>> count_tags({"10_cat": ["A cat, red", "a cat"]})
+    {'10_cat': {'a cat': 2, 'red': 1}}
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for folder, texts in captions.items():
+        own = counts.setdefault(folder, {})
+        for tag in (tag.strip().lower() for text in texts for tag in text.split(",")):
+            if tag:
+                own[tag] = own.get(tag, 0) + 1
+    return counts
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors.
+
+    Both are taken from the file as it would be with only the ss_ metadata: the first over all that follows the header,
+    the second over 64 KiB at 1 MiB (of a smaller file: over nothing).
+
+    Source: precalculate_safetensors_hashes in library/train_util.py of sd-scripts.
+    """
+    from safetensors.torch import save
+
+    content = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    legacy = content[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(content)[header_end:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) and value == round(value) and abs(value) < 1e6 else str(value)
