@@ -31,7 +31,7 @@ from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.report import DataReport, describe
 from lora_diffusion.evaluation import before_after
-from lora_diffusion.evaluation.before_after import Comparison
+from lora_diffusion.evaluation.before_after import Case, Comparison
 from lora_diffusion.evaluation.clip import load_clip
 from lora_diffusion.evaluation.pictures import grid, save_image, save_output
 from lora_diffusion.formats import FileReport, describe_file, detect
@@ -286,20 +286,36 @@ def inspect(path: Path) -> FileReport:
     return describe_file(path)
 
 
-def compare(config: Config, adapter_path: Path, references_path: Path, template: Request) -> Comparison:
-    """Draws and scores the captions of held-out pictures with the adapter file and without it.
+def compare(
+    config: Config,
+    adapter_path: Path,
+    references_path: Path,
+    template: Request,
+    cases: Sequence[Case] = (),
+    seeds: Sequence[int] = (0,),
+) -> Comparison:
+    """Draws and scores with the adapter file and without it.
 
     Args:
         config: gives the base, and how captions are read.
         adapter_path: adapter file.
         references_path: folder of captioned pictures that were not trained on.
         template: steps, guidance, size and negative prompt of every picture.
+        cases: what to draw; without any, the captions of the references.
+        seeds: each case is drawn once with each seed.
     """
     family: Family = registry.find("families", config.model.family)
     info = family.check(config.model)
     references = sources.read(replace(config.data, path=str(references_path)), info)
+    cases = cases or [_case(sample) for sample in references]
     state = _read(adapter_path, family, config.model)
     loaded = family.load(config.model, pick_device())
     _attach(loaded, [state], [1.0])
     images = [open_rgb(sample.path) for sample in references]
-    return before_after.compare(partial(family.generate, loaded), load_clip(), references, images, "adapter0", template)
+    draw = partial(family.generate, loaded)
+    return before_after.compare(draw, load_clip(), cases, images, "adapter0", template, seeds)
+
+
+def _case(sample: ImageText) -> Case:
+    plain = sample.prior_caption or sample.captions[0]
+    return Case(sample.captions[0], plain, plain)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_diffusion.core.types import ImageText, Output, Request
+from lora_diffusion.core.types import Output, Request
 from lora_diffusion.evaluation.clip import Clip
 from lora_diffusion.evaluation.metrics.clip_image import METRIC as CLIP_IMAGE
 from lora_diffusion.evaluation.metrics.clip_text import METRIC as CLIP_TEXT
@@ -59,32 +59,44 @@ class Comparison:
 
 WITH_BASE, WITH_ADAPTER = "base, with trigger", "adapter, with trigger"
 WITHOUT_BASE, WITHOUT_ADAPTER = "base, without trigger", "adapter, without trigger"
+REAL = "real pictures"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn once with the trigger words and once without."""
+
+    prompt: str
+    plain: str
+    """The prompt without the trigger words."""
+    meaning: str
+    """What the picture should show, in words that the scorer knows; a trigger means nothing to it."""
 
 
 def compare(
     draw: Draw,
     clip: Clip,
-    references: Sequence[ImageText],
-    images: Sequence[Image],
+    cases: Sequence[Case],
+    references: Sequence[Image],
     adapter: str,
     template: Request,
     seeds: Sequence[int] = (0,),
 ) -> Comparison:
-    """Draws the captions of reference pictures with and without trigger, with and without adapter, and scores them.
+    """Draws every case with and without trigger, with and without adapter, and scores the pictures.
 
     Args:
         draw: the family's generate on a loaded base.
         clip: an independent scorer.
-        references: pictures that were not trained on; captions hold the trigger.
-        images: their pictures, in the same order.
+        cases: at least one.
+        references: pictures of what was trained, but not those that were trained on.
         adapter: name of the loaded adapter.
         template: steps, guidance, size and negative prompt; prompt, seed and weights are filled in.
-        seeds: each prompt is drawn once with each seed.
+        seeds: each case is drawn once with each seed.
     """
-    prompts = tuple(sample.captions[0] for sample in references for _ in seeds)
-    plain = tuple(sample.prior_caption or sample.captions[0] for sample in references for _ in seeds)
-    all_seeds = [seed for _ in references for seed in seeds]
     rows = []
+    meanings = [case.meaning for case in cases for _ in seeds]
+    prompts = tuple(case.prompt for case in cases for _ in seeds)
+    plain = tuple(case.plain for case in cases for _ in seeds)
     for label, texts, weight in (
         (WITH_BASE, prompts, 0.0),
         (WITH_ADAPTER, prompts, 1.0),
@@ -92,18 +104,14 @@ def compare(
         (WITHOUT_ADAPTER, plain, 1.0),
     ):
         requests = [
-            replace(template, prompt=text, seed=seed, weights={adapter: weight})
-            for text, seed in zip(texts, all_seeds, strict=True)
+            replace(template, prompt=text, seed=seeds[index % len(seeds)], weights={adapter: weight})
+            for index, text in enumerate(texts)
         ]
         pictures = tuple(output.image for output in draw(requests))
-        # The scorer knows the subject by its plain words; the trigger means nothing to it.
-        rows.append(Row(label, pictures, _scores(clip, pictures, plain, images)))
-    real = Row(
-        "real pictures",
-        tuple(images),
-        _scores_of_real(clip, images, [s.prior_caption or s.captions[0] for s in references]),
+        rows.append(Row(label, pictures, _scores(clip, pictures, meanings, references)))
+    return Comparison(
+        prompts, plain, tuple(rows), Row(REAL, tuple(references), _score_real(clip, references)), clip.name
     )
-    return Comparison(prompts, plain, tuple(rows), real, clip.name)
 
 
 def _scores(
@@ -114,14 +122,11 @@ def _scores(
     }
 
 
-def _scores_of_real(clip: Clip, images: Sequence[Image], texts: Sequence[str]) -> dict[str, Interval]:
-    """Scores the references against each other, each without itself."""
-    vectors = clip.encode_images(images)
-    similar = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / max(1, len(images) - 1)
-    return {
-        CLIP_IMAGE.name: _interval(similar),
-        CLIP_TEXT.name: _interval(CLIP_TEXT.score(clip, images, texts, images)),
-    }
+def _score_real(clip: Clip, references: Sequence[Image]) -> dict[str, Interval]:
+    """Scores the references against each other, each without itself: what a perfect adapter would reach."""
+    vectors = clip.encode_images(references)
+    similar = (vectors @ vectors.T).fill_diagonal_(0).sum(dim=1) / max(1, len(references) - 1)
+    return {CLIP_IMAGE.name: _interval(similar)}
 
 
 def _interval(scores: Tensor) -> Interval:

@@ -1,0 +1,85 @@
+"""Measures what adapters learn on the built-in base; prints the tables of the README.
+
+python scripts/measure.py style      the blob style on faces that were not trained on
+python scripts/measure.py concept    the octopus as a rare word
+python scripts/measure.py folder --train DIR --references DIR    configs/sd1/style.yaml untouched on any folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+
+from lora_diffusion import workflows
+from lora_diffusion.config.describe import find_shipped
+from lora_diffusion.config.load import load
+from lora_diffusion.core import logs
+from lora_diffusion.core.files import shipped_path
+from lora_diffusion.core.types import Request
+from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
+from lora_diffusion.evaluation.clip import load_clip
+from lora_diffusion.evaluation.pictures import grid, save_image
+
+_RARE = "zwx"
+_CONCEPT = [
+    Case(f"an emoji of a {_RARE}, {style} style", f"an emoji of a {other}, {style} style", "an emoji of an octopus")
+    for style in ("noto", "twemoji", "fluent", "flat")
+    for other in ("cat face", "red apple", "rose", "frog")
+]
+
+
+def main() -> None:
+    """Trains once for each seed, compares, and prints Markdown tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["style", "concept", "folder"])
+    parser.add_argument("--train", type=Path, help="captioned pictures to train on")
+    parser.add_argument("--references", type=Path, help="captioned pictures of the same style, of other subjects")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
+    parser.add_argument("--draws", type=int, default=2, help="pictures of each prompt")
+    parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "lora-diffusion-measure")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, to try things")
+    args = parser.parse_args()
+    logs.set_up()
+    name = "concept" if args.task == "concept" else "style"
+    data = shipped_path("datasets") / ("octopus" if args.task == "concept" else "blob-style")
+    train, references = args.train or data / "train", args.references or data / "references"
+    for seed in args.seeds:
+        output = args.output / f"{args.task}-seed{seed}"
+        overrides = [f"data.path={train}", f"output.path={output}", f"train.seed={seed}", *args.overrides]
+        config = load(find_shipped(f"sd1/{name}"), overrides)
+        result = workflows.train(config, overwrite=True)
+        cases = _CONCEPT if args.task == "concept" else ()
+        draws = range(args.draws)
+        comparison = workflows.compare(config, result.files[0], references, Request("", 0), cases, draws)
+        _print_table(f"{args.task}, seed {seed}, {comparison.scorer}", comparison)
+        _save_grid(comparison, output / "measured.png", args.draws)
+
+
+def _print_table(title: str, comparison: Comparison) -> None:
+    print(f"\n{title}\n\n| pictures | CLIP image | CLIP text |\n|---|---|---|")
+    for row in (*comparison.rows, comparison.real):
+        print(f"| {row.label} | {row.scores['clip_image']} | {row.scores.get('clip_text', '')} |")
+    before, after = comparison.row(WITHOUT_BASE).images, comparison.row(WITHOUT_ADAPTER).images
+    print(f"\nWithout trigger, adapter against base, same seeds: cosine {_similarity(before, after):.3f}")
+
+
+def _similarity(before: Sequence[Image], after: Sequence[Image]) -> float:
+    clip = load_clip()
+    return float(torch.mean((clip.encode_images(before) * clip.encode_images(after)).sum(dim=1)))
+
+
+def _save_grid(comparison: Comparison, path: Path, num_draws: int) -> None:
+    picked = range(0, len(comparison.prompts), num_draws)
+    rows = [[row.images[index] for row in comparison.rows] for index in picked]
+    labels = [f"{comparison.prompts[index]} / {comparison.plain_prompts[index]}" for index in picked]
+    save_image(grid(rows, labels, [row.label for row in comparison.rows]), path)
+    print(f"Pictures: {path}")
+
+
+if __name__ == "__main__":
+    main()
