@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,22 +18,26 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import suggestion
 
+_OVERRIDE = re.compile(r"([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
+
 
 def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = True) -> Config:
     """Reads a config.
 
     Args:
         path: YAML file; None starts from the defaults.
-        overrides: "section.key=value", the value in YAML.
+        overrides: "section.key=value", the value in YAML; where the key is a text, as it stands.
         required: refuse a config that lacks a value which has no default.
 
     Raises:
         ConfigError: lists every unknown key, wrong type, missing value and broken rule.
     """
     source = str(path) if path else "the command line"
-    values = _merged(_read(path) if path else {}, overrides)
-    options_type = _options_type(values)
-    schema = _typed_sections(options_type)
+    values = _read(path) if path else {}
+    _check_form(overrides)
+    family = [override for override in overrides if override.startswith("model.family=")]
+    schema = _typed_sections(_options_type(_merged(values, family)))
+    values = _merged(values, [_quoted(override, schema) for override in overrides])
     faults = list(_unknown_keys(values, schema))
     sections, type_faults = _convert(values, schema)
     faults += type_faults
@@ -82,18 +87,35 @@ def _read(path: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], values)
 
 
+def _check_form(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not _OVERRIDE.fullmatch(override):
+            raise ConfigError(f"{override!r} is not an override; write section.key=value, say train.max_steps=500.")
+
+
 def _merged(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for override in overrides:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*=.*", override, re.DOTALL):
-            raise ConfigError(f"{override!r} is not an override; write section.key=value, say train.max_steps=500.")
     try:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
         return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"The overrides {' '.join(overrides)} do not fit the config: {_first_line(error)}") from error
+
+
+def _quoted(override: str, schema: Mapping[str, type[Any]]) -> str:
+    """Puts the value of a text in quotes, so that YAML takes it as it stands: "a #b", "sks: dog", "007", "no"."""
+    match = _OVERRIDE.fullmatch(override)
+    assert match, "_check_form was called before"
+    section, key, value = match[1], match[2].removeprefix("."), match[3]
+    hint = typing.get_type_hints(schema[section]).get(key) if section in schema else None
+    members = typing.get_args(hint) or (hint,)
+    is_plain = str in members and not value.startswith(('"', "'")) and not (value == "null" and type(None) in members)
+    if _is_list(hint):
+        is_plain = is_plain and bool(value) and not value.startswith("[")
+    return f"{section}.{key}={json.dumps(value, ensure_ascii=False)}" if is_plain else override
 
 
 def _options_type(values: Mapping[str, Any]) -> type[ModelOptions]:
@@ -126,8 +148,10 @@ def _first_key(section: str, schema: Mapping[str, type[Any]]) -> str:
 
 def _suggest_key(dotted: str, known: set[str]) -> str:
     """Offers the same key of another section, else keys of any section that are spelled alike."""
-    key = dotted.rsplit(".", 1)[-1]
-    by_key = {name.split(".", 1)[1]: name for name in sorted(known, reverse=True)}
+    section, _, key = dotted.rpartition(".")
+    # Keys of the same section come last, so that they win over equal ones of others.
+    ordered = sorted(known, key=lambda name: (name.startswith(f"{section}."), name))
+    by_key = {name.split(".", 1)[1]: name for name in ordered}
     close = [key] if key in by_key else difflib.get_close_matches(key, list(by_key), n=2, cutoff=0.7)
     return "; did you mean " + " or ".join(f'"{by_key[match]}"' for match in close) + "?" if close else ""
 
@@ -151,6 +175,8 @@ def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tupl
                 OmegaConf.update(section, key, [value] if alone else value)
             except (OmegaConfBaseException, ValueError, TypeError):
                 faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
+            if isinstance(value, bool) and str in (typing.get_args(hints[key]) or (hints[key],)):
+                faults.append(f"{name}.{key}: YAML reads a bare yes, no, on or off as {value}; put the text in quotes")
         sections[name] = section_type(**{k: _tuples(v) for k, v in OmegaConf.to_container(section).items()})
     return sections, faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -50,7 +51,10 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.keep_checkpoints": _NOT_NEGATIVE,
     "train.preview_every_steps": _NOT_NEGATIVE,
     "train.tracker": _one_of("none", "tensorboard"),
-    "preview.seeds": _FILLED,
+    "preview.seeds": (
+        lambda v: len(v) > 0 and all(0 <= seed < 2**63 for seed in v),
+        "must be one or more numbers, 0 or greater",
+    ),
     "preview.num_steps": _AT_LEAST_ONE,
     "preview.guidance": _AT_LEAST_ONE,
     "output.path": _FILLED,
@@ -72,6 +76,8 @@ def _ranges(sections: Mapping[str, Any]) -> Iterator[str]:
         value = getattr(sections[section], key)
         if value is not None and value != "???" and not allows(value):
             yield f"{dotted}={_shown(value)}: {text}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{dotted}={value}: must be a finite number"
 
 
 def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
