@@ -69,11 +69,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     for line in plan.lines():
         logger.info(line)
 
-    run_folder.prepare(run, config, overwrite=overwrite)
-    write_json(run.plan_path, plan.to_json())
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        run_folder.prepare(run, config, overwrite=overwrite)
+        write_json(run.plan_path, plan.to_json())
     loaded = family.load(config.model, pick_device())
     trained = frozenset(config.adapter.parts)
-    items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
+    with processes.main_process_first():
+        items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
     hooks = _prepare_previews(config, family, loaded, samples, run)
     loaded.release(*(set(loaded.parts) - trained - {"unet"}), *(() if hooks else ("vae",)))
 
@@ -89,7 +93,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
     state = read_state(loaded)
     state = replace(state, metadata=record.metadata(config, info, state, samples, batches, trainer.step))
-    files = tuple(_write(state, family, config, name, run) for name in config.output.formats)
+    formats = config.output.formats if processes.is_main_process else ()
+    files = tuple(_write(state, family, config, name, run) for name in formats)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
 
 

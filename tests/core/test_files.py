@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_diffusion.core.errors import AdapterFileError, DataError
+from lora_diffusion.core.files import atomic_path, remove_leftovers, sha256, write_json, write_text
+from lora_diffusion.core.keymap import KeyMap, suggestion
+from lora_diffusion.core.rng import derive, derive_seed
+from lora_diffusion.core.types import ModuleKey
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("a", "b"):
+        with atomic_path(path) as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert [file.name for file in path.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".part-1234-x").mkdir()
+    (tmp_path / ".part-5678-y").write_text("half")
+    write_json(tmp_path / "kept.json", {"a": 1})
+    remove_leftovers(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1.
+    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_key_map_is_a_bijection() -> None:
+    key = ModuleKey("unet", "a.b")
+    names = KeyMap([(key, "unet_a_b")])
+    assert names.key(names.name(key)) == key
+    with pytest.raises(ValueError, match="bijection"):
+        KeyMap([(key, "x"), (ModuleKey("unet", "c"), "x")])
+    with pytest.raises(AdapterFileError, match='did you mean "unet_a_b"'):
+        names.key("unet_a_c")
+
+
+def test_unknown_names_are_listed_up_to_ten() -> None:
+    with pytest.raises(AdapterFileError) as caught:
+        KeyMap([]).require([f"module{index}" for index in range(30)], "x.safetensors")
+    assert "30 of its modules" in str(caught.value)
+    assert len(caught.value.faults) == 10
+
+
+def test_seeds_depend_on_every_number() -> None:
+    seeds = {derive_seed(*path) for path in ((0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, "a", 11), (0, "a", 1, 1))}
+    assert len(seeds) == 7
+    assert derive(3, "x", 1).initial_seed() == derive(3, "x", 1).initial_seed()
+
+
+def test_faults_stand_one_below_the_other() -> None:
+    assert str(DataError("Two faults.", ["a", "b"])) == "Two faults.\n  - a\n  - b"
+    assert suggestion("attm", ["attn", "ff"]) == '; did you mean "attn"?'
+    assert suggestion("zzz", ["attn"]) == ""
