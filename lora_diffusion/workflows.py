@@ -17,12 +17,12 @@ from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
-from lora_diffusion.adapters.state import load_state, read_state
+from lora_diffusion.adapters.state import check_fit, load_state, read_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import compute_dtype, find_dtype, frozen_dtype, pick_device
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import write_json
+from lora_diffusion.core.files import check_writable, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Output, Prepared, Request
@@ -65,6 +65,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     info = family.check(config.model)
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
+    cache.check(config.cache)
     samples = sources.read(config.data, info)
     for line in plan.lines():
         logger.info(line)
@@ -79,7 +80,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     with processes.main_process_first():
         items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
     hooks = _prepare_previews(config, family, loaded, samples, run)
-    loaded.release(*(set(loaded.parts) - trained - {"unet"}), *(() if hooks else ("vae",)))
+    loaded.release(*(loaded.encoders - trained - (loaded.decoders if hooks else frozenset())))
 
     params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
     if config.train.gradient_checkpointing:
@@ -88,7 +89,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
     trainer = Trainer(config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint)
     if resume:
-        trainer.resume()
+        logger.info("Continuing after step %d", trainer.resume())
     trainer.fit(batches)
 
     state = read_state(loaded)
@@ -173,20 +174,24 @@ class Outlook:
         return "\n".join([*lines, f"steps   {self.num_steps}", "Nothing was trained: this was a dry run."])
 
 
-def dry_run(config: Config) -> Outlook:
-    """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing."""
+def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
+    """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing.
+
+    A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
+    """
     family: Family = registry.find("families", config.model.family)
     variants.find(config.adapter.variant, config.model.quantization)
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
     plan = make_plan(skeleton, family.parts, config.adapter)
-    run_folder.check(config, resume=True, overwrite=False)
+    run_folder.check(config, resume=not overwrite, overwrite=overwrite)
+    cache.check(config.cache)
     samples = sources.read(config.data, info)
-    kept = {name: part for name, part in skeleton.items() if name == "unet" or name in config.adapter.parts}
-    example = family.example(config.model, config.train.batch_size, _largest(samples))
+    trained = frozenset(config.adapter.parts)
+    example = family.example(config.model, trained, config.train.batch_size, _largest(samples))
     device = pick_device()
     estimate = memory.estimate(
-        kept,
+        skeleton,
         example,
         plan,
         frozen_dtype(config.model.dtype, device),
@@ -257,7 +262,9 @@ def generate(
 
 def _read(path: Path, family: Family, model: ModelOptions) -> AdapterState:
     format_: Format = registry.find("formats", detect(path))
-    return format_.read(path, family.key_map(format_.name, model))
+    state = format_.read(path, family.key_map(format_.name, model))
+    check_fit(state, family.skeleton(model), str(path))
+    return state
 
 
 def _attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
@@ -272,18 +279,28 @@ def export(run_path: Path, format_name: str, output_path: Path, *, overwrite: bo
     """Writes the adapter of a finished run in a format, and reads it back.
 
     Raises:
-        ConfigError: no run, no adapter in it, or the output exists.
+        ConfigError: no run, no adapter in it, or the output exists and is not to be, or must not be, replaced.
     """
     run = RunFolder(run_path)
     config = run.config()
     family: Family = registry.find("families", config.model.family)
     format_: Format = registry.find("formats", format_name)
     source = run.find_adapter(config)
-    if output_path.exists() and not overwrite:
-        raise ConfigError(f"--output {output_path} exists; give another name or --overwrite.")
+    _check_target(output_path, format_, overwrite)
     state = _read(source, family, config.model)
     key_map = family.key_map(format_name, config.model)
     return write_verified(state, key_map, format_, output_path, find_dtype(config.output.dtype))
+
+
+def _check_target(path: Path, format_: Format, overwrite: bool) -> None:
+    """Checks that writing an adapter to a path destroys nothing but an adapter."""
+    check_writable(path.absolute().parent, "--output")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
+    if path.is_dir() and not format_.is_folder:
+        raise ConfigError(f"--output {path} is a folder, and {format_.name} writes a file; name a file in it.")
+    if path.is_dir() and any(path.iterdir()) and detect(path) != format_.name:
+        raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
 
 
 def inspect(path: Path) -> FileReport:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.core.errors import ConfigError
+
 _TEMPORARY = ".part-"
 
 
@@ -39,6 +41,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Checks that a folder exists or could be made, and that files can be written into it; changes nothing.
+
+    Args:
+        folder: what will be written into.
+        setting: who asks for it, for the message, say "output.path".
+
+    Raises:
+        ConfigError: a file is in the way, or the access rights forbid it.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise ConfigError(f"{setting}={folder}: {nearest} is a file or a broken link; name a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{setting}={folder}: {nearest} cannot be written; correct its access rights or name another."
+        )
 
 
 def remove_leftovers(folder: Path) -> None:

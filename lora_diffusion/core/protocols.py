@@ -66,8 +66,10 @@ class Family(Protocol):
         The batch is on the CPU, where the draws are made; the loss moves what it needs to the base's device.
         """
 
-    def example(self, options: Any, batch_size: int, size: tuple[int, int]) -> Mapping[str, Mapping[str, Any]]:
-        """Gives part -> keyword arguments of one call on the meta device, to estimate the memory of a step."""
+    def example(
+        self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Gives, for each part that a training step calls, keyword arguments on the meta device."""
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""

@@ -114,6 +114,10 @@ class Loaded:
     """The `model:` section that it was loaded with."""
     device: torch.device
     info: BaseInfo
+    encoders: frozenset[str] = frozenset()
+    """Parts and modules that only prepare samples; those that are not trained can be released afterwards."""
+    decoders: frozenset[str] = frozenset()
+    """Those of them that are also needed to generate."""
     adapters: AdapterSwitch | None = None
     """Set by the adapters room once an adapter is injected."""
     text_cache: dict[str, Tensor] = field(default_factory=dict)

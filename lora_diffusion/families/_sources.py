@@ -246,4 +246,12 @@ def as_loaded(pipeline: Any, options: Any, device: torch.device, info: BaseInfo)
         "prediction": find_prediction(info.prediction),
         "scaling_factor": float(pipeline.vae.config.scaling_factor),
     }
-    return Loaded({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, modules, options, device, info)
+    return Loaded(
+        parts={"unet": pipeline.unet, "text_encoder": pipeline.text_encoder},
+        modules=modules,
+        options=options,
+        device=device,
+        info=info,
+        encoders=frozenset({"text_encoder", "vae"}),
+        decoders=frozenset({"vae"}),
+    )

@@ -175,23 +175,26 @@ class StableDiffusion1:
             per_sample = per_sample * min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
         return LossOutput(per_sample)
 
-    def example(self, options: SD1Options, batch_size: int, size: tuple[int, int]) -> dict[str, dict[str, Any]]:
-        """Gives latents, timestep and text for the UNet, and token ids for the text encoder."""
+    def example(
+        self, options: SD1Options, trained: frozenset[str], batch_size: int, size: tuple[int, int]
+    ) -> dict[str, dict[str, Any]]:
+        """Gives latents, timesteps and text for the UNet, and token ids for a trained text encoder."""
         import torch
 
-        parts = self.skeleton(options)
-        unet, text = parts["unet"].config, parts["text_encoder"].config
-        factor = self.check(options).size_step // 2 ** (len(unet.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
-        length, width = text.max_position_embeddings, text.hidden_size  # type: ignore[union-attr]
-        meta = torch.device("meta")
-        return {
-            "unet": {
-                "sample": torch.empty(batch_size, unet.in_channels, size[1] // factor, size[0] // factor, device=meta),  # type: ignore[union-attr]
-                "timestep": torch.empty(batch_size, device=meta),
-                "encoder_hidden_states": torch.empty(batch_size, length, width, device=meta),  # type: ignore[arg-type]
-            },
-            "text_encoder": {"input_ids": torch.zeros(batch_size, length, dtype=torch.int64, device=meta)},  # type: ignore[arg-type]
-        }
+        configs: Any = {name: part.config for name, part in self.skeleton(options).items()}
+        unet, text = configs["unet"], configs["text_encoder"]
+        factor = self.check(options).size_step // 2 ** (len(unet.block_out_channels) - 1)
+        length = text.max_position_embeddings
+        with torch.device("meta"):
+            example = {
+                "unet": {
+                    "sample": torch.empty(batch_size, unet.in_channels, size[1] // factor, size[0] // factor),
+                    "timestep": torch.empty(batch_size),
+                    "encoder_hidden_states": torch.empty(batch_size, length, text.hidden_size),
+                },
+                "text_encoder": {"input_ids": torch.zeros(batch_size, length, dtype=torch.int64)},
+            }
+        return {name: inputs for name, inputs in example.items() if name == "unet" or name in trained}
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""

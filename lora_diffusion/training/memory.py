@@ -49,15 +49,15 @@ def estimate(
     """Estimates the peak of a training step.
 
     Args:
-        parts: networks on the meta device that stay in memory while training.
-        examples: part -> keyword arguments of one call, on the meta device; parts without one run without gradient.
+        parts: networks on the meta device.
+        examples: part -> keyword arguments of one call, on the meta device; parts without one are released.
         plan: what is trained.
         dtype: number type of the frozen weights.
         compute_dtype: number type of activations.
         gradient_checkpointing: keep only the inputs of blocks; estimated as a fifth of all activations.
     """
-    weights = sum(parameter.numel() for part in parts.values() for parameter in part.parameters())
-    activations = sum(_saved_numbers(parts[name], kwargs) for name, kwargs in examples.items() if name in parts)
+    weights = sum(parameter.numel() for name in examples for parameter in parts[name].parameters())
+    activations = sum(_saved_numbers(parts[name], kwargs) for name, kwargs in examples.items())
     share = 0.2 if gradient_checkpointing else 1.0
     return MemoryEstimate(
         weights_bytes=weights * dtype.itemsize,
@@ -81,6 +81,8 @@ def _saved_numbers(network: nn.Module, kwargs: Mapping[str, Any]) -> int:
     """Counts the numbers that autograd keeps for the backward pass to the inputs."""
     network.requires_grad_(False)
     inputs = {name: _with_gradient(value) for name, value in kwargs.items()}
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs.values()):
+        next(network.parameters()).requires_grad_()  # token ids carry no gradient, their embeddings do
     weights = {id(parameter) for parameter in network.parameters()}
     saved: dict[int, Tensor] = {}
 
