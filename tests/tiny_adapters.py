@@ -14,7 +14,11 @@ PARTS = {
         {
             "attn": (r".*\.attn[12]\.to_(q|k|v|out\.0)",),
             "ff": (r".*\.ff\.net\.(0\.proj|2)",),
-            "conv": (r".*\.resnets\.\d+\.conv(1|2|_shortcut)", r".*\.proj_(in|out)", r".*\.(down|up)samplers\.\d+\.conv"),
+            "conv": (
+                r".*\.resnets\.\d+\.conv(1|2|_shortcut)",
+                r".*\.proj_(in|out)",
+                r".*\.(down|up)samplers\.\d+\.conv",
+            ),
         }
     ),
     "text_encoder": Part({"attn": (r".*\.self_attn\.(q|k|v|out)_proj",), "ff": (r".*\.mlp\.fc[12]",)}),
@@ -31,7 +35,9 @@ def tiny_loaded(seed: int = 0) -> Loaded:
     return Loaded(parts, {}, None, torch.device("cpu"), info)
 
 
-def random_state(loaded: Loaded, seed: int = 0, rank: int = 4, alpha: float = 2.0, groups: str = "attn ff conv") -> AdapterState:
+def random_state(
+    loaded: Loaded, seed: int = 0, rank: int = 4, alpha: float = 2.0, groups: str = "attn ff conv"
+) -> AdapterState:
     """Returns an adapter with random factors for every module of the groups in both parts."""
     import re
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -51,30 +51,44 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
         AdapterFileError: the base lacks a module or has it in another shape; lists up to ten.
         ConfigError: the name is taken.
     """
-    kinds = {adapter.variant for _, adapter in state}
-    if len(kinds) != 1:
-        raise AdapterFileError(f'The adapter "{name}" holds {len(kinds)} kinds of adapter, but must hold one.')
-    faults = [fault for key, adapter in state if (fault := _misfit(loaded, key, adapter))]
-    if faults:
-        raise AdapterFileError(
-            f'The adapter "{name}" does not fit this base: {len(faults)} of its {len(state.modules)} modules are '
-            "missing or of another shape. Load it with the base it was trained on.",
-            faults[:10],
-        )
+    check_fit(state, loaded.parts, f'The adapter "{name}"')
 
     def fill(key: ModuleKey, tensor: str, shape: torch.Size) -> Tensor:
         return state.modules[key].tensors[tensor].detach().to(torch.float32, copy=True).reshape(shape)
 
     sizes = {key: Size(adapter.rank, adapter.alpha) for key, adapter in state}
-    add_adapter(loaded, sizes, variants.find(kinds.pop()), name, fill, weight=weight)
+    add_adapter(loaded, sizes, variants.find(next(iter(state.modules.values())).variant), name, fill, weight=weight)
+
+
+def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) -> None:
+    """Checks that every module of an adapter is there and has its shape.
+
+    Args:
+        state: the adapter.
+        parts: part -> network; the meta device is enough, so this needs no weights.
+        source: names the adapter in messages.
+
+    Raises:
+        AdapterFileError: it is empty, mixes kinds, or does not fit; lists up to ten modules.
+    """
+    kinds = {adapter.variant for _, adapter in state}
+    if len(kinds) != 1:
+        raise AdapterFileError(f"{source} holds {len(kinds)} kinds of adapter, but must hold one.")
+    faults = [fault for key, adapter in state if (fault := _misfit(parts, key, adapter))]
+    if faults:
+        raise AdapterFileError(
+            f"{source} does not fit this base: {len(faults)} of its {len(state.modules)} modules are missing or of "
+            "another shape. Load it with the base it was trained on.",
+            faults[:10],
+        )
 
 
 def _copied(parameter: Tensor) -> Tensor:
     return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
-def _misfit(loaded: Loaded, key: ModuleKey, adapter: ModuleAdapter) -> str | None:
-    network = loaded.parts.get(key.part)
+def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapter) -> str | None:
+    network = parts.get(key.part)
     if network is None:
         return f"{key.part}/{key.path}: the base has no part {key.part}"
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import ModuleAdapter
 
 _MOVED = "text_model."
@@ -39,12 +39,18 @@ def find_alpha(config: Mapping[str, Any], path: str) -> float:
     return float(config["lora_alpha"])
 
 
-def refuse_other_kinds(config: Mapping[str, Any], source: Path) -> None:
+def check_config(config: Any, source: Path) -> None:
     """Checks that the record describes plain LoRA.
 
     Raises:
+        AdapterFileError: it is not such a record.
         UnsupportedError: it asks for more than that.
     """
+    alphas = (
+        [config.get("lora_alpha"), *config.get("alpha_pattern", {}).values()] if isinstance(config, dict) else [None]
+    )
+    if not all(isinstance(alpha, int | float) for alpha in alphas):
+        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: an alpha is missing or no number.")
     kind = config.get("peft_type", "LORA")
     asked = [name for name in _OTHER_KINDS if config.get(name)]
     if kind != "LORA" or asked or config.get("bias", "none") != "none":

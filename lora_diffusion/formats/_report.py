@@ -13,8 +13,10 @@ from lora_diffusion.core import lowrank
 from lora_diffusion.core.logs import name_some
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._detect import formats_of
+from lora_diffusion.formats._lora_config import find_alpha
 from lora_diffusion.formats._spelling import DIFFUSERS, KOHYA, PEFT_PREFIX, sort_names, variant_of
-from lora_diffusion.formats.peft import tensor_files
+from lora_diffusion.formats.diffusers import read_configs
+from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +72,9 @@ class FileReport:
         lines += ["norm of the change of each block:"]
         lines += [f"  {block:<36}{norm:.4g}" for block, norm in self.block_norms.items()]
         lines += ["metadata:", *(f"  {name}: {_shortened(value)}" for name, value in sorted(self.metadata.items()))]
-        lines += ["problems:", *(f"  {problem}" for problem in self.problems)] if self.problems else ["no problems found"]
+        lines += (
+            ["problems:", *(f"  {problem}" for problem in self.problems)] if self.problems else ["no problems found"]
+        )
         return "\n".join(lines)
 
 
@@ -98,8 +102,9 @@ def describe_file(path: Path) -> FileReport:
     names = [name for header in headers for name in header.tensors]
     formats = formats_of(names)
     roles, strange = sort_names(tensors, {**KOHYA, **DIFFUSERS})
+    configs = _configs(path, headers)
     modules = [
-        _Module(name, tensors[own["down"]], tensors[own["up"]], _alpha(tensors, own))
+        _Module(name, tensors[own["down"]], tensors[own["up"]], _alpha(name, own, tensors, configs))
         for name, own in roles.items()
         if {"down", "up"} <= own.keys() and tensors[own["up"]].dim() > 1
     ]
@@ -108,10 +113,10 @@ def describe_file(path: Path) -> FileReport:
         path=str(path),
         format="+".join(formats) or "unknown",
         variant="+".join(variants) or "lora",
-        num_modules=Counter(_part(module.name) for module in modules),
-        ranks=Counter(str(module.down.shape[0]) for module in modules),
-        alphas=Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in modules),
-        dtypes=Counter(info.dtype for header in headers for info in header.tensors.values()),
+        num_modules=_count(_part(module.name) for module in modules),
+        ranks=_count(str(module.down.shape[0]) for module in modules),
+        alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules),
+        dtypes=_count(info.dtype for header in headers for info in header.tensors.values()),
         block_norms=_block_norms(modules),
         metadata={key: value for header in headers for key, value in header.metadata.items()},
         problems=tuple(_problems(formats, roles, strange, modules, tensors)),
@@ -126,8 +131,24 @@ def _full_name(folder: str, name: str) -> str:
     return f"{folder}.{name.removeprefix(PEFT_PREFIX)}" if folder and name.startswith(PEFT_PREFIX) else name
 
 
-def _alpha(tensors: Mapping[str, Tensor], roles: Mapping[str, str]) -> float | None:
-    return float(tensors[roles["alpha"]].float().mean()) if "alpha" in roles else None
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values))
+
+
+def _configs(path: Path, headers: list[_safetensors.Header]) -> dict[str, dict[str, Any]]:
+    """Returns part -> its record of alphas, which is kept outside the tensors."""
+    if path.is_dir():
+        return {folder.name: read_config(folder) for folder in part_folders(path)}
+    return read_configs(headers[0].metadata, path)
+
+
+def _alpha(
+    name: str, roles: Mapping[str, str], tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]
+) -> float | None:
+    if "alpha" in roles:
+        return float(tensors[roles["alpha"]].float().mean())
+    part = _part(name)
+    return find_alpha(configs[part], name.removeprefix(f"{part}.")) if part in configs else None
 
 
 def _part(name: str) -> str:

@@ -151,7 +151,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Writes a file atomically, after reading it back and comparing it bit for bit.
+    """Writes tensors that `cast` gave atomically, after reading them back and comparing them bit for bit.
 
     Raises:
         VerificationError: what was read back differs; nothing stands under the name then.
@@ -159,19 +159,18 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
     import torch
     from safetensors.torch import save_file
 
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, dict(metadata))
+        save_file(dict(tensors), temporary, dict(metadata))
         again, told = load(temporary)
-        if told != dict(metadata) or again.keys() != whole.keys():
+        if told != dict(metadata) or again.keys() != tensors.keys():
             raise VerificationError(f"{path} was read back with other names or metadata; is the disk sound?")
-        changed = [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])]
+        changed = [name for name, tensor in tensors.items() if not torch.equal(tensor, again[name])]
         if changed:
             raise VerificationError(f"{path} was read back with other numbers; is the disk sound?", changed[:10])
 
 
 def cast(module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor in the number type of a file.
+    """Returns the tensor as a file can hold it: in its number type, on the CPU, in one piece.
 
     Raises:
         NonFiniteError: it holds NaN or infinity, or becomes infinite in `dtype`; names the module.
@@ -180,7 +179,7 @@ def cast(module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"The adapter of {module} holds NaN or infinity; use an earlier checkpoint.")
-    small = tensor.to(dtype)
+    small = tensor.detach().to("cpu", dtype).contiguous()
     if not bool(torch.isfinite(small).all()):
         raise NonFiniteError(
             f"The adapter of {module} has values up to {float(tensor.abs().max()):g}, which {dtype} cannot hold; "

@@ -7,14 +7,14 @@ diffusers looks at the first name only, and drops all attention of a file that h
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._lora_config import find_alpha, refuse_other_kinds, write_config
+from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
 from lora_diffusion.formats._spelling import DIFFUSERS, PEFT_PREFIX, read_modules
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class _Diffusers:
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file; without a record of alphas alpha = rank, as diffusers takes it."""
         tensors, metadata = _safetensors.load(path)
-        configs = _read_configs(metadata.pop(_CONFIG_KEY, None), path)
+        configs = read_configs(metadata, path)
+        metadata.pop(_CONFIG_KEY, None)
         metadata.pop("format", None)
 
         def alpha_of(name: str) -> float | None:
@@ -70,9 +71,15 @@ class _Diffusers:
         return AdapterState(read_modules(tensors, DIFFUSERS, key_map, alpha_of, path), metadata)
 
 
-def _read_configs(text: str | None, path: Path) -> dict[str, dict[str, Any]]:
+def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """Returns part -> the record of its ranks and alphas; empty if the file has none.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+        UnsupportedError: it describes another kind of adapter.
+    """
     try:
-        flat = json.loads(text or "{}")
+        flat = json.loads(metadata.get(_CONFIG_KEY, "{}"))
         configs: dict[str, dict[str, Any]] = {}
         for dotted, value in flat.items():
             part, field = dotted.split(".", 1)
@@ -80,9 +87,7 @@ def _read_configs(text: str | None, path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path}: its {_CONFIG_KEY} cannot be read ({error}).") from error
     for config in configs.values():
-        refuse_other_kinds(config, path)
-        if "lora_alpha" not in config:
-            raise AdapterFileError(f"{path}: its {_CONFIG_KEY} has no lora_alpha.")
+        check_config(config, path)
     return configs
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.files import atomic_path, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._lora_config import find_alpha, refuse_other_kinds, write_config
+from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
 from lora_diffusion.formats._spelling import PEFT, PEFT_PREFIX, read_modules
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Peft:
             tensors, told = _safetensors.load(folder / _TENSORS)
             part = _part_of([name.removeprefix(PEFT_PREFIX) for name in tensors], folder, path, key_map)
             named = {f"{part}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in tensors.items()}
-            modules.update(read_modules(named, PEFT, key_map, _alphas(folder / _CONFIG, part), folder))
+            modules.update(read_modules(named, PEFT, key_map, _alphas(folder, part), folder))
             metadata.update(told)
         metadata.pop("format", None)
         return AdapterState(modules, metadata)
@@ -108,14 +108,24 @@ def _part_of(names: Sequence[str], folder: Path, path: Path, key_map: KeyMap) ->
     return fitting[0]
 
 
-def _alphas(path: Path, part: str) -> Callable[[str], float]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        refuse_other_kinds(config, path)
-        float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{path} cannot be read as a LoRA configuration ({error}).") from error
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns the record of ranks and alphas in the folder of one part.
 
+    Raises:
+        AdapterFileError: it cannot be read.
+        UnsupportedError: it describes another kind of adapter.
+    """
+    path = folder / _CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} cannot be read as a LoRA configuration: {error}.") from error
+    check_config(config, path)
+    return config
+
+
+def _alphas(folder: Path, part: str) -> Callable[[str], float]:
+    config = read_config(folder)
     return lambda name: find_alpha(config, name.removeprefix(f"{part}."))
 
 

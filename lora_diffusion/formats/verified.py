@@ -55,4 +55,6 @@ def _close(told: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
 
     kind = torch.finfo(dtype)
     # Rounding to `dtype` moves a number by half of eps; below the smallest normal number the steps are of one size.
-    return told.shape == found.shape and torch.allclose(told, found, rtol=kind.eps, atol=kind.smallest_normal * kind.eps)
+    return told.shape == found.shape and torch.allclose(
+        told, found, rtol=kind.eps, atol=kind.smallest_normal * kind.eps
+    )

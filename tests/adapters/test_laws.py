@@ -107,7 +107,7 @@ def test_weights_and_disabled() -> None:
     assert _equal(answers(loaded), alone)
     switch.set_weights({})
     assert _equal(answers(loaded), base)
-    with pytest.raises(ConfigError, match='"frist".*did you mean "first"'):
+    with pytest.raises(ConfigError, match=r'"frist".*did you mean "first"'):
         switch.set_weights({"frist": 1.0})
     with pytest.raises(ConfigError, match="give each its own name"):
         load_state(loaded, first, "first")

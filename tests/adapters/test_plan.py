@@ -87,9 +87,7 @@ def test_json_gives_the_plan_back(skeleton: dict[str, nn.Module]) -> None:
         (_config("attn", parts=()), ConfigError, "adapter.parts is empty"),
     ],
 )
-def test_refusals(
-    skeleton: dict[str, nn.Module], config: AdapterConfig, error: type[ConfigError], text: str
-) -> None:
+def test_refusals(skeleton: dict[str, nn.Module], config: AdapterConfig, error: type[ConfigError], text: str) -> None:
     with pytest.raises(error) as caught:
         plan(skeleton, PARTS, config)
     assert text in str(caught.value)
@@ -103,7 +101,9 @@ def test_module_that_is_too_small_is_named(skeleton: dict[str, nn.Module]) -> No
 def test_unknown_variant_and_combination() -> None:
     with pytest.raises(UnsupportedError, match='did you mean "lora"'):
         variants.find("lorra")
-    with pytest.raises(UnsupportedError, match="adapter.variant=lora cannot train on a int3 base; set .* none, 8bit, nf4"):
+    with pytest.raises(
+        UnsupportedError, match=r"adapter.variant=lora cannot train on a int3 base; set .* none, 8bit, nf4"
+    ):
         variants.find("lora", "int3")
 
 

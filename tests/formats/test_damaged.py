@@ -1,0 +1,123 @@
+"""A damaged or foreign file gives one clear error, never a crash."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.formats import _safetensors, describe_file, detect
+
+
+def _good(path: Path) -> bytes:
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 3), "lora_unet_x.alpha": torch.tensor(1.0)}, path)
+    return path.read_bytes()
+
+
+def _with_header(text: str, data: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + data
+
+
+def test_header_tells_shapes_types_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.ones(2, 3, dtype=torch.bfloat16)}, path, {"ss_seed": "1"})
+    header = _safetensors.read_header(path)
+    assert header.tensors == {"x": _safetensors.TensorInfo("BF16", (2, 3))}
+    assert header.metadata == {"ss_seed": "1"}
+
+
+_ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "not a safetensors file"),
+        (b"hello world, this is text", "not a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"PK\x03\x04 and so on", "is a pickle"),
+        (b"\x80\x02}q\x00X\x05\x00", "is a pickle"),
+        ((10**9).to_bytes(8, "little") + b"{", "header would have 1,000,000,000 bytes"),
+        ((1000).to_bytes(8, "little") + b"{", "header should have 1,000 bytes, but the file has 9 in all"),
+        (_with_header("{not json"), "not JSON"),
+        (_with_header("{" * 100_000), "not JSON"),
+        (_with_header(f'{{"a": {_ENTRY}, "a": {_ENTRY}}}', bytes(4)), "names a twice"),
+        (_with_header(f'{{"a": {_ENTRY}}}', bytes(3)), "announces 4 bytes of tensors, but 3 follow"),
+        (_with_header('{"a": {"dtype": "F32", "shape": [1]}}'), "does not describe a properly"),
+        (_with_header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
+        (_with_header('{"__metadata__": {"a": 1}}'), "metadata are not texts"),
+    ],
+)
+def test_what_is_wrong_is_said(content: bytes, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(AdapterFileError, match=text):
+        _safetensors.read_header(path)
+
+
+def test_pickle_by_ending_and_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"anything at all")
+    with pytest.raises(AdapterFileError, match=r"is a pickle.*weights_only=True"):
+        detect(path)
+    with pytest.raises(AdapterFileError, match="There is no adapter file"):
+        detect(tmp_path / "none.safetensors")
+    with pytest.raises(AdapterFileError, match="not a PEFT adapter"):
+        detect(tmp_path)
+
+
+def test_every_cut_and_many_changed_bytes_end_in_our_error_or_in_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    content = _good(path)
+    draw = random.Random(0)
+    cuts = [content[:end] for end in range(0, len(content), 5)]
+    changed = []
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] = draw.randrange(256)
+        changed.append(bytes(damaged))
+    refused = 0
+    for damaged_content in (*cuts, *changed):
+        path.write_bytes(damaged_content)
+        try:
+            describe_file(path)
+            _safetensors.load(path)
+        except AdapterFileError:
+            refused += 1
+    assert refused >= len(cuts)
+
+
+def test_nan_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"good": torch.ones(2), "bad": torch.tensor([1.0, float("inf")])}, path)
+    with pytest.raises(AdapterFileError) as caught:
+        _safetensors.load(path)
+    assert caught.value.faults == ("bad",)
+
+
+def test_mixed_and_unknown_spellings_are_not_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"lora_unet_x.alpha": torch.tensor(1.0), "unet.x.lora_A.weight": torch.ones(1, 1)}, path)
+    with pytest.raises(AdapterFileError, match="mixes the spellings of diffusers and kohya"):
+        detect(path)
+    save_file({"model.weight": torch.ones(1)}, path)
+    with pytest.raises(AdapterFileError, match="not an adapter in a known format"):
+        detect(path)
+
+
+def test_broken_peft_config(tmp_path: Path) -> None:
+    from lora_diffusion.core import registry
+    from lora_diffusion.core.keymap import KeyMap
+    from lora_diffusion.core.types import ModuleKey
+
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "adapter_model.safetensors")
+    key_map = KeyMap([(ModuleKey("unet", "x"), "unet.x")])
+    for text in ("", "[]", json.dumps({"r": 1}), json.dumps({"lora_alpha": "many"})):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterFileError, match="cannot be read as a LoRA configuration"):
+            registry.find("formats", "peft").read(tmp_path, key_map)

@@ -1,0 +1,75 @@
+"""What `inspect` says of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_diffusion.adapters.merge import delta_weight
+from lora_diffusion.core import registry
+from lora_diffusion.core.types import AdapterState
+from lora_diffusion.formats import describe_file
+from tests.tiny_adapters import key_map, random_state, tiny_loaded
+
+
+@pytest.mark.parametrize("name", ["kohya", "diffusers", "peft"])
+def test_sound_file(name: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    state = AdapterState(random_state(loaded).modules, {"ss_seed": "1"})
+    path = tmp_path / "a.safetensors"
+    registry.find("formats", name).write(state, key_map(name, loaded), path, torch.float32)
+    report = describe_file(path)
+    assert (report.format, report.variant, report.problems) == (name, "lora", ())
+    assert report.num_modules == {part: sum(key.part == part for key in state.modules) for part in state.parts()}
+    assert report.ranks == {"4": len(state.modules)}
+    assert report.dtypes["F32"] >= 2 * len(state.modules)
+    assert report.metadata["ss_seed"] == "1"
+    assert report.alphas == {"2": len(state.modules)}
+    squares = [float(delta_weight(a).square().sum()) for k, a in state if k.path.startswith("mid_block")]
+    assert report.block_norms["unet mid_block"] == pytest.approx(sum(squares) ** 0.5, rel=1e-4)
+    assert {"unet down_blocks_0", "unet up_blocks_1", "text_encoder layers_0"} <= report.block_norms.keys()
+    json.dumps(report.to_json())
+
+
+def test_problems_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(
+        {
+            "lora_unet_a.lora_down.weight": torch.ones(2, 3),
+            "lora_unet_a.lora_up.weight": torch.zeros(3, 2),
+            "lora_unet_b.lora_up.weight": torch.ones(3, 2),
+            "lora_unet_c.lora_down.weight": torch.full((2, 3), torch.nan),
+            "unet.d.lora_A.weight": torch.ones(2, 3),
+            "unet.d.lora_B.weight": torch.ones(3, 4),
+            "strange": torch.ones(1),
+        },
+        path,
+    )
+    text = "\n".join(describe_file(path).problems)
+    for part in (
+        "diffusers and kohya are mixed",
+        "1 tensor(s) with unknown names: strange",
+        "1 module(s) with up but no down: lora_unet_b",
+        "1 module(s) with down but no up: lora_unet_c",
+        "1 tensor(s) with NaN or infinity: lora_unet_c.lora_down.weight",
+        "1 module(s) whose up is zero, so that they change nothing: lora_unet_a",
+        "1 module(s) whose factors have different ranks: unet.d",
+    ):
+        assert part in text
+
+
+def test_missing_alpha_and_other_variants(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    loaded = tiny_loaded()
+    registry.find("formats", "kohya").write(
+        random_state(loaded, groups="attn"), key_map("kohya", loaded), path, torch.float32
+    )
+    save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("alpha")}, path)
+    assert "40 module(s) without alpha" in describe_file(path).problems[0]
+    save_file({"lora_unet_a.hada_w1_a": torch.ones(2, 2)}, path)
+    report = describe_file(path)
+    assert (report.format, report.variant) == ("kohya", "loha")
