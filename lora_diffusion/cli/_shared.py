@@ -44,7 +44,7 @@ def weighted_file(text: str) -> tuple[Path, float]:
 
 def size(text: str) -> tuple[int, int]:
     """Reads WIDTHxHEIGHT in pixels."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
+    match = re.fullmatch(r"0*(\d+)x0*(\d+)", text)
+    if not match or "0" in match.groups():
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, say 512x768")
     return int(match[1]), int(match[2])

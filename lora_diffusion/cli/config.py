@@ -29,8 +29,10 @@ def add_parser(commands: Any) -> None:
         action.add_argument("overrides", nargs="*", metavar="key=value")
         action.set_defaults(run=function)
     for action in actions.choices.values():
-        action.add_argument("--json", action="store_true", help="print the result as JSON")
-        action.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        # Without a default of their own, so that they do not undo what stands before the action.
+        keep = argparse.SUPPRESS
+        action.add_argument("--json", action="store_true", default=keep, help="print the result as JSON")
+        action.add_argument("--debug", action="store_true", default=keep, help="show the traceback of an error")
 
 
 def list_shipped(args: argparse.Namespace) -> None:

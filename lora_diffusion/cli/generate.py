@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from lora_diffusion.config.load import load
+    from lora_diffusion.config.schema import REQUIRED
 
-    if args.steps < 1:
-        raise ConfigError(f"--steps {args.steps}: must be 1 or greater.")
+    _check_numbers(args)
     config = load(args.config, [f"model.path={args.model}"] if args.model else [], required=False)
+    if config.model.path == REQUIRED:
+        raise ConfigError(f"{args.config} names no base; give model.path in it, or --model instead of --config.")
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
     from lora_diffusion import workflows
@@ -56,3 +59,13 @@ def run(args: argparse.Namespace) -> None:
         {"grid": str(pictures.grid), "pictures": list(map(str, pictures.files))},
         f"{len(pictures.files)} picture(s) in {args.output}, all together in {pictures.grid}",
     )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.steps < 1:
+        raise ConfigError(f"--steps {args.steps}: must be 1 or greater.")
+    if not 1 <= args.guidance < math.inf:
+        raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
+    for seed in args.seed or ():
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"--seed {seed}: must be 0 or greater, and less than 2^63.")

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     try:
         args.run(args)
+        sys.stdout.flush()
     except LoraDiffusionError as error:
         if args.debug:
             raise
@@ -47,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:  # the reader of our output, say head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if args.debug:
+            raise
+        print(f"lora-diffusion {args.command}: {error}; is the disk full or a folder gone?", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\nlora-diffusion {args.command}: stopped; a training run continues with --resume.", file=sys.stderr)
         return 1

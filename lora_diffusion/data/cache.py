@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_diffusion.config.schema import CacheConfig
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.files import atomic_path, default_cache_path, sha256
+from lora_diffusion.core.files import atomic_path, check_writable, default_cache_path, sha256
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import ImageText, Loaded, Prepared
@@ -57,6 +57,19 @@ class _FileTensors(Mapping[str, "Tensor"]):
         return len(self.names)
 
 
+def check(config: CacheConfig) -> None:
+    """Checks that the cache folder can be written.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    check_writable(_root(config), "cache.path")
+
+
+def _root(config: CacheConfig) -> Path:
+    return Path(config.path).expanduser() if config.path else default_cache_path() / "prepared"
+
+
 def prepare(
     family: Family,
     loaded: Loaded,
@@ -84,7 +97,7 @@ def prepare(
     Raises:
         ConfigError: the cache folder cannot be written.
     """
-    root = Path(config.path).expanduser() if config.path else default_cache_path() / "prepared"
+    root = _root(config)
     base_key = family.cache_key(loaded.options, trained)
     paths = [_cache_file(root, base_key, sample, flip) for sample in samples]
     missing = {path: sample for path, sample in zip(paths, samples, strict=True) if _read(path, sample) is None}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 _BUILTIN = {"emoji": "emoji-sd"}
 _HUB_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""Component -> name of its weight file without ending, as diffusers and transformers call it."""
+_WIDTH_OF_SD2 = 1024
 
 
 class Source(Protocol):
@@ -105,11 +108,13 @@ class Folder:
 
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
-        return describe(self._configs(), options.path, options.prediction)
+        with explained(self.path):
+            return describe(self._configs(), options.path, options.prediction)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoder from their configs."""
-        return build_skeleton(self._configs())
+        with explained(self.path):
+            return build_skeleton(self._configs())
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the folder; pickled weights are refused."""
@@ -120,15 +125,18 @@ class Folder:
         silence_progress()
         info = self.info(options)
         dtype = frozen_dtype(options.dtype, device)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            self.path,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        has_plain = (self.path / "unet" / f"{_WEIGHTS['unet']}.safetensors").is_file()
+        with explained(self.path):
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                self.path,
+                dtype=dtype,
+                variant=None if has_plain else "fp16",
+                local_files_only=True,
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
         return as_loaded(pipeline, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
@@ -137,24 +145,62 @@ class Folder:
         return " ".join(f"{file.parent.name}/{file.name}={content_hash(file)}" for file in files)
 
     def _configs(self) -> dict[str, dict[str, Any]]:
-        faults = [self._fault(name) for name in _CLASSES]
-        if any(faults):
+        faults = [fault for name in _WEIGHTS if (fault := self._fault(name))]
+        if not any((self.path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            faults.append(f"tokenizer: {self.path / 'tokenizer' / 'vocab.json'} is missing")
+        if faults:
+            files = sorted(self.path.glob("*.safetensors"))
+            hint = f" For a checkpoint in one file give the file, say model.path={files[0]}." if files else ""
             raise ModelError(
                 f"The base {self.path} is not a complete Stable Diffusion folder; it must hold unet/, vae/, "
-                "text_encoder/, tokenizer/ and scheduler/, each as diffusers saves it.",
-                [fault for fault in faults if fault],
+                f"text_encoder/, tokenizer/ and scheduler/, each as diffusers saves it.{hint}",
+                faults,
             )
-        return {name: read_json(self.path / name / "config.json") for name in _CLASSES} | {
+        return {name: read_json(self.path / name / "config.json") for name in _WEIGHTS} | {
             "scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")
         }
 
     def _fault(self, name: str) -> str | None:
-        folder = self.path / name
+        folder, stem = self.path / name, _WEIGHTS[name]
         if not (folder / "config.json").is_file():
             return f"{name}: {folder / 'config.json'} is missing"
-        if not list(folder.glob("*.safetensors")):
-            return f"{name}: there are no .safetensors weights in {folder}"
-        return None
+        weights = [
+            file for pattern in ("", ".fp16", "-*", ".fp16-*") for file in folder.glob(f"{stem}{pattern}.safetensors")
+        ]
+        if not weights and list(folder.glob("*.bin")):
+            return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
+        if not weights:
+            return f"{name}: {folder / stem}.safetensors is missing"
+        return next((fault for file in weights if (fault := _damage(file, file.stat().st_mtime_ns))), None)
+
+
+@cache
+def _damage(path: Path, changed_ns: int) -> str | None:
+    """Says whether a safetensors file is cut off or none at all, by its header and length."""
+    from safetensors import SafetensorError, safe_open
+
+    del changed_ns
+    try:
+        with safe_open(path, framework="np"):
+            return None
+    except (SafetensorError, OSError) as error:
+        if path.read_bytes()[:8] == b"version ":
+            return f"{path} is a Git LFS pointer, not the weights; fetch them with 'git lfs pull'"
+        return f"{path} is cut off or damaged ({error}); fetch it again"
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what libraries raise on wrong configs and weights into a ModelError; running out of memory stays."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"The base {path} cannot be used; a config or its weights are wrong. {what}") from error
 
 
 def content_hash(path: Path) -> str:
@@ -176,8 +222,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} of the base cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} of the base cannot be read as a JSON object ({error}); fetch it again.") from error
 
 
 def describe(configs: Mapping[str, Mapping[str, Any]], path: str, kind: str) -> BaseInfo:
@@ -189,6 +235,8 @@ def describe(configs: Mapping[str, Mapping[str, Any]], path: str, kind: str) -> 
     unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
     if unet.get("addition_embed_type"):
         raise ModelError(f"The base {path} is Stable Diffusion XL, not 1.x; set model.family to its family.")
+    if unet.get("cross_attention_dim") == _WIDTH_OF_SD2:
+        raise ModelError(f"The base {path} is Stable Diffusion 2, not 1.x; set model.family to its family.")
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise ModelError(
             f"The UNet of {path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained."

@@ -10,12 +10,15 @@ from lora_diffusion.config.describe import differences
 from lora_diffusion.config.load import load, to_yaml
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import write_text
+from lora_diffusion.core.files import check_writable, remove_leftovers, write_text
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
 
 _FREE = ("output.", "cache.", "preview.", "train.threads", "train.save_every_steps", "train.keep_checkpoints")
 _FREE += ("train.preview_every_steps", "train.tracker", "train.max_steps", "train.epochs")
+
+_OWN = ("plan.json", "metrics.jsonl", "machine.json", "checkpoints", "previews", "tensorboard")
+"""What a run writes besides its config and adapters."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,17 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
     """Says whether a run may use its output folder; changes nothing.
 
     Raises:
-        ConfigError: the folder holds another run or other files.
+        ConfigError: the folder holds another run or other files, cannot be written, or lies inside the data.
     """
-    run = RunFolder(Path(config.output.path))
+    run = RunFolder(Path(config.output.path).expanduser())
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; give one of the two.")
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"output.path={run.path} is a file; name a folder.")
+    check_writable(run.path, "output.path")
+    if Path(config.data.path).expanduser().resolve() in (run.path.resolve(), *run.path.resolve().parents):
+        raise ConfigError(
+            f"output.path={run.path} lies inside data.path={config.data.path}, so that pictures made by the run would "
+            "become training pictures; name a folder outside."
+        )
     if run.config_path.is_file():
         if resume:
             _check_equal(run, config)
@@ -97,16 +104,29 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
                 f"output.path={run.path} holds a run already. Continue it with --resume, replace it with --overwrite, "
                 "or give another output.path."
             )
-    elif run.path.is_dir() and any(run.path.iterdir()) and not resume:
+        else:
+            run.config()
+    elif run.path.is_dir() and any(not entry.name.startswith(".") for entry in run.path.iterdir()):
         raise ConfigError(f"output.path={run.path} holds other files; give a new or empty folder.")
     return run
 
 
 def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
-    """Empties the folder of a run that is replaced, and writes the resolved config."""
+    """Removes a run that is replaced, but no file that it did not make, and writes the resolved config."""
     if overwrite and run.config_path.is_file():
         logger.info("Replacing the run in %s", run.path)
-        shutil.rmtree(run.path)
+        old = run.config()
+        adapters = [
+            run.adapter_path(old, name, is_folder) for name in old.output.formats for is_folder in (False, True)
+        ]
+        # The config goes last: until then the folder is known as a run.
+        for path in (*(run.path / name for name in _OWN), *adapters, run.config_path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    if run.path.is_dir():
+        remove_leftovers(run.path)
     write_text(run.config_path, to_yaml(config))
 
 
