@@ -14,7 +14,7 @@ from lora_diffusion.config.schema import DataConfig
 from lora_diffusion.core.types import BaseInfo, ImageText, Loaded, Prepared
 from lora_diffusion.data import sources
 
-INFO = BaseInfo(resolution=64, size_step=8, architecture="tiny", source="tiny base")
+INFO = BaseInfo(resolution=64, size_step=8, architecture="tiny", prediction="epsilon", source="tiny base")
 
 
 @dataclass

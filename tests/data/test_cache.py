@@ -101,7 +101,15 @@ def test_a_damaged_file_is_made_again(run, tmp_path, caplog, damage):
     assert all(again[name].equal(tensors[name]) for name in tensors)
 
 
-def test_a_file_lost_during_the_run_is_a_run_error(run, tmp_path):
+def test_small_caches_are_kept_in_memory(run, tmp_path):
+    items, _ = run()
+    for path in _files(tmp_path):
+        path.unlink()
+    assert all(len(item.tensors) == len(dict(item.tensors)) > 0 for item in items)
+
+
+def test_a_file_lost_during_the_run_is_a_run_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_MEMORY_BYTES", 0)
     items, _ = run()
     for path in _files(tmp_path):
         path.unlink()

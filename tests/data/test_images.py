@@ -19,7 +19,7 @@ _resolutions = st.sampled_from([(64, 8), (128, 64), (256, 16), (512, 8), (768, 6
 
 
 def _buckets(resolution: int, step: int) -> list[tuple[int, int]]:
-    return images.bucket_sizes(resolution, BaseInfo(resolution, step, "", "test"))
+    return images.bucket_sizes(resolution, BaseInfo(resolution, step, "", "epsilon", "test"))
 
 
 @given(_sides, _sides, _resolutions)

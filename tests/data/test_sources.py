@@ -236,7 +236,7 @@ def test_reading_does_not_import_torch(dataset):
         "from lora_diffusion.config.schema import DataConfig\n"
         "from lora_diffusion.core.types import BaseInfo\n"
         "from lora_diffusion.data import batches, cache, report, sources\n"
-        "samples = sources.read(DataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', ''))\n"
+        "samples = sources.read(DataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', 'epsilon', ''))\n"
         "report.describe(samples)\n"
         "assert 'torch' not in sys.modules\n"
     )
