@@ -249,6 +249,7 @@ def generate(
         raise ConfigError(
             f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base."
         )
+    check_writable(output_path, "--output")
     states = [_read(path, family, model) for path, _ in adapters]
     loaded = family.load(model, pick_device())
     weights = _attach(loaded, states, [weight for _, weight in adapters])

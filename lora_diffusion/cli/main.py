@@ -31,13 +31,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command line; overrides may stand before, between and behind options, which argparse cannot do."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
         0 done, 1 the run failed, 2 bad input or config.
     """
-    args = build_parser().parse_args(arguments)
+    args = _parse(arguments)
     try:
         args.run(args)
         sys.stdout.flush()

@@ -112,22 +112,35 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
 
 
 def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
-    """Removes a run that is replaced, but no file that it did not make, and writes the resolved config."""
-    if overwrite and run.config_path.is_file():
-        logger.info("Replacing the run in %s", run.path)
-        old = run.config()
-        adapters = [
-            run.adapter_path(old, name, is_folder) for name in old.output.formats for is_folder in (False, True)
-        ]
-        # The config goes last: until then the folder is known as a run.
-        for path in (*(run.path / name for name in _OWN), *adapters, run.config_path):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    if run.path.is_dir():
-        remove_leftovers(run.path)
-    write_text(run.config_path, to_yaml(config))
+    """Removes a run that is replaced, but no file that it did not make, and writes the resolved config.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    try:
+        if overwrite and run.config_path.is_file():
+            logger.info("Replacing the run in %s", run.path)
+            _remove(run)
+        if run.path.is_dir():
+            remove_leftovers(run.path)
+        write_text(run.config_path, to_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"output.path={run.path} cannot be written ({error.strerror}); make room, correct the access rights or "
+            "name another folder."
+        ) from error
+
+
+def _remove(run: RunFolder) -> None:
+    config = run.config()
+    formats = config.output.formats
+    adapters = [run.adapter_path(config, name, is_folder) for name in formats for is_folder in (False, True)]
+    # The config goes last: until then the folder is known as a run.
+    for path in (*(run.path / name for name in _OWN), *adapters, run.config_path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_equal(run: RunFolder, config: Config) -> None:

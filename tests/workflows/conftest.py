@@ -1,0 +1,113 @@
+"""Whole commands in this process, on the tiny base and a handful of pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_diffusion.cli.main import main
+from lora_diffusion.core.logs import logger
+
+SUBJECTS = ("cat", "dog", "heart", "face", "round cat", "red dog")
+SIZES = ((16, 16), (16, 16), (24, 12), (16, 16), (12, 24), (16, 16))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left on its streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """stderr in one line, as the console may have wrapped it."""
+        return " ".join(self.err.split())
+
+
+class Commands:
+    """Runs `lora-diffusion ...` without starting a process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> Outcome:
+        self._capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # argparse
+            code = int(exit_.code or 0)
+        captured = self._capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    def good(self, *arguments: object) -> Outcome:
+        """Runs a command that must succeed."""
+        outcome = self(*arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+
+@pytest.fixture(autouse=True)
+def _own_logs() -> Iterator[None]:
+    """Undoes what a command does to the logger, for tests that listen to it."""
+    state: tuple[Any, ...] = (logger.handlers, logger.level, logger.propagate)
+    yield
+    logger.handlers, logger.propagate = state[0], state[2]
+    logger.setLevel(state[1])
+    logging.captureWarnings(False)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(capsys)
+
+
+def fill_with_pictures(folder: Path, count: int = 4) -> Path:
+    """Writes captioned noise of several shapes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for index, (subject, (width, height)) in enumerate(zip(SUBJECTS[:count], SIZES, strict=False)):
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a {subject}, sks style\nthe {subject} of sks style\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return fill_with_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on UNet and text encoder, written in all formats in float32; shared, never changed."""
+    root = tmp_path_factory.mktemp("trained")
+    fill_with_pictures(root / "pictures")
+    settings = [
+        f"model.path={tiny_base}",
+        f"data.path={root / 'pictures'}",
+        f"output.path={root / 'run'}",
+        "output.formats=[kohya, diffusers, peft]",
+        "output.dtype=fp32",
+        "adapter.parts=[unet, text_encoder]",
+        "adapter.targets=[attn, ff, unet/conv]",
+        "adapter.rank=4",
+        "adapter.alpha=3",
+        "train.max_steps=8",
+        "train.batch_size=2",
+        "train.learning_rate=3e-2",
+        "train.text_encoder_learning_rate=1e-2",
+        "train.precision=fp32",
+        "train.threads=1",
+        "train.schedule=constant",
+    ]
+    assert main(["train", *settings]) == 0
+    return root / "run"
