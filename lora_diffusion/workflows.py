@@ -28,6 +28,7 @@ from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Output, Prepared, Request
 from lora_diffusion.data import cache, sources
 from lora_diffusion.data.batches import Batches
+from lora_diffusion.data.captions import without_trigger, words_pattern
 from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.report import DataReport, describe
 from lora_diffusion.evaluation import before_after
@@ -329,9 +330,10 @@ def compare(
     """
     family: Family = registry.find("families", config.model.family)
     info = family.check(config.model)
-    references = sources.read(replace(config.data, path=str(references_path)), info)
-    cases = cases or [_case(sample) for sample in references]
+    references = sources.read(replace(config.data, path=str(references_path), trigger=""), info)
     state = _read(adapter_path, family, config.model)
+    trigger = state.metadata.get("modelspec.trigger_phrase", "")
+    cases = cases or [_case(sample.captions[0], trigger) for sample in references]
     loaded = family.load(config.model, pick_device())
     _attach(loaded, [state], [1.0])
     images = [open_rgb(sample.path) for sample in references]
@@ -339,6 +341,6 @@ def compare(
     return before_after.compare(draw, load_clip(), cases, images, "adapter0", template, seeds)
 
 
-def _case(sample: ImageText) -> Case:
-    plain = sample.prior_caption or sample.captions[0]
-    return Case(sample.captions[0], plain, plain)
+def _case(caption: str, trigger: str) -> Case:
+    plain = without_trigger(caption, words_pattern(trigger)) if trigger else caption
+    return Case(caption, plain, plain)
