@@ -47,7 +47,8 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     old = target.parent / f".{target.name}-old-{os.getpid()}"
     try:
         fill(fresh)
-        fresh.chmod(0o755)
+        for path in (fresh, *fresh.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             target.rename(old)
         fresh.rename(target)

@@ -115,9 +115,13 @@ class Captioned:
         images = self.role.affine.apply(to_unit(self.pictures.pixels[chosen]), rng)
         images = disturb_colours(images, self.role.colour, rng)
         images = cut_out(blur_some(images, self.role.blur, rng), self.role.cutout, rng)
-        # both towers attend to the left only, so padding behind the longest caption is wasted time
+        # open_clip's text tower takes full length only; the other is spared the padding, which it never attends to
         tokens = self.tokenizer(
-            captions, padding=True, max_length=CONTEXT_LENGTH, truncation=True, return_tensors="pt"
+            captions,
+            padding="max_length" if self.name == SCORER else "longest",
+            max_length=CONTEXT_LENGTH,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         if self.name == SCORER:
             tokens = scorer_tokens(tokens, self.tokenizer.pad_token_id)
