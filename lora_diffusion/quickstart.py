@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__, workflows
-from lora_diffusion.config.describe import find_shipped
 from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config
+from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core.files import shipped_path, write_json
 from lora_diffusion.core.types import Request
 from lora_diffusion.evaluation.pictures import grid, save_image
@@ -91,7 +91,7 @@ def _next_commands(config: Config, adapter: Path) -> tuple[str, ...]:
         f"lora-diffusion generate --model {config.model.path} --adapter {file}:0.7 "
         f"--prompt 'a blob style cat' --prompt 'a cat' --seed 1 --seed 2 --output {run}/more",
         f"lora-diffusion inspect {file}",
-        "lora-diffusion train --config configs/sd1/style.yaml data.path=YOUR_PICTURES output.path=my-style",
+        "lora-diffusion train --config sd1/style data.path=YOUR_PICTURES output.path=my-style",
     )
 
 

@@ -16,8 +16,8 @@ import torch
 from PIL.Image import Image
 
 from lora_diffusion import workflows
-from lora_diffusion.config.describe import find_shipped
 from lora_diffusion.config.load import load
+from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core import logs
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.types import Request

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 def list_shipped(args: argparse.Namespace) -> None:
     """Prints name and first line of each shipped config."""
-    from lora_diffusion.config.describe import shipped
+    from lora_diffusion.config.shipped import shipped
 
     configs = shipped()
     width = max(map(len, configs))
@@ -47,7 +47,7 @@ def list_shipped(args: argparse.Namespace) -> None:
 
 def copy(args: argparse.Namespace) -> None:
     """Copies a shipped config; never over a file."""
-    from lora_diffusion.config.describe import find_shipped
+    from lora_diffusion.config.shipped import find_shipped
     from lora_diffusion.core.files import write_text
 
     source = find_shipped(args.name)

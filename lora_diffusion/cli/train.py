@@ -12,7 +12,7 @@ from lora_diffusion.cli._shared import print_result, set_up_logs
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("train", help="train an adapter from a folder of pictures")
-    parser.add_argument("--config", type=Path, help="YAML file; 'lora-diffusion config list' shows some to start from")
+    parser.add_argument("--config", type=Path, help="YAML file, or a name of 'config list'")
     parser.add_argument("--resume", action="store_true", help="continue the run in output.path where it stopped")
     parser.add_argument("--dry-run", action="store_true", help="show data, plan and memory; train nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output.path")

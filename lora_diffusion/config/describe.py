@@ -1,19 +1,15 @@
-"""What the keys mean, which files come along, and how two configs differ."""
+"""What the keys mean, and how two configs differ."""
 
 from __future__ import annotations
 
 import dataclasses
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.docs import field_docs
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
-from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import shipped_path
-from lora_diffusion.core.keymap import suggestion
 
 
 def explained_yaml(config: Config) -> str:
@@ -45,25 +41,3 @@ def differences(config: Config, other: Config) -> list[str]:
 def _paired_sections(config: Config, other: Config) -> Iterator[tuple[str, Any, Any]]:
     for f in dataclasses.fields(Config):
         yield f.name, getattr(config, f.name), getattr(other, f.name)
-
-
-def shipped() -> dict[str, tuple[Path, str]]:
-    """Returns name -> (file, first comment line) of the configs that come along, say "sd1/style"."""
-    root = shipped_path("configs")
-    found = {}
-    for path in sorted(root.rglob("*.yaml")):
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        found[path.relative_to(root).with_suffix("").as_posix()] = (path, first.lstrip("# "))
-    return found
-
-
-def find_shipped(name: str) -> Path:
-    """Returns the file of a shipped config.
-
-    Raises:
-        ConfigError: no such config; offers close names.
-    """
-    configs = shipped()
-    if name not in configs:
-        raise ConfigError(f"No config is called {name!r}{suggestion(name, configs)}. Known: {', '.join(configs)}.")
-    return configs[name][0]

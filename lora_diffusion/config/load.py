@@ -14,6 +14,7 @@ from typing import Any
 from lora_diffusion.config.docs import field_docs
 from lora_diffusion.config.rules import broken_rules
 from lora_diffusion.config.schema import REQUIRED, Config, ModelOptions
+from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import suggestion
@@ -25,7 +26,7 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = T
     """Reads a config.
 
     Args:
-        path: YAML file; None starts from the defaults.
+        path: YAML file, or the name of a shipped config such as sd1/style; None starts from the defaults.
         overrides: "section.key=value", the value in YAML; where the key is a text, as it stands.
         required: refuse a config that lacks a value which has no default.
 
@@ -76,10 +77,14 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
     from omegaconf import OmegaConf
 
-    if not path.is_file():
-        raise ConfigError(f"There is no config file {path}; 'lora-diffusion config list' shows those that come along.")
+    known = shipped()
+    if not path.is_file() and str(path) not in known:
+        hint = suggestion(str(path), known)
+        raise ConfigError(
+            f"There is no config file {path}{hint}; 'lora-diffusion config list' shows those that come along."
+        )
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values = OmegaConf.to_container(OmegaConf.load(path if path.is_file() else known[str(path)][0]))
     except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
