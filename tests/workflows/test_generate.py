@@ -1,0 +1,87 @@
+"""Laws of drawn pictures: they depend on prompt, seed and adapter weights, and on nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.workflows.conftest import Commands
+
+STEPS = ("--steps", "2", "--guidance", "3")
+
+
+class Drawing:
+    """`lora-diffusion generate` on the tiny base."""
+
+    def __init__(self, command: Commands, base: Path, folder: Path) -> None:
+        self._command, self._base, self._folder, self._count = command, base, folder, 0
+
+    def __call__(self, *arguments: object) -> list[np.ndarray]:
+        self._count += 1
+        output = self._folder / f"drawn {self._count}"
+        outcome = self._command.good(
+            "generate", "--model", self._base, "--output", output, "--json", *STEPS, *arguments
+        )
+        result = json.loads(outcome.out)
+        assert Path(result["grid"]) == output / "grid.png"
+        assert Path(result["grid"]).is_file()
+        return [np.asarray(Image.open(path)) for path in result["pictures"]]
+
+
+@pytest.fixture
+def draw(command: Commands, tiny_base: Path, tmp_path: Path) -> Drawing:
+    return Drawing(command, tiny_base, tmp_path)
+
+
+def test_seed_and_prompt_decide_whatever_else_is_in_the_batch(draw: Drawing) -> None:
+    table = draw("--prompt", "a cat", "--prompt", "a red dog", "--seed", 1, "--seed", 2, "--seed", 3)
+    assert len(table) == 6
+    assert len({picture.tobytes() for picture in table}) == 6
+    (alone,) = draw("--prompt", "a red dog", "--seed", 2)
+    # One level of 255: a batch of another size is summed in another order.
+    assert np.abs(alone.astype(int) - table[4]).max() <= 1
+
+
+def test_adapters_by_weight(draw: Drawing, trained: Path) -> None:
+    kohya, peft = trained / "run.safetensors", trained / "run.peft"
+    prompt = ("--prompt", "a cat, sks style", "--seed", 5)
+    (base,) = draw(*prompt)
+    (first,) = draw(*prompt, "--adapter", kohya)
+    assert np.abs(first.astype(int) - base).max() > 5
+    (off,) = draw(*prompt, "--adapter", f"{kohya}:0")
+    assert np.array_equal(off, base)
+    (pair,) = draw(*prompt, "--adapter", kohya, "--adapter", f"{peft}:0")
+    assert np.array_equal(pair, first)
+    (half,) = draw(*prompt, "--adapter", f"{kohya}:0.5", "--adapter", f"{peft}:.5")
+    assert np.abs(half.astype(int) - first).max() <= 1
+    (away,) = draw(*prompt, "--adapter", kohya, "--adapter", f"{peft}:-1")
+    assert np.abs(away.astype(int) - base).max() <= 1
+
+
+def test_size_and_empty_prompt(draw: Drawing) -> None:
+    (picture,) = draw("--prompt", "", "--size", "24x12")
+    assert picture.shape == (12, 24, 3)
+
+
+def test_guidance_of_one_ignores_the_negative(draw: Drawing) -> None:
+    (one,) = draw("--prompt", "a cat", "--guidance", 1)
+    (other,) = draw("--prompt", "a cat", "--guidance", 1, "--negative", "red")
+    assert np.array_equal(one, other)
+
+
+def test_settings_are_in_the_file(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
+    command.good("generate", "--model", tiny_base, "--prompt", "a cat", "--seed", 9, "--output", tmp_path, *STEPS)
+    (path,) = tmp_path.glob("000-*.png")
+    text = Image.open(path).text["parameters"]
+    assert "a cat" in text
+    assert "Seed: 9" in text
+
+
+def test_base_of_a_run(command: Commands, trained: Path, tmp_path: Path) -> None:
+    arguments = ("--prompt", "a cat", "--output", tmp_path, *STEPS)
+    command.good("generate", "--config", trained / "config.yaml", *arguments)
+    assert (tmp_path / "grid.png").is_file()
