@@ -119,7 +119,7 @@ def _quoted(override: str, schema: Mapping[str, type[Any]]) -> str:
     members = typing.get_args(hint) or (hint,)
     is_plain = str in members and not value.startswith(('"', "'")) and not (value == "null" and type(None) in members)
     if _is_list(hint):
-        is_plain = is_plain and bool(value) and not value.startswith("[")
+        is_plain = is_plain and value not in ("", "null") and not value.startswith("[")
     return f"{section}.{key}={json.dumps(value, ensure_ascii=False)}" if is_plain else override
 
 

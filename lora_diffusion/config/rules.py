@@ -85,7 +85,7 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
     preview, output = sections["preview"], sections["output"]
     if train.max_steps is not None and train.epochs is not None:
         yield f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
-    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
+    if train.max_steps is not None and 0 < train.max_steps <= train.warmup_steps:
         yield f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
     if train.text_encoder_learning_rate is not None and not any("text" in part for part in adapter.parts):
         yield (

@@ -95,11 +95,15 @@ def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tm
     outcome = killer.run(settings(calm))
     assert outcome["code"] == 0, (tmp_path / "killed.log").read_text()
 
-    writes = (".part-*", "checkpoints/.part-*", "checkpoints/.part-*step-000035", ".part-*adapter.safetensors")
-    moments: list[dict[str, Any]] = [{"watch": killed / pattern} for pattern in writes]
+    work_s = sum(line["seconds"] for line in _metrics(calm))
+    start_s = outcome["seconds"] - work_s
+    num_random = NUM_KILLS - 4
     rng = random.Random(0)
-    for _ in range(NUM_KILLS - len(moments)):
-        moments.insert(1, {"seconds": rng.uniform(0.1, 0.7) * outcome["seconds"]})
+    # Long enough to go on a little each time, and not so long that the run ends before its last kill.
+    moments = [{"seconds": rng.uniform(0.05, start_s + work_s / (num_random + 2))} for _ in range(num_random)]
+    writes = (".part-*", "checkpoints/.part-*"), ("checkpoints/.part-*", ".part-*adapter.safetensors")
+    first, last = ([{"watch": killed / pattern} for pattern in patterns] for patterns in writes)
+    moments = [*first, *moments, *last]
     num_killed = 0
     for moment in moments:
         code = killer.run([*settings(killed), "--resume"], **moment)["code"]

@@ -1,0 +1,127 @@
+"""How the program starts, answers and ends: measured in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_diffusion.cli import main as cli
+
+LIMIT_S = 0.5
+PROGRAM = [sys.executable, "-m", "lora_diffusion.cli.main"]
+HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL", "safetensors", "accelerate")
+
+_RUN_AND_TELL = f"""
+import sys
+from lora_diffusion.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as exit_:
+    code = exit_.code or 0
+heavy = [name for name in {HEAVY!r} if name in sys.modules]
+print("\\n" + repr((code, heavy)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["quickstart", "--help"], 0),
+        (["train", "model.pth=x"], 2),
+        (["train", "--config", "no-such-file.yaml"], 2),
+        (["train", "train.max_steps=many", "--dry-run"], 2),
+        (["generate", "--model", "x", "--prompt", "a", "--output", "x", "--steps", "0"], 2),
+        (["generate", "--model", "x", "--prompt", "a", "--output", "x", "--adapter", "no-such-file"], 2),
+        (["config", "list"], 0),
+        (["config", "show"], 0),
+        (["config", "show", "train.batch_size=4"], 0),
+        (["config", "check", "model.path=x", "data.path=y", "output.path=z"], 0),
+        (["config", "check", "train.seed=-1"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_answers_without_the_heavy_libraries(arguments: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_AND_TELL, *arguments], check=False, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == repr((code, [])), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "train.max_step=3"]], ids=" ".join)
+def test_answers_at_once(arguments: list[str]) -> None:
+    """Counts the processor's time, since other programs may run beside the tests; nothing here waits."""
+    assert min(_processor_s([*PROGRAM, *arguments]) for _ in range(3)) < LIMIT_S
+
+
+def _processor_s(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=False, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_reader_that_stops_reading() -> None:
+    for arguments in (["config", "show"], ["config", "list"], ["config", "show", "--json"]):
+        process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()  # type: ignore[union-attr]
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""  # type: ignore[union-attr]
+
+
+def test_command_is_installed() -> None:
+    program = Path(sys.executable).with_name("lora-diffusion")
+    if not program.exists():
+        pytest.skip("the package is not installed beside this Python")
+    done = subprocess.run([program, "--version"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.strip()
+
+
+def test_errors_are_short_unless_debugged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--config", str(tmp_path / "none.yaml")]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(Exception, match=r"none\.yaml"):
+        cli.main([*arguments, "--debug"])
+
+
+def test_disk_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", "run/x.safetensors")
+
+    monkeypatch.setattr("lora_diffusion.cli.config.print_result", fail)
+    assert cli.main(["config", "list"]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device: 'run/x.safetensors'" in error
+    assert error.count("\n") == 1
+
+
+def test_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_diffusion.cli.config.print_result", interrupt)
+    assert cli.main(["config", "list"]) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_environment_is_not_needed(tmp_path: Path) -> None:
+    """From another folder, without home or locale."""
+    done = subprocess.run(
+        [*PROGRAM, "config", "list", "--json"],
+        check=False,
+        capture_output=True,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(cli.__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sd1/style" in json.loads(done.stdout)
