@@ -26,7 +26,8 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
         [batch, 2 * channels, height / factor, width / factor]
     """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
+    # As the cache gives it back: sums over another memory layout differ in their last bits.
+    return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu().contiguous()
 
 
 def draw_latents(moments: Tensor, scaling_factor: float, rng: torch.Generator) -> Tensor:

@@ -84,7 +84,7 @@ def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tm
             "train.keep_checkpoints=2",
             "train.preview_every_steps=20",
             "preview.num_steps=2",
-            f"cache.path={tmp_path / 'cache'}",
+            f"cache.path={run}-cache",
             f"output.path={run}",
             "output.name=adapter",
             "output.formats=[kohya, peft]",
@@ -101,8 +101,11 @@ def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tm
     rng = random.Random(0)
     # Long enough to go on a little each time, and not so long that the run ends before its last kill.
     moments = [{"seconds": rng.uniform(0.05, start_s + work_s / (num_random + 2))} for _ in range(num_random)]
-    writes = (".part-*", "checkpoints/.part-*"), ("checkpoints/.part-*", ".part-*adapter.safetensors")
-    first, last = ([{"watch": killed / pattern} for pattern in patterns] for patterns in writes)
+    writes = (
+        ("killed/.part-*", "killed-cache/*/*/.part-*"),
+        ("killed/checkpoints/.part-*", "killed/.part-*adapter.saf*"),
+    )
+    first, last = ([{"watch": tmp_path / pattern} for pattern in patterns] for patterns in writes)
     moments = [*first, *moments, *last]
     num_killed = 0
     for moment in moments:

@@ -1,0 +1,337 @@
+"""What every family must do, on a tiny base of its own; a new family is found here by its name."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.inject import inject
+from lora_diffusion.adapters.merge import merge, unmerge
+from lora_diffusion.adapters.plan import InjectionPlan, plan
+from lora_diffusion.adapters.state import load_state, read_state
+from lora_diffusion.config.schema import AdapterConfig, CacheConfig, DataConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.rng import derive
+from lora_diffusion.core.types import Batch, ImageText, Loaded, Request
+from lora_diffusion.data import cache, images, sources
+from lora_diffusion.formats.verified import write_verified
+from tests.tiny import save_tiny_pipeline
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the tests need to know of a family."""
+
+    save_base: Callable[[Path], Path]
+    """Writes a tiny base, the same each time."""
+    settings: Mapping[str, Mapping[str, Any]]
+    """Name -> options that make its loss go other ways."""
+
+
+CASES = {
+    "sd1": Case(
+        save_tiny_pipeline,
+        {
+            "plain": {},
+            "weighted": {"min_snr_gamma": 5.0, "noise_offset": 0.1},
+            "velocity": {"prediction": "v_prediction", "min_snr_gamma": 5.0},
+            "captions": {"caption_dropout": 0.3, "prior_share": 0.4},
+        },
+    ),
+}
+FAMILIES = registry.available("families")
+FORMATS = registry.available("formats")
+CASES_OF_LOSS = [(name, kind) for name in FAMILIES for kind in CASES[name].settings]
+
+
+def test_every_family_has_a_case() -> None:
+    assert sorted(CASES) == FAMILIES
+
+
+def test_protocol_stays_small() -> None:
+    members = [name for name in {**vars(Family), **Family.__annotations__} if not name.startswith("_")]
+    assert len(members) <= 15
+    for name in FAMILIES:
+        family = registry.find("families", name)
+        assert [member for member in members if not hasattr(family, member)] == []
+        public = [member for member in dir(family) if not member.startswith("_")]
+        assert sorted(public) == sorted(members)
+        assert family.name == name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_import_is_light(name: str) -> None:
+    code = f"import sys; from lora_diffusion.families.{name} import FAMILY; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A family with a base on disk and some pictures."""
+
+    family: Family
+    base: Path
+    samples: list[ImageText]
+
+    def options(self, **values: Any) -> Any:
+        return self.family.options_type(path=str(self.base), **values)
+
+    def plan(self, *parts: str, targets: tuple[str, ...] = ("attn",)) -> InjectionPlan:
+        config = AdapterConfig(rank=2, alpha=3.0, parts=parts or tuple(self.family.parts), targets=targets)
+        return plan(self.family.skeleton(self.options()), self.family.parts, config)
+
+    def with_pixels(self) -> list[ImageText]:
+        return [
+            replace(sample, pixels=images.load_pixels(sample.path, sample.size, flip=True)) for sample in self.samples
+        ]
+
+    def batch(self, loaded: Loaded, trained: frozenset[str] = frozenset()) -> Batch:
+        return self.family.collate(self.family.prepare(loaded, self.with_pixels(), trained))
+
+    def inject(self, loaded: Loaded, *parts: str, seed: int | None = None) -> dict[str, dict[str, nn.Parameter]]:
+        """Adds an adapter, with random factors if a seed is given."""
+        params = inject(loaded, self.plan(*parts), variants.find("lora"), 0.0, 0)
+        generator = torch.Generator().manual_seed(seed or 0)
+        for parameter in [value for own in params.values() for value in own.values()] if seed is not None else ():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        return params
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return _set_up(request.param, tmp_path_factory.mktemp(request.param))
+
+
+_SETUPS: dict[str, Setup] = {}
+
+
+def _set_up(name: str, folder: Path) -> Setup:
+    if name not in _SETUPS:
+        family = registry.find("families", name)
+        base = CASES[name].save_base(folder / "base")
+        pictures = folder / "pictures"
+        pictures.mkdir()
+        generator = np.random.default_rng(0)
+        for index, subject in enumerate(("cat", "dog", "heart")):
+            pixels = generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(pictures / f"{index}.png")
+            lines = f"a {subject}, sks style\n" + "sks style dog\n" * index
+            (pictures / f"{index}.txt").write_text(lines, encoding="utf-8")
+        info = family.check(family.options_type(path=str(base)))
+        _SETUPS[name] = Setup(family, base, sources.read(DataConfig(path=str(pictures)), info))
+    return _SETUPS[name]
+
+
+@pytest.fixture
+def loaded(setup: Setup) -> Loaded:
+    return setup.family.load(setup.options(), CPU)
+
+
+@pytest.fixture
+def _same_global_random_state() -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before), "torch's global generator was used"
+
+
+class TestBase:
+    def test_loaded_frozen_as_the_skeleton_says(self, setup: Setup, loaded: Loaded) -> None:
+        skeleton = setup.family.skeleton(setup.options())
+        assert skeleton.keys() == loaded.parts.keys() == setup.family.parts.keys()
+        for name, network in loaded.parts.items():
+            expected = {key: value.shape for key, value in skeleton[name].state_dict().items()}
+            assert {key: value.shape for key, value in network.state_dict().items()} == expected
+            assert all(parameter.is_meta for parameter in skeleton[name].parameters())
+            assert not network.training
+            assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert loaded.info == setup.family.check(setup.options())
+        assert loaded.info.source == str(setup.base)
+        assert loaded.encoders <= {*loaded.parts, *loaded.modules}
+        assert loaded.decoders <= loaded.encoders
+
+    def test_cache_key_names_the_weights_and_not_the_place(self, setup: Setup, tmp_path: Path) -> None:
+
+        family, none = setup.family, frozenset[str]()
+        key = family.cache_key(setup.options(), none)
+        moved = shutil.copytree(setup.base, tmp_path / "moved")
+        assert family.cache_key(replace(setup.options(), path=str(moved)), none) == key
+        assert family.cache_key(setup.options(dtype="bf16"), none) != key
+        assert family.cache_key(setup.options(), frozenset({"text_encoder"})) != key
+        CASES[family.name].save_base(moved, seed=1)  # type: ignore[call-arg]
+        assert family.cache_key(replace(setup.options(), path=str(moved)), none) != key
+
+    def test_example_runs_on_the_meta_device(self, setup: Setup) -> None:
+        skeleton = setup.family.skeleton(setup.options())
+        for trained in (frozenset[str](), frozenset(setup.family.parts)):
+            examples = setup.family.example(setup.options(), trained, 2, setup.samples[0].size)
+            assert trained <= examples.keys()
+            for part, inputs in examples.items():
+                assert skeleton[part](**inputs)[0].is_meta
+
+
+class TestNames:
+    def test_every_group_matches_modules_that_can_hold_an_adapter(self, setup: Setup) -> None:
+        for part, declared in setup.family.parts.items():
+            for group in declared.groups:
+                assert setup.plan(part, targets=(f"{part}/{group}",)).modules
+
+    @pytest.mark.parametrize("format_name", FORMATS)
+    def test_key_maps_are_bijections_over_all_modules(self, setup: Setup, format_name: str) -> None:
+        key_map = setup.family.key_map(format_name, setup.options())
+        names = {name for _, name in key_map}
+        assert len(names) == len(key_map)
+        for key, name in key_map:
+            assert key_map.key(name) == key
+            assert key_map.name(key) == name
+        for part, network in setup.family.skeleton(setup.options()).items():
+            paths = {path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+            assert {key.path for key, _ in key_map if key.part == part} == paths
+
+    @pytest.mark.parametrize("format_name", FORMATS)
+    def test_written_adapter_is_read_back(self, setup: Setup, loaded: Loaded, format_name: str, tmp_path: Path) -> None:
+        setup.inject(loaded, seed=3)
+        state = read_state(loaded)
+        format_, key_map = registry.find("formats", format_name), setup.family.key_map(format_name, setup.options())
+        path = write_verified(state, key_map, format_, tmp_path / "adapter", torch.float32)
+        again = format_.read(path, key_map)
+        assert again.modules.keys() == state.modules.keys()
+        for key, adapter in state:
+            assert again.modules[key].alpha == adapter.alpha
+            for name, tensor in adapter.tensors.items():
+                assert torch.equal(again.modules[key].tensors[name], tensor)
+        fresh = setup.family.load(setup.options(), CPU)
+        load_state(fresh, again, "again")
+        batch = setup.batch(loaded, frozenset(setup.family.parts))
+        losses = [setup.family.loss(one, batch, derive(0, "loss")).per_sample for one in (loaded, fresh)]
+        assert torch.equal(*losses)
+
+
+class TestPrepare:
+    @pytest.mark.parametrize("trained", [frozenset(), frozenset({"text_encoder"})])
+    @pytest.mark.usefixtures("_same_global_random_state")
+    def test_twice_is_equal_and_alone_is_equal(self, setup: Setup, loaded: Loaded, trained: frozenset[str]) -> None:
+        samples = setup.with_pixels()
+        first, second = (setup.family.prepare(loaded, samples, trained) for _ in range(2))
+        (alone,) = setup.family.prepare(loaded, samples[1:2], trained)
+        for one, other in zip(first, second, strict=True):
+            assert one.key == other.key
+            assert one.group == other.group
+            assert {name: tensor.device.type for name, tensor in one.tensors.items()}.keys() == other.tensors.keys()
+            assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+            assert not any(tensor.requires_grad for tensor in one.tensors.values())
+        for name, tensor in alone.tensors.items():
+            torch.testing.assert_close(tensor, first[1].tensors[name], rtol=1e-4, atol=1e-5, msg=name)
+
+    @pytest.mark.parametrize("trained", [frozenset(), frozenset({"text_encoder"})])
+    def test_cached_loss_is_the_uncached_loss(
+        self, setup: Setup, loaded: Loaded, trained: frozenset[str], tmp_path: Path
+    ) -> None:
+        config = CacheConfig(path=str(tmp_path))
+        fresh = setup.batch(loaded, trained)
+        losses = [setup.family.loss(loaded, fresh, derive(0, "loss")).per_sample]
+        for _ in range(2):  # written, then read
+            items = cache.prepare(setup.family, loaded, setup.samples, trained, config, flip=True)
+            losses.append(setup.family.loss(loaded, setup.family.collate(items), derive(0, "loss")).per_sample)
+        assert torch.equal(losses[0], losses[1])
+        assert torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES_OF_LOSS)
+@pytest.mark.parametrize("all_parts", [False, True], ids=["main", "all parts"])
+class TestLoss:
+    @pytest.fixture
+    def parts(self, name: str, all_parts: bool) -> tuple[str, ...]:
+        names = tuple(registry.find("families", name).parts)
+        return names if all_parts else names[:1]
+
+    @pytest.fixture
+    def own(self, name: str, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+        return _set_up(name, tmp_path_factory.mktemp(name))
+
+    @pytest.fixture
+    def base(self, own: Setup, name: str, kind: str) -> Loaded:
+        return own.family.load(own.options(**CASES[name].settings[kind]), CPU)
+
+    @pytest.mark.usefixtures("_same_global_random_state")
+    def test_finite_for_each_sample_and_decided_by_the_generator(
+        self, own: Setup, base: Loaded, parts: tuple[str, ...]
+    ) -> None:
+        own.inject(base, *parts, seed=1)
+        batch = own.batch(base, frozenset(parts))
+        before = {key: tensor.clone() for key, tensor in batch.tensors.items()}
+        one, same, other = (own.family.loss(base, batch, derive(seed, "loss")).per_sample for seed in (0, 0, 1))
+        assert one.shape == (len(batch),)
+        assert one.dtype == torch.float32
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
+        assert all(torch.equal(batch.tensors[key], tensor) for key, tensor in before.items())
+
+    def test_only_adapters_get_gradients(self, own: Setup, base: Loaded, parts: tuple[str, ...]) -> None:
+        params = own.inject(base, *parts, seed=1)
+        trained = {id(parameter) for values in params.values() for parameter in values.values()}
+        own.family.loss(base, own.batch(base, frozenset(parts)), derive(0, "loss")).per_sample.sum().backward()
+        networks = [*base.parts.values(), *(m for m in base.modules.values() if isinstance(m, nn.Module))]
+        moved = {id(p) for network in networks for p in network.parameters() if p.grad is not None}
+        assert moved == trained
+        assert set(params) == set(parts)
+        for part, values in params.items():
+            # A padded token or a dead activation may leave single tensors at 0, but not a part.
+            assert sum(bool(parameter.grad.any()) for parameter in values.values()) > 0.9 * len(values), part
+
+    def test_zero_adapter_changes_nothing(self, own: Setup, base: Loaded, parts: tuple[str, ...]) -> None:
+        batch = own.batch(base, frozenset(parts))
+        batch = replace(batch, tensors={**batch.tensors, "has_prior": torch.zeros(len(batch), dtype=torch.bool)})
+        before = own.family.loss(base, batch, derive(0, "loss")).per_sample
+        own.inject(base, *parts)
+        torch.testing.assert_close(own.family.loss(base, batch, derive(0, "loss")).per_sample, before)
+
+    def test_merged_is_unmerged(self, own: Setup, base: Loaded, parts: tuple[str, ...], kind: str) -> None:
+        if kind == "captions":
+            return  # a merged base is no longer the base that prior samples ask
+        batch = own.batch(base, frozenset(parts))
+        own.inject(base, *parts, seed=1)
+        with torch.no_grad():
+            apart = own.family.loss(base, batch, derive(0, "loss")).per_sample
+            merge(base, {"default": 1.0})
+            torch.testing.assert_close(
+                own.family.loss(base, batch, derive(0, "loss")).per_sample, apart, rtol=1e-4, atol=1e-5
+            )
+            unmerge(base)
+            assert torch.equal(own.family.loss(base, batch, derive(0, "loss")).per_sample, apart)
+
+
+class TestGenerate:
+    @pytest.mark.usefixtures("_same_global_random_state")
+    def test_order_weights_and_batches(self, setup: Setup, loaded: Loaded) -> None:
+        state_of = setup.family.load(setup.options(), CPU)
+        setup.inject(state_of, seed=5)
+        load_state(loaded, read_state(state_of), "a")
+        requests = [
+            Request(prompt, seed, num_steps=2, weights={"a": weight})
+            for weight in (0.0, 1.0)
+            for prompt in ("a cat", "a dog")
+            for seed in (1, 2)
+        ]
+        outputs = setup.family.generate(loaded, requests)
+        assert [output.request for output in outputs] == requests
+        pixels = [np.asarray(output.image).astype(int) for output in outputs]
+        assert len({picture.tobytes() for picture in pixels}) == len(requests)
+        for index in (1, 6):
+            (alone,) = setup.family.generate(loaded, [requests[index]])
+            assert np.abs(np.asarray(alone.image).astype(int) - pixels[index]).max() <= 1
