@@ -39,6 +39,9 @@ def weighted_file(text: str) -> tuple[Path, float]:
         path, weight = Path(name), float(number)
     if not path.exists():
         raise ConfigError(f"--adapter {text}: there is no file {path}.")
+    if (path / "config.yaml").is_file():
+        files = ", ".join(str(file) for file in sorted(path.glob("*.safetensors"))) or "none yet"
+        raise ConfigError(f"--adapter {text}: {path} is a run folder; give an adapter file of it: {files}.")
     return path, weight
 
 

@@ -360,6 +360,11 @@ class TestGenerate:
         assert str(path) in message
         assert reason in message
 
+    def test_run_folder_as_adapter(self, command: Commands, tiny_base: Path, trained: Path, tmp_path: Path) -> None:
+        message = self.refused(command, tiny_base, "--adapter", f"{trained}:0.5", "--output", tmp_path / "out")
+        assert "is a run folder" in message
+        assert str(trained / "run.safetensors") in message
+
     @pytest.mark.parametrize("weight", ["abc", "", "1e", "nan", "0.5.1"])
     def test_weight(self, command: Commands, tiny_base: Path, trained: Path, tmp_path: Path, weight: str) -> None:
         adapter = f"{trained / 'run.safetensors'}:{weight}"

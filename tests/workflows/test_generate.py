@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,15 @@ def test_base_of_a_run(command: Commands, trained: Path, tmp_path: Path) -> None
     arguments = ("--prompt", "a cat", "--output", tmp_path, *STEPS)
     command.good("generate", "--config", trained / "config.yaml", *arguments)
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_base_that_has_the_fp16_files_only(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    for path in list(base.rglob("*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    pictures = []
+    for number, model in enumerate((tiny_base, base)):
+        output = tmp_path / str(number)
+        command.good("generate", "--model", model, "--prompt", "a cat", "--output", output, *STEPS)
+        pictures.append((output / "grid.png").read_bytes())
+    assert pictures[0] == pictures[1]
