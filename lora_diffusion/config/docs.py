@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 
-@functools.cache
 def field_docs(section_type: type[Any]) -> Mapping[str, str]:
     """Returns field name -> the string under it, those of base classes included."""
     docs: dict[str, str] = {}

@@ -182,7 +182,8 @@ def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tupl
                 faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
             if isinstance(value, bool) and str in (typing.get_args(hints[key]) or (hints[key],)):
                 faults.append(f"{name}.{key}: YAML reads a bare yes, no, on or off as {value}; put the text in quotes")
-        sections[name] = section_type(**{k: _tuples(v) for k, v in OmegaConf.to_container(section).items()})
+        typed = typing.cast(dict[str, Any], OmegaConf.to_container(section))
+        sections[name] = section_type(**{key: _tuples(value) for key, value in typed.items()})
     return sections, faults
 
 

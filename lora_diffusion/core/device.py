@@ -14,7 +14,8 @@ def pick_device() -> torch.device:
     """Returns cuda, else mps, else cpu; each process that `accelerate launch` starts gets a GPU of its own."""
     from accelerate import PartialState
 
-    return PartialState().device
+    device: torch.device = PartialState().device
+    return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:
