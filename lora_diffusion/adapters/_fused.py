@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_diffusion.core.products import product_dtype
+
 
 class FusedLinear(Linear):
     """Computes base(x) + up @ (scale * down @ x) with one trained adapter as PEFT does, and leaves all else to PEFT.
@@ -58,13 +60,15 @@ class _Fused(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Computes in `dtype`, the type of the products under autocast."""
+        """Answers in `dtype`, the type of the products under autocast."""
+        wide = product_dtype(dtype, x.device)
         rows = x.to(dtype).flatten(0, -2)
-        weight, down, up = weight.to(dtype), down.to(dtype), up.to(dtype)
-        small = (rows @ down.T).mul_(scale)
-        answer = functional.linear(rows, weight, None if bias is None else bias.to(dtype))
-        answer.addmm_(small, up.T)
-        ctx.save_for_backward(rows, small, weight if ctx.needs_input_grad[0] else None, down, up)
+        with torch.autocast(x.device.type, enabled=False):
+            wide_rows = rows.to(wide)
+            small = (wide_rows @ down.to(wide).T).mul_(scale)
+            answer = functional.linear(wide_rows, weight.to(wide), None if bias is None else bias.to(wide))
+            answer = answer.addmm_(small, up.to(wide).T).to(dtype)
+        ctx.save_for_backward(rows, small, weight, down, up)
         ctx.scale, ctx.shape, ctx.kind = scale, x.shape, x.dtype
         return answer.view(*x.shape[:-1], -1)
 
@@ -72,13 +76,14 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, small, weight, down, up = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
-        small_gradient = (gradient @ up).mul_(ctx.scale)
+        wide = small.dtype
+        gradient = gradients[0].flatten(0, -2).to(wide)
+        small_gradient = (gradient @ up.to(wide)).mul_(ctx.scale)
         for_x = for_down = for_up = None
         if ctx.needs_input_grad[0]:
-            for_x = (gradient @ weight).addmm_(small_gradient, down).view(ctx.shape).to(ctx.kind)
+            for_x = (gradient @ weight.to(wide)).addmm_(small_gradient, down.to(wide)).view(ctx.shape).to(ctx.kind)
         if ctx.needs_input_grad[3]:
-            for_down = (small_gradient.T @ rows).float()
+            for_down = (small_gradient.T @ rows.to(wide)).float()
         if ctx.needs_input_grad[4]:
             for_up = (gradient.T @ small).float()
         return for_x, None, None, for_down, for_up, None, None
