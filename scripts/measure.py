@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
     parser.add_argument("--draws", type=int, default=2, help="pictures of each prompt")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "lora-diffusion-measure")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, to try things")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the config, to try things")
     args = parser.parse_args()
     logs.set_up()
     name = "concept" if args.task == "concept" else "style"
@@ -50,7 +50,7 @@ def main() -> None:
     train, references = args.train or data / "train", args.references or data / "references"
     for seed in args.seeds:
         output = args.output / f"{args.task}-seed{seed}"
-        overrides = [f"data.path={train}", f"output.path={output}", f"train.seed={seed}", *args.overrides]
+        overrides = [f"data.path={train}", f"output.path={output}", f"train.seed={seed}", *args.set]
         config = load(find_shipped(f"sd1/{name}"), overrides)
         result = workflows.train(config, overwrite=True)
         cases = _CONCEPT if args.task == "concept" else ()
