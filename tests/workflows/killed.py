@@ -25,17 +25,17 @@ __all__ = ["diffusers", "torch", "transformers", "workflows"]
 
 
 def serve() -> None:
-    """Answers each line {"arguments", "seconds", "watch"} with {"code", "seconds"}; code -9 means killed.
+    """Answers each line {"arguments", "kill"} with {"code"}, which is -9 for a killed child.
 
-    A child is killed after `seconds`, or as soon as a file matches the glob pattern `watch`, if they are not null.
+    "kill" is null, or [pattern, num_lines, delay_s]: the child is killed `delay_s` after a file matches the glob
+    pattern and has that many lines.
     """
     for line in sys.stdin:
         order = json.loads(line)
-        print(json.dumps(_run(order["arguments"], order["seconds"], order["watch"])), flush=True)
+        print(json.dumps({"code": _run(order["arguments"], order["kill"])}), flush=True)
 
 
-def _run(arguments: list[str], seconds: float | None, watch: str | None) -> dict[str, float]:
-    started = time.perf_counter()
+def _run(arguments: list[str], kill: tuple[str, int, float] | None) -> int:
     child = os.fork()
     if child == 0:
         code = 70
@@ -43,14 +43,21 @@ def _run(arguments: list[str], seconds: float | None, watch: str | None) -> dict
             os.dup2(2, 1)
             code = main(arguments)
         os._exit(code)
+    due = None
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return {"code": os.waitstatus_to_exitcode(status), "seconds": time.perf_counter() - started}
-        is_late = seconds is not None and time.perf_counter() - started > seconds
-        if is_late or (watch and any(Path("/").glob(watch.lstrip("/")))):
+            return os.waitstatus_to_exitcode(status)
+        if kill and due is None and _is_there(kill[0], kill[1]):
+            due = time.perf_counter() + kill[2]
+        if due is not None and time.perf_counter() >= due:
             os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+        time.sleep(0.0005)
+
+
+def _is_there(pattern: str, num_lines: int) -> bool:
+    found = Path("/").glob(pattern.lstrip("/"))
+    return any(not num_lines or path.read_bytes().count(b"\n") >= num_lines for path in found)
 
 
 if __name__ == "__main__":
