@@ -43,7 +43,7 @@ class _WideProducts(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         layer = _LAYERS.get(func)
-        if layer is None or not _is_emulated(args[0]):
+        if layer is None or not args or not _is_emulated(args[0]):
             return func(*args, **(kwargs or {}))
         return layer(self._scratch, *args, **(kwargs or {}))
 

@@ -18,9 +18,10 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.device import compute_dtype, has_fast_bf16
+from lora_diffusion.core.device import compute_dtype
 from lora_diffusion.core.errors import ConfigError, NonFiniteError
 from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.products import fast_products
 from lora_diffusion.core.protocols import Tracker
 from lora_diffusion.core.rng import derive, derive_seed
 from lora_diffusion.core.tuning import use_threads
@@ -74,7 +75,6 @@ class Trainer:
         self._parameters = [parameter for _, parameter in optim.named(params)]
         self.device = self._parameters[0].device
         self._dtype = compute_dtype(config.precision, self.device)
-        _warn_of_emulation(self._dtype, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype == torch.float16)
         self._resumed_length: int | None = None
         settings = dataclasses.asdict(config) | {"precision": str(self._dtype).removeprefix("torch.")}
@@ -154,9 +154,11 @@ class Trainer:
         per_sample = [torch.zeros(0, device=self.device)]
         metrics: defaultdict[str, float] = defaultdict(float)
         for batch in micro_batches:
-            with torch.autocast(self.device.type, self._dtype) if self._dtype != torch.float32 else nullcontext():
-                output = self.loss(batch, derive(self.config.seed, "loss", *batch.position))
-            torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
+            rng = derive(self.config.seed, "loss", *batch.position)
+            with fast_products(self.device):
+                with torch.autocast(self.device.type, self._dtype) if self._dtype != torch.float32 else nullcontext():
+                    output = self.loss(batch, rng)
+                torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
             per_sample.append(output.per_sample.detach().float())
             for name, value in output.metrics.items():
                 metrics[name] += value * len(batch) / num_samples
@@ -230,8 +232,3 @@ def total_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
     if config.epochs is not None:
         return config.epochs * num_steps_per_epoch
     return _DEFAULT_STEPS if config.max_steps is None else config.max_steps
-
-
-def _warn_of_emulation(dtype: torch.dtype, device: torch.device) -> None:
-    if device.type == "cpu" and dtype != torch.float32 and not (dtype == torch.bfloat16 and has_fast_bf16(device)):
-        logger.warning("This CPU emulates %s, which is slower than fp32; set train.precision=auto.", dtype)
