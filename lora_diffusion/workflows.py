@@ -6,6 +6,7 @@ Read `train` first: every line of it is one step of the program.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,36 +69,47 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
     cache.check(config.cache)
     samples = sources.read(config.data, info)
-    for line in plan.lines():
-        logger.info(line)
+    _say_what_is_trained(plan, config, samples)
 
     processes = PartialState()
     processes.wait_for_everyone()
-    if processes.is_main_process:
-        run_folder.prepare(run, config, overwrite=overwrite)
-        write_json(run.plan_path, plan.to_json())
-    loaded = family.load(config.model, pick_device())
-    trained = frozenset(config.adapter.parts)
-    with processes.main_process_first():
-        items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
-    hooks = _prepare_previews(config, family, loaded, samples, run)
-    loaded.release(*(loaded.encoders - trained - (loaded.decoders if hooks else frozenset())))
+    with run_folder.alone(run) if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            run_folder.prepare(run, config, overwrite=overwrite)
+            write_json(run.plan_path, plan.to_json())
+        loaded = family.load(config.model, pick_device())
+        trained = frozenset(config.adapter.parts)
+        with processes.main_process_first():
+            items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
+        hooks = _prepare_previews(config, family, loaded, samples, run)
+        loaded.release(*(loaded.encoders - trained - (loaded.decoders if hooks else frozenset())))
 
-    params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
-    if config.train.gradient_checkpointing:
-        memory.checkpoint_activations(loaded.parts)
-    batches = _batches(items, family, config)
-    fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
-    trainer = Trainer(config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint)
-    if resume:
-        logger.info("Continuing after step %d", trainer.resume())
-    trainer.fit(batches)
+        params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
+        if config.train.gradient_checkpointing:
+            memory.checkpoint_activations(loaded.parts)
+        batches = _batches(items, family, config)
+        fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
+        trainer = Trainer(config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint)
+        if resume:
+            logger.info("Continuing after step %d", trainer.resume())
+        trainer.fit(batches)
 
-    state = read_state(loaded)
-    state = replace(state, metadata=record.metadata(config, info, state, samples, batches, trainer.step))
-    formats = config.output.formats if processes.is_main_process else ()
-    files = tuple(_write(state, family, config, name, run) for name in formats)
+        state = read_state(loaded)
+        state = replace(state, metadata=record.metadata(config, info, state, samples, batches, trainer.step))
+        formats = config.output.formats if processes.is_main_process else ()
+        files = tuple(_write(state, family, config, name, run) for name in formats)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
+
+
+def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[ImageText]) -> None:
+    for line in plan.lines():
+        logger.info(line)
+    if getattr(config.model, "prior_share", 0) and all(sample.prior_caption is None for sample in samples):
+        logger.warning(
+            "model.prior_share=%g does nothing, since no trigger words were found: give all captions the same made-up "
+            "words, or name them with data.trigger, so that the rest of the base stays as it is.",
+            config.model.prior_share,
+        )
 
 
 def _batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:

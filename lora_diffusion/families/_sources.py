@@ -114,7 +114,9 @@ class Folder:
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoder from their configs."""
         with explained(self.path):
-            return build_skeleton(self._configs())
+            parts = build_skeleton(self._configs())
+        self._check_complete(parts["unet"])
+        return parts
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the folder; pickled weights are refused."""
@@ -144,6 +146,21 @@ class Folder:
         files = [file for name in components for file in sorted((self.path / name).iterdir()) if file.is_file()]
         return " ".join(f"{file.parent.name}/{file.name}={content_hash(file)}" for file in files)
 
+    def _check_complete(self, unet: nn.Module) -> None:
+        """Refuses a UNet whose files lack tensors: diffusers would fill them with random numbers."""
+        from safetensors import safe_open
+
+        names: set[str] = set()
+        for file in _weight_files(self.path / "unet", _WEIGHTS["unet"]):
+            with safe_open(file, framework="np") as weights:
+                names.update(weights.keys())
+        missing = sorted(unet.state_dict().keys() - names)
+        if missing:
+            raise ModelError(
+                f"The UNet of {self.path} lacks {len(missing)} tensors that its config announces; fetch it again.",
+                missing[:10],
+            )
+
     def _configs(self) -> dict[str, dict[str, Any]]:
         faults = [fault for name in _WEIGHTS if (fault := self._fault(name))]
         if not any((self.path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
@@ -164,14 +181,17 @@ class Folder:
         folder, stem = self.path / name, _WEIGHTS[name]
         if not (folder / "config.json").is_file():
             return f"{name}: {folder / 'config.json'} is missing"
-        weights = [
-            file for pattern in ("", ".fp16", "-*", ".fp16-*") for file in folder.glob(f"{stem}{pattern}.safetensors")
-        ]
+        weights = _weight_files(folder, stem)
         if not weights and list(folder.glob("*.bin")):
             return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
         return next((fault for file in weights if (fault := _damage(file, file.stat().st_mtime_ns))), None)
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    endings = ("", ".fp16", "-*", ".fp16-*")
+    return [file for ending in endings for file in sorted(folder.glob(f"{stem}{ending}.safetensors"))]
 
 
 @cache

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_BATCH = 16
 """Pictures generated at once; more do not get faster on any device and need memory."""
+_EMPTY_SHARE_OF_PRIORS = 0.2
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ class StableDiffusion1:
         predicted = loaded.parts["unet"](noisy.to(context.dtype), timesteps, encoder_hidden_states=context).sample
         per_sample = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         if options.min_snr_gamma is not None:
-            per_sample = per_sample * min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
+            weight = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
+            # What must not change is kept at every noise level; the look of a picture is settled at the highest.
+            per_sample = per_sample * weight.where(~is_prior.to(device), weight.new_ones(()))
         return LossOutput(per_sample)
 
     def example(
@@ -229,10 +232,12 @@ def _settings(request: Request) -> tuple[Any, ...]:
 
 
 def _draw_text(batch: Batch, options: SD1Options, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws each sample's caption: one of its own, none, or the one without trigger words.
+    """Draws each sample's caption: one of its own, none, or what must keep its meaning.
+
+    Kept are captions without the trigger words, and sometimes the empty one, which guidance steers away from.
 
     Returns:
-        The text [batch, length(, dim)] and which samples are prior samples, [batch] bool.
+        The text [batch, length(, dim)] and which samples must give what the base gives, [batch] bool.
     """
     import torch
 
@@ -240,11 +245,11 @@ def _draw_text(batch: Batch, options: SD1Options, rng: torch.Generator) -> tuple
 
     tensors = batch.tensors
     text = _latent.draw_rows(tensors["text"], tensors["num_captions"], rng).clone()
-    drops, priors = torch.rand(2, len(batch), generator=rng)
+    drops, priors, empties = torch.rand(3, len(batch), generator=rng)
     is_prior = (priors < options.prior_share) & tensors["has_prior"]
-    is_dropped = (drops < options.caption_dropout) & ~is_prior
-    text[is_dropped] = tensors["text_empty"][is_dropped]
+    is_empty = torch.where(is_prior, empties < _EMPTY_SHARE_OF_PRIORS, drops < options.caption_dropout)
     text[is_prior] = tensors["text_prior"][is_prior]
+    text[is_empty] = tensors["text_empty"][is_empty]
     return text, is_prior
 
 

@@ -71,9 +71,9 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
 
     They do so in train mode only, which changes nothing else: their dropout is 0 and they hold no batch statistics.
     """
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     for network in parts.values():
-        enable = getattr(network, "enable_gradient_checkpointing", None) or network.gradient_checkpointing_enable
-        enable()
+        next(getattr(network, name) for name in names if hasattr(network, name))()
         network.train()
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lora_diffusion.config.describe import differences
 from lora_diffusion.config.load import load, to_yaml
@@ -109,6 +113,31 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
     elif run.path.is_dir() and any(not entry.name.startswith(".") for entry in run.path.iterdir()):
         raise ConfigError(f"output.path={run.path} holds other files; give a new or empty folder.")
     return run
+
+
+@contextmanager
+def alone(run: RunFolder) -> Iterator[None]:
+    """Keeps other processes out of a run folder until the block ends or this process is killed.
+
+    Raises:
+        ConfigError: another process is training into it, or it cannot be written.
+    """
+    lock = FileLock(run.path / ".lock")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"output.path={run.path}: another process is training into it; wait for it, or name another folder."
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"output.path={run.path} cannot be written ({error.strerror}); name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.families.sd1 import FAMILY
@@ -179,6 +180,15 @@ class TestBase:
         assert str(weights) in message
         assert "cut off" in message
 
+    def test_weights_that_lack_a_tensor(self, training: Training, own_base: Path) -> None:
+        path = own_base / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        del tensors["conv_in.weight"]
+        save_file(tensors, path)
+        message = training.refused()
+        assert "lacks 1 tensors" in message
+        assert "conv_in.weight" in message
+
     def test_git_lfs_pointer(self, training: Training, own_base: Path) -> None:
         weights = own_base / "vae" / "diffusion_pytorch_model.safetensors"
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -279,6 +289,10 @@ class TestOutputFolder:
         (tmp_path / "file").write_text("")
         training.output = tmp_path / "file" / "run"
         assert f"{tmp_path / 'file'} is a file" in training.refused()
+
+    def test_another_process_trains_into_it(self, training: Training) -> None:
+        with FileLock(training.output / ".lock"):
+            assert "another process is training into it" in training.refused()
 
     def test_cannot_be_written(self, training: Training) -> None:
         training.output = Path("/proc/run")

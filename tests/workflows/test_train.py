@@ -217,3 +217,11 @@ def test_export(command: Commands, trained: Path, tmp_path: Path, format_name: s
         assert one.keys() == other.keys()
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=0, msg=name)
+
+
+def test_prior_share_without_trigger_words_is_said(
+    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    paths = [f"model.path={tiny_base}", f"data.path={pictures}", f"output.path={tmp_path / 'run'}", "data.trigger="]
+    outcome = command.good("train", *paths, "adapter.rank=2", "train.max_steps=1", "model.prior_share=0.5")
+    assert "model.prior_share=0.5 does nothing" in outcome.message
