@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
     parser.add_argument("--draws", type=int, default=2, help="pictures of each prompt")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "lora-diffusion-measure")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the config, to try things")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the config")
     args = parser.parse_args()
     logs.set_up()
     name = "concept" if args.task == "concept" else "style"
