@@ -26,6 +26,7 @@ from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.tuning import use_channels_last, use_threads
 from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Output, Prepared, Request
 from lora_diffusion.data import cache, sources
 from lora_diffusion.data.batches import Batches
@@ -77,7 +78,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         if processes.is_main_process:
             run_folder.prepare(run, config, overwrite=overwrite)
             write_json(run.plan_path, plan.to_json())
+        use_threads(config.train.threads, run.path / "machine.json")
         loaded = family.load(config.model, pick_device())
+        use_channels_last(loaded.parts.values(), loaded.device)
         trained = frozenset(config.adapter.parts)
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
