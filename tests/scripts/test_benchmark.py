@@ -1,0 +1,25 @@
+import pytest
+
+from scripts import benchmark
+from scripts.benchmark import Cost, Setting
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("arm", benchmark.ARMS)
+def test_each_arm_makes_steps(arm: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {**benchmark.SIZES["small"], "sample_size": 8, "block_out_channels": (16, 32, 32), "norm_num_groups": 8}
+    monkeypatch.setitem(benchmark.SIZES, "tiny", tiny | {"attention_head_dim": 2})
+    step = benchmark.ARMS[arm](Setting("tiny", dtype, 2, "1"))
+    step(1)
+    step(2)
+
+
+def test_the_report_compares_medians() -> None:
+    costs = {
+        "ours": Cost((2.0, 1.0, 9.0), (1.0, 1.0, 1.0), 300),
+        "plain": Cost((4.0, 4.0, 1.0), (2.0, 2.0, 2.0), 400),
+        "floor": Cost((2.0, 2.0, 2.0), (1.0, 1.0, 1.0), 200),
+    }
+    result = benchmark.report(Setting("small", "fp32", 1, "1"), costs)
+    assert result["ratios"]["ours / plain"] == {"wall_s": 0.5, "cpu_s": 0.5, "peak_bytes": 0.75}
+    assert result["ratios"]["ours / floor"] == {"wall_s": 1.0, "cpu_s": 1.0, "peak_bytes": 1.5}
