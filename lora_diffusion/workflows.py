@@ -266,6 +266,7 @@ def generate(
             f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base."
         )
     check_writable(output_path, "--output")
+    use_threads("auto")
     states = [_read(path, family, model) for path, _ in adapters]
     loaded = family.load(model, pick_device())
     weights = _attach(loaded, states, [weight for _, weight in adapters])
@@ -349,6 +350,7 @@ def compare(
     state = _read(adapter_path, family, config.model)
     trigger = state.metadata.get("modelspec.trigger_phrase", "")
     cases = cases or [_case(sample.captions[0], trigger) for sample in references]
+    use_threads(config.train.threads)
     loaded = family.load(config.model, pick_device())
     _attach(loaded, [state], [1.0])
     images = [open_rgb(sample.path) for sample in references]

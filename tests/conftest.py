@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lora_diffusion.core.logs import logger
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors gain nothing from threads, and lose much where another program computes.
@@ -14,6 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps the tests out of the user's cache."""
     os.environ["LORA_DIFFUSION_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_logs() -> Iterator[None]:
+    """Undoes what a command does to the logger, for tests that listen to it."""
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from lora_diffusion.config.schema import REQUIRED, Config, ModelOptions
 from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.keymap import question, suggestion
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 
@@ -158,7 +158,7 @@ def _suggest_key(dotted: str, known: set[str]) -> str:
     ordered = sorted(known, key=lambda name: (name.startswith(f"{section}."), name))
     by_key = {name.split(".", 1)[1]: name for name in ordered}
     close = [key] if key in by_key else difflib.get_close_matches(key, list(by_key), n=2, cutoff=0.7)
-    return "; did you mean " + " or ".join(f'"{by_key[match]}"' for match in close) + "?" if close else ""
+    return question(by_key[match] for match in close)
 
 
 def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tuple[dict[str, Any], list[str]]:

@@ -104,6 +104,12 @@ def dotted_key_map(paths: Mapping[str, Iterable[str]], prefixes: Mapping[str, st
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns '; did you mean "a" or "b"?', or nothing where no known word is close."""
+    """Returns ' (did you mean "a" or "b"?)', or nothing where no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return "; did you mean " + " or ".join(f'"{match}"' for match in close) + "?" if close else ""
+    return question(close)
+
+
+def question(words: Iterable[str]) -> str:
+    """Returns ' (did you mean "a" or "b"?)', or nothing without words."""
+    quoted = " or ".join(f'"{word}"' for word in words)
+    return f" (did you mean {quoted}?)" if quoted else ""

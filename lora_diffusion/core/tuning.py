@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_VALID_S = 7 * 24 * 3600
+_VALID_S = 24 * 3600
 _ROUNDS = 3
 _ENOUGH_S = 1.0
 
@@ -32,7 +32,7 @@ def measured_choice(
     """Returns the name of the candidate that runs fastest on this machine.
 
     The answer is taken from the run's own record if it has one, else from what this machine measured within the last
-    week, else it is measured: one call of each to warm up, then up to three in turns, of which the best counts.
+    day, else it is measured: one call of each to warm up, then up to three in turns, of which the best counts.
 
     Args:
         question: what is asked, with everything the answer depends on besides the machine, say "attention 4096x40".

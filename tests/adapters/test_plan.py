@@ -71,7 +71,7 @@ def test_json_gives_the_plan_back(skeleton: dict[str, nn.Module]) -> None:
 @pytest.mark.parametrize(
     ("config", "error", "text"),
     [
-        (_config("attn", "atn"), TargetError, '"atn" matches no module of unet; did you mean "attn"?'),
+        (_config("attn", "atn"), TargetError, '"atn" matches no module of unet (did you mean "attn"?)'),
         (_config(_TO_Q.replace("to_q", "to_qq")), TargetError, _TO_Q),
         (_config("attn", parts=("unet", "text_encodr")), ConfigError, 'did you mean "text_encoder"'),
         (_config("unet/attn", parts=("unet", "text_encoder")), TargetError, "asks for text_encoder, but"),

@@ -86,7 +86,7 @@ def test_later_overrides_win_and_overrides_win_over_the_file(tmp_path: Path) -> 
         ("adapter.targets=[[a]]", "must be a list, each a text"),
         ("train=5", "train: is a section"),
         ("oops.seed=5", "oops: there is no such section"),
-        ("trian.seed=5", 'trian: there is no such section; did you mean "train"'),
+        ("trian.seed=5", 'trian: there is no such section (did you mean "train"'),
         ("seed=5", 'did you mean "train.seed"'),
         ("model.pth=x", 'did you mean "model.path"'),
         ("data.rank=4", 'did you mean "adapter.rank"'),

@@ -70,5 +70,5 @@ def test_seeds_depend_on_every_number() -> None:
 
 def test_faults_stand_one_below_the_other() -> None:
     assert str(DataError("Two faults.", ["a", "b"])) == "Two faults.\n  - a\n  - b"
-    assert suggestion("attm", ["attn", "ff"]) == '; did you mean "attn"?'
+    assert suggestion("attm", ["attn", "ff"]) == ' (did you mean "attn"?)'
     assert suggestion("zzz", ["attn"]) == ""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lora_diffusion.cli.main import main
-from lora_diffusion.core.logs import logger
 
 SUBJECTS = ("cat", "dog", "heart", "face", "round cat", "red dog")
 SIZES = ((16, 16), (16, 16), (24, 12), (16, 16), (12, 24), (16, 16))
@@ -53,16 +49,6 @@ class Commands:
         outcome = self(*arguments)
         assert outcome.code == 0, outcome.err
         return outcome
-
-
-@pytest.fixture(autouse=True)
-def _own_logs() -> Iterator[None]:
-    """Undoes what a command does to the logger, for tests that listen to it."""
-    state: tuple[Any, ...] = (logger.handlers, logger.level, logger.propagate)
-    yield
-    logger.handlers, logger.propagate = state[0], state[2]
-    logger.setLevel(state[1])
-    logging.captureWarnings(False)
 
 
 @pytest.fixture

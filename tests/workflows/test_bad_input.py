@@ -106,7 +106,7 @@ def test_no_captions_at_all(training: Training) -> None:
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["train.max_step=5"], ['train.max_step: there is no such key; did you mean "train.max_steps"']),
+        (["train.max_step=5"], ['train.max_step: there is no such key (did you mean "train.max_steps"']),
         (["train.max_steps=many"], ["train.max_steps='many'", "whole number"]),
         (["train.max_steps=2.5"], ["train.max_steps=2.5", "whole number"]),
         (["train.learning_rate=0"], ["train.learning_rate=0", "greater than 0"]),
