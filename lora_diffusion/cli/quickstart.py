@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.quickstart import quickstart
 
-    result = workflows.quickstart(args.output, overwrite=args.overwrite)
+    result = quickstart(args.output, overwrite=args.overwrite)
     print_result(args, result.to_json(), result.text())
