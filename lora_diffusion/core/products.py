@@ -7,18 +7,24 @@ multiplies them. The sums are fp32, so nothing is lost against bf16 arithmetic.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode
 
 from lora_diffusion.core.device import has_fast_bf16
+
+_TRIM_AFTER_BYTES = 2**28
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[Any]:
@@ -37,7 +43,7 @@ class _WideProducts(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._scratch = _Scratch()
+        self._heap = _Heap()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -45,21 +51,27 @@ class _WideProducts(TorchFunctionMode):
         layer = _LAYERS.get(func)
         if layer is None or not args or not _is_emulated(args[0]):
             return func(*args, **(kwargs or {}))
-        return layer(self._scratch, *args, **(kwargs or {}))
+        return layer(self._heap, *args, **(kwargs or {}))
 
 
-class _Scratch:
-    """One buffer for the wide form of one weight at a time: fresh memory of this size costs more than the copy."""
+class _Heap:
+    """Widens numbers, and now and then gives the memory of earlier wide copies back.
+
+    They come and go between tensors that stay until the backward pass, and the C library keeps the gaps: 0.5 GB of them
+    in a step of Stable Diffusion 1.5, where giving them back takes 0.1 s of 20.
+    """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        library = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
+        self._bytes = 0
 
-    def widen(self, weight: Tensor) -> Tensor:
-        if weight.dtype == torch.float32:
-            return weight
-        if self._buffer.numel() < weight.numel():
-            self._buffer = torch.empty(weight.numel())
-        return self._buffer.as_strided(weight.shape, weight.stride()).copy_(weight)
+    def widen(self, tensor: Tensor) -> Tensor:
+        self._bytes += 4 * tensor.numel()
+        if self._trim and self._bytes > _TRIM_AFTER_BYTES:
+            self._bytes = 0
+            self._trim(0)
+        return tensor.float()
 
 
 def _is_emulated(x: Tensor) -> bool:
@@ -71,15 +83,15 @@ def _kind(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _linear(scratch: _Scratch, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(heap: _Heap, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _is_trained(weight, bias):
         return functional.linear(x, weight, bias)
-    answer: Tensor = _Linear.apply(x, weight, bias, _kind(x), scratch)
+    answer: Tensor = _Linear.apply(x, weight, bias, _kind(x), heap)
     return answer
 
 
 def _conv2d(
-    scratch: _Scratch,
+    heap: _Heap,
     input: Tensor,  # noqa: A002 - torch's own name, which callers may use
     weight: Tensor,
     bias: Tensor | None = None,
@@ -88,21 +100,26 @@ def _conv2d(
 ) -> Tensor:
     if _is_trained(weight, bias) or kwargs or any(isinstance(setting, str) for setting in args):
         return torch.conv2d(input, weight, bias, *args, **kwargs)
-    answer: Tensor = _Conv2d.apply(input, weight, bias, args, _kind(input), scratch)
+    answer: Tensor = _Conv2d.apply(input, weight, bias, args, _kind(input), heap)
     return answer
 
 
-def _attention(scratch: _Scratch, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    del scratch
+def _attention(heap: _Heap, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     kind = _kind(query)
     with torch.autocast("cpu", enabled=False):
         wide = [_widened(value) for value in args]
         named = {name: _widened(value) for name, value in kwargs.items()}
-        return functional.scaled_dot_product_attention(query.float(), *wide, **named).to(kind)
+        with saved_tensors_hooks(partial(_narrowed, kind), Tensor.float):
+            return functional.scaled_dot_product_attention(heap.widen(query), *wide, **named).to(kind)
 
 
 def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _narrowed(kind: torch.dtype, saved: Tensor) -> Tensor:
+    """Stores queries, keys, values and answers narrowly; the logarithms of the sums stay exact."""
+    return saved.to(kind) if saved.dim() == 4 else saved
 
 
 _LAYERS: Mapping[Any, Callable[..., Tensor]] = {
@@ -120,20 +137,18 @@ class _Linear(torch.autograd.Function):
     """Keeps the narrow weight and nothing else for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype, scratch: _Scratch
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype, heap: _Heap) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.kind, ctx.scratch = x.dtype, scratch
+        ctx.kind, ctx.heap = x.dtype, heap
         with torch.autocast("cpu", enabled=False):
             wide_bias = None if bias is None else bias.float()
-            return functional.linear(x.float(), scratch.widen(weight), wide_bias).to(kind)
+            return functional.linear(heap.widen(x), heap.widen(weight), wide_bias).to(kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return (gradients[0].float() @ ctx.scratch.widen(weight)).to(ctx.kind), None, None, None, None
+        return (ctx.heap.widen(gradients[0]) @ ctx.heap.widen(weight)).to(ctx.kind), None, None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -147,18 +162,18 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         settings: tuple[Any, ...],
         kind: torch.dtype,
-        scratch: _Scratch,
+        heap: _Heap,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.settings, ctx.shape, ctx.kind, ctx.scratch = settings, x.shape, x.dtype, scratch
+        ctx.settings, ctx.shape, ctx.kind, ctx.heap = settings, x.shape, x.dtype, heap
         with torch.autocast("cpu", enabled=False):
             wide_bias = None if bias is None else bias.float()
-            return torch.conv2d(x.float(), scratch.widen(weight), wide_bias, *settings).to(kind)
+            return torch.conv2d(heap.widen(x), heap.widen(weight), wide_bias, *settings).to(kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        wide = ctx.scratch.widen(weight)
-        for_x: Tensor = conv2d_input(ctx.shape, wide, gradients[0].float(), *ctx.settings)  # type: ignore[no-untyped-call]
+        wide, gradient = ctx.heap.widen(weight), ctx.heap.widen(gradients[0])
+        for_x: Tensor = conv2d_input(ctx.shape, wide, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
         return for_x.to(ctx.kind), None, None, None, None, None
