@@ -28,7 +28,10 @@ _TRIM_AFTER_BYTES = 2**28
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[Any]:
-    """Returns a context for forward and backward passes in which the products of frozen layers are never emulated."""
+    """Returns a context for a forward pass in which products with frozen weights are never emulated.
+
+    The backward pass needs no context, but activations that are recomputed in it need their own.
+    """
     return nullcontext() if product_dtype(torch.bfloat16, device) == torch.bfloat16 else _WideProducts()
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.core.products import fast_products
 
 _OPTIMIZER_COPIES = 4
 """float32 numbers for each adapter parameter: itself, its gradient and AdamW's two moments."""
@@ -71,10 +75,20 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
 
     They do so in train mode only, which changes nothing else: their dropout is 0 and they hold no batch statistics.
     """
-    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     for network in parts.values():
-        next(getattr(network, name) for name in names if hasattr(network, name))()
+        device = next(network.parameters()).device
+        settings = {"use_reentrant": False, "context_fn": partial(_recompute_contexts, device)}
+        if enable := getattr(network, "enable_gradient_checkpointing", None):  # diffusers
+            enable(partial(checkpoint, **settings))
+        else:
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            next(getattr(network, name) for name in names if hasattr(network, name))(settings)
         network.train()
+
+
+def _recompute_contexts(device: torch.device) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Returns contexts for the first pass and for its repetition, to which the trainer's context does not reach."""
+    return nullcontext(), fast_products(device)
 
 
 def _saved_numbers(network: nn.Module, kwargs: Mapping[str, Any]) -> int:

@@ -155,14 +155,16 @@ class Trainer:
         metrics: defaultdict[str, float] = defaultdict(float)
         for batch in micro_batches:
             rng = derive(self.config.seed, "loss", *batch.position)
-            with fast_products(self.device):
-                with torch.autocast(self.device.type, self._dtype) if self._dtype != torch.float32 else nullcontext():
-                    output = self.loss(batch, rng)
-                torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
+            with fast_products(self.device), self._autocast():
+                output = self.loss(batch, rng)
+            torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
             per_sample.append(output.per_sample.detach().float())
             for name, value in output.metrics.items():
                 metrics[name] += value * len(batch) / num_samples
         return torch.cat(per_sample), dict(metrics)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, self._dtype)
 
     def _average_processes(self, loss_sum: Tensor, num_samples: int) -> tuple[float, int]:
         """Makes gradients and loss the means over the samples of all processes; returns loss and number of samples."""
