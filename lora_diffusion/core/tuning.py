@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _VALID_S = 24 * 3600
+_VALID_IF_BUSY_S = 3600
 _ROUNDS = 3
 _ENOUGH_S = 1.0
 
@@ -32,7 +33,8 @@ def measured_choice(
     """Returns the name of the candidate that runs fastest on this machine.
 
     The answer is taken from the run's own record if it has one, else from what this machine measured within the last
-    day, else it is measured: one call of each to warm up, then up to three in turns, of which the best counts.
+    day (hour, if other programs kept it busy then), else it is measured: one call of each to warm up, then up to three
+    in turns, of which the best counts.
 
     Args:
         question: what is asked, with everything the answer depends on besides the machine, say "attention 4096x40".
@@ -44,13 +46,15 @@ def measured_choice(
     key = f"{_machine()}, {question}"
     known = _read(cache_path).get(key, {})
     choice = str(_read(record_path).get(question) if record_path else None)
-    if choice not in candidates and time.time() - known.get("time", 0) < _VALID_S:
+    if choice not in candidates and time.time() < known.get("valid_until", 0):
         choice = str(known.get("choice"))
     if choice not in candidates:
+        busy = _is_busy()
         seconds = _measure(candidates)
         choice = min(seconds, key=lambda name: seconds[name])
         logger.debug("%s: %s of %s", question, choice, seconds)
-        _remember(cache_path, key, {"choice": choice, "time": time.time(), "seconds": seconds})
+        valid_until = time.time() + (_VALID_IF_BUSY_S if busy else _VALID_S)
+        _remember(cache_path, key, {"choice": choice, "valid_until": valid_until, "seconds": seconds})
     if record_path:
         _remember(record_path, question, choice)
     return choice
@@ -119,6 +123,11 @@ def _measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]
         if turn > 0 and time.perf_counter() - first > _ENOUGH_S:
             break
     return seconds
+
+
+def _is_busy() -> bool:
+    """Says whether other programs took more than half of the cores in the last minute; ours is taken for one core."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] - 1 > _num_cores() / 2
 
 
 def _machine() -> str:

@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,11 +45,18 @@ def test_the_fastest_is_chosen_and_remembered() -> None:
     assert measured_choice("another way", turned.calls) == "slow"
 
 
-def test_an_answer_is_measured_again_after_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("load", "valid_s"), [(0.5, 24 * 3600), (20.0, 3600)])
+def test_an_answer_is_measured_again_after_a_day_or_an_hour(
+    load: float, valid_s: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_num_cores", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load), raising=False)
     measured_choice("way", Candidates(a=0.01, b=0.0).calls)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
-    assert measured_choice("way", Candidates(a=0.0, b=0.01).calls) == "a"
+    now, turned = time.time(), Candidates(a=0.0, b=0.01)
+    monkeypatch.setattr(time, "time", lambda: now + valid_s - 60)
+    assert measured_choice("way", turned.calls) == "b"
+    monkeypatch.setattr(time, "time", lambda: now + valid_s + 60)
+    assert measured_choice("way", turned.calls) == "a"
 
 
 def test_a_run_keeps_its_own_answer(tmp_path: Path) -> None:
