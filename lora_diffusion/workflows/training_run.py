@@ -1,7 +1,4 @@
-"""Whole commands, from config to files. This file wires objects together and decides nothing.
-
-Read `train` first: every line of it is one step of the program.
-"""
+"""Training, from config to files: read `train` first, every line of it is one step of the program."""
 
 from __future__ import annotations
 
@@ -18,31 +15,25 @@ from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
-from lora_diffusion.adapters.state import check_fit, load_state, read_state
-from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.adapters.state import read_state
+from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import compute_dtype, find_dtype, frozen_dtype, pick_device
-from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import check_writable, write_json
+from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.tuning import use_channels_last, use_threads
-from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Output, Prepared, Request
+from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Prepared, Request
 from lora_diffusion.data import cache, sources
 from lora_diffusion.data.batches import Batches
-from lora_diffusion.data.captions import without_trigger, words_pattern
-from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.report import DataReport, describe
-from lora_diffusion.evaluation import before_after
-from lora_diffusion.evaluation.before_after import Case, Comparison
-from lora_diffusion.evaluation.clip import load_clip
-from lora_diffusion.evaluation.pictures import grid, save_image, save_output
-from lora_diffusion.formats import FileReport, describe_file, detect
+from lora_diffusion.evaluation.pictures import save_image
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training import memory, record, run_folder
 from lora_diffusion.training.hooks import PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer, total_steps
+from lora_diffusion.workflows._steps import prompt_grid
 
 
 @dataclass(frozen=True)
@@ -151,19 +142,12 @@ def _prepare_previews(
 
     def draw(step: int) -> None:
         outputs = family.generate(loaded, requests)
-        save_image(_grid(outputs, preview.seeds), run.previews_path / f"step-{step:06d}.png")
+        save_image(prompt_grid(outputs, preview.seeds), run.previews_path / f"step-{step:06d}.png")
 
     draw(0)
     if "text_encoder" in config.adapter.parts:
         loaded.text_cache.clear()
     return [PreviewHook(every, draw)]
-
-
-def _grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Any:
-    """Returns outputs in a table: one row for each prompt, one column for each seed."""
-    rows = [outputs[start : start + len(seeds)] for start in range(0, len(outputs), len(seeds))]
-    labels = [row[0].request.prompt for row in rows]
-    return grid([[output.image for output in row] for row in rows], labels, [f"seed {seed}" for seed in seeds])
 
 
 @dataclass(frozen=True)
@@ -221,143 +205,3 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
 
 def _largest(samples: Sequence[ImageText]) -> tuple[int, int]:
     return max((sample.size for sample in samples), key=lambda size: size[0] * size[1])
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Files that `generate` wrote."""
-
-    files: tuple[Path, ...]
-    grid: Path
-
-
-def generate(
-    model: ModelOptions,
-    *,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    adapters: Sequence[tuple[Path, float]],
-    output_path: Path,
-    negative: str = "",
-    num_steps: int = 25,
-    guidance: float = 5.0,
-    size: tuple[int, int] | None = None,
-) -> Pictures:
-    """Draws each prompt with each seed and writes the pictures and one grid.
-
-    Args:
-        model: the base.
-        prompts: at least one.
-        seeds: at least one; a seed gives the same starting noise as in diffusers.
-        adapters: files or folders with their weights; all are applied at once.
-        output_path: folder; pictures of the same name are replaced.
-        negative: what the pictures should not show.
-        num_steps: denoising steps.
-        guidance: classifier-free guidance scale.
-        size: width and height in pixels.
-
-    Raises:
-        InputError: the base or an adapter file cannot be used.
-    """
-    family: Family = registry.find("families", model.family)
-    info = family.check(model)
-    if size and (size[0] % info.size_step or size[1] % info.size_step):
-        raise ConfigError(
-            f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base."
-        )
-    check_writable(output_path, "--output")
-    use_threads("auto")
-    states = [_read(path, family, model) for path, _ in adapters]
-    loaded = family.load(model, pick_device())
-    weights = _attach(loaded, states, [weight for _, weight in adapters])
-    requests = [Request(p, s, negative, num_steps, guidance, size, weights or None) for p in prompts for s in seeds]
-    outputs = family.generate(loaded, requests)
-    files = tuple(save_output(output, output_path, index) for index, output in enumerate(outputs))
-    grid_path = output_path / "grid.png"
-    save_image(_grid(outputs, seeds), grid_path)
-    return Pictures(files, grid_path)
-
-
-def _read(path: Path, family: Family, model: ModelOptions) -> AdapterState:
-    format_: Format = registry.find("formats", detect(path))
-    state = format_.read(path, family.key_map(format_.name, model))
-    check_fit(state, family.skeleton(model), str(path))
-    return state
-
-
-def _attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
-    """Injects adapters under the names adapter0, adapter1, ... and returns their weights by name."""
-    named = {f"adapter{index}": weight for index, weight in enumerate(weights)}
-    for (name, weight), state in zip(named.items(), states, strict=True):
-        load_state(loaded, state, name, weight)
-    return named
-
-
-def export(run_path: Path, format_name: str, output_path: Path, *, overwrite: bool = False) -> Path:
-    """Writes the adapter of a finished run in a format, and reads it back.
-
-    Raises:
-        ConfigError: no run, no adapter in it, or the output exists and is not to be, or must not be, replaced.
-    """
-    run = RunFolder(run_path)
-    config = run.config()
-    family: Family = registry.find("families", config.model.family)
-    format_: Format = registry.find("formats", format_name)
-    source = run.find_adapter(config)
-    _check_target(output_path, format_, overwrite)
-    state = _read(source, family, config.model)
-    key_map = family.key_map(format_name, config.model)
-    return write_verified(state, key_map, format_, output_path, find_dtype(config.output.dtype))
-
-
-def _check_target(path: Path, format_: Format, overwrite: bool) -> None:
-    """Checks that writing an adapter to a path destroys nothing but an adapter."""
-    check_writable(path.absolute().parent, "--output")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
-    if path.is_dir() and not format_.is_folder:
-        raise ConfigError(f"--output {path} is a folder, and {format_.name} writes a file; name a file in it.")
-    if path.is_dir() and any(path.iterdir()) and detect(path) != format_.name:
-        raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
-
-
-def inspect(path: Path) -> FileReport:
-    """Says what an adapter file is; needs no base model."""
-    return describe_file(path)
-
-
-def compare(
-    config: Config,
-    adapter_path: Path,
-    references_path: Path,
-    template: Request,
-    cases: Sequence[Case] = (),
-    seeds: Sequence[int] = (0,),
-) -> Comparison:
-    """Draws and scores with the adapter file and without it.
-
-    Args:
-        config: gives the base, and how captions are read.
-        adapter_path: adapter file.
-        references_path: folder of captioned pictures that were not trained on.
-        template: steps, guidance, size and negative prompt of every picture.
-        cases: what to draw; without any, the captions of the references.
-        seeds: each case is drawn once with each seed.
-    """
-    family: Family = registry.find("families", config.model.family)
-    info = family.check(config.model)
-    references = sources.read(replace(config.data, path=str(references_path), trigger=""), info)
-    state = _read(adapter_path, family, config.model)
-    trigger = state.metadata.get("modelspec.trigger_phrase", "")
-    cases = cases or [_case(sample.captions[0], trigger) for sample in references]
-    use_threads(config.train.threads)
-    loaded = family.load(config.model, pick_device())
-    _attach(loaded, [state], [1.0])
-    images = [open_rgb(sample.path) for sample in references]
-    draw = partial(family.generate, loaded)
-    return before_after.compare(draw, load_clip(), cases, images, "adapter0", template, seeds)
-
-
-def _case(caption: str, trigger: str) -> Case:
-    plain = without_trigger(caption, words_pattern(trigger)) if trigger else caption
-    return Case(caption, plain, plain)

@@ -1,0 +1,30 @@
+"""Whole commands. They wire objects together and decide nothing; start reading at `training_run.train`."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_diffusion.workflows.adapter_files import export as export
+    from lora_diffusion.workflows.adapter_files import inspect as inspect
+    from lora_diffusion.workflows.comparison import compare as compare
+    from lora_diffusion.workflows.pictures import Pictures as Pictures
+    from lora_diffusion.workflows.pictures import generate as generate
+    from lora_diffusion.workflows.training_run import Outlook as Outlook
+    from lora_diffusion.workflows.training_run import TrainResult as TrainResult
+    from lora_diffusion.workflows.training_run import dry_run as dry_run
+    from lora_diffusion.workflows.training_run import train as train
+
+_HOMES = {
+    "adapter_files": ("export", "inspect"),
+    "comparison": ("compare",),
+    "pictures": ("Pictures", "generate"),
+    "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
+}
+"""File -> what it offers. Imported when it is asked for, so that work on files does not wait for diffusers."""
+
+
+def __getattr__(name: str) -> Any:
+    for home, offered in _HOMES.items():
+        if name in offered:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,37 @@
+"""Steps that several workflows share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.adapters.state import check_fit, load_state
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core import registry
+from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.types import AdapterState, Loaded, Output
+from lora_diffusion.evaluation.pictures import grid
+from lora_diffusion.formats import detect
+
+
+def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:
+    format_: Format = registry.find("formats", detect(path))
+    state = format_.read(path, family.key_map(format_.name, model))
+    check_fit(state, family.skeleton(model), str(path))
+    return state
+
+
+def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
+    """Injects adapters under the names adapter0, adapter1, ... and returns their weights by name."""
+    named = {f"adapter{index}": weight for index, weight in enumerate(weights)}
+    for (name, weight), state in zip(named.items(), states, strict=True):
+        load_state(loaded, state, name, weight)
+    return named
+
+
+def prompt_grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Any:
+    """Returns outputs in a table: one row for each prompt, one column for each seed."""
+    rows = [outputs[start : start + len(seeds)] for start in range(0, len(outputs), len(seeds))]
+    labels = [row[0].request.prompt for row in rows]
+    return grid([[output.image for output in row] for row in rows], labels, [f"seed {seed}" for seed in seeds])
