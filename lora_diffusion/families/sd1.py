@@ -90,7 +90,7 @@ class StableDiffusion1:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
         from lora_diffusion.families import _names
 
-        return _names.key_map(format_name, self.skeleton(options))
+        return _names.key_map(format_name, self.skeleton(options), self.name)
 
     def load(self, options: SD1Options, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizer and scheduler."""

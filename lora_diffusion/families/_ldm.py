@@ -1,0 +1,113 @@
+"""How the single-file checkpoints of Stable Diffusion name the modules of a base.
+
+A name is that of the weight without ".weight". Two marks say where a module is only a piece of a tensor; what stands
+before them is then the whole name:
+
+    ...attn.in_proj_weight#q    the first third of the rows (#k the second, #v the third)
+    ...text_projection#t        the tensor is stored transposed
+
+Source: the tables of `scripts/convert_diffusers_to_original_sdxl.py` and `..._stable_diffusion.py` in diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+
+UNET = "model.diffusion_model."
+_FIXED = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_OPEN_CLIP = {
+    "self_attn.q_proj": "attn.in_proj_weight#q",
+    "self_attn.k_proj": "attn.in_proj_weight#k",
+    "self_attn.v_proj": "attn.in_proj_weight#v",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")
+
+
+def unet_names(paths: Collection[str]) -> dict[str, str]:
+    """Returns the path in diffusers -> the name below `model.diffusion_model.`, for all modules of one UNet.
+
+    Args:
+        paths: linear and convolution layers of a UNet2DConditionModel; together they tell its layers per block.
+
+    >>> paths = [f"down_blocks.0.{kind}.0.proj_in" for kind in ("attentions", "resnets")]
+    >>> unet_names([*paths, "down_blocks.0.resnets.1.conv1"])["down_blocks.0.attentions.0.proj_in"]
+    'input_blocks.1.1.proj_in'
+    """
+    found = re.findall(r"(?m)^down_blocks\.\d+\.resnets\.(\d+)\.", "\n".join(paths))
+    num_layers = 1 + max(map(int, found), default=0)
+    attending = {path.split(".")[1] for path in paths if re.match(r"up_blocks\.\d+\.attentions\.", path)}
+    return {path: _unet_name(path, num_layers, attending) for path in paths}
+
+
+def _unet_name(path: str, num_layers: int, attending: Collection[str]) -> str:
+    for old, new in _FIXED.items():
+        if path == old or path.startswith(f"{old}."):
+            return new + _inside(path.removeprefix(old))
+    match = _BLOCK.fullmatch(path)
+    assert match, f"{path} is no module of a Stable Diffusion UNet"
+    side, block, kind, index, rest = match.groups()
+    first = int(block) * (num_layers + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + num_layers + 1}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + num_layers}.{2 if block in attending else 1}.{rest}"
+    number = f"input_blocks.{1 + first + int(index)}" if side == "down" else f"output_blocks.{first + int(index)}"
+    return f"{number}.0{_inside('.' + rest)}" if kind == "resnets" else f"{number}.1.{rest}"
+
+
+def _inside(rest: str) -> str:
+    return f".{_RESNET[rest[1:]]}" if rest[1:] in _RESNET else rest
+
+
+def clip_names(prefix: str) -> Callable[[str], str]:
+    """Returns the naming of a tower that is stored as transformers has it, always with `text_model`."""
+    return lambda path: f"{prefix}text_model.{path.removeprefix('text_model.')}"
+
+
+def open_clip_names(prefix: str) -> Callable[[str], str]:
+    """Returns the naming of a tower that is stored as open_clip has it, with q, k and v in one tensor.
+
+    >>> open_clip_names("cond_stage_model.model.")("encoder.layers.3.mlp.fc1")
+    'cond_stage_model.model.transformer.resblocks.3.mlp.c_fc'
+    """
+
+    def name(path: str) -> str:
+        if path == "text_projection":
+            return f"{prefix}text_projection#t"
+        match = _LAYER.fullmatch(path)
+        assert match, f"{path} is no module of a CLIP text tower"
+        return f"{prefix}transformer.resblocks.{match[1]}.{_OPEN_CLIP[match[2]]}"
+
+    return name
+
+
+TOWERS: Mapping[str, Mapping[str, Callable[[str], str]]] = {
+    "sd1": {"text_encoder": clip_names("cond_stage_model.transformer.")},
+    "sd2": {"text_encoder": open_clip_names("cond_stage_model.model.")},
+    "sdxl": {
+        "text_encoder": clip_names("conditioner.embedders.0.transformer."),
+        "text_encoder_2": open_clip_names("conditioner.embedders.1.model."),
+    },
+}
+"""Family -> part -> naming of its text towers."""

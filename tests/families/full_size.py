@@ -1,0 +1,59 @@
+"""The published sizes of the bases, on the meta device: no weights, no memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+_CROSS, _UP_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+UNETS: dict[str, dict[str, Any]] = {
+    # stable-diffusion-v1-5, unet/config.json: 859,520,964 parameters
+    "sd1": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    # stable-diffusion-2-1, unet/config.json: 865,910,724 parameters
+    "sd2": {
+        "sample_size": 96,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
+    },
+    # stable-diffusion-xl-base-1.0, unet/config.json: 2,567,463,684 parameters
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", _CROSS, _CROSS],
+        "up_block_types": [_UP_CROSS, _UP_CROSS, "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+TOWERS: dict[str, dict[str, tuple[type[Any], dict[str, Any]]]] = {
+    "sd1": {"text_encoder": (CLIPTextModel, _CLIP_L)},
+    "sd2": {"text_encoder": (CLIPTextModel, _CLIP_H | {"hidden_act": "gelu"})},
+    "sdxl": {
+        "text_encoder": (CLIPTextModel, _CLIP_L),
+        "text_encoder_2": (CLIPTextModelWithProjection, _CLIP_G | {"hidden_act": "gelu", "projection_dim": 1280}),
+    },
+}
+
+
+@cache
+def skeleton(family: str) -> dict[str, nn.Module]:
+    """Returns the parts of a published base on the meta device; shared, never changed."""
+    with torch.device("meta"):
+        parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel(**UNETS[family])}
+        for part, (kind, sizes) in TOWERS[family].items():
+            parts[part] = kind(CLIPTextConfig(vocab_size=49408, **sizes))
+    return parts
