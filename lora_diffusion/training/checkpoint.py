@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_diffusion.core.errors import CheckpointError
+from lora_diffusion.core.errors import CheckpointError, ConfigError
 from lora_diffusion.core.files import atomic_path, remove_leftovers, sha256, write_json
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.training.optim import Params, named
@@ -99,23 +99,23 @@ def read_state(path: Path) -> TrainState:
 
 
 def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Checks that a checkpoint belongs to a run with these settings and data.
+    """Checks that a checkpoint belongs to a run with these settings and data; it may know more than are given.
 
     Raises:
-        CheckpointError: lists the settings that differ, with both values.
+        ConfigError: lists the settings that differ, with both values.
     """
     # Through JSON, as the other side went: tuples become lists.
     now = json.loads(json.dumps(fingerprint))
     then = read_state(path).fingerprint
     faults = [
-        f"{key}: {then.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
+        f"{key}: {then.get(key, 'absent')} in the checkpoint, {now[key]} now"
+        for key in sorted(now)
+        if then.get(key) != now[key]
     ]
     if faults:
-        raise CheckpointError(
-            f"{path} comes from a run with other settings, so it cannot be continued. Set them back, or start anew "
-            "with --overwrite or another output.path.",
+        raise ConfigError(
+            f"{path} comes from a run with other settings or data, so it cannot be continued. Set them back, or start "
+            "anew with --overwrite or another output.path.",
             faults,
         )
 

@@ -130,13 +130,13 @@ class Trainer:
         self.step = step
         return {"loss": loss, "grad_norm": norm, "samples": num_samples, **metrics}
 
-    def resume(self) -> int:
-        """Restores the newest whole checkpoint of the run folder and returns its step, or 0 where there is none.
+    def resume(self, path: Path | None) -> int:
+        """Restores a checkpoint, as `checkpoint.find_latest` gives it, and returns its step; 0 without one.
 
         Raises:
-            CheckpointError: it was made with other settings, data or parameters; the message names them.
+            ConfigError: it was made with other settings or data; the message names them.
+            CheckpointError: it holds other parameters.
         """
-        path = checkpoint.find_latest(self.run_path)
         if path is None:
             return 0
         checkpoint.check_fingerprint(path, self._fingerprint)

@@ -29,7 +29,7 @@ from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.report import DataReport, describe
 from lora_diffusion.evaluation.pictures import save_image
 from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.training import memory, record, run_folder
+from lora_diffusion.training import checkpoint, memory, record, run_folder
 from lora_diffusion.training.hooks import PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer, total_steps
@@ -70,9 +70,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             run_folder.prepare(run, config, overwrite=overwrite)
             write_json(run.plan_path, plan.to_json())
         use_threads(config.train.threads, run.path / "machine.json")
+        trained = frozenset(config.adapter.parts)
+        fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
+        latest = checkpoint.find_latest(run.path) if resume else None
+        if latest:
+            checkpoint.check_fingerprint(latest, fingerprint)
         loaded = family.load(config.model, pick_device())
         use_channels_last(loaded.parts.values(), loaded.device)
-        trained = frozenset(config.adapter.parts)
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
         hooks = _prepare_previews(config, family, loaded, samples, run)
@@ -82,10 +86,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         if config.train.gradient_checkpointing:
             memory.checkpoint_activations(loaded.parts)
         batches = _batches(items, family, config)
-        fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
         trainer = Trainer(config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint)
         if resume:
-            logger.info("Continuing after step %d", trainer.resume())
+            logger.info("Continuing after step %d", trainer.resume(latest))
         trainer.fit(batches)
 
         state = read_state(loaded)

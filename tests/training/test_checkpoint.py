@@ -15,7 +15,7 @@ from tests.training.toy import Toy, ToyBatches
 def train(run_path: Path, num_steps: int, **settings: int) -> Toy:
     toy = Toy()
     trainer = toy.trainer(run_path, max_steps=num_steps, **{"save_every_steps": 1, **settings})
-    trainer.resume()
+    trainer.resume(checkpoint.find_latest(run_path))
     trainer.fit(ToyBatches())
     return toy
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError, UnsupportedError
+from lora_diffusion.core.errors import ConfigError, NonFiniteError, UnsupportedError
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.hooks import PreviewHook
 from lora_diffusion.training.trainer import total_steps
@@ -86,7 +86,7 @@ def test_resume_is_bit_for_bit_one_run(tmp_path: Path) -> None:
     again = resumed.trainer(tmp_path / "run", **settings)
     with torch.no_grad():
         resumed.model[0].weight.zero_()
-    assert again.resume() == 4
+    assert again.resume(checkpoint.find_latest(tmp_path / "run")) == 4
     again.fit(batches)
     assert all(torch.equal(value, resumed.weights()[name]) for name, value in whole.weights().items())
     assert all(map(torch.equal, moments(again), moments(expected)))
@@ -98,14 +98,14 @@ def test_a_finished_run_resumes_to_nothing(tmp_path: Path) -> None:
     Toy().trainer(tmp_path, max_steps=3).fit(ToyBatches())
     toy = Toy()
     trainer = toy.trainer(tmp_path, max_steps=3)
-    assert trainer.resume() == 3
+    assert trainer.resume(checkpoint.find_latest(tmp_path)) == 3
     before = toy.weights()
     trainer.fit(ToyBatches())
     assert all(map(torch.equal, before.values(), toy.weights().values()))
 
 
 def test_resume_without_a_checkpoint_starts_at_zero(tmp_path: Path) -> None:
-    assert Toy().trainer(tmp_path).resume() == 0
+    assert Toy().trainer(tmp_path).resume(checkpoint.find_latest(tmp_path)) == 0
 
 
 def test_hooks_do_not_change_the_training(tmp_path: Path) -> None:
@@ -189,17 +189,17 @@ def test_fp16_leaves_out_steps_that_overflow_and_resumes_with_its_scale(tmp_path
     trainer.fit(ToyBatches())
     assert all(map(torch.equal, before.values(), toy.weights().values()))
     again = Toy().trainer(tmp_path, max_steps=2, precision="fp16")
-    again.resume()
+    again.resume(checkpoint.find_latest(tmp_path))
     assert again._scaler.get_scale() == trainer._scaler.get_scale() < 2.0**40
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     Toy().trainer(tmp_path, max_steps=2, fingerprint={"data": "abc", "adapter.targets": ("attn",)}).fit(ToyBatches())
     same = Toy().trainer(tmp_path, max_steps=2, threads="2", fingerprint={"data": "abc", "adapter.targets": ("attn",)})
-    assert same.resume() == 2
+    assert same.resume(checkpoint.find_latest(tmp_path)) == 2
     other = Toy().trainer(tmp_path, max_steps=2, learning_rate=0.5, fingerprint={"data": "abd", "model": "x"})
-    with pytest.raises(CheckpointError) as caught:
-        other.resume()
+    with pytest.raises(ConfigError) as caught:
+        other.resume(checkpoint.find_latest(tmp_path))
     text = str(caught.value)
     assert "data: abc in the checkpoint, abd now" in text
     assert "train.learning_rate: 0.01 in the checkpoint, 0.5 now" in text
@@ -210,7 +210,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_longer_run_is_continued_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Toy().trainer(tmp_path, max_steps=2).fit(ToyBatches())
     trainer = Toy().trainer(tmp_path, max_steps=4)
-    trainer.resume()
+    trainer.resume(checkpoint.find_latest(tmp_path))
     with caplog.at_level(logging.WARNING):
         trainer.fit(ToyBatches())
     assert "planned with 2 steps and now has 4" in caplog.text

@@ -141,7 +141,7 @@ def test_resume_with_other_data_is_refused(train: Training, pictures: Path) -> N
     run = train("run")
     (pictures / "0.txt").write_text("another cat, sks style")
     outcome = train.command("train", *train.settings, f"output.path={run}", "output.name=adapter", "--resume")
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert "data:" in outcome.message
 
 
