@@ -1,0 +1,264 @@
+"""The folder that an evaluation leaves: `evaluation.json`, `scores.csv` and `pictures/`.
+
+Nothing in it depends on the time or the machine's speed, so that the same evaluation writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from lora_diffusion import __version__
+from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.files import write_json, write_text
+
+VERSION = 1
+BASE = "base"
+"""Name of the candidate that has no adapter; it is always there, and first."""
+ALL = "all"
+"""Kind of the summary over all cases that a metric looks at."""
+_NUM_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model that drew the pictures."""
+
+    source: str
+    architecture: str
+    family: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all pictures share."""
+
+    num_steps: int
+    guidance: float
+    size: tuple[int, int] | None
+    """Width and height in pixels; None is the base's own resolution."""
+    negative: str
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """A file and its content."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the things that are compared: the base with these adapters at these weights."""
+
+    name: str
+    """"base", or name and weight, say "step-000100@1.0"."""
+    file: str | None
+    """Adapter file or checkpoint; None for the base and for compositions."""
+    sha256: str | None
+    step: int | None
+    """Training step, of checkpoints."""
+    weights: Mapping[str, float]
+    """Name of the adapter -> its weight in these pictures; `Evaluation.adapters` tells the files."""
+    weight: float
+    """What the weights of the adapter or composition were multiplied with; 0 for the base."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt of the evaluation."""
+
+    index: int
+    prompt: str
+    plain: str
+    """The prompt without the trigger words."""
+    meaning: str
+    """What the picture should show, in words that the scorer knows; a trigger means nothing to it."""
+    kind: str
+    """subject, style, composition, ...: the prompt asks for what was trained. prior, leak: it does not."""
+    suite: str
+
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """How to read a metric."""
+
+    name: str
+    meaning: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: a line of scores.csv."""
+
+    candidate: str
+    step: int | None
+    weight: float
+    case: int | None
+    kind: str
+    prompt: str
+    seed: int | None
+    """None where the number belongs to all pictures of a prompt."""
+    metric: str
+    value: float
+    picture: str
+    """Path in the folder; "" where the number belongs to several pictures."""
+    detail: str = ""
+    """What the metric has to say, for `copying` the nearest training picture."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of a metric over the cases of one kind, with 95 % intervals over prompts and seeds.
+
+    The differences are paired: same prompt, same seed, same noise. They are None for the candidate itself.
+    """
+
+    candidate: str
+    metric: str
+    kind: str
+    """A kind of case, or "all"."""
+    mean: float
+    low: float
+    high: float
+    count: int
+    """Number of scores."""
+    vs_base_mean: float | None = None
+    vs_base_low: float | None = None
+    vs_base_high: float | None = None
+    vs_first_mean: float | None = None
+    """Against the first candidate after the base."""
+    vs_first_low: float | None = None
+    vs_first_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation found."""
+
+    base: Base
+    scorer: Mapping[str, str]
+    """Kind of scoring model -> its name; scores of two models do not compare."""
+    settings: Settings
+    candidates: Sequence[Candidate]
+    cases: Sequence[Case]
+    seeds: Sequence[int]
+    metrics: Sequence[MetricFacts]
+    summary: Sequence[Summary]
+    adapters: Mapping[str, FileHash] = field(default_factory=dict)
+    references: Sequence[FileHash] = ()
+    training_pictures: Sequence[FileHash] = ()
+    warnings: Sequence[str] = ()
+    chance: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> the score of what has nothing to do with the prompt or the references."""
+    lora_diffusion: str = __version__
+    scores: Sequence[Score] = ()
+    """Lines of scores.csv; not in evaluation.json."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of evaluation.json."""
+        values = {name: _plain(value) for name, value in vars(self).items() if name != "scores"}
+        return {"version": VERSION, **values}
+
+    def candidate(self, name: str) -> Candidate:
+        """Returns the candidate of that name."""
+        return next(candidate for candidate in self.candidates if candidate.name == name)
+
+    def find(self, candidate: str, metric: str, kind: str = ALL) -> Summary:
+        """Returns one summary.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for summary in self.summary:
+            if (summary.candidate, summary.metric, summary.kind) == (candidate, metric, kind):
+                return summary
+        raise KeyError(f"{metric} of {candidate} on {kind}")
+
+
+def write(evaluation: Evaluation, folder: Path) -> None:
+    """Writes scores.csv and then evaluation.json, each atomically."""
+    write_text(folder / "scores.csv", to_csv(evaluation.scores))
+    write_json(folder / "evaluation.json", evaluation.to_json())
+
+
+def read(folder: Path) -> Evaluation:
+    """Reads what `write` wrote.
+
+    Raises:
+        DataError: it is not an evaluation folder, or one of another version.
+    """
+    path = folder / "evaluation.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.pop("version")
+        if version != VERSION:
+            raise DataError(f"{path} has version {version}, and this program reads version {VERSION}; evaluate again.")
+        scores = read_csv((folder / "scores.csv").read_text(encoding="utf-8"))
+        return typing.cast(Evaluation, _typed({**values, "scores": scores}, Evaluation))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder} is no whole evaluation: {error}. Make one with 'lora-diffusion evaluate'."
+        ) from error
+
+
+def to_csv(scores: Iterable[Score]) -> str:
+    """Returns the scores as CSV with a header; values have six decimals."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for score in scores:
+        row = {**vars(score), "value": f"{score.value:.{_NUM_DIGITS}f}"}
+        writer.writerow(["" if row[name] is None else row[name] for name in _COLUMNS])
+    return stream.getvalue()
+
+
+def read_csv(text: str) -> tuple[Score, ...]:
+    """Reads what `to_csv` wrote."""
+    hints = typing.get_type_hints(Score)
+    return tuple(
+        Score(**{name: _from_text(value, hints[name]) for name, value in row.items()})
+        for row in csv.DictReader(io.StringIO(text, newline=""))
+    )
+
+
+_COLUMNS = tuple(column.name for column in dataclasses.fields(Score))
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    if isinstance(hint, UnionType):  # only `int | None` occurs
+        return int(text) if text else None
+    return hint(text)
+
+
+def _plain(value: Any) -> Any:
+    """Returns records, mappings and sequences as JSON values; numbers that are no whole ones have six decimals."""
+    if dataclasses.is_dataclass(value):
+        return _plain(vars(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return round(value, _NUM_DIGITS)
+    return value if isinstance(value, str | int | None) else [_plain(item) for item in value]
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Turns JSON values into the records that a type hint names."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(hint)
+        return hint(**{name: _typed(item, hints[name]) for name, item in value.items()})  # type: ignore[operator]
+    if isinstance(value, Mapping):
+        return {key: _typed(item, typing.get_args(hint)[1]) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_typed(item, (typing.get_args(hint) or (None,))[0]) for item in value)
+    return value
