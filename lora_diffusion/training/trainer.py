@@ -102,10 +102,11 @@ class Trainer:
                 seconds = round(time.perf_counter() - started, 4)
                 for tracker in trackers:
                     tracker.log({"epoch": epoch, **metrics, "lr": rate, "seconds": seconds}, step)
-                if step == num_steps or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
-                    self._save(num_steps)
+                # Before the checkpoint, so that a run killed in between draws and decides again instead of never.
                 for hook in self.hooks:
                     hook.on_step(step)
+                if step == num_steps or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
+                    self._save(num_steps)
                 started = time.perf_counter()
 
     def take_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
