@@ -12,11 +12,15 @@ from lora_diffusion.core.types import ModuleKey
 class KeyMap:
     """A bijection between modules and file names. Names are looked up, never taken apart."""
 
-    def __init__(self, pairs: Iterable[tuple[ModuleKey, str]]) -> None:
+    def __init__(self, pairs: Iterable[tuple[ModuleKey, str]], aliases: Iterable[tuple[ModuleKey, str]] = ()) -> None:
         """Builds the map.
 
+        Args:
+            pairs: each module with the name that is written.
+            aliases: other names that are found in files and read, never written.
+
         Raises:
-            ValueError: a module or a name occurs twice.
+            ValueError: a module occurs twice, or a name for two modules.
         """
         self._names: dict[ModuleKey, str] = {}
         self._keys: dict[str, ModuleKey] = {}
@@ -25,17 +29,20 @@ class KeyMap:
                 raise ValueError(f"{key} and {name} do not form a bijection: one of them occurs twice.")
             self._names[key] = name
             self._keys[name] = key
+        for key, name in aliases:
+            if self._keys.setdefault(name, key) != key:
+                raise ValueError(f"{name} would name both {key} and {self._keys[name]}.")
 
     def __len__(self) -> int:
         """Returns the number of modules."""
         return len(self._names)
 
     def __iter__(self) -> Iterator[tuple[ModuleKey, str]]:
-        """Yields (module, name)."""
+        """Yields (module, name), aliases left out."""
         return iter(self._names.items())
 
     def __contains__(self, name: object) -> bool:
-        """Says whether a file name is known."""
+        """Says whether a file name or an alias is known."""
         return name in self._keys
 
     def name(self, key: ModuleKey) -> str:
@@ -51,7 +58,7 @@ class KeyMap:
         return self._names[key]
 
     def key(self, name: str) -> ModuleKey:
-        """Returns the module of a file name.
+        """Returns the module of a file name or of an alias.
 
         Raises:
             AdapterFileError: no module has that name.

@@ -46,7 +46,10 @@ class Family(Protocol):
         """Builds the parts on the meta device: shapes and names, no weights."""
 
     def key_map(self, format_name: str, options: Any) -> KeyMap:
-        """Maps modules of the parts to their names in a file; UnsupportedError if the format cannot spell them."""
+        """Maps modules of the parts to their names in a file; UnsupportedError if the format cannot spell them.
+
+        Without options it maps what any base of the family may have, at once and without torch.
+        """
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the base, frozen and in eval mode."""

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import nn
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.keymap import KeyMap, dotted_key_map
+from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.types import ModuleKey
-from lora_diffusion.families import _ldm
+from lora_diffusion.families import _ldm, _standard
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _FLAT = {
-    "sd1": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "sd2": {"unet": "lora_unet_", "text_encoder": "lora_te_"},
-    "sdxl": {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    "sd1": {"text_encoder": ("lora_te_", "lora_te1_")},
+    "sd2": {"text_encoder": ("lora_te_", "lora_te1_")},
+    "sdxl": {"text_encoder": ("lora_te1_", "lora_te_"), "text_encoder_2": ("lora_te2_",)},
 }
-"""Family -> part -> prefix in kohya's files."""
+"""Family -> text encoder -> prefixes in kohya's files; the first is written."""
 _LDM_UNET_IN_KOHYA = frozenset({"sdxl"})
-_DOTTED = ("diffusers", "peft")
+_TEXT = "text_model."
+_LDM_PATHS = re.compile(
+    r"((down|up)_blocks\.\d+\.|mid_block\.(resnets\.[01]|attentions\.0)\.|(time|add)_embedding\.linear_).*|conv_(in|out)"
+)
 
 
-def key_map(format_name: str, parts: Mapping[str, nn.Module], family: str = "sd1") -> KeyMap:
+def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str = "sd1") -> KeyMap:
     """Maps every linear and convolution layer of the parts to its name in a file.
 
     transformers 5.6 flattened CLIPTextModel: its paths begin with "encoder.", while files of every client say
@@ -29,25 +35,47 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module], family: str = "sd1
 
     Args:
         format_name: kohya, diffusers or peft; ldm is that of base checkpoints, see `_ldm`.
-        parts: part -> network; the meta device is enough.
+        parts: part -> network; the meta device is enough. None maps all modules that a base of the family may have.
         family: which prefixes and block names.
 
     Raises:
         UnsupportedError: the format has no names for this family.
     """
-    paths = {
+    paths = _standard.paths(family) if parts is None else _layers(parts)
+    numbered = [path for path in paths.get("unet", ()) if parts or _standard.is_published(family, path)]
+    if format_name == "ldm":
+        return KeyMap(_ldm_pairs({**paths, "unet": numbered}, family))
+    if format_name not in _SPELLINGS:
+        known = ", ".join(_SPELLINGS)
+        raise UnsupportedError(f"Stable Diffusion adapters have no spelling {format_name!r}; known: {known}.")
+    ldm = _ldm.unet_names([path for path in numbered if _LDM_PATHS.fullmatch(path)])
+    spell = _SPELLINGS[format_name]
+    names = {
+        ModuleKey(part, path): list(dict.fromkeys(spell(_Module(family, part, path, ldm.get(path)))))
+        for part, own in paths.items()
+        for path in own
+    }
+    return KeyMap(
+        ((key, own[0]) for key, own in names.items()),
+        ((key, name) for key, own in names.items() for name in own[1:]),
+    )
+
+
+class _Module(NamedTuple):
+    family: str
+    part: str
+    path: str
+    ldm: str | None
+    """Its path in a UNet of LDM, if there is one."""
+
+
+def _layers(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    from torch import nn
+
+    return {
         part: [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         for part, network in parts.items()
     }
-    if format_name == "ldm":
-        return KeyMap(_ldm_pairs(paths, family))
-    if format_name == "kohya":
-        return KeyMap(_kohya_pairs(paths, family))
-    if format_name in _DOTTED:
-        extra = {part: "text_model." if format_name != "peft" and _is_flat(own) else "" for part, own in paths.items()}
-        return dotted_key_map(paths, {part: f"{part}.{extra[part]}" for part in paths})
-    known = ", ".join(sorted({"kohya", *_DOTTED}))
-    raise UnsupportedError(f"Stable Diffusion adapters have no spelling {format_name!r}; known: {known}.")
 
 
 def _ldm_pairs(paths: Mapping[str, list[str]], family: str) -> list[tuple[ModuleKey, str]]:
@@ -56,18 +84,40 @@ def _ldm_pairs(paths: Mapping[str, list[str]], family: str) -> list[tuple[Module
     return pairs + [(ModuleKey(part, path), name(path)) for part, name in towers.items() for path in paths[part]]
 
 
-def _kohya_pairs(paths: Mapping[str, list[str]], family: str) -> list[tuple[ModuleKey, str]]:
-    pairs = []
-    for part, own in paths.items():
-        names = _ldm.unet_names(own) if part == "unet" and family in _LDM_UNET_IN_KOHYA else {}
-        extra = "text_model." if _is_flat(own) else ""
-        prefix = _FLAT[family][part]
-        pairs += [(ModuleKey(part, path), prefix + (extra + names.get(path, path)).replace(".", "_")) for path in own]
-    return pairs
+def _kohya(module: _Module) -> Iterable[str]:
+    if module.part == "unet":
+        paths = [module.path] if module.ldm is None else [module.path, module.ldm]
+        written_first = reversed(paths) if module.family in _LDM_UNET_IN_KOHYA else paths
+        names = [*(f"lora_unet_{path}" for path in written_first), f"lycoris_{module.path}"]
+    else:
+        prefixes = _FLAT[module.family][module.part]
+        names = [prefix + path for path in _text_paths(module.path) for prefix in prefixes]
+    return (name.replace(".", "_") for name in names)
 
 
-def _is_flat(paths: list[str]) -> bool:
-    """Says whether these are paths of a text tower without `text_model`."""
-    return not any(path.startswith("text_model.") for path in paths) and any(
-        path.startswith("encoder.") for path in paths
-    )
+def _diffusers(module: _Module) -> Iterable[str]:
+    if module.part != "unet":
+        plain = [f"{module.part}.{path}" for path in _text_paths(module.path)]
+        return [*plain, *(re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1_lora", name) for name in plain)]
+    # What diffusers 0.12 to 0.20 saved: <block>.processor.to_q_lora.up.weight.
+    processor = re.sub(r"(attn[12])\.to_(q|k|v|out)(\.0)?$", r"\1.processor.to_\2_lora", module.path)
+    generic = [f"diffusion_model.{module.ldm}", _ldm.UNET + module.ldm] if module.ldm else []
+    return [*(prefix + path for path in (module.path, processor) for prefix in ("unet.", "")), *generic]
+
+
+def _peft(module: _Module) -> Iterable[str]:
+    return [f"{module.part}.{path}" for path in (module.path, *_text_paths(module.path))]
+
+
+def _text_paths(path: str) -> list[str]:
+    """Returns a path of a text tower with `text_model`, as files have it, and without."""
+    bare = path.removeprefix(_TEXT)
+    return [_TEXT + bare, bare] if bare.startswith("encoder.layers.") else [path]
+
+
+_SPELLINGS: Mapping[str, Callable[[_Module], Iterable[str]]] = {
+    "kohya": _kohya,
+    "diffusers": _diffusers,
+    "peft": _peft,
+}
+"""Format -> the name that is written, and then those that are also read."""
