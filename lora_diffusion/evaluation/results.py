@@ -161,6 +161,9 @@ class Evaluation:
     warnings: Sequence[str] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
     """Metric -> the score of what has nothing to do with the prompt or the references."""
+    real: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> the score of the reference pictures themselves: for likeness each against the others, for copying
+    against the training pictures. What an adapter can reach at best, and what is no copying."""
     lora_diffusion: str = __version__
     scores: Sequence[Score] = ()
     """Lines of scores.csv; not in evaluation.json."""
