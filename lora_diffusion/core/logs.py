@@ -33,3 +33,13 @@ def name_some(names: list[str], limit: int = 3) -> str:
     """Returns the first names and how many more there are: "a, b, c and 4 more"."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def shown(text: str, limit: int = 100) -> str:
+    r"""Returns a stranger's text as a terminal may print it: in one line, without control characters, shortened.
+
+    >>> print(shown("red\x1b[2J and more", limit=7))
+    red\x1b[2J... (16 characters)
+    """
+    short = text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in short)

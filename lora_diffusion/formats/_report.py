@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core import lowrank
-from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._detect import formats_of
 from lora_diffusion.formats._lora_config import find_alpha
@@ -30,7 +31,8 @@ _PREFIXES = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
-_LONGEST_TEXT = 100
+_ABSURD_RMS = 1.0
+"""Root mean square of a change above which it drowns the weight: those of trained networks have 0.01 to 0.2."""
 _BLOCK = re.compile(r"(?:down|up|input|output)_blocks_\d+|mid_block|middle_block|layers_\d+")
 
 
@@ -71,7 +73,7 @@ class FileReport:
         lines += [f"{label:<9}{', '.join(values)}" for label, values in counts.items()]
         lines += ["norm of the change of each block:"]
         lines += [f"  {block:<36}{norm:.4g}" for block, norm in self.block_norms.items()]
-        lines += ["metadata:", *(f"  {name}: {_shortened(value)}" for name, value in sorted(self.metadata.items()))]
+        lines += ["metadata:", *(f"  {shown(name)}: {shown(value)}" for name, value in sorted(self.metadata.items()))]
         lines += (
             ["problems:", *(f"  {problem}" for problem in self.problems)] if self.problems else ["no problems found"]
         )
@@ -108,6 +110,7 @@ def describe_file(path: Path) -> FileReport:
         for name, own in roles.items()
         if {"down", "up"} <= own.keys() and tensors[own["up"]].dim() > 1
     ]
+    norms = _norms(modules)
     variants = Counter(variant for name in names if (variant := variant_of(name)))
     return FileReport(
         path=str(path),
@@ -117,14 +120,10 @@ def describe_file(path: Path) -> FileReport:
         ranks=_count(str(module.down.shape[0]) for module in modules),
         alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules),
         dtypes=_count(info.dtype for header in headers for info in header.tensors.values()),
-        block_norms=_block_norms(modules),
+        block_norms=_block_norms(norms),
         metadata={key: value for header in headers for key, value in header.metadata.items()},
-        problems=tuple(_problems(formats, roles, strange, modules, tensors)),
+        problems=tuple(_problems(formats, roles, strange, modules, tensors, norms)),
     )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)} characters)"
 
 
 def _full_name(folder: str, name: str) -> str:
@@ -160,16 +159,27 @@ def _block(name: str) -> str:
     return f"{_part(name)} {block.group() if block else 'other'}"
 
 
-def _block_norms(modules: Iterable[_Module]) -> dict[str, float]:
-    squares: dict[str, float] = {}
+def _norms(modules: Iterable[_Module]) -> dict[str, float]:
+    """Returns the Frobenius norm of the change of each sound module."""
+    norms = {}
     for module in modules:
         rank = module.down.shape[0]
-        scale = 1.0 if module.alpha is None else module.alpha / rank
+        scale = 1.0 if module.alpha is None else module.alpha / max(1, rank)
         if module.up.shape[1] == rank and not _safetensors.non_finite({"down": module.down, "up": module.up}):
-            block = _block(module.name)
-            norm = lowrank.delta_norm(module.down, module.up, scale)
-            squares[block] = squares.get(block, 0.0) + norm**2
+            norms[module.name] = lowrank.delta_norm(module.down, module.up, scale)
+    return norms
+
+
+def _block_norms(norms: Mapping[str, float]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, norm in norms.items():
+        squares[_block(name)] = squares.get(_block(name), 0.0) + norm**2
     return {block: square**0.5 for block, square in sorted(squares.items(), key=lambda item: _natural(item[0]))}
+
+
+def _is_absurd(module: _Module, norm: float) -> bool:
+    num_weights = module.up.shape[0] * math.prod(module.down.shape[1:])
+    return not norm <= _ABSURD_RMS * num_weights**0.5
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -182,6 +192,7 @@ def _problems(
     strange: list[str],
     modules: list[_Module],
     tensors: Mapping[str, Tensor],
+    norms: Mapping[str, float],
 ) -> Iterable[str]:
     if len(formats) > 1:
         yield f"spellings of {' and '.join(formats)} are mixed; no program reads all of it"
@@ -190,6 +201,10 @@ def _problems(
         "module(s) with up but no down": [name for name, own in roles.items() if "up" in own and "down" not in own],
         "module(s) with down but no up": [name for name, own in roles.items() if "down" in own and "up" not in own],
         "tensor(s) with NaN or infinity": _safetensors.non_finite(tensors),
+        "tensor(s) that are empty or hold whole numbers": _safetensors.not_weights(tensors),
+        "module(s) whose change is larger than any weight, so that pictures fall to pieces": [
+            module.name for module in modules if module.name in norms and _is_absurd(module, norms[module.name])
+        ],
         "module(s) whose up is zero, so that they change nothing": [m.name for m in modules if not m.up.any()],
         "module(s) whose factors have different ranks": [m.name for m in modules if m.up.shape[1] != m.down.shape[0]],
     }

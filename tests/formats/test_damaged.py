@@ -42,15 +42,28 @@ _ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"PK\x03\x04 and so on", "is a pickle"),
         (b"\x80\x02}q\x00X\x05\x00", "is a pickle"),
-        ((10**9).to_bytes(8, "little") + b"{", "header would have 1,000,000,000 bytes"),
+        ((10**8).to_bytes(8, "little") + b"{", "header would have 100,000,000 bytes"),
         ((1000).to_bytes(8, "little") + b"{", "header should have 1,000 bytes, but the file has 9 in all"),
         (_with_header("{not json"), "not JSON"),
         (_with_header("{" * 100_000), "not JSON"),
-        (_with_header(f'{{"a": {_ENTRY}, "a": {_ENTRY}}}', bytes(4)), "names a twice"),
+        (_with_header(f'{{"a": {_ENTRY}, "a": {_ENTRY}}}', bytes(4)), "names 'a' twice"),
         (_with_header(f'{{"a": {_ENTRY}}}', bytes(3)), "announces 4 bytes of tensors, but 3 follow"),
         (_with_header('{"a": {"dtype": "F32", "shape": [1]}}'), "does not describe a properly"),
         (_with_header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
+        (_with_header('{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
+        (_with_header('{"a": {"dtype": "F32", "shape": [1e0], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
+        (_with_header('{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "type 'Q4'"),
+        (_with_header('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "number type"),
+        (_with_header('{"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "another number"),
+        (_with_header('{"a": {"dtype": "F32", "shape": [9999999999, 9999999999], "data_offsets": [0, 4]}}'), "another"),
+        (_with_header(f'{{"a": {_ENTRY}, "b": {_ENTRY}}}', bytes(4)), "b overlaps another tensor"),
+        (_with_header('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', bytes(8)), "a follows a gap"),
+        (_with_header(f'{{"a\\u001b[2J": {_ENTRY}}}', bytes(4)), "characters that cannot be shown"),
+        (_with_header(f'{{"a\\ud800": {_ENTRY}}}', bytes(4)), "characters that cannot be shown"),
         (_with_header('{"__metadata__": {"a": 1}}'), "metadata are not texts"),
+        (_with_header('{"__metadata__": {"a": "\\ud800"}}'), "metadata are not texts"),
+        (_with_header('{"__metadata__": {"a": "1", "a": "2"}}'), "names 'a' twice"),
+        (_with_header('{"__metadata__": {"a": "' + 9 * 2**20 * "x" + '"}}'), r"metadata hold 9,437,185 characters"),
     ],
 )
 def test_what_is_wrong_is_said(content: bytes, text: str, tmp_path: Path) -> None:
@@ -63,7 +76,7 @@ def test_what_is_wrong_is_said(content: bytes, text: str, tmp_path: Path) -> Non
 def test_pickle_by_ending_and_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"anything at all")
-    with pytest.raises(AdapterFileError, match=r"is a pickle.*weights_only=True"):
+    with pytest.raises(AdapterFileError, match=r"is a pickle.*--from-pickle"):
         detect(path)
     with pytest.raises(AdapterFileError, match="There is no adapter file"):
         detect(tmp_path / "none.safetensors")
@@ -98,6 +111,15 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError) as caught:
         _safetensors.load(path)
     assert caught.value.faults == ("bad",)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(0, 4), torch.ones(2, 2, dtype=torch.int8), torch.ones(3) > 0])
+def test_what_cannot_be_weights_is_refused_by_name(tensor: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"good": torch.ones(2), "alpha": torch.tensor(4), "odd": tensor}, path)
+    with pytest.raises(AdapterFileError, match="empty or hold whole numbers") as caught:
+        _safetensors.load(path)
+    assert caught.value.faults == ("odd",)
 
 
 def test_mixed_and_unknown_spellings_are_not_guessed(tmp_path: Path) -> None:

@@ -45,11 +45,18 @@ def test_problems_are_listed(tmp_path: Path) -> None:
             "lora_unet_c.lora_down.weight": torch.full((2, 3), torch.nan),
             "unet.d.lora_A.weight": torch.ones(2, 3),
             "unet.d.lora_B.weight": torch.ones(3, 4),
+            "unet.e.lora_A.weight": torch.ones(2, 0),
+            "unet.e.lora_B.weight": torch.ones(3, 2, dtype=torch.int8),
+            "unet.f.lora_A.weight": torch.full((2, 3), 10.0),
+            "unet.f.lora_B.weight": torch.ones(3, 2),
             "strange": torch.ones(1),
         },
         path,
+        {"title": "\x1b[31mred\nroses"},
     )
-    text = "\n".join(describe_file(path).problems)
+    report = describe_file(path)
+    text = "\n".join(report.problems)
+    assert r"title: \x1b[31mred\nroses" in report.text()
     for part in (
         "diffusers and kohya are mixed",
         "1 tensor(s) with unknown names: strange",
@@ -58,6 +65,8 @@ def test_problems_are_listed(tmp_path: Path) -> None:
         "1 tensor(s) with NaN or infinity: lora_unet_c.lora_down.weight",
         "1 module(s) whose up is zero, so that they change nothing: lora_unet_a",
         "1 module(s) whose factors have different ranks: unet.d",
+        "2 tensor(s) that are empty or hold whole numbers: unet.e.lora_A.weight, unet.e.lora_B.weight",
+        "1 module(s) whose change is larger than any weight, so that pictures fall to pieces: unet.f",
     ):
         assert part in text
 
