@@ -1,6 +1,6 @@
 """Spellings of adapter files, one object FORMAT in each file; find them with `core.registry`."""
 
-from lora_diffusion.formats._detect import detect
+from lora_diffusion.formats._detect import detect, stored_dtypes
 from lora_diffusion.formats._report import FileReport, describe_file
 
-__all__ = ["FileReport", "describe_file", "detect"]
+__all__ = ["FileReport", "describe_file", "detect", "stored_dtypes"]

@@ -17,8 +17,7 @@ def detect(path: Path) -> str:
     Raises:
         AdapterFileError: no format, or two at once.
     """
-    files = tensor_files(path) if path.is_dir() else [path]
-    names = [name for file in files for name in _safetensors.read_header(file).tensors]
+    names = [name for header in _headers(path) for name in header.tensors]
     found = formats_of(names)
     if len(found) == 1:
         return found[0]
@@ -28,6 +27,16 @@ def detect(path: Path) -> str:
         f"{path} is not an adapter in a known format ({', '.join(registry.available('formats'))}). Its first tensors:",
         names[:5],
     )
+
+
+def stored_dtypes(path: Path) -> set[str]:
+    """Returns the number types of the matrices of an adapter file or folder, as safetensors spells them: F16, ..."""
+    return {info.dtype for header in _headers(path) for info in header.tensors.values() if len(info.shape) > 1}
+
+
+def _headers(path: Path) -> list[_safetensors.Header]:
+    files = tensor_files(path) if path.is_dir() else [path]
+    return [_safetensors.read_header(file) for file in files]
 
 
 def formats_of(names: Sequence[str]) -> list[str]:

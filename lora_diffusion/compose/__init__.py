@@ -1,0 +1,1 @@
+"""Several adapters into one, adapters into checkpoints, and adapters out of checkpoints."""

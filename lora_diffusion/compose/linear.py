@@ -1,0 +1,157 @@
+"""Weighted sums of adapters as one adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_diffusion.core import lowrank
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
+from lora_diffusion.core.lowrank import Factors, RankRule, Truncated
+from lora_diffusion.core.rng import derive
+from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Term:
+    """An adapter in a sum."""
+
+    name: str
+    """What messages call it."""
+    state: AdapterState
+    weights: Mapping[str, float]
+    """Part -> weight, for each part of the adapter."""
+
+    def factors(self, key: ModuleKey) -> Factors | None:
+        """Returns the weighted change of one module; None if it is not the product of two factors."""
+        adapter = self.state.modules[key]
+        if adapter.tensors.keys() != {"down", "up"}:
+            return None
+        scale = self.weights[key.part] * adapter.alpha / adapter.rank
+        return Factors(adapter.tensors["down"], adapter.tensors["up"], scale)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One adapter that does what several do together."""
+
+    modules: Mapping[ModuleKey, ModuleAdapter]
+    """All of variant lora with scale 1: alpha equals the rank."""
+    norms: Mapping[ModuleKey, float]
+    """Frobenius norm of each change before anything was cut off."""
+    errors: Mapping[ModuleKey, float]
+    """Frobenius norm of what was cut off of each change; 0 where the sum is exact."""
+
+    @property
+    def error(self) -> float:
+        """Returns the norm of all that was cut off, relative to that of all changes; 0 where nothing changes."""
+        whole = math.hypot(*self.norms.values())
+        return math.hypot(*self.errors.values()) / whole if whole else 0.0
+
+    def relative(self, key: ModuleKey) -> float:
+        """Returns the error of one module, relative to its own change."""
+        return self.errors[key] / self.norms[key] if self.norms[key] else 0.0
+
+    def worst(self, num: int = 5) -> list[ModuleKey]:
+        """Returns the modules with the largest relative error, those without error left out."""
+        ordered = sorted(self.modules, key=self.relative, reverse=True)
+        return [key for key in ordered[:num] if self.relative(key)]
+
+
+def add(terms: Sequence[Term], rule: RankRule | None) -> Sum:
+    """Returns the weighted sum of adapters.
+
+    Args:
+        terms: at least one, all of one base.
+        rule: the rank of each module; None sums exactly, so that ranks add up.
+
+    Raises:
+        AdapterFileError: two adapters have a module in different shapes.
+        UnsupportedError: an adapter whose change depends on the base, or that has no factors and no rule is given.
+    """
+    _check(terms, rule)
+    kept = {key: _add_module([term for term in terms if key in term.state.modules], key, rule) for key in keys(terms)}
+    return Sum(
+        {key: as_lora(truncated.factors) for key, truncated in kept.items()},
+        {key: truncated.norm for key, truncated in kept.items()},
+        {key: truncated.error for key, truncated in kept.items()},
+    )
+
+
+def keys(terms: Iterable[Term]) -> list[ModuleKey]:
+    """Returns every module that some adapter has, in the order of the adapters."""
+    return list(dict.fromkeys(key for term in terms for key in term.state.modules))
+
+
+def as_lora(factors: Factors) -> ModuleAdapter:
+    """Returns a change of scale 1 as an adapter, for which alpha is the rank."""
+    assert factors.scale == 1.0
+    return ModuleAdapter("lora", {"down": factors.down, "up": factors.up}, float(factors.rank))
+
+
+def part_weights(state: AdapterState, asked: float | Mapping[str, float], name: str) -> dict[str, float]:
+    """Returns the weight of each part of an adapter.
+
+    Args:
+        state: the adapter.
+        asked: one weight for all parts, or the weight of each.
+        name: what the message calls the adapter.
+
+    Raises:
+        ConfigError: a part without weight, or a weight without part.
+    """
+    parts = state.parts()
+    if not isinstance(asked, Mapping):
+        return dict.fromkeys(parts, asked)
+    if set(asked) != set(parts):
+        raise ConfigError(
+            f"{name} has the parts {', '.join(parts)}, but weights are given for {', '.join(asked)}; "
+            f"write {name}:{','.join(f'{part}=1' for part in parts)}, with 0 for a part to leave out."
+        )
+    return dict(asked)
+
+
+def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None) -> Truncated:
+    factors = [own for term in terms if (own := term.factors(key))]
+    if len(factors) == len(terms):
+        whole = lowrank.total(factors)
+        return lowrank.truncate(whole, rule) if rule else Truncated(whole, lowrank.norm(whole), 0.0)
+    # PEFT, which the module below needs, takes seconds to import.
+    from lora_diffusion.adapters.merge import delta_weight
+
+    assert rule is not None, "checked before"
+    changes = [term.weights[key.part] * delta_weight(term.state.modules[key]) for term in terms]
+    change = sum(changes[1:], start=changes[0])
+    return lowrank.truncate_dense(change, rule, derive(0, "sketch", key.part, key.path))
+
+
+def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
+    for term in terms:
+        variants = {adapter.variant for _, adapter in term.state}
+        if any("magnitude" in adapter.tensors for _, adapter in term.state):
+            raise UnsupportedError(
+                f"{term.name} is a dora adapter: its change depends on the weights of the base, so that it has no sum "
+                "without them. Merge it into its base with 'lora-diffusion merge', and take the difference out again "
+                "with 'lora-diffusion extract'."
+            )
+        if rule is None and any(term.factors(key) is None for key in term.state.modules):
+            raise UnsupportedError(
+                f"{term.name} is a {' and '.join(sorted(variants))} adapter, which can become a lora only with some "
+                "error; give --rank to say how exact it must be, and the error is reported."
+            )
+    misfits = [f"{key.part}/{key.path}: {' and '.join(found)}" for key in keys(terms) if (found := _shapes(terms, key))]
+    if misfits:
+        raise AdapterFileError(
+            f"The adapters were made for different bases: {len(misfits)} modules have another shape in each.",
+            misfits[:_SHOWN],
+        )
+
+
+def _shapes(terms: Sequence[Term], key: ModuleKey) -> list[str]:
+    """Returns the shapes of one module's change if the adapters disagree about it."""
+    factors = [own for term in terms if key in term.state.modules and (own := term.factors(key))]
+    found = {(own.up.shape[0], own.down[0].numel()) for own in factors}
+    return [f"{out}x{width}" for out, width in sorted(found)] if len(found) > 1 else []

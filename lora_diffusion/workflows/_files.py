@@ -1,0 +1,52 @@
+"""Steps on adapter files that need no base model, and no library that takes seconds to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import AdapterFileError, ConfigError
+from lora_diffusion.core.files import check_writable
+from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.types import AdapterState
+from lora_diffusion.formats import detect, stored_dtypes
+
+
+def check_target(path: Path, format_: Format, overwrite: bool) -> None:
+    """Checks that writing an adapter to a path destroys nothing but an adapter.
+
+    Raises:
+        ConfigError: it exists and is not to be, or must not be, replaced.
+    """
+    check_writable(path.absolute().parent, "--output")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
+    if path.is_dir() and not format_.is_folder:
+        raise ConfigError(f"--output {path} is a folder, and {format_.name} writes a file; name a file in it.")
+    if path.is_dir() and any(path.iterdir()) and detect(path) != format_.name:
+        raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
+
+
+def read_alone(path: Path) -> tuple[Family, AdapterState]:
+    """Reads an adapter with the names of the first family that knows all of its modules.
+
+    Raises:
+        AdapterFileError: it cannot be read, or no family knows all of it.
+    """
+    format_: Format = registry.find("formats", detect(path))
+    faults = []
+    for name in registry.available("families"):
+        family: Family = registry.find("families", name)
+        try:
+            return family, format_.read(path, family.key_map(format_.name, None))
+        except AdapterFileError as error:
+            faults.append(error)
+    raise faults[0]
+
+
+def common_dtype(paths: Iterable[Path]) -> str:
+    """Returns the number type that all tensors of adapters are stored in, fp32 where they differ."""
+    names = {"F16": "fp16", "BF16": "bf16"}
+    found = set().union(*(stored_dtypes(path) for path in paths))
+    return names.get(found.pop(), "fp32") if len(found) == 1 else "fp32"

@@ -1,0 +1,170 @@
+"""Adapter files made from adapter files; no base model is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.compose import record
+from lora_diffusion.compose.interference import Overlap, overlaps
+from lora_diffusion.compose.linear import Sum, Term, add, keys, part_weights
+from lora_diffusion.compose.record import Source
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import find_dtype
+from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.files import sha256
+from lora_diffusion.core.lowrank import RankRule
+from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.types import AdapterState, ModuleKey
+from lora_diffusion.formats import detect
+from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.workflows._files import check_target, common_dtype, read_alone
+
+
+@dataclass(frozen=True)
+class Composition:
+    """An adapter file made from others."""
+
+    path: Path
+    made: Sum
+    dtype: str
+    overlaps: tuple[Overlap, ...]
+    missing: Mapping[str, int]
+    """Adapter -> number of modules that others have and it lacks."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "file": str(self.path),
+            "dtype": self.dtype,
+            "modules": len(self.made.modules),
+            "largest_rank": max(adapter.rank for adapter in self.made.modules.values()),
+            "relative_error": self.made.error,
+            "errors": {_name(key): self.made.relative(key) for key in self.made.modules},
+            "missing_modules": dict(self.missing),
+            "overlaps": [
+                {
+                    "adapters": [overlap.first, overlap.second],
+                    "part": overlap.part,
+                    "cosine": overlap.cosine,
+                    "most": [
+                        {"module": _name(meeting.key), "cosine": meeting.cosine, "share": meeting.share}
+                        for meeting in overlap.most
+                    ],
+                }
+                for overlap in self.overlaps
+            ],
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        ranks = sorted(adapter.rank for adapter in self.made.modules.values())
+        lines = [
+            f"Wrote {self.path} and read it back: equal. {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
+            f"{self.dtype}, relative error {self.made.error:.2g}."
+        ]
+        lines += [f"  {_name(key)}: {self.made.relative(key):.2g}" for key in self.made.worst()]
+        lines += [f"{name} does nothing in {count} of the modules." for name, count in self.missing.items() if count]
+        for overlap in self.overlaps:
+            lines.append(
+                f"{overlap.first} and {overlap.second} in {overlap.part}: cosine {overlap.cosine:+.3f}; most in"
+            )
+            lines += [f"  {_name(meeting.key)}: {meeting.cosine:+.3f}" for meeting in overlap.most]
+        return "\n".join(lines)
+
+
+def compose(
+    adapters: Sequence[tuple[Path, float | Mapping[str, float]]],
+    output_path: Path,
+    *,
+    rule: RankRule | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> Composition:
+    """Writes the weighted sum of adapter files as one file in kohya's spelling.
+
+    Args:
+        adapters: files or folders, each with one weight or one for each part.
+        output_path: file.
+        rule: rank of each module; None adds exactly, so that ranks add up.
+        dtype: fp32, fp16 or bf16; auto keeps that of the adapters, or fp32 where they differ.
+        overwrite: replace what is there.
+
+    Raises:
+        ConfigError: the output exists, or a weight names no part.
+        AdapterFileError: a file cannot be read, or the adapters are of different kinds of base.
+        UnsupportedError: a kind of adapter that cannot be added like this.
+    """
+    format_: Format = registry.find("formats", "kohya")
+    check_target(output_path, format_, overwrite)
+    families, states = zip(*(read_alone(path) for path, _ in adapters), strict=True)
+    names = _names([path for path, _ in adapters])
+    terms = [
+        Term(name, state, part_weights(state, weights, name))
+        for name, state, (_, weights) in zip(names, states, adapters, strict=True)
+    ]
+    sources = [_source(path, term) for (path, _), term in zip(adapters, terms, strict=True)]
+    record.check_one_base(sources)
+    if len({family.name for family in families}) > 1:
+        kinds = [f"{name} is for {family.name}" for name, family in zip(names, families, strict=True)]
+        raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", kinds)
+    made = add(terms, rule)
+    dtype = common_dtype([path for path, _ in adapters]) if dtype == "auto" else dtype
+    _write(made, sources, families[0], format_, output_path, dtype)
+    found = keys(terms)
+    missing = {term.name: len(found) - len(term.state.modules) for term in terms}
+    return Composition(output_path, made, dtype, tuple(overlaps(terms)), missing)
+
+
+def resize(
+    input_path: Path, output_path: Path, rule: RankRule, *, dtype: str = "auto", overwrite: bool = False
+) -> Composition:
+    """Writes an adapter at another rank, in the spelling that it has.
+
+    Args:
+        input_path: adapter file or folder.
+        output_path: file or folder.
+        rule: rank of each module; no rank grows.
+        dtype: fp32, fp16 or bf16; auto keeps that of the input.
+        overwrite: replace what is there.
+
+    Raises:
+        ConfigError: the output exists.
+        AdapterFileError: the file cannot be read.
+        UnsupportedError: a kind of adapter that has no rank of its own.
+    """
+    format_: Format = registry.find("formats", detect(input_path))
+    check_target(output_path, format_, overwrite)
+    family, state = read_alone(input_path)
+    term = Term(input_path.name, state, dict.fromkeys(state.parts(), 1.0))
+    made = add([term], rule)
+    dtype = common_dtype([input_path]) if dtype == "auto" else dtype
+    _write(made, [_source(input_path, term)], family, format_, output_path, dtype)
+    return Composition(output_path, made, dtype, (), {})
+
+
+def _name(key: ModuleKey) -> str:
+    return f"{key.part}/{key.path}"
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Returns file names, with a number where one occurs again."""
+    names = [path.name for path in paths]
+    return [
+        f"{name} ({names[: index + 1].count(name)})" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+
+
+def _source(path: Path, term: Term) -> Source:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return Source(term.name, " ".join(map(sha256, files)), term.weights, term.state.metadata)
+
+
+def _write(made: Sum, sources: Sequence[Source], family: Family, format_: Format, path: Path, dtype: str) -> None:
+    told = record.metadata(sources, made, path.stem, time.time())
+    key_map = family.key_map(format_.name, None)
+    write_verified(AdapterState(made.modules, told), key_map, format_, path, find_dtype(dtype))
