@@ -1,4 +1,4 @@
-"""What several commands share: printing a result, and values of the form FILE:WEIGHT."""
+"""What several commands share: printing a result, and values of the form WIDTHxHEIGHT."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.weighted import weighted_file
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
@@ -23,26 +26,43 @@ def set_up_logs(args: argparse.Namespace) -> None:
     logs.set_up(args.debug)
 
 
-def weighted_file(text: str) -> tuple[Path, float]:
-    """Reads FILE or FILE:WEIGHT; the weight is 1 if it is left out.
+def add_rank(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Adds the options that choose a rank: a number, or a share of what the adapter does."""
+    group = parser.add_mutually_exclusive_group(required=required)
+    otherwise = "" if required else "; without either the result is exact, and the ranks add up"
+    group.add_argument("--rank", type=int, help=f"rank of each module{otherwise}")
+    group.add_argument("--energy", type=float, help="share of each module's squared norm to keep, say 0.95")
+
+
+def check_rank(args: argparse.Namespace) -> None:
+    """Checks the values of `add_rank`.
 
     Raises:
-        ConfigError: the weight is not a number, or there is no such file.
+        ConfigError: out of range.
     """
-    path, weight = Path(text), 1.0
-    if not path.exists() and ":" in text:
-        name, number = text.rsplit(":", 1)
-        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
-            raise ConfigError(
-                f"--adapter {text}: {number!r} is not a weight; write FILE:WEIGHT, say style.safetensors:0.8."
-            )
-        path, weight = Path(name), float(number)
-    if not path.exists():
-        raise ConfigError(f"--adapter {text}: there is no file {path}.")
-    if (path / "config.yaml").is_file():
-        files = ", ".join(str(file) for file in sorted(path.glob("*.safetensors"))) or "none yet"
-        raise ConfigError(f"--adapter {text}: {path} is a run folder; give an adapter file of it: {files}.")
-    return path, weight
+    if args.rank is not None and args.rank < 1:
+        raise ConfigError(f"--rank {args.rank}: must be 1 or greater.")
+    if args.energy is not None and not 0 < args.energy <= 1:
+        raise ConfigError(f"--energy {args.energy:g}: must be greater than 0 and at most 1.")
+
+
+def weighted_parts(text: str) -> tuple[Path, float | dict[str, float]]:
+    """Reads FILE, FILE:WEIGHT or FILE:PART=WEIGHT,PART=WEIGHT.
+
+    Raises:
+        ConfigError: a weight is not a number, a part is named twice, or there is no such file.
+    """
+    path, _, tail = text.rpartition(":")
+    if Path(text).exists() or "=" not in tail:
+        return weighted_file(text, "adapter")
+    pairs = [pair.partition("=") for pair in tail.split(",")]
+    wrong = [part + sign + number for part, sign, number in pairs if not part or not _NUMBER.fullmatch(number)]
+    if wrong or len({part for part, _, _ in pairs}) < len(pairs):
+        raise ConfigError(
+            f"adapter {text}: {', '.join(wrong) or tail} does not give each part one weight; write "
+            "FILE:PART=WEIGHT,PART=WEIGHT, say style.safetensors:unet=0.8,text_encoder=0.5."
+        )
+    return weighted_file(path, "adapter")[0], {part: float(number) for part, _, number in pairs}
 
 
 def size(text: str) -> tuple[int, int]:

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs, size, weighted_file
+from lora_diffusion.cli._shared import print_result, set_up_logs, size
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.weighted import weighted_file
 
 
 def add_parser(commands: Any) -> None:
