@@ -9,29 +9,31 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
 from peft.functional import inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from lora_diffusion.adapters._fused import FusedLinear, TrainingDropout
-from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.adapters._engines import ENGINES, LAYERS
+from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.core import rng
+from lora_diffusion.core.delta import AXES, norms
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.types import Loaded, ModuleKey
+from lora_diffusion.core.types import Loaded, ModuleAdapter, ModuleKey
 
 
-class Size(NamedTuple):
-    """How large an adapter a module gets."""
+class Slot(NamedTuple):
+    """What a module gets."""
 
+    variant: str
+    """As in ModuleAdapter."""
     rank: int
     alpha: float
 
 
-Fill = Callable[[ModuleKey, str, torch.Size], Tensor]
-"""(module, tensor name, shape) -> CPU values of a new adapter tensor."""
+Make = Callable[[ModuleKey, Any], ModuleAdapter]
+"""(module, the base layer under its adapters) -> adapter without Tucker cores, any device; called once per module."""
 
 
 def inject(
@@ -41,7 +43,7 @@ def inject(
 
     Args:
         loaded: its networks are changed in place and `loaded.adapters` is set.
-        plan: made from the same base.
+        plan: made from the same base and variant.
         variant: kind of adapter.
         dropout: acts wherever a gradient is recorded, whether the network is in training mode or not.
         seed: decides the first values; those of a module depend on the seed and its name only.
@@ -55,74 +57,70 @@ def inject(
         RunError: a planned module did not get its layer.
         ConfigError: the name is taken.
     """
-    sizes = {module.key: Size(module.rank, module.alpha) for module in plan.modules}
-    add_adapter(loaded, sizes, variant, name, _first_values(seed), dropout=dropout)
+    planned = {module.key: module for module in plan.modules}
+    slots = {key: Slot(variant.stored, module.rank, module.alpha) for key, module in planned.items()}
+
+    def make(key: ModuleKey, base: Any) -> ModuleAdapter:
+        return _new_adapter(planned[key], variant, base, seed)
+
+    add_adapter(loaded, slots, name, make, dropout=dropout)
     for part in plan.part_sizes:
         loaded.parts[part].requires_grad_(False)
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.part_sizes}
-    for key in sizes:
-        layer = _layer(loaded, key)
-        for tensor, attribute in variant.tensors.items():
-            parameter = getattr(layer, attribute)[name].weight.requires_grad_(True)
+    engine = ENGINES[variant.stored]
+    for key in planned:
+        for tensor, parameter in engine.parameters(_layer(loaded, key), name).items():
+            parameter.requires_grad_(True)
             parameters[key.part][f"{key.path}.{tensor}"] = parameter
     return parameters
 
 
 def add_adapter(
     loaded: Loaded,
-    sizes: Mapping[ModuleKey, Size],
-    variant: Variant,
+    slots: Mapping[ModuleKey, Slot],
     name: str,
-    fill: Fill,
+    make: Make,
     *,
     dropout: float = 0.0,
     weight: float = 1.0,
 ) -> None:
-    """Adds a frozen adapter and gives its tensors the values of `fill`; other adapters stay as they are."""
+    """Adds a frozen adapter of what `make` gives for each module; other adapters stay as they are."""
     switch = switch_of(loaded)
     if name in switch.weights:
         raise ConfigError(f'Two adapters are called "{name}"; give each its own name.')
-    for part in dict.fromkeys(key.part for key in sizes):
-        own = {key.path: size for key, size in sizes.items() if key.part == part}
-        _install(loaded.parts[part], own, name, dropout)
-    for key, size in sizes.items():
+    for part, engine in dict.fromkeys((key.part, ENGINES[slot.variant]) for key, slot in slots.items()):
+        own = {key.path: slot for key, slot in slots.items() if key.part == part and ENGINES[slot.variant] is engine}
+        _install(loaded.parts[part], own, name)
+    for key, slot in slots.items():
         layer = _layer(loaded, key)
-        _check(layer, key, size, name)
-        for tensor, attribute in variant.tensors.items():
-            holder = getattr(layer, attribute)[name]
-            device = layer.get_base_layer().weight.device
-            values = fill(key, tensor, holder.weight.shape).to(device, torch.float32)
-            holder.weight = nn.Parameter(values, requires_grad=False)
-    switch.variants[name] = variant
+        _check(layer, key, slot, name)
+        base = layer.get_base_layer()
+        adapter = make(key, base)
+        tensors = {tensor: values.to(base.weight.device, torch.float32) for tensor, values in adapter.tensors.items()}
+        ENGINES[slot.variant].fill(layer, name, ModuleAdapter(slot.variant, tensors, adapter.alpha), dropout)
     switch.weights[name] = 0.0
     switch.set_weights({**switch.weights, name: weight})
 
 
-def _install(network: nn.Module, sizes: Mapping[str, Size], name: str, dropout: float) -> None:
-    """Lets PEFT wrap the modules; the new tensors are on the meta device, so no random number is drawn."""
-    rank = Counter(size.rank for size in sizes.values()).most_common(1)[0][0]
-    alpha = Counter(size.alpha for size in sizes.values()).most_common(1)[0][0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, used as a factor
-        lora_dropout=dropout,
-        target_modules=_either(sizes),
-        rank_pattern=_pattern({path: size.rank for path, size in sizes.items() if size.rank != rank}),
-        alpha_pattern=_pattern({path: size.alpha for path, size in sizes.items() if size.alpha != alpha}),
-    )
-    if all(type(_base(network, path)) in (nn.Linear, nn.Conv2d) for path in sizes):
-        config._register_custom_module({nn.Linear: FusedLinear})
+def _install(network: nn.Module, slots: Mapping[str, Slot], name: str) -> None:
+    """Lets PEFT wrap modules of one engine; the new tensors are on the meta device, so no random number is drawn."""
+    rank = Counter(slot.rank for slot in slots.values()).most_common(1)[0][0]
+    alpha = Counter(slot.alpha for slot in slots.values()).most_common(1)[0][0]
+    common = {
+        "target_modules": _either(slots),
+        "rank_pattern": _pattern({path: slot.rank for path, slot in slots.items() if slot.rank != rank}),
+        "alpha_pattern": _pattern({path: slot.alpha for path, slot in slots.items() if slot.alpha != alpha}),
+    }
+    is_plain = all(type(_base(network, path)) in (nn.Linear, nn.Conv2d) for path in slots)
+    config = ENGINES[next(iter(slots.values())).variant].config(rank, alpha, common, is_plain=is_plain)
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
     # Left there, it makes PEFT warn at the next adapter and diffusers write it into saved models.
     del network.peft_config
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    for path in sizes:
-        layer: Any = network.get_submodule(path)
-        layer.train(network.training)
-        if dropout:
-            layer.lora_dropout[name] = TrainingDropout(dropout)
+    for path in slots:
+        network.get_submodule(path).train(network.training)
 
 
 def _pattern(values: Mapping[str, float]) -> dict[str, float]:
@@ -138,15 +136,16 @@ def _either(paths: Iterable[str]) -> str:
 
 def _base(network: nn.Module, path: str) -> Any:
     module = network.get_submodule(path)
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return module.get_base_layer() if isinstance(module, LAYERS) else module
 
 
 def _layer(loaded: Loaded, key: ModuleKey) -> Any:
     return loaded.parts[key.part].get_submodule(key.path)
 
 
-def _check(layer: Any, key: ModuleKey, size: Size, name: str) -> None:
-    if not isinstance(layer, LoraLayer) or name not in layer.r:
+def _check(layer: Any, key: ModuleKey, slot: Slot, name: str) -> None:
+    engine = ENGINES[slot.variant]
+    if not isinstance(layer, engine.layer) or name not in layer.r:
         raise RunError(
             f"PEFT left {key.part}/{key.path} ({type(layer).__name__}) without an adapter. Please report this with "
             "the versions of peft, diffusers and transformers."
@@ -157,15 +156,24 @@ def _check(layer: Any, key: ModuleKey, size: Size, name: str) -> None:
             f"PEFT gave {key.part}/{key.path}, which is a {base.__name__}, the layer for unquantized weights. The base "
             "must be loaded with its quantization flags set; set model.quantization=none to go on without."
         )
-    if (layer.r[name], layer.lora_alpha[name]) != size:
-        raise RunError(f"PEFT gave {key.part}/{key.path} another size than {size}; please report this.")
+    if (layer.r[name], engine.describe(layer, name)[1]) != slot[1:]:
+        raise RunError(f"PEFT gave {key.part}/{key.path} another size than {slot}; please report this.")
 
 
-def _first_values(seed: int) -> Fill:
-    def fill(key: ModuleKey, tensor: str, shape: torch.Size) -> Tensor:
-        values = torch.zeros(shape)
-        if tensor == "down":
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=rng.derive(seed, "adapter", key.part, key.path))
-        return values
+def _new_adapter(module: PlannedModule, variant: Variant, base: Any, seed: int) -> ModuleAdapter:
+    tensors = {
+        tensor: _first_values(module.key, tensor, shape, seed)
+        for tensor, shape in module.tensors.items()
+        if tensor != "magnitude" and tensor not in variant.zeros
+    }
+    tensors |= {tensor: torch.zeros(shape) for tensor, shape in module.tensors.items() if tensor in variant.zeros}
+    if "magnitude" in module.tensors:
+        weight = dequantize_module_weight(base).detach().float()
+        tensors["magnitude"] = norms(weight, AXES[variant.stored])
+    return ModuleAdapter(variant.stored, tensors, module.alpha)
 
-    return fill
+
+def _first_values(key: ModuleKey, tensor: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    # The name of the tensor came later: the values of "down" must stay what they were.
+    names = (key.part, key.path) if tensor == "down" else (key.part, key.path, tensor)
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=rng.derive(seed, "adapter", *names))

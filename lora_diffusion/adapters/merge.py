@@ -8,43 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.adapters._engines import engine_of
 from lora_diffusion.adapters.switch import PeftSwitch, switch_of
-from lora_diffusion.core import lowrank
-from lora_diffusion.core.errors import AdapterFileError, RunError, UnsupportedError
-from lora_diffusion.core.types import Loaded, ModuleAdapter
-
-
-def delta_weight(adapter: ModuleAdapter) -> Tensor:
-    """Weight change of one LoRA layer, (alpha / rank) * up @ down.
-
-    Args:
-        adapter: down [rank, in] or [rank, in, k, k] and up [out, rank] or [out, rank, 1, 1] on one device.
-
-    Returns:
-        [out, in] or [out, in, k, k], always float32 so that several changes can be summed before one cast.
-
-    Raises:
-        AdapterFileError: down and up disagree on the rank.
-
-    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
-
-    >>> delta_weight(ModuleAdapter("lora", {"down": torch.ones(2, 3), "up": torch.ones(1, 2)}, alpha=1.0))
-    tensor([[1., 1., 1.]])
-    """
-    down, up = adapter.tensors["down"].float(), adapter.tensors["up"].float()
-    if up.shape[1] != down.shape[0]:
-        raise AdapterFileError(f"down has rank {down.shape[0]} and up has rank {up.shape[1]}; the file is damaged.")
-    change = (adapter.alpha / adapter.rank) * (up.flatten(1) @ down.flatten(1))
-    return change.reshape(up.shape[0], *down.shape[1:])
-
-
-def delta_norm(adapter: ModuleAdapter) -> float:
-    """Returns the Frobenius norm of `delta_weight` without computing it."""
-    return lowrank.delta_norm(adapter.tensors["down"], adapter.tensors["up"], adapter.alpha / adapter.rank)
+from lora_diffusion.core.delta import delta_norm as delta_norm
+from lora_diffusion.core.delta import delta_weight as delta_weight
+from lora_diffusion.core.errors import RunError, UnsupportedError
+from lora_diffusion.core.types import Loaded, ModuleAdapter, ModuleKey
 
 
 def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:
     """Adds the weighted adapters into the frozen weights: summed in float32, cast once.
+
+    The change of each is that to the frozen weight alone, as it is unmerged.
 
     Until `unmerge` the frozen weights are in memory twice, and the adapters' weights cannot be set.
 
@@ -63,13 +38,17 @@ def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:
                 "model.quantization=none."
             )
     switch.set_weights(weights)
+    active = {name: weight for name, weight in switch.weights.items() if weight}
+    changes: dict[ModuleKey, list[tuple[Any, str]]] = {}
     for key, layer in switch.layers():
-        active = [name for name in layer.active_adapters if name in layer.r]
-        if active:
-            weight = layer.get_base_layer().weight
+        changes.setdefault(key, []).extend((layer, name) for name in active if name in layer.r)
+    for key, own in changes.items():
+        if own:
+            weight = own[0][0].get_base_layer().weight
             switch.originals[key] = weight.data
-            change = sum((_live_delta(layer, name) for name in active), start=weight.data.float())
-            weight.data = change.to(weight.dtype)
+            wide = weight.data.float()
+            total = sum((active[name] * _live_delta(layer, name, wide) for layer, name in own), start=wide)
+            weight.data = total.to(weight.dtype)
     switch.apply({})
 
 
@@ -92,8 +71,8 @@ def remove(loaded: Loaded) -> None:
     loaded.adapters = None
 
 
-def _live_delta(layer: Any, name: str) -> Tensor:
+def _live_delta(layer: Any, name: str, weight: Tensor) -> Tensor:
+    engine = engine_of(layer)
+    variant, alpha = engine.describe(layer, name)
     with torch.no_grad():
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        # layer.scaling is weight * alpha / rank
-        return delta_weight(ModuleAdapter("lora", {"down": down, "up": up}, layer.scaling[name] * layer.r[name]))
+        return delta_weight(ModuleAdapter(variant, engine.parameters(layer, name), alpha), weight)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core.errors import ConfigError, TargetError
 from lora_diffusion.core.keymap import suggestion
@@ -31,6 +33,9 @@ class PlannedModule:
     """Of the frozen weight: (out, in) or (out, in, k, k)."""
     rank: int
     alpha: float
+    """The change is scaled by alpha / rank, also for rslora."""
+    tensors: Mapping[str, tuple[int, ...]] = field(hash=False)
+    """Name -> shape of what is trained."""
     num_parameters: int
     """Of the adapter."""
 
@@ -38,11 +43,6 @@ class PlannedModule:
     def key(self) -> ModuleKey:
         """Returns the module's name."""
         return ModuleKey(self.part, self.path)
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """Returns the shape of one row of the down matrix: (in,) or (in, k, k)."""
-        return self.shape[1:]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,12 @@ class InjectionPlan:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> InjectionPlan:
         """Returns the plan that `to_json` gave."""
-        modules = (PlannedModule(**{**module, "shape": tuple(module["shape"])}) for module in values["modules"])
-        return cls(tuple(modules), dict(values["part_sizes"]))
+        return cls(tuple(_restored(module) for module in values["modules"]), dict(values["part_sizes"]))
+
+
+def _restored(values: Mapping[str, Any]) -> PlannedModule:
+    tensors = {name: tuple(shape) for name, shape in values["tensors"].items()}
+    return PlannedModule(**{**values, "shape": tuple(values["shape"]), "tensors": tensors})
 
 
 def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig) -> InjectionPlan:
@@ -96,16 +100,21 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
     Args:
         skeleton: part -> network; the meta device is enough.
         declared: part -> its groups, from the family.
-        config: asks for parts, targets and size.
+        config: asks for variant, parts, targets and size.
 
     Raises:
         TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module.
-        ConfigError: a part that the base does not have; rank, alpha or dropout out of range.
+        ConfigError: a part that the base does not have; rank, alpha or dropout out of range, or of no use.
+        UnsupportedError: there is no such variant.
     """
-    _check_numbers(config)
+    variant = variants.find(config.variant)
+    _check_numbers(config, variant)
     _check_parts(config.parts, skeleton, declared)
     searches = {part: _Search(part, skeleton[part], declared[part]) for part in config.parts}
-    for target in config.targets:
+    added = [
+        f"{part}/{group}" for group in variant.added_targets for part in config.parts if group in declared[part].groups
+    ]
+    for target in (*config.targets, *added):
         _resolve(target, searches, declared)
     empty = [part for part, search in searches.items() if not search.found]
     if empty:
@@ -114,12 +123,13 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
             f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
         )
     modules = tuple(
-        _planned(part, path, module, config)
+        _planned(part, path, module, config, variant)
         for part, search in searches.items()
         for path, module in search.modules.items()
         if path in search.found
     )
-    _check_ranks(modules)
+    _check_ranks(modules, config, variant)
+    _check_convolutions(modules, config)
     return InjectionPlan(modules, {part: _count(skeleton[part]) for part in config.parts})
 
 
@@ -194,13 +204,32 @@ def _split(target: str, parts: tuple[str, ...], declared: Mapping[str, Part]) ->
     return (part,), bare
 
 
-def _check_numbers(config: AdapterConfig) -> None:
+def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
     if config.rank < 1:
         raise ConfigError(f"adapter.rank={config.rank} must be 1 or greater.")
     if config.alpha is not None and config.alpha <= 0:
         raise ConfigError(f"adapter.alpha={config.alpha:g} must be greater than 0; drop it to take the rank.")
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"adapter.dropout={config.dropout:g} must be at least 0 and less than 1.")
+    if config.dropout and not variant.has_dropout:
+        able = ", ".join(other.name for other in variants.VARIANTS.values() if other.has_dropout)
+        raise ConfigError(
+            f"adapter.dropout={config.dropout:g} does not work with adapter.variant={config.variant}, which has no "
+            f"input of its own to drop; set it to 0, or train one of {able}."
+        )
+    if config.lokr_factor != AdapterConfig.lokr_factor and variant.name != "lokr":
+        raise ConfigError(
+            f"adapter.lokr_factor={config.lokr_factor} is only used with adapter.variant=lokr, not {variant.name}."
+        )
+
+
+def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig) -> None:
+    asked = [name for name in ("conv_rank", "conv_alpha") if getattr(config, name) is not None]
+    if asked and not any(_is_wide(module.shape) for module in modules):
+        raise ConfigError(
+            f"adapter.{asked[0]}={getattr(config, asked[0]):g} has no module to act on, since no convolution larger "
+            "than 1x1 is among the targets; add conv to adapter.targets or drop this key."
+        )
 
 
 def _check_parts(parts: Sequence[str], skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part]) -> None:
@@ -214,37 +243,45 @@ def _check_parts(parts: Sequence[str], skeleton: Mapping[str, nn.Module], declar
             )
 
 
-def _check_ranks(modules: Sequence[PlannedModule]) -> None:
-    limits = {module: largest_rank(module.shape) for module in modules}
-    small = [module for module in modules if module.rank > limits[module]]
+def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant) -> None:
+    limits = {module: variants.largest_rank(module.shape) for module in modules if variant.has_largest_rank}
+    small = [module for module, limit in limits.items() if module.rank > limit]
     if small:
+        key = "conv_rank" if config.conv_rank is not None and _is_wide(small[0].shape) else "rank"
         raise ConfigError(
-            f"adapter.rank={small[0].rank} is larger than {len(small)} of the matched modules can hold; the largest "
-            f"rank that fits all of them is {min(limits.values())}. Lower adapter.rank or name other targets.",
+            f"adapter.{key}={small[0].rank} is larger than {len(small)} of the matched modules can hold; the largest "
+            f"rank that fits all of them is {min(limits.values())}. Lower adapter.{key} or name other targets.",
             [f"{module.part}/{module.path} holds rank {limits[module]} at most" for module in small[:_SHOWN_FAULTS]],
         )
 
 
-def largest_rank(shape: Sequence[int]) -> int:
-    """Returns the rank that a weight can have at most.
-
-    >>> largest_rank((320, 4, 3, 3))
-    36
-    """
-    return min(shape[0], math.prod(shape[1:]))
-
-
-def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig) -> PlannedModule:
+def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, variant: Variant) -> PlannedModule:
     shape = tuple(module.get_parameter("weight").shape)
+    rank, alpha = _size(shape, config)
+    tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
         part=part,
         path=path,
         kind=_kind(module),
         shape=shape,
-        rank=config.rank,
-        alpha=float(config.rank if config.alpha is None else config.alpha),
-        num_parameters=config.rank * (shape[0] + math.prod(shape[1:])),
+        rank=rank,
+        alpha=alpha * rank**variant.alpha_power,
+        tensors=tensors,
+        num_parameters=sum(math.prod(own) for own in tensors.values()),
     )
+
+
+def _size(shape: Sequence[int], config: AdapterConfig) -> tuple[int, float]:
+    """Returns rank and alpha; without an alpha of its own, a wide convolution keeps the scale of all else."""
+    alpha = float(config.rank if config.alpha is None else config.alpha)
+    if not _is_wide(shape):
+        return config.rank, alpha
+    rank = config.rank if config.conv_rank is None else config.conv_rank
+    return rank, alpha * rank / config.rank if config.conv_alpha is None else config.conv_alpha
+
+
+def _is_wide(shape: Sequence[int]) -> bool:
+    return math.prod(shape[2:]) > 1
 
 
 def _kind(module: nn.Module) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_diffusion.adapters import variants
-from lora_diffusion.adapters.inject import Size, add_adapter
+from lora_diffusion.adapters._engines import LAYERS, engine_of
+from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
+from lora_diffusion.core.delta import delta_weight, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, RunError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 
@@ -22,20 +24,19 @@ def read_state(loaded: Loaded, name: str = "default") -> AdapterState:
         RunError: the base carries no adapter of that name.
     """
     switch = loaded.adapters
-    if not isinstance(switch, PeftSwitch) or name not in switch.variants:
+    if not isinstance(switch, PeftSwitch) or name not in switch.weights:
         raise RunError(f'The base carries no adapter "{name}".')
-    variant = switch.variants[name]
-    return AdapterState(
-        {
-            key: ModuleAdapter(
-                variant.name,
-                {tensor: _copied(getattr(layer, own)[name].weight) for tensor, own in variant.tensors.items()},
-                float(layer.lora_alpha[name]),
-            )
-            for key, layer in switch.layers()
-            if name in layer.r
-        }
-    )
+    return AdapterState({key: _read_module(layer, name) for key, layer in switch.layers() if name in layer.r})
+
+
+def _read_module(layer: Any, name: str) -> ModuleAdapter:
+    engine = engine_of(layer)
+    variant, alpha = engine.describe(layer, name)
+    parameters = engine.parameters(layer, name)
+    copies = {
+        tensor: parameter.detach().to("cpu", torch.float32, copy=True) for tensor, parameter in parameters.items()
+    }
+    return ModuleAdapter(variant, copies, alpha)
 
 
 def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1.0) -> None:
@@ -53,11 +54,14 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
     """
     check_fit(state, loaded.parts, f'The adapter "{name}"')
 
-    def fill(key: ModuleKey, tensor: str, shape: torch.Size) -> Tensor:
-        return state.modules[key].tensors[tensor].detach().to(torch.float32, copy=True).reshape(shape)
+    def make(key: ModuleKey, base: Any) -> ModuleAdapter:
+        del base
+        plain = without_tucker(state.modules[key])
+        copies = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in plain.tensors.items()}
+        return replace(plain, tensors=copies)
 
-    sizes = {key: Size(adapter.rank, adapter.alpha) for key, adapter in state}
-    add_adapter(loaded, sizes, variants.find(next(iter(state.modules.values())).variant), name, fill, weight=weight)
+    slots = {key: Slot(adapter.variant, adapter.rank, adapter.alpha) for key, adapter in state}
+    add_adapter(loaded, slots, name, make, weight=weight)
 
 
 def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) -> None:
@@ -69,11 +73,10 @@ def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) 
         source: names the adapter in messages.
 
     Raises:
-        AdapterFileError: it is empty, mixes kinds, or does not fit; lists up to ten modules.
+        AdapterFileError: it is empty or does not fit; lists up to ten modules.
     """
-    kinds = {adapter.variant for _, adapter in state}
-    if len(kinds) != 1:
-        raise AdapterFileError(f"{source} holds {len(kinds)} kinds of adapter, but must hold one.")
+    if not state.modules:
+        raise AdapterFileError(f"{source} holds no adapter.")
     faults = [fault for key, adapter in state if (fault := _misfit(parts, key, adapter))]
     if faults:
         raise AdapterFileError(
@@ -81,10 +84,6 @@ def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) 
             "another shape. Load it with the base it was trained on.",
             faults[:10],
         )
-
-
-def _copied(parameter: Tensor) -> Tensor:
-    return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
 def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapter) -> str | None:
@@ -95,23 +94,43 @@ def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapt
         module = network.get_submodule(key.path)
     except AttributeError:
         return f"{key.part}/{key.path}: no such module"
-    expected = _expected_shapes(module, adapter.rank)
-    if expected is None:
-        return f"{key.part}/{key.path}: a {type(module).__name__} cannot hold an adapter"
-    for tensor, shape in expected.items():
-        own = tuple(adapter.tensors[tensor].shape)
-        if _bare(own) != _bare(shape):
-            return f"{key.part}/{key.path}: {tensor} is {list(own)}, the base needs {list(shape)}"
-    return None
+    base = module.get_base_layer() if isinstance(module, LAYERS) else module
+    if not isinstance(base, nn.Linear) and not (isinstance(base, nn.Conv2d) and base.groups == 1):
+        return f"{key.part}/{key.path}: a {type(base).__name__} cannot hold an adapter"
+    weight = torch.empty(_shape(base), device="meta")
+    fault = _wrong_factor(adapter, weight.shape) or _wrong_change(adapter, weight)
+    return fault and f"{key.part}/{key.path}: {fault}"
 
 
-def _expected_shapes(module: nn.Module, rank: int) -> dict[str, tuple[int, ...]] | None:
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+def _shape(base: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    # A quantized weight is stored in another shape.
     if isinstance(base, nn.Linear):
-        return {"down": (rank, base.in_features), "up": (base.out_features, rank)}
-    if isinstance(base, nn.Conv2d) and base.groups == 1:
-        return {"down": (rank, base.in_channels, *base.kernel_size), "up": (base.out_channels, rank, 1, 1)}
+        return (base.out_features, base.in_features)
+    return (base.out_channels, base.in_channels, *base.kernel_size)
+
+
+def _wrong_factor(adapter: ModuleAdapter, shape: torch.Size) -> str | None:
+    plain = without_tucker(_on_meta(adapter)).tensors
+    if "down" not in plain:
+        return None
+    expected = {"down": (adapter.rank, *shape[1:]), "up": (shape[0], adapter.rank, *(1,) * (len(shape) - 2))}
+    for tensor, wanted in expected.items():
+        own = tuple(plain[tensor].shape)
+        if _bare(own) != _bare(wanted):
+            return f"{tensor} is {list(own)}, the base needs {list(wanted)}"
     return None
+
+
+def _wrong_change(adapter: ModuleAdapter, weight: Tensor) -> str | None:
+    try:
+        delta_weight(_on_meta(adapter), weight)
+    except AdapterFileError as error:
+        return str(error)
+    return None
+
+
+def _on_meta(adapter: ModuleAdapter) -> ModuleAdapter:
+    return replace(adapter, tensors={name: tensor.to("meta") for name, tensor in adapter.tensors.items()})
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.adapters._engines import LAYERS
 from lora_diffusion.core.errors import ConfigError, RunError
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import Loaded, ModuleKey
+
+_WRAPPED = ".base_layer"
 
 
 class PeftSwitch:
@@ -21,18 +22,22 @@ class PeftSwitch:
     def __init__(self, loaded: Loaded) -> None:
         """Knows no adapter yet."""
         self._loaded = loaded
-        self.variants: dict[str, Variant] = {}
-        """Adapter name -> what it is made of."""
         self.weights: dict[str, float] = {}
         """Adapter name -> its weight now."""
         self.originals: dict[ModuleKey, Tensor] = {}
         """Frozen weights as they were before `merge`; empty when nothing is merged."""
 
     def layers(self) -> Iterator[tuple[ModuleKey, Any]]:
-        """Yields every LoraLayer of PEFT (which is untyped), in the order of the networks."""
+        """Yields every layer of PEFT (which is untyped), in the order of the networks.
+
+        Adapters of different kinds on one module are layers around each other, which come one after the other with the
+        same key, the outermost first.
+        """
         for part, network in self._loaded.parts.items():
             for path, module in network.named_modules():
-                if isinstance(module, LoraLayer):
+                if isinstance(module, LAYERS):
+                    while path.endswith(_WRAPPED):
+                        path = path.removesuffix(_WRAPPED)  # noqa: PLW2901
                     yield ModuleKey(part, path), module
 
     def set_weights(self, weights: Mapping[str, float]) -> None:

@@ -26,10 +26,11 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model.quantization": _one_of("none", "8bit", "nf4"),
     "model.dtype": _one_of("auto", "fp32", "bf16", "fp16"),
     "data.path": _FILLED,
-    "data.resolution": (lambda v: 16 <= v <= 4096, "must be between 16 and 4096 pixels"),
-    "data.captions": _one_of("required", "optional"),
     "adapter.rank": _AT_LEAST_ONE,
     "adapter.alpha": _POSITIVE,
+    "adapter.conv_rank": _AT_LEAST_ONE,
+    "adapter.conv_alpha": _POSITIVE,
+    "adapter.lokr_factor": (lambda v: v == -1 or v >= 1, "must be 1 or greater, or -1"),
     "adapter.dropout": _SHARE,
     "adapter.parts": _FILLED,
     "adapter.targets": _FILLED,
@@ -94,8 +95,7 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         )
     if preview.prompts and not train.preview_every_steps:
         yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
-    if data.default_caption and data.captions == "required":
-        yield "data.default_caption: is only used with data.captions=optional"
+    yield from data.faults()
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield f"output.name={output.name}: must be a plain file name without folders"
 

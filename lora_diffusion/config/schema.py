@@ -1,12 +1,16 @@
 """Every setting: one dataclass field, its default, and one string under it. Read-only once loaded.
 
-The `model:` section is the `options_type` of the chosen family and derives from ModelOptions.
+The `model:` section is the `options_type` of the chosen family and derives from ModelOptions; the `data:` section is
+that of the family's kind of samples, see DATA_SECTIONS.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from lora_diffusion.core.types import AudioText, ImageText, Sample
 
 REQUIRED: Any = "???"
 """A value that the user must give (OmegaConf's marker for a missing value)."""
@@ -25,9 +29,29 @@ class ModelOptions:
     dtype: str = "auto"
     """Number type of the frozen weights: fp32, bf16 or fp16; auto takes bf16 on a GPU that has it, else fp32."""
 
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """"section.key" -> the default that suits this family, where it differs from the one written below."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is trained on; each kind of samples adds its own keys."""
+
+    path: str = REQUIRED
+    """Folder with the files to train on and what is to be learnt of each."""
+    skip_bad: bool = False
+    """Leave out files that cannot be read, with a warning, instead of stopping."""
+
+    ranges: ClassVar[Mapping[str, Any]] = {}
+    """Key -> what its value must satisfy, and that in words."""
+
+    def faults(self) -> Iterator[str]:
+        """Yields a line for each pair of values that cannot go together."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class PictureDataConfig(DataConfig):
     """The pictures and their captions."""
 
     path: str = REQUIRED
@@ -45,8 +69,52 @@ class DataConfig:
     """Words that call up what is trained. auto takes the words that all captions share; "" means there are none."""
     flip: bool = False
     """Show each picture mirrored half of the time."""
-    skip_bad: bool = False
-    """Leave out pictures that cannot be read, with a warning, instead of stopping."""
+
+    ranges: ClassVar[Mapping[str, Any]] = {
+        "resolution": (lambda v: 16 <= v <= 4096, "must be between 16 and 4096 pixels"),
+        "captions": (lambda v: v in ("required", "optional"), "must be one of required, optional"),
+    }
+
+    def faults(self) -> Iterator[str]:
+        """Yields a fault if a default caption is given that nothing uses."""
+        if self.default_caption and self.captions == "required":
+            yield "data.default_caption: is only used with data.captions=optional"
+
+
+@dataclass(frozen=True)
+class RecordingDataConfig(DataConfig):
+    """The recordings and their transcripts."""
+
+    path: str = REQUIRED
+    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl), or
+    a data set that `datasets.Dataset.save_to_disk` wrote."""
+    long: str = "refuse"
+    """Recordings that are longer than the base hears at once: refuse, or split at the timestamps of their transcript
+    (<|0.00|> first words<|4.20|><|4.20|> next words<|9.10|>)."""
+    speeds: tuple[float, ...] = (1.0,)
+    """Each recording is heard at one of these speeds, drawn each time: 0.9, 1.0 and 1.1 are usual."""
+    noise_db: tuple[float, ...] = ()
+    """Signal-to-noise ratios in dB of white noise: each recording is heard clean or with one of these, drawn each
+    time."""
+
+    ranges: ClassVar[Mapping[str, Any]] = {
+        "long": (lambda v: v in ("refuse", "split"), "must be one of refuse, split"),
+        "speeds": (
+            lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0.5 <= speed <= 2 for speed in v),
+            "must be one or more different speeds between 0.5 and 2",
+        ),
+        "noise_db": (
+            lambda v: len(set(v)) == len(v) and all(-20 <= ratio <= 80 for ratio in v),
+            "must be different ratios between -20 and 80 dB",
+        ),
+    }
+
+
+DATA_SECTIONS: Mapping[type[Sample], type[DataConfig]] = {
+    ImageText: PictureDataConfig,
+    AudioText: RecordingDataConfig,
+}
+"""A family's `sample_type` -> the class of its `data:` section."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +122,21 @@ class AdapterConfig:
     """The adapter that is trained."""
 
     variant: str = "lora"
-    """Kind of adapter."""
+    """Kind of adapter: lora, rslora, locon, dora, dora_out, loha or lokr."""
     rank: int = 16
     """Inner size; more rank holds more detail in a larger file."""
     alpha: float | None = None
-    """The change is scaled by alpha / rank. None takes the rank, that is scale 1."""
+    """The change is scaled by alpha / rank (rslora: alpha / sqrt(rank)). None takes the rank, that is scale 1."""
+    conv_rank: int | None = None
+    """Rank on convolutions larger than 1x1; None takes rank."""
+    conv_alpha: float | None = None
+    """Alpha on them; None keeps the scale of all else."""
+    lokr_factor: int = -1
+    """Size of the first factor of lokr: small numbers train more parameters; -1 makes the smallest file."""
     dropout: float = 0.0
     """Share of the layer's inputs that the adapter does not see in a training step, 0 to 1."""
     parts: tuple[str, ...] = ("unet",)
-    """Networks that get an adapter: unet, text_encoder."""
+    """Networks that get an adapter: unet, text_encoder; of Whisper encoder, decoder."""
     targets: tuple[str, ...] = ("attn",)
     """Modules that get one: a group (attn, ff, conv, all-linear), the path of a module, or re:PATTERN for paths that
     the regular expression matches as a whole. "unet/attn" asks in one part only."""
@@ -77,9 +151,9 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps. Give this or epochs; without either 1000 steps are made."""
     epochs: int | None = None
-    """Passes over the pictures, repeats counted."""
+    """Passes over the data, repeats counted."""
     batch_size: int = 1
-    """Pictures in one forward pass."""
+    """Samples in one forward pass."""
     gradient_accumulation: int = 1
     """Forward passes in one optimizer step."""
     learning_rate: float = 1e-4
@@ -107,17 +181,17 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """Older checkpoints are deleted; 0 keeps all."""
     preview_every_steps: int = 0
-    """Steps between preview pictures; 0 makes none."""
+    """Steps between previews; 0 makes none."""
     tracker: str = "none"
     """none or tensorboard (in the run folder)."""
 
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Pictures drawn while training, with the same seeds each time."""
+    """What the model makes of the same requests while it is trained."""
 
     prompts: tuple[str, ...] = ()
-    """Without any, the first captions of the data are taken."""
+    """Captions to draw, or recordings to transcribe; without any, the first of the data are taken."""
     negative: str = ""
     """What the pictures should not show."""
     seeds: tuple[int, ...] = (0,)
@@ -130,7 +204,7 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Prepared pictures and captions, kept by content."""
+    """Prepared samples, kept by content."""
 
     path: str | None = None
     """Folder; None takes the user's cache folder."""
@@ -149,7 +223,7 @@ class OutputConfig:
     dtype: str = "fp16"
     """Number type in the files: fp32, fp16 or bf16."""
     publish_tags: bool = True
-    """Put the caption words and folder names into the metadata, as kohya does; false keeps them private."""
+    """Put caption words and folder names into the metadata, as kohya does; false keeps them private."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +232,8 @@ class Config:
 
     model: Any
     """ModelOptions of the family."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Any = field(default_factory=PictureDataConfig)
+    """DataConfig of the family's kind of samples."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +23,8 @@ class Sample:
     """Unique name within the data set: its path below `data.path`."""
     path: Path
     """The file that holds the picture or the recording."""
+    num_repeats: int = 1
+    """How often an epoch shows the sample."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,34 @@ class ImageText(Sample):
     """The caption without the trigger words, or None where no trigger is known."""
     trigger: str = ""
     """The words that call up what is trained, the same in all samples of a data set; "" where none are known."""
-    num_repeats: int = 1
-    """How often an epoch shows the picture."""
     size: tuple[int, int] = (0, 0)
     """Width and height in pixels of the bucket that the picture is trained in."""
+    original_size: tuple[int, int] = (0, 0)
+    """Width and height in pixels of the picture itself."""
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Pixels cut off at the left, top, right and bottom once the picture is scaled to cover its bucket."""
     pixels: Tensor | None = None
     """[views, 3, height, width] in -1..1, float32; set only while the sample is being prepared. One view, or two with
     `data.flip`."""
+
+
+@dataclass(frozen=True)
+class AudioText(Sample):
+    """A recording and what is said in it."""
+
+    transcript: str = ""
+    """What is said; may hold Whisper's timestamps, such as <|0.00|>."""
+    language: str | None = None
+    """Code such as en; None takes that of the model options."""
+    task: str | None = None
+    """transcribe or translate; None takes that of the model options."""
+    start_s: float = 0.0
+    """Where in the file the sample begins, in seconds."""
+    duration_s: float = 0.0
+    """How long it is, in seconds."""
+    waveforms: tuple[Tensor, ...] = ()
+    """The views of the sound, each [num_samples] in -1..1, float32, one channel at the base's sampling rate; filled
+    only while the sample is being prepared. One view for each of `data.speeds`, clean and with each `data.noise_db`."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,27 @@ class BaseInfo:
     """What the network predicts: epsilon or v_prediction."""
     source: str
     """What the user can find again: builtin:emoji, a folder, a file or a hub id."""
+    zero_terminal_snr: bool = False
+    """Whether the last timestep of its schedule holds no signal."""
+
+
+@dataclass(frozen=True)
+class SpeechInfo(BaseInfo):
+    """What is known of a base that listens; it has no resolution, size_step and prediction."""
+
+    resolution: int = 0
+    size_step: int = 1
+    architecture: str = ""
+    prediction: str = ""
+    source: str = ""
+    sampling_rate: int = 16000
+    """In Hz."""
+    max_duration_s: float = 30.0
+    """What it hears at once, in seconds."""
+    max_tokens: int = 448
+    """What it writes at once, the tokens that name language and task counted."""
+    languages: tuple[str, ...] = ()
+    """Codes that its tokenizer has a token for; none where it knows one language only."""
 
 
 @dataclass
@@ -120,8 +164,8 @@ class Loaded:
     """Those of them that are also needed to generate."""
     adapters: AdapterSwitch | None = None
     """Set by the adapters room once an adapter is injected."""
-    text_cache: dict[str, Tensor] = field(default_factory=dict)
-    """Prompt -> text embedding, so that previews work after the text encoder is released."""
+    text_cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Prompt -> text embeddings, so that previews work after the text encoders are released."""
 
     def release(self, *names: str) -> None:
         """Forgets parts or modules that are not needed any more, so that their memory is freed."""
@@ -132,7 +176,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to generate."""
+    """One picture to generate, or one text to write about a recording or a picture."""
 
     prompt: str
     seed: int
@@ -143,14 +187,61 @@ class Request:
     """Width and height in pixels; None takes the base's own resolution."""
     weights: Mapping[str, float] | None = None
     """Adapter name -> weight; None leaves the adapters as they are."""
+    path: Path | None = None
+    """The recording or the picture to write about."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One generated picture."""
+    """What a family makes of a request: a picture or a text."""
 
     request: Request
-    image: Image
+    image: Image = None  # type: ignore[assignment]  # families that draw always give one
+    text: str = ""
+    """What a family that writes has written."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a metric judges: pictures of one candidate, or the answers of a model that writes.
+
+    `pictures`, `meanings`, `cases` and `base_pictures` run in step, and so do `answers` and `targets`.
+    """
+
+    pictures: Sequence[Path | Image] = ()
+    meanings: Sequence[str] = ()
+    """What each picture should show, in words that the scorer knows."""
+    cases: Sequence[int] = ()
+    """Number of each picture's prompt."""
+    base_pictures: Sequence[Path | Image] = ()
+    """What the base alone drew for the same prompt from the same noise."""
+    references: Sequence[Path | Image] = ()
+    """Real pictures of what was trained, other than those it was trained on."""
+    training_pictures: Sequence[Path | Image] = ()
+    answers: Sequence[str] = ()
+    """What the model said or heard."""
+    targets: Sequence[str] = ()
+    """What it should have."""
+    scorers: Any = None
+    """The models that score: `evaluation.scorers.Scorers`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a metric finds."""
+
+    values: Tensor
+    """Float32 on the CPU: one for each picture or answer, or for each prompt if the metric is `per_prompt`."""
+    details: Sequence[str] = ()
+    """What there is to say of each value; none if there is nothing."""
+    weights: Tensor | None = None
+    """What each value counts in the mean; None if all count alike."""
+
+    def mean(self) -> float:
+        """Returns the weighted mean."""
+        if self.weights is None:
+            return self.values.mean().item()
+        return ((self.values * self.weights).sum() / self.weights.sum()).item()
 
 
 class ModuleKey(NamedTuple):
@@ -162,23 +253,38 @@ class ModuleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleAdapter:
-    """The adapter of one module."""
+    """The adapter of one module; `core.delta` says what it does to the weight."""
 
     variant: str
+    """lora, dora, dora_out, loha or lokr."""
     tensors: Mapping[str, Tensor]
-    """For lora: "down" [rank, in, (k, k)] and "up" [out, rank, (1, 1)]; two dimensions on a linear layer, four on a
-    convolution."""
+    """Two dimensions on a linear layer, four on a convolution where (k, k) stands; the names in brackets may be absent.
+
+    lora        "down" [rank, in, (k, k)], "up" [out, rank, (1, 1)], ("mid" [rank, rank, k, k]: down is then 1x1)
+    dora        the same and "magnitude" [1, in, (1, 1)]; dora_out: [out, 1, (1, 1)]
+    loha        "w1_a", "w2_a" [out, rank] and "w1_b", "w2_b" [rank, in * k * k];
+                with ("t1", "t2" [rank, rank, k, k]) [rank, out] and [rank, in]
+    lokr        "w1" or "w1_a" and "w1_b"; "w2" or "w2_a" and "w2_b", ("t2")
+    """
     alpha: float
 
     @property
     def rank(self) -> int:
-        """Number of rows of the down matrix."""
-        return int(self.tensors["down"].shape[0])
+        """Size between the factors; for lokr between those of its second factor, or of its first, or of neither."""
+        for name in ("down", "w2_b", "w1_b"):
+            if name in self.tensors:
+                return int(self.tensors[name].shape[0])
+        return int(min(self.tensors["w2"].flatten(1).shape))
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied with: alpha / rank, and 1 for lokr with two whole factors."""
+        return 1.0 if {"w1", "w2"} <= self.tensors.keys() else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter as plain data, free of any file's spelling: change of weight = alpha / rank * up @ down."""
+    """An adapter as plain data, free of any file's spelling; its modules may be of different variants."""
 
     modules: Mapping[ModuleKey, ModuleAdapter]
     metadata: Mapping[str, str] = field(default_factory=dict)

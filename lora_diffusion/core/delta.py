@@ -1,0 +1,129 @@
+"""The change of weight that an adapter stands for, for every kind of adapter.
+
+The formulas are those that ComfyUI, Forge and A1111 apply to a file, and LyCORIS trains with: `comfy/weight_adapter/*`,
+`lycoris/modules/{locon,loha,lokr}.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lora_diffusion.core import lowrank
+from lora_diffusion.core.errors import AdapterFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lora_diffusion.core.types import ModuleAdapter
+
+_EPSILON = 2.0**-23
+"""Added to a norm before division, as LyCORIS does with the step of float32 at 1."""
+AXES: Mapping[str, int] = {"dora": 1, "dora_out": 0}
+"""Variant -> the axis of the weight along which its magnitude runs: inputs or outputs."""
+
+
+def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> Tensor:
+    """Returns the change of weight of one module.
+
+    lora    alpha / rank * up @ down (Hu et al. 2021, arXiv 2106.09685, section 4.1)
+    dora    magnitude * (weight + lora) / |weight + lora| - weight, with the norm of each input column; dora_out with
+            that of each output row (Liu et al. 2024, arXiv 2402.09353, equation 5)
+    loha    alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b) (Hyeon-Woo et al. 2021, arXiv 2108.06098, section 2)
+    lokr    alpha / rank * kron(w1, w2), and the scale is 1 where neither is low-rank (Yeh et al. 2023,
+            arXiv 2309.14859, section 4.2)
+
+    Args:
+        adapter: its tensors, on one device.
+        base_weight: the frozen weight, [out, in] or [out, in, k, k]; dora needs it, the others only take its shape.
+
+    Returns:
+        Always float32, so that several changes can be summed before one cast. In the shape of the base weight; without
+        one, [out, in * k * k] where the tensors do not tell the size of the kernel.
+
+    Raises:
+        AdapterFileError: the tensors do not fit each other or the base weight.
+
+    >>> import torch
+    >>> from lora_diffusion.core.types import ModuleAdapter
+    >>> delta_weight(ModuleAdapter("lora", {"down": torch.ones(2, 3), "up": torch.ones(1, 2)}, alpha=1.0))
+    tensor([[1., 1., 1.]])
+    """
+    plain = without_tucker(adapter)
+    tensors = {name: tensor.float() for name, tensor in plain.tensors.items()}
+    try:
+        change = plain.scale * _CHANGES[adapter.variant](tensors)
+        if base_weight is not None:
+            change = change.reshape(base_weight.shape)
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
+        wanted = "" if base_weight is None else f" for a weight of {list(base_weight.shape)}"
+        raise AdapterFileError(
+            f"The tensors of a {adapter.variant} adapter do not fit{wanted}: {shapes}; the file is damaged."
+        ) from error
+    if "magnitude" not in tensors:
+        return change
+    assert base_weight is not None, "the change of a dora adapter depends on the base weight"
+    weight = base_weight.float()
+    changed = weight + change
+    length = norms(changed, AXES[adapter.variant])
+    return tensors["magnitude"].reshape(length.shape) / length * changed - weight
+
+
+def norms(weight: Tensor, axis: int) -> Tensor:
+    """Returns the norm of each output (axis 0) or input (axis 1) of a weight; the other dimensions have size 1."""
+    import torch
+
+    others = [dimension for dimension in range(weight.dim()) if dimension != axis]
+    return torch.linalg.vector_norm(weight, dim=others, keepdim=True) + _EPSILON
+
+
+def delta_norm(adapter: ModuleAdapter) -> float:
+    """Returns the Frobenius norm of `delta_weight`, and of dora that of its change before the magnitude acts."""
+    plain = without_tucker(adapter)
+    if "down" in plain.tensors:
+        return lowrank.delta_norm(plain.tensors["down"], plain.tensors["up"], plain.scale)
+    return float(delta_weight(plain).norm())
+
+
+def without_tucker(adapter: ModuleAdapter) -> ModuleAdapter:
+    """Returns the same change without a core tensor between the factors, which gives the wide factor the kernel.
+
+    The core [rank, rank, k, k] acts on the input channels first, so its product with the narrow factor [rank, in] is
+    the factor [rank, in, k, k] of an adapter of the same rank.
+    """
+    import torch
+
+    tensors = dict(adapter.tensors)
+    if "mid" in tensors:
+        down = tensors["down"].float().flatten(1)
+        tensors["down"] = torch.einsum("abkl,bi->aikl", tensors.pop("mid").float(), down)
+    for core, first, second in (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b")):
+        if core in tensors:
+            wide = torch.einsum("abkl,bi->aikl", tensors.pop(core).float(), tensors[second].float())
+            tensors |= {first: tensors[first].T, second: wide.flatten(1)}
+    return replace(adapter, tensors=tensors)
+
+
+def _lora(tensors: Mapping[str, Tensor]) -> Tensor:
+    down, up = tensors["down"], tensors["up"]
+    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+def _loha(tensors: Mapping[str, Tensor]) -> Tensor:
+    return (tensors["w1_a"] @ tensors["w1_b"]) * (tensors["w2_a"] @ tensors["w2_b"])
+
+
+def _lokr(tensors: Mapping[str, Tensor]) -> Tensor:
+    import torch
+
+    first, second = (
+        tensors[factor] if factor in tensors else tensors[f"{factor}_a"] @ tensors[f"{factor}_b"]
+        for factor in ("w1", "w2")
+    )
+    return torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second.contiguous())
+
+
+_CHANGES = {"lora": _lora, "dora": _lora, "dora_out": _lora, "loha": _loha, "lokr": _lokr}
+"""Variant -> the change without its scale."""
