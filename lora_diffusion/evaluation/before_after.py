@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_diffusion.core.types import Output, Request
+from lora_diffusion.core.types import Evidence, Output, Request
 from lora_diffusion.evaluation.clip import Clip
 from lora_diffusion.evaluation.metrics.clip_image import METRIC as CLIP_IMAGE
 from lora_diffusion.evaluation.metrics.clip_text import METRIC as CLIP_TEXT
+from lora_diffusion.evaluation.scorers import Scorers
 
 Draw = Callable[[Sequence[Request]], list[Output]]
 
@@ -117,9 +118,9 @@ def compare(
 def _scores(
     clip: Clip, pictures: Sequence[Image], texts: Sequence[str], references: Sequence[Image]
 ) -> dict[str, Interval]:
-    return {
-        metric.name: _interval(metric.score(clip, pictures, texts, references)) for metric in (CLIP_IMAGE, CLIP_TEXT)
-    }
+    scorers = Scorers({"clip": clip.name}, models={"clip": clip})
+    evidence = Evidence(pictures, texts, references=references, scorers=scorers)
+    return {metric.name: _interval(metric.score(evidence).values) for metric in (CLIP_IMAGE, CLIP_TEXT)}
 
 
 def _score_real(clip: Clip, references: Sequence[Image]) -> dict[str, Interval]:

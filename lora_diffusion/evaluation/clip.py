@@ -8,68 +8,113 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path
+from lora_diffusion.evaluation.encoding import Preprocessing, encode_pictures
 
-_BUILTIN = {"builtin:emoji-clip": "emoji-clip"}
-_BATCH = 64
+BUILTIN = "builtin:emoji-clip"
+DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
+"""For bases of photographs. Trained on DataComp, by which no text encoder of a base that we load was trained."""
+_TEXT_BATCH = 256
+
+_OWN_ENCODERS = {
+    "stable-diffusion-v1": ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai"),
+    "stable-diffusion-v2": ("ViT-H-14/laion2b_s32b_b79k",),
+    "stable-diffusion-xl-v1": ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "ViT-bigG-14/laion2b_s39b_b160k"),
+}
+"""Start of an architecture's name -> the CLIPs whose text towers it reads its prompts with."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An open_clip model with its picture transform and tokenizer."""
+    """An open_clip model with its tokenizer."""
 
     name: str
     """What the scores are stated with: scores of two CLIPs cannot be compared."""
     model: Any
-    transform: Any
+    preprocessing: Preprocessing
     tokenizer: Any
 
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def encode_images(self, images: Sequence[Path | Image]) -> Tensor:
         """Returns unit vectors, [num_images, dim] float32 on the CPU."""
-        device = next(self.model.parameters()).device
-        rows = [
-            self.model.encode_image(
-                torch.stack([self.transform(image.convert("RGB")) for image in images[start : start + _BATCH]]).to(
-                    device
-                ),
-                normalize=True,
-            )
-            for start in range(0, len(images), _BATCH)
-        ]
-        return torch.cat(rows).float().cpu()
+        return encode_pictures(self.model.encode_image, self.preprocessing, images, self._device)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Returns unit vectors, [num_texts, dim] float32 on the CPU; equal texts are encoded once."""
-        device = next(self.model.parameters()).device
-        distinct = list(dict.fromkeys(texts))
-        rows = self.model.encode_text(self.tokenizer(distinct).to(device), normalize=True).float().cpu()
-        return rows[[distinct.index(text) for text in texts]]  # type: ignore[no-any-return]
+        distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        ids = self.tokenizer(list(distinct)).to(self._device)
+        rows = torch.cat(
+            [self.model.encode_text(part, normalize=True).float().cpu() for part in ids.split(_TEXT_BATCH)]
+        )
+        return rows[[distinct[text] for text in texts]]
 
 
-def load_clip(name: str = "builtin:emoji-clip", device: str = "cpu") -> Clip:
-    """Loads a CLIP: builtin:emoji-clip, an open_clip folder, or "model/pretrained" as open_clip names them.
+def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
+    """Loads a CLIP.
+
+    Args:
+        name: builtin:emoji-clip, a folder in open_clip's format, model/tag as open_clip names them, say
+            ViT-B-32/datacomp_xl_s13b_b90k, or the hub id of a model in open_clip's format.
+        device: where it computes.
 
     Raises:
-        ModelError: open_clip does not know it, or its files are missing.
+        ModelError: open_clip does not know it, or its files are missing and cannot be fetched.
     """
     import open_clip
 
-    if name in _BUILTIN:
-        source = f"local-dir:{builtin_path(_BUILTIN[name])}"
-    elif Path(name).is_dir():
-        source = f"local-dir:{Path(name).resolve()}"
-    else:
-        source = name
-    architecture, _, tag = (source, "", "") if source.startswith("local-dir:") else source.partition("/")
+    architecture, tag = _source(name, open_clip.list_models())
     try:
-        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag or None, device=device)
+        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag, device=device)
         tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"The CLIP {name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return Clip(name, model.eval(), transform, tokenizer)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(
+            f"The CLIP {name} cannot be loaded: {reason}. Give --clip a folder in open_clip's format, {BUILTIN}, or "
+            f"MODEL/TAG of open_clip, say {DEFAULT}; without a network, its files must have been fetched before."
+        ) from error
+    return Clip(name, model.eval(), _preprocessing(transform), tokenizer)
+
+
+def default_clip(model_path: str) -> str:
+    """Returns the scorer for a base: its own for the built-in one, else `DEFAULT`."""
+    return BUILTIN if model_path.startswith("builtin:") else DEFAULT
+
+
+def is_own_encoder(name: str, architecture: str) -> bool:
+    """Says whether a base of this architecture reads its prompts with the text tower of this CLIP."""
+    return any(architecture.startswith(start) and name in clips for start, clips in _OWN_ENCODERS.items())
+
+
+def _source(name: str, known: Sequence[str]) -> tuple[str, str | None]:
+    """Returns what open_clip calls a model, and its tag."""
+    if name == BUILTIN:
+        return f"local-dir:{builtin_path('emoji-clip')}", None
+    if Path(name).expanduser().is_dir():
+        return f"local-dir:{Path(name).expanduser().resolve()}", None
+    architecture, _, tag = name.partition("/")
+    if architecture in known:
+        return architecture, tag or None
+    return f"hf-hub:{name.removeprefix('hf-hub:')}", None
+
+
+def _preprocessing(transform: Any) -> Preprocessing:
+    """Takes open_clip's transform apart: what Pillow does to each picture, and what can be done in batches."""
+    steps = list(transform.transforms)
+    names = [type(step).__name__ for step in steps]
+    assert names[-2:] == ["MaybeToTensor", "Normalize"], f"open_clip prepares pictures in a new way: {names}"
+
+    def resize(image: Image) -> Image:
+        for step in steps[:-2]:
+            image = step(image)
+        return image
+
+    return Preprocessing(resize, steps[-1].mean, steps[-1].std)

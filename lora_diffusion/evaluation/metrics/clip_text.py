@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import torch
 
-from PIL.Image import Image
-from torch import Tensor
-
-from lora_diffusion.evaluation.clip import Clip
+from lora_diffusion.core.types import Evidence, Scores
+from lora_diffusion.evaluation.metrics._defaults import Defaults
 
 
-class ClipText:
-    """Cosine of each picture and its prompt (Radford et al. 2021, arXiv 2103.00020)."""
+class ClipText(Defaults):
+    """Cosine of each picture and its meaning (CLIP-T of Ruiz et al. 2023, arXiv 2208.12242, section 4.2)."""
 
     name = "clip_text"
+    meaning = "how well the picture shows what its prompt says: cosine in CLIP space"
 
-    def score(self, clip: Clip, images: Sequence[Image], prompts: Sequence[str], references: Sequence[Image]) -> Tensor:
-        """Returns [num_images] in -1..1; the references are not looked at."""
-        del references
-        return (clip.encode_images(images) * clip.encode_texts(prompts)).sum(dim=1)
+    def score(self, evidence: Evidence) -> Scores:
+        """Returns one cosine for each picture."""
+        pictures = evidence.scorers.see("clip", evidence.pictures)
+        return Scores((pictures * evidence.scorers.read("clip", evidence.meanings)).sum(dim=1))
+
+    def chance(self, evidence: Evidence) -> float | None:
+        """Returns the mean cosine of pictures with the meanings of the others, or None if all mean the same."""
+        distinct = list(dict.fromkeys(evidence.meanings))
+        cosines = evidence.scorers.see("clip", evidence.pictures) @ evidence.scorers.read("clip", distinct).T
+        own = torch.tensor([distinct.index(meaning) for meaning in evidence.meanings])
+        others = cosines[torch.arange(len(distinct)) != own[:, None]]
+        return others.mean().item() if len(others) else None
 
 
 METRIC = ClipText()

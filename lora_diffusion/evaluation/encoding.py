@@ -1,0 +1,71 @@
+"""Pictures through a network, in batches: decoded in parallel while the network computes, normalised all at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from lora_diffusion.data.images import open_rgb
+
+BATCH = 64
+"""Pictures in one forward pass. The results depend on it in their last bits, so it is not a setting."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a network wants its pictures: resized and cropped by Pillow, then scaled and normalised in batches."""
+
+    resize: Callable[[Image], Image]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def decode(self, picture: Path | Image) -> np.ndarray[Any, Any]:
+        """Returns one picture, [height, width, 3] uint8."""
+        image = open_rgb(picture) if isinstance(picture, Path) else picture.convert("RGB")
+        return np.asarray(self.resize(image))
+
+    def normalise(self, pixels: Sequence[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
+        """Returns [batch, 3, height, width] float32, as ToTensor and Normalize of torchvision give it."""
+        batch = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255)
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
+        return batch.sub_(mean).div_(std)
+
+
+@torch.no_grad()
+def encode_pictures(
+    forward: Callable[[Tensor], Tensor],
+    preprocessing: Preprocessing,
+    pictures: Sequence[Path | Image],
+    device: torch.device,
+) -> Tensor:
+    """Returns what a network gives for each picture as unit vectors, [num_pictures, dim] float32 on the CPU.
+
+    Args:
+        forward: normalised pixels [batch, 3, height, width] -> [batch, dim].
+        preprocessing: what the network wants.
+        pictures: files or pictures; while a batch is in the network, the next one is decoded.
+        device: where the network is.
+    """
+    batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+    rows = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def start(index: int) -> list[Future[np.ndarray[Any, Any]]]:
+            return [pool.submit(preprocessing.decode, picture) for picture in batches[index]]
+
+        ahead = start(0) if batches else []
+        for index in range(len(batches)):
+            pixels = [future.result() for future in ahead]
+            ahead = start(index + 1) if index + 1 < len(batches) else []
+            vectors = forward(preprocessing.normalise(pixels, device)).float()
+            rows.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
+    return torch.cat(rows) if rows else torch.empty(0, 0)

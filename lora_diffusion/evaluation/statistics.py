@@ -1,0 +1,64 @@
+"""How sure a mean is: intervals by resampling prompts, and within each prompt its seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NUM_SAMPLES = 2000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the range in which it lies with 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def covers_zero(self) -> bool:
+        """Whether a difference of 0 cannot be excluded."""
+        return self.low <= 0 <= self.high
+
+    def num_needed(self, num: int) -> float:
+        """Returns how many scores it would take for an interval around the same mean that leaves out 0.
+
+        Intervals narrow with the square root of the number of scores.
+
+        Args:
+            num: scores that this interval was made from.
+        """
+        half = (self.high - self.low) / 2
+        return num * (half / self.mean) ** 2 if self.mean else float("inf")
+
+
+def interval(values: NDArray[np.float64]) -> Interval:
+    """Returns the bootstrap percentile interval of a mean.
+
+    Prompts are drawn with replacement, then for each of them its seeds (a bootstrap in two stages, Davison and Hinkley
+    1997, section 3.8). The draws depend on the shape only, so that equal values always give equal intervals.
+
+    Args:
+        values: [prompts, seeds]; give differences for a paired comparison.
+    """
+    means = _weights(*values.shape) @ values.ravel()
+    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+@cache
+def _weights(num_prompts: int, num_seeds: int) -> NDArray[np.float64]:
+    """Returns what each value counts in each resampled mean, [samples, prompts * seeds]; rows sum to 1."""
+    rng = np.random.default_rng(0)
+    num_values = num_prompts * num_seeds
+    weights = np.empty((_NUM_SAMPLES, num_values))
+    for row in weights:
+        prompts = rng.integers(num_prompts, size=(num_prompts, 1))
+        seeds = rng.integers(num_seeds, size=(num_prompts, num_seeds))
+        row[:] = np.bincount((prompts * num_seeds + seeds).ravel(), minlength=num_values) / num_values
+    return weights

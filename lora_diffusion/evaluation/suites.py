@@ -1,0 +1,154 @@
+"""Prompt suites: short YAML files that map a kind of prompt to its templates.
+
+    subject:
+      - a {trigger} {class} in the jungle
+      - {prompt: "a picture of a {trigger}", plain: "a picture of a {class}", meaning: "a photo of a {class}"}
+    prior:
+      - a {class}
+
+A template is a text, or a mapping with `prompt` and, where they do not follow from it, `plain` (the prompt without the
+trigger words) and `meaning` (what it shows, in words that the scorer knows; else the plain prompt).
+
+Placeholders: {trigger}, the words that call the adapter up, and {class}, what is trained in words that everybody knows;
+{trigger2}, {class2}, ... are those of further adapters. "a" before a placeholder becomes "an" where that is right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import shipped_path
+from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.data.captions import phrase_pattern, without_trigger
+from lora_diffusion.evaluation.results import ALL, Case
+
+PLAIN_KINDS = frozenset({"prior", "leak"})
+"""Kinds of prompts that do not ask for what was trained: of its class (prior), and of other things (leak)."""
+_KEYS = ("prompt", "plain", "meaning")
+_PLACEHOLDER = re.compile(r"\{(trigger|class)([2-9]?)\}")
+_ANY_BRACES = re.compile(r"\{.*?\}|[{}]")
+_ARTICLE = r"\b([Aa])n?(?=\s+{word}(?!\w))"
+
+
+def shipped_suites() -> dict[str, Path]:
+    """Returns name -> file of the suites that come along."""
+    return {path.stem: path for path in sorted((shipped_path("configs") / "evaluate").glob("*.yaml"))}
+
+
+def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequence[str] = ()) -> tuple[Case, ...]:
+    """Returns the cases of a suite with its placeholders filled in.
+
+    Args:
+        source: YAML file, or name of a shipped suite.
+        triggers: {trigger}, {trigger2}, ...
+        classes: {class}, {class2}, ...
+
+    Raises:
+        ConfigError: no such suite, or it is wrong; all faults of the file are listed at once.
+    """
+    known = shipped_suites()
+    path = Path(source) if Path(source).is_file() else known.get(str(source))
+    if path is None:
+        raise ConfigError(
+            f"--prompts {source}: there is no such file or suite{suggestion(str(source), known)}. "
+            f"Suites that come along: {', '.join(known)}."
+        )
+    values = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
+    values |= {f"class{i or ''}": word for i, word in _numbered(classes)}
+    faults: list[str] = []
+    cases = []
+    for kind, entry in _entries(path, faults):
+        own = [fault for text in entry.values() for fault in _faults(text, values)]
+        faults += own
+        if not own:
+            cases.append(_case(len(cases), kind, entry, values, path.stem))
+    if faults:
+        raise ConfigError(f"--prompts {path} has {len(faults)} fault(s).", list(dict.fromkeys(faults)))
+    return tuple(cases)
+
+
+def _numbered(words: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yields (0, first), (2, second), (3, third), ..."""
+    yield from ((index + 1 if index else 0, word) for index, word in enumerate(words))
+
+
+def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yields (kind, texts) of each template, or adds faults."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        faults.append(f"is not a YAML file: {' '.join(str(error).split())}")
+        return
+    if not isinstance(content, dict) or not content:
+        faults.append("must map kinds of prompts to lists of them, say 'subject:' and below it '- a {trigger} dog'")
+        return
+    for kind, templates in content.items():
+        if not re.fullmatch(r"[a-z][a-z_]*", str(kind)) or kind == ALL:
+            faults.append(f"{kind}: a kind is a word in small letters, and not '{ALL}'")
+        elif not isinstance(templates, list) or not templates:
+            faults.append(f"{kind}: must be a list of prompts, each behind a dash")
+        else:
+            yield from ((kind, entry) for template in templates if (entry := _entry(kind, template, faults)))
+
+
+def _entry(kind: str, template: Any, faults: list[str]) -> Mapping[str, str] | None:
+    entry = {"prompt": template} if isinstance(template, str) else template
+    if not isinstance(entry, dict) or "prompt" not in entry or not all(isinstance(v, str) for v in entry.values()):
+        faults.append(f"{kind}: {template!r} is no prompt; write a text, or {{prompt: TEXT, plain: TEXT}}")
+        return None
+    unknown = [str(key) for key in entry if key not in _KEYS]
+    if unknown:
+        faults.append(f"{kind}: {entry['prompt']!r} has the unknown key {unknown[0]}{suggestion(unknown[0], _KEYS)}")
+        return None
+    return entry
+
+
+def _faults(template: str, values: Mapping[str, str]) -> list[str]:
+    """Returns what is wrong with the placeholders of a text."""
+    found = []
+    for braces in _ANY_BRACES.findall(template):
+        match = _PLACEHOLDER.fullmatch(braces)
+        if not match:
+            found.append(
+                f"{template!r}: {braces} is no placeholder; known are {{trigger}}, {{class}}, {{trigger2}}, ..."
+            )
+        elif match[1] + match[2] not in values:
+            which = f"the {match[2]}. --{match[1]}" if match[2] else f"--{match[1]}"
+            found.append(f"its prompts need {{{match[1]}{match[2]}}}: give {which}, say {_EXAMPLES[match[1]]}")
+    return found
+
+
+_EXAMPLES = {"trigger": '--trigger "blob style"', "class": "--class dog"}
+
+
+def _case(index: int, kind: str, texts: Mapping[str, str], values: Mapping[str, str], suite: str) -> Case:
+    prompt = _filled(texts["prompt"], values)
+    plain = _filled(texts["plain"], values) if "plain" in texts else _without_triggers(texts["prompt"], values)
+    meaning = _filled(texts["meaning"], values) if "meaning" in texts else plain
+    return Case(index, prompt, plain, meaning, kind, suite)
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    text = _PLACEHOLDER.sub(lambda match: values[match[1] + match[2]], template)
+    return _with_articles(text, [values[match[1] + match[2]] for match in _PLACEHOLDER.finditer(template)])
+
+
+def _without_triggers(template: str, values: Mapping[str, str]) -> str:
+    marked = {name: "\x01" + "t" if name.startswith("trigger") else word for name, word in values.items()}
+    text = _PLACEHOLDER.sub(lambda match: marked[match[1] + match[2]], template)
+    text = without_trigger(text, phrase_pattern("\x01t"))
+    return _with_articles(text, [values[match[1] + match[2]] for match in _PLACEHOLDER.finditer(template)])
+
+
+def _with_articles(text: str, words: Sequence[str]) -> str:
+    """Puts the right one of a and an before these words."""
+    for word in filter(None, words):
+        article = r"\1n" if word[0].lower() in "aeiou" else r"\1"
+        text = re.sub(_ARTICLE.format(word=re.escape(word)), article, text)
+    return text
