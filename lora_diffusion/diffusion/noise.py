@@ -40,6 +40,19 @@ class NoiseSchedule:
         return signal * latents + sigma * noise
 
 
+def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Returns the schedule stretched so that its last timestep holds no signal and its first stays as it is.
+
+    Source: Lin et al. 2023, arXiv 2305.08891, algorithm 1.
+
+    >>> rescale_to_zero_snr(torch.tensor([0.81, 0.25, 0.01]))
+    tensor([0.8100, 0.2025, 0.0000])
+    """
+    signal = alphas_cumprod.sqrt()
+    first, last = signal[0], signal[-1]
+    return ((signal - last) * first / (first - last)).square()
+
+
 def draw_timesteps(num: int, num_timesteps: int, rng: torch.Generator) -> Tensor:
     """Draws uniform timesteps, stratified over the batch so that each batch covers early and late ones.
 

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.x checkpoints in one .safetensors file with LDM names.
+"""Stable Diffusion checkpoints in one .safetensors file with LDM names.
 
-Such a file holds weights only. The configs of its networks are read off the shapes, and the tokenizer is CLIP's own, so
-nothing needs to be fetched.
+Such a file holds weights only. The configs of its networks are read off the shapes, and the tokenizers are CLIP's own,
+so nothing needs to be fetched.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,27 +17,30 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import atomic_path, default_cache_path, write_json
+from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families import _sources
+from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
+from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, Shapes, component_configs
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
-_PREFIXES = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT, "tokenizer": _TEXT}
+_MARKS = {
+    "conditioner.embedders.1.": "sdxl",
+    "cond_stage_model.model.": "sd2",
+    "cond_stage_model.transformer.": "sd1",
+}
+"""How the names of a family's text encoders begin."""
 _MARKS_OF_OTHERS = {
-    "conditioner.embedders.": "Stable Diffusion XL",
-    "cond_stage_model.model.": "Stable Diffusion 2",
+    "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL, which no adapter can be trained for",
     "lora_unet_": "a LoRA adapter, not a base",
     "lora_te": "a LoRA adapter, not a base",
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
+    "conditioner.": "half of a Stable Diffusion XL",
 }
-_CLIP_VOCABULARY = 49408
-_HEADS_UNET, _HEAD_WIDTH_TEXT = 8, 64
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -46,31 +48,36 @@ class SingleFile:
     """One checkpoint file."""
 
     path: Path
+    layout: Layout
 
     def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors."""
-        return _sources.describe(self._configs, options.path, options.prediction)
+        if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
+            _warn_of_guess(str(self.path))
+        return describe(self._configs, self.layout, options)
 
     def skeleton(self) -> dict[str, nn.Module]:
-        """Builds UNet and text encoder on the meta device."""
-        return _sources.build_skeleton(self._configs)
+        """Builds UNet and text encoders on the meta device."""
+        return build_skeleton(self._configs, self.layout)
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the checkpoint through diffusers with configs made from its shapes."""
-        from diffusers import StableDiffusionPipeline
-
-        from lora_diffusion.core.device import frozen_dtype
+        import diffusers
 
         _sources.silence_progress()
         info = self.info(options)
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(self.path),
-            config=str(self._config_folder()),
-            local_files_only=True,
-            dtype=frozen_dtype(options.dtype, device),
-            safety_checker=None,
-        )
-        return _sources.as_loaded(pipeline, options, device, info)
+        dtypes = load_dtypes(options, self._configs, device)
+        pipeline_type = getattr(diffusers, self.layout.pipeline)
+        with _sources.explained(self.path):
+            pipeline = pipeline_type.from_single_file(
+                str(self.path),
+                config=str(self._config_folder()),
+                local_files_only=True,
+                dtype=dtypes["default"],
+                **_sources.unwanted(self.layout),
+            )
+        pipeline.vae.to(dtypes["vae"])
+        return as_loaded(pipeline, self.layout, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes the whole file."""
@@ -79,141 +86,85 @@ class SingleFile:
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
-        shapes = _shapes(self.path)
-        return {
-            "unet": _unet_config(shapes),
-            "vae": _vae_config(shapes),
-            "text_encoder": _text_config(shapes),
-            "scheduler": _SCHEDULER,
-        }
+        shapes, metadata = _header(self.path)
+        _check_kind(self.path, shapes, self.layout)
+        with _sources.explained(self.path):
+            return component_configs(shapes, metadata, self.layout)
 
     def _config_folder(self) -> Path:
         """Returns a pipeline folder without weights, made once for each set of shapes."""
-        text = json.dumps(self._configs, sort_keys=True)
+        index = _index(self.layout, self._configs)
+        text = json.dumps([self._configs, index], sort_keys=True)
         folder = default_cache_path() / "configs" / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not folder.is_dir():
             with atomic_path(folder) as temporary:
                 for name, config in self._configs.items():
                     file = "scheduler_config.json" if name == "scheduler" else "config.json"
                     write_json(temporary / name / file, config)
-                write_json(temporary / "model_index.json", _INDEX)
-                _write_tokenizer(temporary / "tokenizer")
+                write_json(temporary / "model_index.json", index)
+                for tower, name in zip(self.layout.towers, self.layout.tokenizers, strict=True):
+                    is_open_clip = self._configs[tower]["hidden_act"] == "gelu"
+                    _write_tokenizer(temporary / name, "!" if is_open_clip else "<|endoftext|>")
         return folder
 
 
 @cache
-def _shapes(path: Path) -> Shapes:
+def _header(path: Path) -> tuple[Shapes, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole .safetensors file ({error}); fetch it again.") from error
-    missing = [part for part, prefix in _PREFIXES.items() if not any(name.startswith(prefix) for name in shapes)]
+
+
+def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
+    found = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
+    if found not in (None, layout.family):
+        raise ModelError(
+            f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
+            "model.path."
+        )
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
+    missing += [] if found else list(layout.towers)
     if missing:
         kinds = [kind for mark, kind in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
-        what = f"it looks like {kinds[0]}" if kinds else f"it holds no {', '.join(dict.fromkeys(missing))}"
-        raise ModelError(f"{path} is not a Stable Diffusion 1.x checkpoint: {what}.")
-    return shapes
+        what = f"it looks like {kinds[0]}" if kinds else f"it holds no {', '.join(missing)}"
+        raise ModelError(f"{path} is not a {layout.title} checkpoint: {what}.")
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    """Returns the number of distinct first groups among the names that a pattern matches from their start."""
-    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+def _told_prediction(path: Path) -> bool:
+    shapes, metadata = _header(path)
+    return "v_pred" in shapes or "modelspec.prediction_type" in metadata
 
 
-def _unet_config(shapes: Shapes) -> dict[str, Any]:
-    """Reads the UNet off its input blocks: residual layers of a level, then its downsampler."""
-    blocks: list[list[int]] = [[]]
-    for index in range(1, _count(shapes, re.escape(_UNET) + r"input_blocks\.(\d+)\.")):
-        prefix = f"{_UNET}input_blocks.{index}."
-        if f"{prefix}0.op.weight" in shapes:
-            blocks.append([])
-        else:
-            blocks[-1].append(index)
-    channels = [shapes[f"{_UNET}input_blocks.{level[0]}.0.out_layers.3.weight"][0] for level in blocks]
-    attends = [f"{_UNET}input_blocks.{level[0]}.1.proj_in.weight" in shapes for level in blocks]
-    proj_in = next(name for name in shapes if name.startswith(_UNET) and name.endswith(".1.proj_in.weight"))
-    to_k = next(name for name in shapes if name.startswith(_UNET) and name.endswith(".attn2.to_k.weight"))
+@cache
+def _warn_of_guess(path: str) -> None:
+    """Warns once in a process."""
+    logger.warning(
+        "%s does not say what its UNet predicts; v_prediction is assumed, as in Stable Diffusion 2.1 at 768 pixels. "
+        "For a base of 512 pixels set model.prediction=epsilon.",
+        path,
+    )
+
+
+def _index(layout: Layout, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
-        "_class_name": "UNet2DConditionModel",
-        "sample_size": 64,
-        "in_channels": shapes[f"{_UNET}input_blocks.0.0.weight"][1],
-        "out_channels": shapes[f"{_UNET}out.2.weight"][0],
-        "block_out_channels": channels,
-        "layers_per_block": len(blocks[0]),
-        "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        "cross_attention_dim": shapes[to_k][1],
-        "attention_head_dim": _HEADS_UNET,
-        "use_linear_projection": len(shapes[proj_in]) == 2,
+        "_class_name": layout.pipeline,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **{tower: ["transformers", kind] for tower, kind in layout.towers.items()},
+        **{name: ["transformers", "CLIPTokenizer"] for name in layout.tokenizers},
+        "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
+        **{name: [None, None] for name in layout.unwanted},
+        **({"force_zeros_for_empty_prompt": True} if layout.family == "sdxl" else {}),
     }
 
 
-def _vae_config(shapes: Shapes) -> dict[str, Any]:
-    levels = _count(shapes, re.escape(_VAE) + r"encoder\.down\.(\d+)\.")
-    return {
-        "_class_name": "AutoencoderKL",
-        "sample_size": 512,
-        "latent_channels": shapes[f"{_VAE}post_quant_conv.weight"][1],
-        "block_out_channels": [shapes[f"{_VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
-        "layers_per_block": _count(shapes, re.escape(_VAE) + r"encoder\.down\.0\.block\.(\d+)\."),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "scaling_factor": 0.18215,
-    }
-
-
-def _text_config(shapes: Shapes) -> dict[str, Any]:
-    num_tokens, width = shapes[f"{_TEXT}embeddings.token_embedding.weight"]
-    if num_tokens != _CLIP_VOCABULARY:
-        raise ModelError(
-            f"The checkpoint's text encoder knows {num_tokens} tokens, CLIP has {_CLIP_VOCABULARY}; convert the "
-            "checkpoint to a diffusers folder that brings its own tokenizer."
-        )
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "vocab_size": num_tokens,
-        "hidden_size": width,
-        "projection_dim": width,
-        "intermediate_size": shapes[f"{_TEXT}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": _count(shapes, re.escape(_TEXT) + r"encoder\.layers\.(\d+)\."),
-        "num_attention_heads": max(1, width // _HEAD_WIDTH_TEXT),
-        "max_position_embeddings": shapes[f"{_TEXT}embeddings.position_embedding.weight"][0],
-        "hidden_act": "quick_gelu",
-        "bos_token_id": _CLIP_VOCABULARY - 2,
-        "eos_token_id": _CLIP_VOCABULARY - 1,
-        "pad_token_id": 1,
-    }
-
-
-_SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
-_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-}
-
-
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, padding: str) -> None:
     """Writes CLIP's tokenizer files from the merge table that open_clip ships (Radford et al. 2021)."""
     import open_clip
     from open_clip.tokenizer import bytes_to_unicode
@@ -221,7 +172,7 @@ def _write_tokenizer(folder: Path) -> None:
     table = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(table.read_bytes()).decode("utf-8").split("\n")
     letters = list(bytes_to_unicode().values())
-    merges = lines[1 : _CLIP_VOCABULARY - 2 * len(letters) - 2 + 1]
+    merges = lines[1 : CLIP_VOCABULARY - 2 * len(letters) - 2 + 1]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
     vocabulary = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True)
@@ -235,7 +186,7 @@ def _write_tokenizer(folder: Path) -> None:
             "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>",
             "unk_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
+            "pad_token": padding,
             "do_lower_case": True,
         },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
-from lora_diffusion.core.errors import ModelError, UnsupportedError
+from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path, sha256
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
+from lora_diffusion.families._components import (
+    LAYOUTS,
+    Layout,
+    as_loaded,
+    build_skeleton,
+    check_family,
+    describe,
+    load_dtypes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +32,6 @@ if TYPE_CHECKING:
 
 _BUILTIN = {"emoji": "emoji-sd"}
 _HUB_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""Component -> name of its weight file without ending, as diffusers and transformers call it."""
-_WIDTH_OF_SD2 = 1024
 
 
 class Source(Protocol):
@@ -48,13 +54,14 @@ def find(options: ModelOptions) -> Source:
     """Returns the source that `model.path` means.
 
     Raises:
-        ModelError: nothing is there, or it is not a Stable Diffusion 1.x base.
+        ModelError: nothing is there, or it is not a base of `model.family`.
         UnsupportedError: the frozen weights cannot be stored as asked.
     """
     if options.quantization != "none":
-        raise UnsupportedError(
-            f"model.quantization={options.quantization} is not available for Stable Diffusion 1 yet; set it to none."
-        )
+        from lora_diffusion.quantize import check
+
+        check(options.quantization)
+    layout = LAYOUTS[options.family]
     path = _local(options.path)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise ModelError(
@@ -64,8 +71,26 @@ def find(options: ModelOptions) -> Source:
     if path.is_file():
         from lora_diffusion.families._single_file import SingleFile
 
-        return SingleFile(path)
-    return Folder(path)
+        return SingleFile(path, layout)
+    return Folder(path, layout)
+
+
+def unwanted(layout: Layout) -> dict[str, None]:
+    """Returns arguments that keep a pipeline from loading what is not needed."""
+    return dict.fromkeys(layout.unwanted)
+
+
+def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
+    """Names all that a prepared item depends on besides its sample: the encoders that are not trained, and how.
+
+    The layer that is read is named only where it is not the usual one, so that older caches stay right.
+    """
+    layout = LAYOUTS[options.family]
+    frozen = ["vae", *layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
+    settings = [options.dtype, *([options.quantization] if options.quantization != "none" else [])]
+    if (skip := getattr(options, "clip_skip", None)) is not None:
+        settings.append(f"clip_skip={skip}")
+    return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"
 
 
 def _local(name: str) -> Path:
@@ -102,44 +127,40 @@ def _download(name: str) -> Path:
 
 @dataclass(frozen=True)
 class Folder:
-    """A diffusers StableDiffusionPipeline folder."""
+    """A diffusers pipeline folder."""
 
     path: Path
+    layout: Layout
 
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
         with explained(self.path):
-            return describe(self._configs(), options.path, options.prediction)
+            return describe(self._configs(), self.layout, options)
 
     def skeleton(self) -> dict[str, nn.Module]:
-        """Builds UNet and text encoder from their configs."""
+        """Builds UNet and text encoders from their configs."""
         with explained(self.path):
-            parts = build_skeleton(self._configs())
+            parts = build_skeleton(self._configs(), self.layout)
         self._check_complete(parts["unet"])
         return parts
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the folder; pickled weights are refused."""
-        from diffusers import StableDiffusionPipeline
-
-        from lora_diffusion.core.device import frozen_dtype
+        import diffusers
 
         silence_progress()
         info = self.info(options)
-        dtype = frozen_dtype(options.dtype, device)
-        has_plain = (self.path / "unet" / f"{_WEIGHTS['unet']}.safetensors").is_file()
+        has_plain = (self.path / "unet" / f"{_weights('unet')}.safetensors").is_file()
         with explained(self.path):
-            pipeline = StableDiffusionPipeline.from_pretrained(
+            pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(
                 self.path,
-                dtype=dtype,
+                dtype=load_dtypes(options, self._configs(), device),
                 variant=None if has_plain else "fp16",
                 local_files_only=True,
                 use_safetensors=True,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
+                **unwanted(self.layout),
             )
-        return as_loaded(pipeline, options, device, info)
+        return as_loaded(pipeline, self.layout, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes every file of the components' folders."""
@@ -151,7 +172,7 @@ class Folder:
         from safetensors import safe_open
 
         names: set[str] = set()
-        for file in _weight_files(self.path / "unet", _WEIGHTS["unet"]):
+        for file in _weight_files(self.path / "unet", _weights("unet")):
             with safe_open(file, framework="np") as weights:
                 names.update(weights.keys())
         missing = sorted(unet.state_dict().keys() - names)
@@ -162,23 +183,34 @@ class Folder:
             )
 
     def _configs(self) -> dict[str, dict[str, Any]]:
-        faults = [fault for name in _WEIGHTS if (fault := self._fault(name))]
-        if not any((self.path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            faults.append(f"tokenizer: {self.path / 'tokenizer' / 'vocab.json'} is missing")
+        self._check_family()
+        networks = self.layout.networks
+        faults = [fault for name in networks if (fault := self._fault(name))]
+        for name in self.layout.tokenizers:
+            if not any((self.path / name / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+                faults.append(f"{name}: {self.path / name / 'vocab.json'} is missing")
         if faults:
             files = sorted(self.path.glob("*.safetensors"))
             hint = f" For a checkpoint in one file give the file, say model.path={files[0]}." if files else ""
+            folders = ", ".join(f"{name}/" for name in (*networks, *self.layout.tokenizers))
             raise ModelError(
-                f"The base {self.path} is not a complete Stable Diffusion folder; it must hold unet/, vae/, "
-                f"text_encoder/, tokenizer/ and scheduler/, each as diffusers saves it.{hint}",
+                f"The base {self.path} is not a complete {self.layout.title} folder; it must hold {folders} and "
+                f"scheduler/, each as diffusers saves it.{hint}",
                 faults,
             )
-        return {name: read_json(self.path / name / "config.json") for name in _WEIGHTS} | {
+        return {name: read_json(self.path / name / "config.json") for name in networks} | {
             "scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")
         }
 
+    def _check_family(self) -> None:
+        """Names the right family before anything that this one would miss is listed."""
+        files = [self.path / name / "config.json" for name in ("unet", "text_encoder")]
+        if files[0].is_file():
+            unet, text = (read_json(file) if file.is_file() else {} for file in files)
+            check_family(self.layout, unet, text, str(self.path))
+
     def _fault(self, name: str) -> str | None:
-        folder, stem = self.path / name, _WEIGHTS[name]
+        folder, stem = self.path / name, _weights(name)
         if not (folder / "config.json").is_file():
             return f"{name}: {folder / 'config.json'} is missing"
         weights = _weight_files(folder, stem)
@@ -187,6 +219,11 @@ class Folder:
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
         return next((fault for file in weights if (fault := _damage(file, file.stat().st_mtime_ns))), None)
+
+
+def _weights(name: str) -> str:
+    """Returns the name of a component's weight file without ending, as transformers or diffusers calls it."""
+    return "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
@@ -246,49 +283,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} of the base cannot be read as a JSON object ({error}); fetch it again.") from error
 
 
-def describe(configs: Mapping[str, Mapping[str, Any]], path: str, kind: str) -> BaseInfo:
-    """Returns what the component configs say of a base; `kind` is `model.prediction`.
-
-    Raises:
-        ModelError: the UNet is one of SDXL, inpainting or another family.
-    """
-    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
-    if unet.get("addition_embed_type"):
-        raise ModelError(f"The base {path} is Stable Diffusion XL, not 1.x; set model.family to its family.")
-    if unet.get("cross_attention_dim") == _WIDTH_OF_SD2:
-        raise ModelError(f"The base {path} is Stable Diffusion 2, not 1.x; set model.family to its family.")
-    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
-        raise ModelError(
-            f"The UNet of {path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained."
-        )
-    if unet.get("cross_attention_dim") != text.get("hidden_size"):
-        raise ModelError(
-            f"The base {path} does not fit together: the UNet expects text of width {unet.get('cross_attention_dim')}, "
-            f"the text encoder gives {text.get('hidden_size')}."
-        )
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return BaseInfo(
-        resolution=int(unet["sample_size"]) * factor,
-        size_step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
-        architecture="stable-diffusion-v1",
-        prediction=kind if kind != "auto" else configs["scheduler"].get("prediction_type", "epsilon"),
-        source=path,
-    )
-
-
-def build_skeleton(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Returns UNet and text encoder on the meta device."""
-    import torch
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        return {
-            "unet": UNet2DConditionModel.from_config(dict(configs["unet"])),
-            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder"]))),
-        }
-
-
 def silence_progress() -> None:
     """Turns off the bars that diffusers and transformers draw while they load: they take a second and say nothing."""
     from diffusers.utils import logging as diffusers_logging
@@ -296,30 +290,3 @@ def silence_progress() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def as_loaded(pipeline: Any, options: Any, device: torch.device, info: BaseInfo) -> Loaded:
-    """Freezes a pipeline's networks and sorts its components into parts and modules."""
-    from lora_diffusion.diffusion.noise import NoiseSchedule
-    from lora_diffusion.diffusion.prediction import find_prediction
-
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        network.requires_grad_(False).eval().to(device)
-    pipeline.scheduler.register_to_config(prediction_type=info.prediction)
-    modules = {
-        "vae": pipeline.vae,
-        "tokenizer": pipeline.tokenizer,
-        "scheduler": pipeline.scheduler,
-        "schedule": NoiseSchedule(pipeline.scheduler.alphas_cumprod.float()),
-        "prediction": find_prediction(info.prediction),
-        "scaling_factor": float(pipeline.vae.config.scaling_factor),
-    }
-    return Loaded(
-        parts={"unet": pipeline.unet, "text_encoder": pipeline.text_encoder},
-        modules=modules,
-        options=options,
-        device=device,
-        info=info,
-        encoders=frozenset({"text_encoder", "vae"}),
-        decoders=frozenset({"vae"}),
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import Loaded
+
+_PROMPTS_AT_ONCE = 32
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
@@ -39,25 +41,63 @@ def _warn_of_cut(prompts: tuple[str, ...], limit: int) -> None:
     )
 
 
-def encode(text_encoder: nn.Module, token_ids: Tensor) -> Tensor:
-    """Returns the last hidden states after the final layer norm, [num_prompts, length, dim]."""
-    device = next(text_encoder.parameters()).device
-    return text_encoder(token_ids.to(device))[0]  # type: ignore[no-any-return]
+def encode(tower: nn.Module, token_ids: Tensor, skip: int) -> Tensor:
+    """Returns the hidden states of a layer after the final layer norm, [num_prompts, length, dim].
+
+    Args:
+        tower: CLIPTextModel.
+        token_ids: [num_prompts, length].
+        skip: which layer, counted from the end; 1 is the last.
+    """
+    if skip == 1:
+        return tower(_moved(token_ids, tower)).last_hidden_state  # type: ignore[no-any-return]
+    states = tower(_moved(token_ids, tower), output_hidden_states=True).hidden_states
+    return getattr(tower, "text_model", tower).final_layer_norm(states[-skip])  # type: ignore[operator, no-any-return]
+
+
+def encode_raw(tower: nn.Module, token_ids: Tensor, skip: int) -> tuple[Tensor, Tensor | None]:
+    """Returns the hidden states of a layer without the final layer norm, and the projected summary of the prompt.
+
+    Args:
+        tower: CLIPTextModel, which has no summary, or CLIPTextModelWithProjection.
+        token_ids: [num_prompts, length].
+        skip: which layer, counted from the end.
+
+    Returns:
+        [num_prompts, length, dim] and [num_prompts, projection_dim].
+    """
+    output = tower(_moved(token_ids, tower), output_hidden_states=True)
+    return output.hidden_states[-skip], getattr(output, "text_embeds", None)
 
 
 @torch.no_grad()
-def encode_prompts(loaded: Loaded, prompts: Sequence[str]) -> Tensor:
-    """Returns the embeddings of prompts, [num_prompts, length, dim].
+def in_chunks(encode: Callable[[Tensor], Mapping[str, Tensor]], token_ids: Tensor) -> dict[str, Tensor]:
+    """Encodes many prompts in batches; returns the columns of `encode`, float32 on the CPU."""
+    chunks = [encode(rows) for rows in token_ids.split(_PROMPTS_AT_ONCE)]
+    return {name: torch.cat([chunk[name] for chunk in chunks]).float().cpu() for name in chunks[0]}
+
+
+def _moved(token_ids: Tensor, tower: nn.Module) -> Tensor:
+    return token_ids.to(next(tower.parameters()).device)
+
+
+@torch.no_grad()
+def remembered(
+    loaded: Loaded, prompts: Sequence[str], embed: Callable[[Sequence[str]], Sequence[Tensor]]
+) -> tuple[Tensor, ...]:
+    """Returns the embeddings of prompts, each [num_prompts, ...].
 
     As long as no adapter is there they are remembered in `loaded.text_cache`, so that the same prompts can still be
-    used once the text encoder is released.
+    used once the text encoders are released.
+
+    Args:
+        loaded: its `text_cache` is used.
+        prompts: any number, with repeats.
+        embed: prompts -> embeddings of each kind with one row for each prompt.
     """
-    known, encoder = loaded.text_cache, loaded.parts.get("text_encoder")
+    known = loaded.text_cache if loaded.adapters is None else dict(loaded.text_cache)
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    fresh: dict[str, Tensor] = {}
     if missing:
-        assert encoder is not None, f"the text encoder was released before {missing[0]!r} was encoded"
-        fresh = dict(zip(missing, encode(encoder, tokenize(loaded.modules["tokenizer"], missing)), strict=True))
-    if loaded.adapters is None:
-        known.update(fresh)
-    return torch.stack([fresh[prompt] if prompt in fresh else known[prompt] for prompt in prompts])
+        assert "text_encoder" in loaded.parts, f"the text encoder was released before {missing[0]!r} was encoded"
+        known.update(zip(missing, zip(*embed(missing), strict=True), strict=True))
+    return tuple(torch.stack(kind) for kind in zip(*(known[prompt] for prompt in prompts), strict=True))

@@ -1,0 +1,138 @@
+"""How the Stable Diffusion families train: prepared tensors, draws from them, and the loss.
+
+Tensors of a prepared item are of two kinds. A view tensor has a row for each view of the picture ("moments", and
+"time_ids" where the base asks for sizes). A text column NAME has a row for each caption; NAME_empty holds the empty
+caption and NAME_prior, if the sample has one, the caption without trigger words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_diffusion.core.types import Batch, ImageText, Loaded, LossOutput, Prepared
+from lora_diffusion.diffusion import noise as noises
+from lora_diffusion.diffusion.weighting import min_snr_weight
+from lora_diffusion.families import _latent
+
+_EMPTY_SHARE_OF_PRIORS = 0.2
+_VIEWS = ("moments", "time_ids")
+
+Rows = Mapping[str, Tensor]
+"""Name of a text column or view tensor -> what was drawn from it, [batch, ...]."""
+Encode = Callable[[Loaded, Rows], "_latent.Condition"]
+"""Turns drawn rows into what the UNet takes besides latents; encodes token ids, with gradient."""
+
+
+def prepare(
+    loaded: Loaded, samples: Sequence[ImageText], describe: Callable[[Sequence[str]], Mapping[str, Tensor]]
+) -> list[Prepared]:
+    """Gives latent moments [views, 2 * channels, height, width] and the text columns of every caption.
+
+    Args:
+        loaded: its VAE is used.
+        samples: with pixels.
+        describe: prompts -> text columns with one row for each prompt, on the CPU.
+    """
+    priors = [sample.prior_caption for sample in samples if sample.prior_caption is not None]
+    prompts = list(dict.fromkeys(["", *(caption for sample in samples for caption in sample.captions), *priors]))
+    columns = describe(prompts)
+
+    def rows(suffix: str, *wanted: str) -> dict[str, Tensor]:
+        indices = [prompts.index(prompt) for prompt in wanted]
+        return {name + suffix: column[indices] for name, column in columns.items()}
+
+    items = []
+    for sample in samples:
+        assert sample.pixels is not None, f"{sample.key} has no pixels"
+        tensors = {"moments": _latent.encode_moments(loaded.modules["vae"], sample.pixels)}
+        tensors |= rows("", *sample.captions) | rows("_empty", "")
+        if sample.prior_caption is not None:
+            tensors |= rows("_prior", sample.prior_caption)
+        items.append(Prepared(sample.key, tensors, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats))
+    return items
+
+
+def collate(items: Sequence[Prepared]) -> Batch:
+    """Stacks items; captions are padded with zeros to the largest number of them."""
+    columns = _columns(items[0].tensors)
+    tensors = {name: torch.stack([item.tensors[name] for item in items]) for name in _VIEWS if name in items[0].tensors}
+    tensors["num_captions"] = torch.tensor([len(item.tensors[columns[0]]) for item in items])
+    tensors["has_prior"] = torch.tensor([f"{columns[0]}_prior" in item.tensors for item in items])
+    for name in columns:
+        empty, prior = f"{name}_empty", f"{name}_prior"
+        tensors[name] = pad_sequence([item.tensors[name] for item in items], batch_first=True)
+        tensors[empty] = torch.cat([item.tensors[empty] for item in items])
+        tensors[prior] = torch.cat([item.tensors.get(prior, item.tensors[empty]) for item in items])
+    return Batch(tuple(item.key for item in items), tensors)
+
+
+def loss(loaded: Loaded, batch: Batch, rng: torch.Generator, encode: Encode) -> LossOutput:
+    """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked."""
+    options, schedule = loaded.options, loaded.modules["schedule"]
+    prediction, unet, device = loaded.modules["prediction"], loaded.parts["unet"], loaded.device
+    views = _draw_views(batch, rng)
+    latents = _latent.draw_latents(views["moments"], loaded.modules["scaling_factor"], rng).to(device)
+    timesteps = noises.draw_timesteps(len(batch), schedule.num_timesteps, rng).to(device)
+    noise = noises.draw_noise(latents.shape, options.noise_offset, rng).to(device)
+    text, is_prior = _draw_text(batch, options, rng)
+    rows = {**views, **text}
+
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    target = prediction.target(schedule, latents, noise, timesteps)
+    if is_prior.any():
+        kept = is_prior.to(device)
+        own = {name: values[is_prior] for name, values in rows.items()}
+        target[kept] = _base_prediction(loaded, noisy[kept], timesteps[kept], own, encode)
+    predicted = _latent.call_unet(unet, noisy, timesteps, encode(loaded, rows))
+    per_sample = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    if options.min_snr_gamma is not None:
+        weight = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
+        # What must not change is kept at every noise level; the look of a picture is settled at the highest.
+        per_sample = per_sample * weight.where(~is_prior.to(device), weight.new_ones(()))
+    return LossOutput(per_sample)
+
+
+def _columns(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in tensors if f"{name}_empty" in tensors]
+
+
+def _draw_views(batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+    """Draws one view of each picture."""
+    views = {name: batch.tensors[name] for name in _VIEWS if name in batch.tensors}
+    moments = views["moments"]
+    picks = _latent.draw_indices(moments.new_full((len(batch),), moments.shape[1]).long(), rng)
+    return {name: table[torch.arange(len(batch)), picks] for name, table in views.items()}
+
+
+def _draw_text(batch: Batch, options: Any, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """Draws each sample's caption: one of its own, none, or what must keep its meaning.
+
+    Kept are captions without the trigger words, and sometimes the empty one, which guidance steers away from.
+
+    Returns:
+        The text columns' rows and which samples must give what the base gives, [batch] bool.
+    """
+    tensors = batch.tensors
+    picks = _latent.draw_indices(tensors["num_captions"], rng)
+    drops, priors, empties = torch.rand(3, len(batch), generator=rng)
+    is_prior = (priors < options.prior_share) & tensors["has_prior"]
+    is_empty = torch.where(is_prior, empties < _EMPTY_SHARE_OF_PRIORS, drops < options.caption_dropout)
+    rows = {}
+    for name in _columns(tensors):
+        text = tensors[name][torch.arange(len(batch)), picks]
+        text[is_prior] = tensors[f"{name}_prior"][is_prior]
+        text[is_empty] = tensors[f"{name}_empty"][is_empty]
+        rows[name] = text
+    return rows, is_prior
+
+
+def _base_prediction(loaded: Loaded, noisy: Tensor, timesteps: Tensor, rows: Rows, encode: Encode) -> Tensor:
+    """Returns what the base predicts without any adapter, float32."""
+    assert loaded.adapters is not None, "prior samples need an injected adapter"
+    with torch.no_grad(), loaded.adapters.disabled():
+        return _latent.call_unet(loaded.parts["unet"], noisy, timesteps, encode(loaded, rows)).float()

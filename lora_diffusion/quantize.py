@@ -1,0 +1,203 @@
+"""Frozen weights in 8 or 4 bits through bitsandbytes, so that a large base fits a small card.
+
+Quantized are linear layers and, in NF4, convolutions, which hold two thirds of a Stable Diffusion 1.5 UNet. Kept in
+high precision are norms, embeddings, the first and last convolution, and what reads the timestep and the sizes: they
+are small, and everything else depends on them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.extras import require
+from lora_diffusion.core.products import product_dtype
+
+_KEPT = re.compile(r"(.*\.)?(time_embedding|time_emb_proj|add_embedding|conv_in|conv_out|text_projection)(\..*)?")
+_DEVICES = ("cuda", "cpu", "xpu")
+_INT8_THRESHOLD = 6.0
+"""Inputs beyond this are multiplied in 16 bits (Dettmers et al. 2022, arXiv 2208.07339, section 3.2)."""
+_BLOCK, _SCALES_IN_BLOCK = 64, 256
+"""Weights that share a scale in NF4, and scales that share a scale (Dettmers et al. 2023, arXiv 2305.14314)."""
+_NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
+"""Of each tensor: the 16 levels of the weights, the 256 levels of the scales, and their mean."""
+_FLAGS = {"8bit": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}
+"""What PEFT reads on a network to choose its layers for quantized weights."""
+
+
+def check(kind: str) -> None:
+    """Checks that this machine can hold a base that is quantized so.
+
+    Args:
+        kind: value of `model.quantization`.
+
+    Raises:
+        UnsupportedError: bitsandbytes is missing, or does not know the device.
+    """
+    if kind == "none":
+        return
+    require("bitsandbytes", f"model.quantization={kind}", "quantized")
+    device = pick_device()
+    if device.type not in _DEVICES:
+        raise UnsupportedError(
+            f"model.quantization={kind} cannot run on the device {device.type}, only on {', '.join(_DEVICES)}; set "
+            "model.quantization=none."
+        )
+
+
+def chosen(network: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields path and layer of all that is quantized; the meta device is enough.
+
+    Args:
+        network: not quantized yet.
+        kind: none, 8bit or nf4.
+    """
+    for path, module in network.named_modules():
+        if (kind, type(module)) in _MAKERS and not _KEPT.fullmatch(path):
+            yield path, module
+
+
+def weight_bytes(network: nn.Module, kind: str, dtype: torch.dtype) -> int:
+    """Returns what a network takes once its weights are quantized, constants included.
+
+    Args:
+        network: not quantized yet; the meta device is enough.
+        kind: none, 8bit or nf4.
+        dtype: number type of what stays in high precision.
+    """
+    plain = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    for _, module in chosen(network, kind):
+        weight = module.get_parameter("weight")
+        plain += _quantized_bytes(kind, tuple(weight.shape)) - weight.numel() * dtype.itemsize
+    return plain
+
+
+def _quantized_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    count = math.prod(shape)
+    if kind == "8bit":
+        return count + 4 * shape[0]
+    scales = -(-count // _BLOCK)
+    return -(-count // 2) + scales + 4 * -(-scales // _SCALES_IN_BLOCK) + _NF4_TABLE_BYTES
+
+
+def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
+    """Quantizes the frozen weights of a network in place and moves it; only one layer at a time is in memory twice.
+
+    Args:
+        network: in the number type that is computed in.
+        kind: none, 8bit or nf4.
+        device: where the network will be.
+    """
+    for path, module in list(chosen(network, kind)):
+        network.set_submodule(path, _MAKERS[kind, type(module)](module).to(device).requires_grad_(False).eval())
+    network.to(device)
+    if kind != "none":
+        setattr(network, _FLAGS[kind], True)
+
+
+def _linear_8bit(layer: Any) -> nn.Module:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear8bitLt(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        has_fp16_weights=False,
+        threshold=_INT8_THRESHOLD,
+        device="meta",
+    )
+    made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.bias = layer.bias
+    return made  # type: ignore[no-any-return]
+
+
+def _linear_4bit(layer: Any) -> nn.Module:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    made.weight = _in_4bit(layer.weight, made)
+    made.bias = layer.bias
+    return made  # type: ignore[no-any-return]
+
+
+def _in_4bit(weight: Tensor, owner: nn.Module) -> Any:
+    import bitsandbytes as bnb
+
+    return bnb.nn.Params4bit(
+        weight.data.contiguous(),
+        requires_grad=False,
+        blocksize=_BLOCK,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=owner,
+    )
+
+
+class Conv2d4bit(nn.Conv2d):
+    """A frozen convolution whose weight is stored in NF4 and widened while it is used."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        """Takes over the settings, the bias and the weight, which is quantized once it is moved to its device."""
+        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+        settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        super().__init__(*sizes, *settings, bias=False, device="meta")  # type: ignore[arg-type]
+        self.weight = _in_4bit(layer.weight, self)
+        self.bias = layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Returns [batch, out, height, width] in the number type of the input, or of autocast."""
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        answer: Tensor = _Conv.apply(input, self.weight, self.bias, settings)
+        return answer
+
+
+class _Conv(torch.autograd.Function):
+    """Keeps neither the input nor the wide weight for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        ctx.weight, ctx.settings, ctx.shape, ctx.kind = weight, settings, x.shape, x.dtype
+        wide = product_dtype(kind, x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            own = None if bias is None else bias.to(wide)
+            return torch.conv2d(x.to(wide), _wide(weight, wide), own, *settings).to(kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide = product_dtype(gradients[0].dtype, gradients[0].device)
+        weight = _wide(ctx.weight, wide)
+        for_x: Tensor = conv2d_input(ctx.shape, weight, gradients[0].to(wide), *ctx.settings)  # type: ignore[no-untyped-call]
+        return for_x.to(ctx.kind), None, None, None
+
+
+def _wide(weight: Any, dtype: torch.dtype) -> Tensor:
+    import bitsandbytes as bnb
+
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+
+
+_MAKERS: Mapping[tuple[str, type[nn.Module]], Callable[[Any], nn.Module]] = {
+    ("8bit", nn.Linear): _linear_8bit,
+    ("nf4", nn.Linear): _linear_4bit,
+    ("nf4", nn.Conv2d): Conv2d4bit,
+}
+"""(kind, class of a layer) -> what makes its quantized form."""
