@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diffusion.core import lowrank
+from lora_diffusion.core.delta import delta_weight, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
 from lora_diffusion.core.lowrank import Factors, RankRule, Truncated
 from lora_diffusion.core.rng import derive
@@ -27,11 +28,10 @@ class Term:
 
     def factors(self, key: ModuleKey) -> Factors | None:
         """Returns the weighted change of one module; None if it is not the product of two factors."""
-        adapter = self.state.modules[key]
+        adapter = without_tucker(self.state.modules[key])
         if adapter.tensors.keys() != {"down", "up"}:
             return None
-        scale = self.weights[key.part] * adapter.alpha / adapter.rank
-        return Factors(adapter.tensors["down"], adapter.tensors["up"], scale)
+        return Factors(adapter.tensors["down"], adapter.tensors["up"], self.weights[key.part] * adapter.scale)
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,6 @@ def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None) ->
     if len(factors) == len(terms):
         whole = lowrank.total(factors)
         return lowrank.truncate(whole, rule) if rule else Truncated(whole, lowrank.norm(whole), 0.0)
-    # PEFT, which the module below needs, takes seconds to import.
-    from lora_diffusion.adapters.merge import delta_weight
-
     assert rule is not None, "checked before"
     changes = [term.weights[key.part] * delta_weight(term.state.modules[key]) for term in terms]
     change = sum(changes[1:], start=changes[0])
@@ -130,17 +127,18 @@ def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None) ->
 
 def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
     for term in terms:
-        variants = {adapter.variant for _, adapter in term.state}
-        if any("magnitude" in adapter.tensors for _, adapter in term.state):
+        unsummed = {adapter.variant for _, adapter in term.state if "magnitude" in adapter.tensors}
+        if unsummed:
             raise UnsupportedError(
-                f"{term.name} is a dora adapter: its change depends on the weights of the base, so that it has no sum "
-                "without them. Merge it into its base with 'lora-diffusion merge', and take the difference out again "
-                "with 'lora-diffusion extract'."
+                f"{term.name} is a {', '.join(sorted(unsummed))} adapter: its change depends on its base's weights "
+                "and has no sum without it. Merge it into its base with 'lora-diffusion merge', and take the "
+                "change out again as a lora with 'lora-diffusion extract'."
             )
-        if rule is None and any(term.factors(key) is None for key in term.state.modules):
+        unfactored = {adapter.variant for key, adapter in term.state if term.factors(key) is None}
+        if rule is None and unfactored:
             raise UnsupportedError(
-                f"{term.name} is a {' and '.join(sorted(variants))} adapter, which can become a lora only with some "
-                "error; give --rank to say how exact it must be, and the error is reported."
+                f"{term.name} is a {', '.join(sorted(unfactored))} adapter, which becomes a lora with some error only; "
+                "give --rank to say how exact it must be. The error is then reported."
             )
     misfits = [f"{key.part}/{key.path}: {' and '.join(found)}" for key in keys(terms) if (found := _shapes(terms, key))]
     if misfits:

@@ -102,6 +102,13 @@ class ByEnergy:
         return int(found[0]) + 1 if len(found) else None
 
 
+def rank_rule(rank: int | None, energy: float | None) -> RankRule | None:
+    """Returns the rule that a rank or a share of the energy asks for, at most one of them given."""
+    if rank is not None:
+        return AtRank(rank)
+    return ByEnergy(energy) if energy is not None else None
+
+
 def total(terms: Sequence[Factors]) -> Factors:
     """Returns the exact sum of changes: the factors side by side, with scale 1 and the sum of the ranks.
 

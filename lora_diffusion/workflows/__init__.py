@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.adapter_files import export as export
     from lora_diffusion.workflows.adapter_files import inspect as inspect
     from lora_diffusion.workflows.comparison import compare as compare
+    from lora_diffusion.workflows.composition import Composition as Composition
+    from lora_diffusion.workflows.composition import compose as compose
+    from lora_diffusion.workflows.composition import resize as resize
     from lora_diffusion.workflows.pictures import Pictures as Pictures
     from lora_diffusion.workflows.pictures import generate as generate
     from lora_diffusion.workflows.training_run import Outlook as Outlook
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapter_files": ("export", "inspect"),
     "comparison": ("compare",),
+    "composition": ("Composition", "compose", "resize"),
     "pictures": ("Pictures", "generate"),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
 }

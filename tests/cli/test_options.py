@@ -17,6 +17,8 @@ OPTIONS = {
     "generate": "--config --model --adapter --prompt --negative --seed --steps --guidance --size --output",
     "export": "run_path --to --output --overwrite",
     "inspect": "path",
+    "resize": "input output --rank --energy --dtype --overwrite",
+    "compose": "adapters --output --rank --energy --dtype --overwrite",
     "config": "action",
     "config list": "",
     "config copy": "name target",

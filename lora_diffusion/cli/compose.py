@@ -1,0 +1,43 @@
+"""`lora-diffusion compose`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import add_rank, check_rank, print_result, set_up_logs, weighted_parts
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("compose", help="add adapters up into one file")
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="FILE:WEIGHT",
+        help="adapter with one weight (a.safetensors:0.8) or one for each part (a.safetensors:unet=0.8,text_encoder=0)",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="file, in kohya's spelling")
+    add_rank(parser, required=False)
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of the adapters")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    check_rank(args)
+    adapters = [weighted_parts(text) for text in args.adapters]
+    set_up_logs(args)
+    from lora_diffusion import workflows
+    from lora_diffusion.core.lowrank import rank_rule
+
+    result = workflows.compose(
+        adapters,
+        args.output,
+        rule=rank_rule(args.rank, args.energy),
+        dtype=args.dtype or "auto",
+        overwrite=args.overwrite,
+    )
+    print_result(args, result.to_json(), result.text())

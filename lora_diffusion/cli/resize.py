@@ -1,0 +1,33 @@
+"""`lora-diffusion resize`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import add_rank, check_rank, print_result, set_up_logs
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("resize", help="write an adapter at a smaller rank")
+    parser.add_argument("input", type=Path, metavar="IN", help="adapter file, or folder saved by PEFT")
+    parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
+    add_rank(parser, required=True)
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    check_rank(args)
+    set_up_logs(args)
+    from lora_diffusion import workflows
+    from lora_diffusion.core.lowrank import rank_rule
+
+    rule = rank_rule(args.rank, args.energy)
+    assert rule is not None
+    result = workflows.resize(args.input, args.output, rule, dtype=args.dtype or "auto", overwrite=args.overwrite)
+    print_result(args, result.to_json(), result.text())

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_diffusion.compose.linear import Sum, Term, add, part_weights
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
+from lora_diffusion.core.lowrank import AtRank, ByEnergy
+from lora_diffusion.core.types import AdapterState, ModuleAdapter
+from tests.compose.adapters import CONV, QUERY, TEXT, dense, loha, lora
+
+
+def term(state: AdapterState, unet: float = 1.0, text: float | None = None, name: str = "a") -> Term:
+    weights = {"unet": unet, "text_encoder": unet if text is None else text}
+    return Term(name, state, weights)
+
+
+def changes(made: Sum) -> dict[object, torch.Tensor]:
+    return dense(AdapterState(made.modules))
+
+
+def test_sum_is_that_of_the_weighted_changes() -> None:
+    first, second = lora(0, rank=4), lora(1, rank=3, alpha=-1.0)
+    made = add([term(first, 0.8, 0.5), term(second, -0.6)], None)
+    for key, change in changes(made).items():
+        weights = (0.5, -0.6) if key == TEXT else (0.8, -0.6)
+        expected = weights[0] * dense(first)[key] + weights[1] * dense(second)[key]
+        assert torch.allclose(change, expected, rtol=0, atol=1e-6 * float(expected.norm()))
+        assert made.modules[key].rank == 7
+        assert made.modules[key].alpha == 7
+    assert made.error == 0
+    assert made.worst() == []
+
+
+def test_weights_one_and_zero_give_the_first() -> None:
+    first, second = lora(0), lora(1)
+    for rule in (None, AtRank(4)):
+        made = add([term(first), term(second, 0.0)], rule)
+        for key, change in changes(made).items():
+            assert torch.allclose(change, dense(first)[key], rtol=0, atol=1e-5)
+
+
+def test_what_only_one_has_is_kept() -> None:
+    first, second = lora(0, keys=(QUERY,)), lora(1, keys=(TEXT, QUERY))
+    made = add([term(first), term(second, 0.5)], None)
+    assert list(made.modules) == [QUERY, TEXT]
+    assert torch.allclose(changes(made)[TEXT], 0.5 * dense(second)[TEXT])
+
+
+def test_rank_is_bounded_by_the_module_and_the_error_is_told() -> None:
+    terms = [term(lora(seed, rank=6), name=str(seed)) for seed in range(3)]
+    made = add(terms, AtRank(11))
+    assert {key: adapter.rank for key, adapter in made.modules.items()} == {QUERY: 11, CONV: 11, TEXT: 10}
+    whole = {key: sum(dense(own.state)[key] for own in terms) for key in made.modules}
+    for key, change in changes(made).items():
+        assert made.errors[key] == pytest.approx(float((change - whole[key]).norm()), abs=1e-4)
+        assert made.norms[key] == pytest.approx(float(whole[key].norm()), rel=1e-5)
+    left, all_of_it = (sum(value**2 for value in values.values()) ** 0.5 for values in (made.errors, made.norms))
+    assert made.error == pytest.approx(left / all_of_it)
+    assert made.worst()[0] == max(made.modules, key=made.relative)
+    assert made.worst(1) == made.worst()[:1]
+
+
+def test_linear_written_as_1x1_convolution_adds_to_a_linear_layer() -> None:
+    plain = lora(0, keys=(QUERY,))
+    tensors = {name: tensor[:, :, None, None] for name, tensor in plain.modules[QUERY].tensors.items()}
+    other = AdapterState({QUERY: replace(plain.modules[QUERY], tensors=tensors)})
+    made = add([term(plain), term(other)], AtRank(4))
+    assert torch.allclose(changes(made)[QUERY].flatten(1), 2 * dense(plain)[QUERY], atol=1e-5)
+
+
+def test_other_variants_need_a_rank() -> None:
+    terms = [term(lora(0, keys=(QUERY, TEXT)), 0.5), term(loha(1), 2.0, name="h")]
+    with pytest.raises(UnsupportedError, match=r"h is a loha adapter.*give --rank"):
+        add(terms, None)
+    made = add(terms, AtRank(8))
+    for key, change in changes(made).items():
+        # Ranks 4 and 2 * 2 add up to 8: nothing is lost.
+        expected = 0.5 * dense(terms[0].state)[key] + 2 * dense(terms[1].state)[key]
+        assert torch.allclose(change, expected, rtol=0, atol=1e-5 * float(expected.norm()))
+    assert made.error < 1e-5
+    assert 0 < add(terms, ByEnergy(0.9)).error <= 0.1**0.5 + 1e-6
+
+
+def test_dora_has_no_sum_without_its_base() -> None:
+    state = lora(0, keys=(QUERY,))
+    tensors = {**state.modules[QUERY].tensors, "magnitude": torch.ones(1, 16)}
+    dora = AdapterState({QUERY: ModuleAdapter("dora", tensors, 1.0)})
+    with pytest.raises(UnsupportedError, match=r"a is a dora adapter.*lora-diffusion merge.*lora-diffusion extract"):
+        add([term(dora)], AtRank(2))
+
+
+def test_other_shapes_are_refused_by_name() -> None:
+    first, second = lora(0), lora(1, keys=(CONV,))
+    wide = replace(second.modules[CONV], tensors={"down": torch.ones(4, 9, 3, 3), "up": torch.ones(12, 4, 1, 1)})
+    with pytest.raises(AdapterFileError, match=r"unet/mid_block.resnets.0.conv1: 12x72 and 12x81"):
+        add([term(first), term(AdapterState({CONV: wide}))], None)
+
+
+def test_weights_of_parts() -> None:
+    state = lora(0)
+    assert part_weights(state, 0.5, "a") == {"unet": 0.5, "text_encoder": 0.5}
+    assert part_weights(state, {"text_encoder": 0.0, "unet": 1.0}, "a") == {"text_encoder": 0.0, "unet": 1.0}
+    with pytest.raises(ConfigError, match=r"a has the parts unet, text_encoder, .* write a:unet=1,text_encoder=1"):
+        part_weights(state, {"unet": 1.0}, "a")

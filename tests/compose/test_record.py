@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_diffusion.compose import record
+from lora_diffusion.compose.linear import Term, add
+from lora_diffusion.compose.record import Source
+from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.lowrank import AtRank
+from tests.compose.adapters import lora
+
+BASE = {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_v2": "False"}
+
+
+def source(name: str, **metadata: str) -> Source:
+    told = {key.replace("__", "."): value for key, value in metadata.items()}
+    return Source(name, f"hash of {name}", {"unet": 0.5}, {**BASE, **told})
+
+
+@pytest.fixture(scope="module")
+def made():
+    return add([Term("a", lora(0, rank=4), {"unet": 1.0, "text_encoder": 1.0})], AtRank(3))
+
+
+def test_of_several_the_base_is_kept_and_triggers_are_joined(made) -> None:
+    sources = [
+        source("a", modelspec__trigger_phrase="zwx", ss_steps="10", ss_clip_skip="1"),
+        source("b", modelspec__trigger_phrase="blob style", ss_steps="10", ss_clip_skip="2"),
+        source("c", modelspec__trigger_phrase="zwx"),
+    ]
+    told = record.metadata(sources, made, "both", 0)
+    assert told["modelspec.trigger_phrase"] == "zwx, blob style"
+    assert told["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert "ss_steps" not in told
+    assert "ss_clip_skip" not in told
+    assert told["ss_output_name"] == told["modelspec.title"] == "both"
+    assert told["modelspec.merged_from"] == "a, b, c"
+    assert json.loads(told["lora_diffusion.made_from"])[1] == {
+        "file": "b",
+        "sha256": "hash of b",
+        "weights": {"unet": 0.5},
+    }
+    assert float(told["lora_diffusion.relative_error"]) == pytest.approx(made.error, rel=1e-5)
+
+
+def test_one_alone_keeps_what_it_told_but_the_size(made) -> None:
+    told = record.metadata([source("a", ss_steps="10", ss_network_dim="4", sshs_model_hash="old")], made, "small", 0)
+    assert told["ss_steps"] == "10"
+    assert told["ss_network_dim"] == "3"
+    assert "sshs_model_hash" not in told
+
+
+def test_another_architecture_is_refused() -> None:
+    record.check_one_base([source("a"), Source("b", "", {}, {})])
+    with pytest.raises(AdapterFileError) as caught:
+        record.check_one_base([source("a"), source("b", modelspec__architecture="stable-diffusion-xl-v1-base/lora")])
+    assert caught.value.faults == (
+        "modelspec.architecture is stable-diffusion-v1/lora in a, stable-diffusion-xl-v1-base/lora in b",
+    )
