@@ -1,4 +1,4 @@
-"""The config files that come along."""
+"""The config files that come along, for training. Prompt suites, in `configs/evaluate`, are no configs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def shipped() -> dict[str, tuple[Path, str]]:
     """Returns name -> (file, first comment line) of the configs that come along, say "sd1/style"."""
     root = shipped_path("configs")
     found = {}
-    for path in sorted(root.rglob("*.yaml")):
+    for path in sorted(set(root.rglob("*.yaml")) - set(root.glob("evaluate/*"))):
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
         found[path.relative_to(root).with_suffix("").as_posix()] = (path, first.lstrip("# "))
     return found

@@ -46,8 +46,8 @@ def load_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
             f"--scorer dino={name} cannot be loaded: {str(error).splitlines()[0]} Give a folder that holds a "
-            "Dinov2Model of transformers, or a hub id such as facebook/dinov2-base; without a network, its files must have "
-            "been fetched before."
+            "Dinov2Model of transformers, or a hub id such as facebook/dinov2-base; without a network, its files must "
+            "have been fetched before."
         ) from error
     if report["missing_keys"]:
         raise ModelError(f"--scorer dino={name} is no DINOv2: it lacks {len(report['missing_keys'])} of its tensors.")

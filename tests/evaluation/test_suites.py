@@ -1,0 +1,84 @@
+"""Prompt suites: those that come along, and the faults of own ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.evaluation.suites import PLAIN_KINDS, read_cases, shipped_suites
+
+TRIGGERS, CLASSES = ("sks", "blob style"), ("octopus", "dog")
+
+
+@pytest.mark.parametrize("name", shipped_suites())
+class TestShipped:
+    def test_reads(self, name: str) -> None:
+        cases = read_cases(name, TRIGGERS, CLASSES)
+        assert [case.index for case in cases] == list(range(len(cases)))
+        assert len({case.prompt for case in cases if case.kind not in PLAIN_KINDS}) >= 8
+        assert any(case.kind in PLAIN_KINDS for case in cases)
+        for case in cases:
+            assert (case.prompt != case.plain) == (case.kind not in PLAIN_KINDS)
+            assert not any(word in case.meaning + case.plain for word in TRIGGERS)
+            assert "{" not in case.prompt + case.plain + case.meaning
+            assert " a octopus" not in f" {case.prompt} {case.plain}"
+
+    def test_says_how_it_is_run(self, name: str) -> None:
+        first, second = shipped_suites()[name].read_text("utf-8").splitlines()[:2]
+        assert len(first) > 20
+        assert second.startswith(f"# lora-diffusion evaluate --prompts {name} ")
+
+
+@pytest.mark.parametrize("name", ["dreambooth-object", "dreambooth-live"])
+def test_dreambooth_has_its_25_prompts(name: str) -> None:
+    cases = [case for case in read_cases(name, ["sks"], ["dog"]) if case.kind == "subject"]
+    assert len({case.prompt for case in cases}) == 25
+    assert cases[0].prompt == "a sks dog in the jungle"
+    assert cases[-1].prompt == "a cube shaped sks dog"
+    assert cases[-1].plain == cases[-1].meaning == "a cube shaped dog"
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_own_file(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "mine.yaml",
+        """
+subject:
+  - a {trigger} {class}
+  - {prompt: "{trigger} at night", plain: "a {class} at night", meaning: "a dark {class}"}
+leak: [a unicorn]
+""",
+    )
+    first, second, third = read_cases(path, ["zwx"], ["otter"])
+    assert (first.prompt, first.plain, first.meaning) == ("a zwx otter", "an otter", "an otter")
+    assert (second.prompt, second.plain, second.meaning) == ("zwx at night", "an otter at night", "a dark otter")
+    assert (third.prompt, third.kind, third.suite) == ("a unicorn", "leak", "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "reasons"),
+    [
+        ("subject: ['a {trigger2}', 'a {class}']", ["the 2. --trigger", "give --class"]),
+        ("subject: ['a {name}', 'a {class']", ["{name} is no placeholder", "{ is no placeholder"]),
+        ("subject: []\nStyle: [a]\nall: [b]", ["subject: must be a list", "Style: a kind is", "all: a kind is"]),
+        ("subject: [3, {plain: a}, {prompt: a, meening: b}]", ["3 is no prompt", "is no prompt", 'mean "meaning"']),
+        ("- a\n- b", ["must map kinds"]),
+        ("", ["must map kinds"]),
+        ("subject: [", ["is not a YAML file"]),
+    ],
+)
+def test_all_faults_at_once(tmp_path: Path, text: str, reasons: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_cases(_write(tmp_path / "mine.yaml", text), ["zwx"])
+    assert all(reason in str(error.value) for reason in reasons), str(error.value)
+
+
+def test_unknown_suite() -> None:
+    with pytest.raises(ConfigError, match='did you mean "dreambooth-live"'):
+        read_cases("dreamboth-live")
