@@ -133,6 +133,21 @@ def crop_share(size: tuple[int, int], bucket: tuple[int, int]) -> float:
     return 1 - bucket[0] * bucket[1] / (size[0] * size[1] * cover_scale(size, bucket) ** 2)
 
 
+def crop_margins(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns the pixels that `load_pixels` cuts off at the left, top, right and bottom of the scaled picture.
+
+    Args:
+        size: width and height of the picture in pixels.
+        bucket: width and height of its bucket.
+
+    >>> crop_margins((300, 100), (64, 64))
+    (64, 0, 64, 0)
+    """
+    scale = cover_scale(size, bucket)
+    across, down = (round((side * scale - kept) / 2) for side, kept in zip(size, bucket, strict=True))
+    return across, down, across, down
+
+
 def load_pixels(path: Path, size: tuple[int, int], flip: bool) -> Tensor:
     """Returns the picture scaled to cover `size` and cropped at the centre, with its mirror image if `flip`.
 
