@@ -99,6 +99,21 @@ class LossOutput:
     per_sample: Tensor
     """[batch], float32, with gradient."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    noise_levels: Tensor | None = None
+    """[batch] in 0..1, on which the size of each loss depends before all else; None where there is no such thing."""
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """How well a trained adapter predicts one training picture."""
+
+    key: str
+    path: str
+    caption: str
+    loss: float
+    """As a share of the usual loss at the same noise levels: 1 is the usual picture."""
+    caption_help: float
+    """How much lower the loss is with the caption than without any, in the same unit; below 0 the caption harms."""
 
 
 @dataclass(frozen=True)
