@@ -94,7 +94,7 @@ def loss(loaded: Loaded, batch: Batch, rng: torch.Generator, encode: Encode) -> 
         weight = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
         # What must not change is kept at every noise level; the look of a picture is settled at the highest.
         per_sample = per_sample * weight.where(~is_prior.to(device), weight.new_ones(()))
-    return LossOutput(per_sample)
+    return LossOutput(per_sample, noise_levels=timesteps / schedule.num_timesteps)
 
 
 def _columns(tensors: Mapping[str, Tensor]) -> list[str]:
