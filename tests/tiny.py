@@ -145,13 +145,13 @@ def save_tiny_pipeline(path: Path, seed: int = 0, prediction_type: str = "epsilo
     return path
 
 
-def save_tiny_sd2_pipeline(path: Path) -> Path:
+def save_tiny_sd2_pipeline(path: Path, seed: int = 0) -> Path:
     """Writes a Stable Diffusion 2."""
-    tiny_sd2_pipeline().save_pretrained(path)
+    tiny_sd2_pipeline(seed).save_pretrained(path)
     return path
 
 
-def save_tiny_sdxl_pipeline(path: Path) -> Path:
+def save_tiny_sdxl_pipeline(path: Path, seed: int = 0) -> Path:
     """Writes a Stable Diffusion XL."""
-    tiny_sdxl_pipeline().save_pretrained(path)
+    tiny_sdxl_pipeline(seed).save_pretrained(path)
     return path
