@@ -56,11 +56,11 @@ class StableDiffusionXL:
 
         return _sources.find(options).skeleton()
 
-    def key_map(self, format_name: str, options: SDXLOptions) -> KeyMap:
+    def key_map(self, format_name: str, options: SDXLOptions | None) -> KeyMap:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
         from lora_diffusion.families import _names
 
-        return _names.key_map(format_name, self.skeleton(options), self.name)
+        return _names.key_map(format_name, None if options is None else self.skeleton(options), self.name)
 
     def load(self, options: SDXLOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizers and scheduler."""
