@@ -11,7 +11,8 @@ LoraDiffusionError
 └── RunError               the input was right and the run failed; exit code 1
     ├── CheckpointError    a checkpoint cannot be written or does not fit the run
     ├── NonFiniteError     a loss or a weight became NaN or infinite
-    └── VerificationError  a file read back differs from what was written
+    ├── VerificationError  a file read back differs from what was written
+    └── GateError          an evaluation does not meet a condition of --assert
 """
 
 from __future__ import annotations
@@ -74,3 +75,7 @@ class NonFiniteError(RunError):
 
 class VerificationError(RunError):
     """A file that was read back differs from what was written."""
+
+
+class GateError(RunError):
+    """An evaluation does not meet the conditions that were asked of it."""

@@ -140,6 +140,17 @@ def load_params(path: Path, params: Params) -> None:
             parameter.copy_(saved[name])
 
 
+def read_adapter(path: Path) -> dict[str, Tensor]:
+    """Returns the adapter of a checkpoint, "part/path.tensor" -> value.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+    """
+    if fault := _fault(path):
+        raise CheckpointError(f"The checkpoint {path} {fault}; it cannot be used.")
+    return load_file(path / _ADAPTER)
+
+
 def load_optimizer(path: Path, params: Params, optimizer: torch.optim.Optimizer) -> None:
     """Copies moments and step counts of a checkpoint into the optimizer, bit for bit."""
     saved = load_file(path / _OPTIMIZER)

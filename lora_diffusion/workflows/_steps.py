@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import check_fit, load_state
-from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState, Loaded, Output
+from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, Output
 from lora_diffusion.evaluation.pictures import grid
 from lora_diffusion.formats import detect
+from lora_diffusion.training import checkpoint
 
 
 def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:
@@ -20,6 +23,25 @@ def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterStat
     state = format_.read(path, family.key_map(format_.name, model))
     check_fit(state, family.skeleton(model), str(path))
     return state
+
+
+def read_checkpoint(path: Path, config: Config, family: Family) -> AdapterState:
+    """Returns the adapter of a checkpoint of a run with this config; it has no metadata.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    tensors = checkpoint.read_adapter(path)
+    stored = variants.find(config.adapter.variant, config.model.quantization).stored
+    planned = make_plan(family.skeleton(config.model), family.parts, config.adapter).modules
+    return AdapterState(
+        {
+            module.key: ModuleAdapter(
+                stored, {name: tensors[f"{module.part}/{module.path}.{name}"] for name in module.tensors}, module.alpha
+            )
+            for module in planned
+        }
+    )
 
 
 def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
