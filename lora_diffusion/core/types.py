@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,9 +62,13 @@ class AudioText(Sample):
     """Where in the file the sample begins, in seconds."""
     duration_s: float = 0.0
     """How long it is, in seconds."""
+    sampling_rate: int = 16000
+    """In Hz, of what the base hears."""
+    read_bytes: Callable[[], bytes] | None = None
+    """Gives the content of the sound file where it lies in a table; None reads `path`."""
     waveforms: tuple[Tensor, ...] = ()
-    """The views of the sound, each [num_samples] in -1..1, float32, one channel at the base's sampling rate; filled
-    only while the sample is being prepared. One view for each of `data.speeds`, clean and with each `data.noise_db`."""
+    """The views of the sound, each [num_samples] in -1..1, float32, one channel at `sampling_rate`; filled only
+    while the sample is being prepared. One view for each of `data.speeds`, clean and with each of `data.noise_db`."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class BaseInfo:
     """What the user can find again: builtin:emoji, a folder, a file or a hub id."""
     zero_terminal_snr: bool = False
     """Whether the last timestep of its schedule holds no signal."""
+    path: Path = Path()
+    """Where it lies on this machine; what a hub id names is fetched by then."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,8 @@ class SpeechInfo(BaseInfo):
     """What it writes at once, the tokens that name language and task counted."""
     languages: tuple[str, ...] = ()
     """Codes that its tokenizer has a token for; none where it knows one language only."""
+    count_tokens: Callable[[Sequence[str]], list[int]] | None = field(default=None, compare=False, repr=False)
+    """Transcripts -> their numbers of tokens, those that name language and task counted."""
 
 
 @dataclass

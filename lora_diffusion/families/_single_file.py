@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class SingleFile:
         """Describes the base from the shapes of its tensors."""
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
-        return describe(self._configs, self.layout, options)
+        return replace(describe(self._configs, self.layout, options), path=self.path)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders on the meta device."""

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -135,7 +135,7 @@ class Folder:
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
         with explained(self.path):
-            return describe(self._configs(), self.layout, options)
+            return replace(describe(self._configs(), self.layout, options), path=self.path)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders from their configs."""
