@@ -54,20 +54,19 @@ class Dora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         del unused
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         magnitude, base = module.lora_magnitude_vector[active_adapter], module.get_base_layer()
-        weight = dequantize_module_weight(base).detach().to(x.dtype)
-        strength = module.scaling[active_adapter]
-        gain = self._gain(magnitude, weight, down.weight, up.weight)
-        dropped = module.lora_dropout[active_adapter](x)
+        frozen = dequantize_module_weight(base).detach()
+        gain = self._gain(magnitude, frozen, down.weight, up.weight)
+        weight, dropped = frozen.to(x.dtype), module.lora_dropout[active_adapter](x)
         if self.axis == 1:
             change = _product(base, x * (gain - 1), weight) + magnitude.scale * up(down(dropped * gain))
         else:
             change = _product(base, x, weight) * (gain - 1) + magnitude.scale * up(down(dropped)) * gain
-        answer: Tensor = result + strength * change
+        answer: Tensor = result + module.scaling[active_adapter] * change
         return answer
 
     def _gain(self, magnitude: Magnitude, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Returns the gain in the shape that multiplies inputs or outputs of the layer: [size] or [1, size, 1, 1]."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
             length = norms(weight.float() + magnitude.scale * change, self.axis)
         gain = magnitude.weight / length

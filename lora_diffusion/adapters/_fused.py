@@ -24,10 +24,11 @@ class FusedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns [..., out] in the type of the base's answer."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or len(active) != 1 or not self._is_plain(x, active[0]):
+        base = self.get_base_layer()
+        # The base can be wrapped in a layer of another kind of adapter.
+        if args or kwargs or len(active) != 1 or self.base_layer is not base or not self._is_plain(x, active[0]):
             return super().forward(x, *args, **kwargs)
         name = active[0]
-        base = self.get_base_layer()
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         tensors = (x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
         answer: Tensor = _Fused.apply(*tensors, self.scaling[name], kind)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from peft.functional import inject_adapter_in_model
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from lora_diffusion.adapters._engines import ENGINES, LAYERS
+from lora_diffusion.adapters._engines import ENGINES, LAYERS, Engine
 from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import Variant
@@ -69,7 +71,7 @@ def inject(
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.part_sizes}
     engine = ENGINES[variant.stored]
     for key in planned:
-        for tensor, parameter in engine.parameters(_layer(loaded, key), name).items():
+        for tensor, parameter in engine.parameters(_layer(loaded, key, engine), name).items():
             parameter.requires_grad_(True)
             parameters[key.part][f"{key.path}.{tensor}"] = parameter
     return parameters
@@ -89,21 +91,22 @@ def add_adapter(
     if name in switch.weights:
         raise ConfigError(f'Two adapters are called "{name}"; give each its own name.')
     for part, engine in dict.fromkeys((key.part, ENGINES[slot.variant]) for key, slot in slots.items()):
-        own = {key.path: slot for key, slot in slots.items() if key.part == part and ENGINES[slot.variant] is engine}
-        _install(loaded.parts[part], own, name)
+        own = {key.path: slot for key, slot in slots.items() if (key.part, ENGINES[slot.variant]) == (part, engine)}
+        _install(loaded.parts[part], own, engine, name)
     for key, slot in slots.items():
-        layer = _layer(loaded, key)
+        engine = ENGINES[slot.variant]
+        layer = _layer(loaded, key, engine)
         _check(layer, key, slot, name)
         base = layer.get_base_layer()
         adapter = make(key, base)
         tensors = {tensor: values.to(base.weight.device, torch.float32) for tensor, values in adapter.tensors.items()}
-        ENGINES[slot.variant].fill(layer, name, ModuleAdapter(slot.variant, tensors, adapter.alpha), dropout)
+        engine.fill(layer, name, replace(adapter, tensors=tensors), dropout)
     switch.weights[name] = 0.0
     switch.set_weights({**switch.weights, name: weight})
 
 
-def _install(network: nn.Module, slots: Mapping[str, Slot], name: str) -> None:
-    """Lets PEFT wrap modules of one engine; the new tensors are on the meta device, so no random number is drawn."""
+def _install(network: nn.Module, slots: Mapping[str, Slot], engine: Engine, name: str) -> None:
+    """Lets PEFT wrap modules; the new tensors are on the meta device, so no random number is drawn."""
     rank = Counter(slot.rank for slot in slots.values()).most_common(1)[0][0]
     alpha = Counter(slot.alpha for slot in slots.values()).most_common(1)[0][0]
     common = {
@@ -112,15 +115,41 @@ def _install(network: nn.Module, slots: Mapping[str, Slot], name: str) -> None:
         "alpha_pattern": _pattern({path: slot.alpha for path, slot in slots.items() if slot.alpha != alpha}),
     }
     is_plain = all(type(_base(network, path)) in (nn.Linear, nn.Conv2d) for path in slots)
-    config = ENGINES[next(iter(slots.values())).variant].config(rank, alpha, common, is_plain=is_plain)
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
+    with _without_others(network, slots, engine):
+        config = engine.config(rank, alpha, common, is_plain=is_plain)
+        inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
+        for path in slots:
+            network.get_submodule(path).train(network.training)
     # Left there, it makes PEFT warn at the next adapter and diffusers write it into saved models.
     del network.peft_config
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-    for path in slots:
-        network.get_submodule(path).train(network.training)
+
+
+@contextmanager
+def _without_others(network: nn.Module, paths: Iterable[str], engine: Engine) -> Iterator[None]:
+    """Takes the layers of other engines off while PEFT works, and puts them around what it made.
+
+    PEFT's layer for LoRA on convolutions cannot be around another.
+    """
+    others = {path: found for path in paths if (found := _others(network, path, engine))}
+    for path, layers in others.items():
+        network.set_submodule(path, layers[-1].base_layer)
+    yield
+    for path, layers in others.items():
+        layers[-1].base_layer = network.get_submodule(path)
+        network.set_submodule(path, layers[0])
+
+
+def _others(network: nn.Module, path: str, engine: Engine) -> list[Any]:
+    """Returns the layers of other engines around a module, the outermost first, down to this engine or the base."""
+    layers: list[Any] = []
+    module: Any = network.get_submodule(path)
+    while isinstance(module, LAYERS) and not isinstance(module, engine.layer):
+        layers.append(module)
+        module = module.base_layer
+    return layers
 
 
 def _pattern(values: Mapping[str, float]) -> dict[str, float]:
@@ -139,8 +168,10 @@ def _base(network: nn.Module, path: str) -> Any:
     return module.get_base_layer() if isinstance(module, LAYERS) else module
 
 
-def _layer(loaded: Loaded, key: ModuleKey) -> Any:
-    return loaded.parts[key.part].get_submodule(key.path)
+def _layer(loaded: Loaded, key: ModuleKey, engine: Engine) -> Any:
+    network = loaded.parts[key.part]
+    others = _others(network, key.path, engine)
+    return others[-1].base_layer if others else network.get_submodule(key.path)
 
 
 def _check(layer: Any, key: ModuleKey, slot: Slot, name: str) -> None:

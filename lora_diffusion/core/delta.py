@@ -50,25 +50,29 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
     >>> delta_weight(ModuleAdapter("lora", {"down": torch.ones(2, 3), "up": torch.ones(1, 2)}, alpha=1.0))
     tensor([[1., 1., 1.]])
     """
-    plain = without_tucker(adapter)
-    tensors = {name: tensor.float() for name, tensor in plain.tensors.items()}
     try:
-        change = plain.scale * _CHANGES[adapter.variant](tensors)
-        if base_weight is not None:
-            change = change.reshape(base_weight.shape)
+        return _delta_weight(without_tucker(adapter), base_weight)
     except (RuntimeError, IndexError) as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
         wanted = "" if base_weight is None else f" for a weight of {list(base_weight.shape)}"
         raise AdapterFileError(
             f"The tensors of a {adapter.variant} adapter do not fit{wanted}: {shapes}; the file is damaged."
         ) from error
-    if "magnitude" not in tensors:
+
+
+def _delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None) -> Tensor:
+    tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
+    change = adapter.scale * _CHANGES[adapter.variant](tensors)
+    if base_weight is not None:
+        change = change.reshape(base_weight.shape)
+    if adapter.variant not in AXES:
         return change
     assert base_weight is not None, "the change of a dora adapter depends on the base weight"
     weight = base_weight.float()
     changed = weight + change
     length = norms(changed, AXES[adapter.variant])
-    return tensors["magnitude"].reshape(length.shape) / length * changed - weight
+    turned: Tensor = tensors["magnitude"].reshape(length.shape) / length * changed
+    return turned - weight
 
 
 def norms(weight: Tensor, axis: int) -> Tensor:
