@@ -13,11 +13,12 @@ from typing import Any
 
 from lora_diffusion.config.docs import field_docs
 from lora_diffusion.config.rules import broken_rules
-from lora_diffusion.config.schema import REQUIRED, Config, ModelOptions
+from lora_diffusion.config.schema import DATA_SECTIONS, REQUIRED, Config, ModelOptions
 from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import question, suggestion
+from lora_diffusion.core.protocols import Family
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 
@@ -36,11 +37,12 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = T
     source = str(path) if path else "the command line"
     values = _read(path) if path else {}
     _check_form(overrides)
-    family = [override for override in overrides if override.startswith("model.family=")]
-    schema = _typed_sections(_options_type(_merged(values, family)))
+    chosen = [override for override in overrides if override.startswith("model.family=")]
+    family = _family(_merged(values, chosen))
+    schema = _typed_sections(family)
     values = _merged(values, [_quoted(override, schema) for override in overrides])
     faults = list(_unknown_keys(values, schema))
-    sections, type_faults = _convert(values, schema)
+    sections, type_faults = _convert(values, schema, family.options_type.defaults)
     faults += type_faults
     if required:
         faults += _missing(sections)
@@ -64,13 +66,22 @@ def to_yaml(config: Config) -> str:
     """Returns the fully resolved config as YAML."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_values(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_values(config))))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _escaped(value: Any) -> Any:
+    """Puts a backslash before "${" in texts, where it would refer to another key."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value) if isinstance(value, str) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -101,11 +112,16 @@ def _check_form(overrides: Sequence[str]) -> None:
 def _merged(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
     try:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
         return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except (GrammarParseError, InterpolationResolutionError) as error:
+        raise ConfigError(
+            f"{getattr(error, 'full_key', None) or 'A value'}: {_first_line(error)}. ${{...}} stands for the value of "
+            "another key, such as ${output.name}; write \\${ where the characters themselves are meant."
+        ) from error
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"The overrides {' '.join(overrides)} do not fit the config: {_first_line(error)}") from error
 
@@ -123,15 +139,16 @@ def _quoted(override: str, schema: Mapping[str, type[Any]]) -> str:
     return f"{section}.{key}={json.dumps(value, ensure_ascii=False)}" if is_plain else override
 
 
-def _options_type(values: Mapping[str, Any]) -> type[ModelOptions]:
+def _family(values: Mapping[str, Any]) -> Family:
     model = values.get("model")
-    family = model.get("family", ModelOptions.family) if isinstance(model, Mapping) else ModelOptions.family
-    return typing.cast(type[ModelOptions], registry.find("families", str(family)).options_type)
+    name = model.get("family", ModelOptions.family) if isinstance(model, Mapping) else ModelOptions.family
+    return typing.cast(Family, registry.find("families", str(name)))
 
 
-def _typed_sections(options_type: type[ModelOptions]) -> dict[str, type[Any]]:
-    hints = typing.get_type_hints(Config)
-    return {f.name: options_type if f.name == "model" else hints[f.name] for f in dataclasses.fields(Config)}
+def _typed_sections(family: Family) -> dict[str, type[Any]]:
+    typed = {"model": family.options_type, "data": DATA_SECTIONS[family.sample_type]}
+    hints = typing.get_type_hints(Config) | typed
+    return {f.name: hints[f.name] for f in dataclasses.fields(Config)}
 
 
 def _unknown_keys(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> Iterator[str]:
@@ -161,7 +178,9 @@ def _suggest_key(dotted: str, known: set[str]) -> str:
     return question(by_key[match] for match in close)
 
 
-def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tuple[dict[str, Any], list[str]]:
+def _convert(
+    values: Mapping[str, Any], schema: Mapping[str, type[Any]], defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """Returns typed section objects and the faults of those values that have the wrong type."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -170,6 +189,8 @@ def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tupl
     for name, section_type in schema.items():
         section = OmegaConf.structured(section_type)
         OmegaConf.set_readonly(section, False)
+        own = {key.removeprefix(f"{name}."): value for key, value in defaults.items() if key.startswith(f"{name}.")}
+        section.update({key: _plain(value) for key, value in own.items()})
         given = values.get(name)
         hints = typing.get_type_hints(section_type)
         for key, value in given.items() if isinstance(given, Mapping) else ():
@@ -177,12 +198,12 @@ def _convert(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> tupl
                 continue
             try:
                 alone = _is_list(hints[key]) and isinstance(value, str | int | float)
-                OmegaConf.update(section, key, [value] if alone else value)
+                OmegaConf.update(section, key, _escaped([value] if alone else value))
             except (OmegaConfBaseException, ValueError, TypeError):
                 faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
             if isinstance(value, bool) and str in (typing.get_args(hints[key]) or (hints[key],)):
                 faults.append(f"{name}.{key}: YAML reads a bare yes, no, on or off as {value}; put the text in quotes")
-        typed = typing.cast(dict[str, Any], OmegaConf.to_container(section))
+        typed = typing.cast(dict[str, Any], OmegaConf.to_container(section, resolve=True))
         sections[name] = section_type(**{key: _tuples(value) for key, value in typed.items()})
     return sections, faults
 

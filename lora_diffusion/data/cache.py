@@ -8,26 +8,24 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.config.schema import CacheConfig
+from lora_diffusion.config.schema import CacheConfig, DataConfig
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.files import atomic_path, check_writable, default_cache_path, sha256
+from lora_diffusion.core.files import atomic_path, check_writable, default_cache_path
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
-from lora_diffusion.core.types import ImageText, Loaded, Prepared
-from lora_diffusion.data import images
+from lora_diffusion.core.types import Loaded, Prepared, Sample
 from lora_diffusion.data._progress import watch
+from lora_diffusion.data.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VERSION = 1
-"""Raised whenever the same sample would be scaled, cropped or stored differently."""
+_VERSION = 2
+"""Raised whenever the same sample would be opened or stored differently."""
 _MEMORY_BYTES = 2**30
 """Items that need no more than this are kept in memory, which saves some percent of a small base's step."""
-_BATCH_PIXELS = 1024**2
-_BATCH_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -75,23 +73,23 @@ def _root(config: CacheConfig) -> Path:
 def prepare(
     family: Family,
     loaded: Loaded,
-    samples: Sequence[ImageText],
+    samples: Sequence[Sample],
     trained: frozenset[str],
     config: CacheConfig,
-    flip: bool,
+    data: DataConfig,
 ) -> list[Prepared]:
     """Returns one item for each sample, in their order; only what the cache lacks is prepared.
 
-    A file is named by the hash of all that its content depends on: the family's `cache_key`, the bytes of the picture,
-    its bucket, `flip`, and the captions. Names and repeats are not part of it, so renaming a picture costs nothing.
+    A file is named by the hash of all that its content depends on: the family's `cache_key` and the kind's `identity`
+    of the sample. Names and repeats are not part of it, so renaming a file costs nothing.
 
     Args:
-        family: prepares samples of equal size together, and must give one item for each.
+        family: prepares samples of one group together, and must give one item for each.
         loaded: the base.
-        samples: as `sources.read` gives them.
+        samples: as the kind's `read` gives them.
         trained: names of the trained parts.
         config: where the cache is.
-        flip: give the family each picture and its mirror image.
+        data: how the samples are opened.
 
     Returns:
         Items with their tensors in memory, or, where all together are large, read from the cache on each access.
@@ -99,18 +97,16 @@ def prepare(
     Raises:
         ConfigError: the cache folder cannot be written.
     """
-    root = _root(config)
+    root, kind = _root(config), KINDS[family.sample_type]
     base_key = family.cache_key(loaded.options, trained)
-    paths = [_cache_file(root, base_key, sample, flip) for sample in samples]
+    paths = [_cache_file(root, base_key, kind.identity(sample, data)) for sample in samples]
     missing = {path: sample for path, sample in zip(paths, samples, strict=True) if _read(path, sample) is None}
     if missing:
-        logger.info("Preparing %d of %d pictures; the others are in the cache.", len(missing), len(samples))
-    batches = _split(missing, 1 + flip)
-    for batch in watch(batches, len(batches), "Preparing pictures"):
-        chosen = [
-            replace(missing[path], pixels=images.load_pixels(missing[path].path, missing[path].size, flip))
-            for path in batch
-        ]
+        told = (len(missing), len(samples), kind.noun)
+        logger.info("Preparing %d of %d %s; the others are in the cache.", *told)
+    batches = _split(missing, kind, data)
+    for batch in watch(batches, len(batches), f"Preparing {kind.noun}"):
+        chosen = [kind.open(missing[path], data) for path in batch]
         for path, item in zip(batch, family.prepare(loaded, chosen, trained), strict=True):
             _write(path, item)
     items = [_read_again(path, sample) for path, sample in zip(paths, samples, strict=True)]
@@ -119,24 +115,23 @@ def prepare(
     return items
 
 
-def _cache_file(root: Path, base_key: str, sample: ImageText, flip: bool) -> Path:
-    parts = [_VERSION, base_key, sha256(sample.path), sample.size, flip, sample.captions, sample.prior_caption]
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _cache_file(root: Path, base_key: str, identity: Sequence[Any]) -> Path:
+    digest = hashlib.sha256(json.dumps([_VERSION, base_key, *identity]).encode()).hexdigest()
     return root / digest[:2] / digest[2:4] / f"{digest}.safetensors"
 
 
-def _split(missing: Mapping[Path, ImageText], num_views: int) -> list[list[Path]]:
-    by_size: dict[tuple[int, int], list[Path]] = defaultdict(list)
+def _split(missing: Mapping[Path, Sample], kind: Kind, data: DataConfig) -> list[list[Path]]:
+    groups: dict[str, list[Path]] = defaultdict(list)
     for path, sample in missing.items():
-        by_size[sample.size].append(path)
+        groups[kind.group(sample)].append(path)
     batches = []
-    for (width, height), paths in by_size.items():
-        length = min(max(_BATCH_PIXELS // (width * height * num_views), 1), _BATCH_SAMPLES)
+    for paths in groups.values():
+        length = kind.num_at_once(missing[paths[0]], data)
         batches += [paths[start : start + length] for start in range(0, len(paths), length)]
     return batches
 
 
-def _read(path: Path, sample: ImageText) -> Prepared | None:
+def _read(path: Path, sample: Sample) -> Prepared | None:
     """Returns the item of a cache file, or None if there is no file or it is damaged."""
     from safetensors import SafetensorError, safe_open
 
@@ -154,7 +149,7 @@ def _read(path: Path, sample: ImageText) -> Prepared | None:
     return Prepared(sample.key, _FileTensors(path, names), metadata["group"], sample.num_repeats)
 
 
-def _read_again(path: Path, sample: ImageText) -> Prepared:
+def _read_again(path: Path, sample: Sample) -> Prepared:
     item = _read(path, sample)
     if item is None:
         raise RunError(f"The cache file {path} of {sample.key} cannot be read back; is the disk full or failing?")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion.data.preflight import Folder
+from lora_diffusion.data.folder import Folder, read_text
 
 ENDINGS = (".txt", ".caption")
 METADATA_NAME = "metadata.jsonl"
@@ -64,15 +64,15 @@ def _read_beside(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Li
     pictures = folder.by_stem.get(file.with_suffix(""))
     if not pictures:
         return {}
-    text = _decode(folder, file, faults)
+    text = read_text(folder, file, faults)
     lines = None if text is None else tuple(filter(None, map(_tidy_space, text.splitlines())))
     return dict.fromkeys(pictures, lines)
 
 
 def _read_metadata(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Lines | None]:
-    pictures = set(folder.pictures)
+    pictures = set(folder.files)
     found: dict[Path, Lines | None] = {}
-    for number, line in enumerate((_decode(folder, file, faults) or "").split("\n"), start=1):
+    for number, line in enumerate((read_text(folder, file, faults) or "").split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{folder.name(file)}, line {number}"
@@ -101,23 +101,6 @@ def _parse_entry(line: str) -> tuple[str, Lines]:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError('has no "text" or "caption" that is a string or a list of strings; add one.')
     return entry["file_name"], tuple(filter(None, map(_tidy_space, texts)))
-
-
-def _decode(folder: Folder, file: Path, faults: list[str]) -> str | None:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if _CUT not in text:
-            return text
-        faults.append(f"{folder.name(file)}: holds NUL characters, as UTF-16 does; save the file as UTF-8.")
-    except UnicodeDecodeError as error:
-        value, line = error.object[error.start], error.object.count(b"\n", 0, error.start) + 1
-        faults.append(
-            f"{folder.name(file)}: byte 0x{value:02x} at position {error.start} (line {line}) is not UTF-8; "
-            "save the file as UTF-8."
-        )
-    except OSError as error:
-        faults.append(f"{folder.name(file)}: cannot be read ({error.strerror}); correct its access rights or link.")
-    return None
 
 
 def _tidy_space(text: str) -> str:

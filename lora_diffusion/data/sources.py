@@ -7,19 +7,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_diffusion.config.schema import DataConfig
+from lora_diffusion.config.schema import PictureDataConfig
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import BaseInfo, ImageText
 from lora_diffusion.data import captions, images, preflight
-from lora_diffusion.data.preflight import Folder
+from lora_diffusion.data.folder import Folder, stop
 
 _KOHYA = re.compile(r"(\d+)_(.*)")
 _CAPTION_RULES = ("required", "optional")
 _AUTO = "auto"
 
 
-def read(config: DataConfig, info: BaseInfo) -> list[ImageText]:
+def read(config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
     """Returns the samples of a folder, sorted by name, each with its captions and the size of its bucket.
 
     Every picture is decoded once, so that nothing fails later. Does not import torch, and never writes to the folder.
@@ -35,15 +35,15 @@ def read(config: DataConfig, info: BaseInfo) -> list[ImageText]:
     if not config.buckets:
         buckets = [(resolution, resolution)]
 
-    folder = preflight.list_folder(config.path)
+    folder = preflight.list_pictures(config.path)
     faults: list[str] = []
     sizes = preflight.measure(folder, config.skip_bad, faults)
     num_unreadable = len(faults)
-    pictures = list(sizes) if config.skip_bad and sizes else list(folder.pictures)
+    pictures = list(sizes) if config.skip_bad and sizes else list(folder.files)
     repeats, class_words = _read_kohya_names(folder, pictures, faults)
     texts = _fill_captions(folder, pictures, class_words, config, faults)
     trigger, priors = _split_trigger(folder, texts, config.trigger, faults)
-    preflight.stop(folder, faults, num_unreadable)
+    stop(folder, "captions", faults, num_unreadable)
 
     samples = [
         ImageText(
@@ -53,9 +53,12 @@ def read(config: DataConfig, info: BaseInfo) -> list[ImageText]:
             prior_caption=priors.get(path),
             trigger=trigger,
             num_repeats=repeats[path],
-            size=images.choose_bucket(sizes[path], buckets),
+            size=size,
+            original_size=sizes[path],
+            crop=images.crop_margins(sizes[path], size),
         )
         for path in pictures
+        for size in [images.choose_bucket(sizes[path], buckets)]
     ]
     _report(samples, sizes)
     return samples
@@ -81,7 +84,11 @@ def _read_kohya_names(
 
 
 def _fill_captions(
-    folder: Folder, pictures: Sequence[Path], class_words: Mapping[Path, str], config: DataConfig, faults: list[str]
+    folder: Folder,
+    pictures: Sequence[Path],
+    class_words: Mapping[Path, str],
+    config: PictureDataConfig,
+    faults: list[str],
 ) -> dict[Path, captions.Lines]:
     """Returns at least one caption for each picture, or adds faults."""
     found = captions.collect(folder, faults)

@@ -23,6 +23,7 @@ _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 class _Base(NamedTuple):
     version: str
+    """Empty where kohya has no name for it."""
     is_v2: bool
     implementation: str
 
@@ -31,6 +32,7 @@ _BASES: Mapping[str, _Base] = {
     "stable-diffusion-v1": _Base("sd_v1", False, "diffusers"),
     "stable-diffusion-v2-512": _Base("sd_v2", True, "diffusers"),
     "stable-diffusion-v2-768-v": _Base("sd_v2_v", True, "diffusers"),
+    "whisper": _Base("", False, "https://github.com/huggingface/transformers"),
     "stable-diffusion-xl-v1-base": _Base("sdxl_base_v1-0", False, "https://github.com/Stability-AI/generative-models"),
 }
 
@@ -41,7 +43,7 @@ def build(
     architecture: str,
     name: str,
     written_at: float,
-    resolution: tuple[int, int],
+    resolution: tuple[int, int] | None = None,
     prediction_type: str = "epsilon",
     trigger: str = "",
     training: Mapping[str, Any] | None = None,
@@ -53,26 +55,25 @@ def build(
         architecture: `BaseInfo.architecture`, say stable-diffusion-v1.
         name: how users call the adapter in prompts: the file name without ending.
         written_at: seconds since 1970.
-        resolution: width and height in pixels of the pictures it was trained on.
-        prediction_type: epsilon or v_prediction.
+        resolution: width and height in pixels of the pictures it was trained on, if it was pictures.
+        prediction_type: epsilon or v_prediction; "" where nothing of the kind is predicted.
         trigger: words that call up what was trained, "" for none.
         training: what else kohya tells, by its names without ss_ (learning_rate, steps, seed, clip_skip, ...): numbers,
             texts, or tables, which are written as JSON. None values are left out. `tag_frequency` and `dataset_dirs`
             publish caption words and folder names.
 
     Raises:
-        UnsupportedError: an architecture that kohya has no name for.
+        UnsupportedError: an unknown architecture.
     """
     if architecture not in _BASES:
         raise UnsupportedError(
-            f"kohya has no name for {architecture}, only for {', '.join(_BASES)}; use another format."
+            f"Headers have no name for {architecture}, only for {', '.join(_BASES)}; use another format."
         )
     base = _BASES[architecture]
     is_v_prediction = prediction_type == "v_prediction"
     version = base.version + ("_v" if is_v_prediction and base.version in ("sd_v1", "sd_v2") else "")
     values: dict[str, Any] = {
-        "ss_base_model_version": version,
-        "ss_v2": base.is_v2,
+        **({"ss_base_model_version": version, "ss_v2": base.is_v2} if version else {}),
         "ss_network_module": "networks.lora",
         "ss_network_dim": max(adapter.rank for _, adapter in state),
         "ss_network_alpha": max(adapter.alpha for _, adapter in state),
@@ -82,10 +83,12 @@ def build(
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": base.implementation,
         "modelspec.title": name,
-        "modelspec.resolution": f"{resolution[0]}x{resolution[1]}",
         "modelspec.date": datetime.fromtimestamp(int(written_at)).isoformat(),
-        "modelspec.prediction_type": "v" if is_v_prediction else "epsilon",
     }
+    if resolution:
+        values["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
+    if prediction_type:
+        values["modelspec.prediction_type"] = "v" if is_v_prediction else "epsilon"
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
     return {key: _text(value) for key, value in values.items()}

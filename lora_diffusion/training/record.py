@@ -13,31 +13,35 @@ from typing import Any
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.device import compute_dtype, pick_device
-from lora_diffusion.core.types import AdapterState, BaseInfo, ImageText
+from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
+from lora_diffusion.data.kinds import Kind
 from lora_diffusion.formats.metadata import build, count_tags
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import METRICS_NAME
 
+_OF_OBJECTIVE = {
+    "noise_offset": "noise_offset",
+    "min_snr_gamma": "min_snr_gamma",
+    "caption_dropout": "caption_dropout_rate",
+}
+"""Key of the `model:` section, where the family has it -> kohya's word for it."""
 
-def fingerprint(config: Config, base: str, samples: Sequence[ImageText]) -> dict[str, Any]:
+
+def fingerprint(config: Config, kind: Kind, base: str, samples: Sequence[Sample]) -> dict[str, Any]:
     """Returns setting -> value of all that changes the result besides the `train:` section.
 
     Args:
         config: the run's config.
+        kind: kind of the samples.
         base: names the weights of the base by content.
-        samples: the data; their captions, sizes and repeats are hashed. The pictures' bytes are in `base`'s cache keys.
+        samples: the data; bytes, texts and repeats are hashed.
     """
     values = to_values(config)
     settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
-    listed = [(s.key, s.captions, s.prior_caption, s.num_repeats, s.size, _digest(s)) for s in samples]
+    listed = [(sample.key, sample.num_repeats, *kind.identity(sample, config.data)) for sample in samples]
     return settings | {"base": base, "data": hashlib.sha256(json.dumps(listed).encode()).hexdigest()}
-
-
-def _digest(sample: ImageText) -> str:
-    with sample.path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def final_loss(run: RunFolder) -> float:
@@ -49,7 +53,13 @@ def final_loss(run: RunFolder) -> float:
 
 
 def metadata(
-    config: Config, info: BaseInfo, state: AdapterState, samples: Sequence[ImageText], batches: Batches, step: int
+    config: Config,
+    info: BaseInfo,
+    state: AdapterState,
+    kind: Kind,
+    samples: Sequence[Sample],
+    batches: Batches,
+    step: int,
 ) -> dict[str, str]:
     """Returns the metadata of the adapter file.
 
@@ -57,6 +67,7 @@ def metadata(
         config: the run's config.
         info: the base.
         state: the trained adapter.
+        kind: kind of the samples.
         samples: the data.
         batches: how the data was shown.
         step: optimizer steps made.
@@ -84,24 +95,19 @@ def metadata(
         "mixed_precision": _precision(train.precision),
         "network_dropout": config.adapter.dropout or None,
         "network_args": {"parts": config.adapter.parts, "targets": config.adapter.targets},
-        "noise_offset": model.noise_offset or None,
-        "min_snr_gamma": model.min_snr_gamma,
-        "caption_dropout_rate": model.caption_dropout,
-        "flip_aug": config.data.flip,
-        "enable_bucket": config.data.buckets,
-        "resolution": f"({samples[0].size[0]}, {samples[0].size[1]})",
+        **{word: getattr(model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
+        **kind.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
-        **(_published(samples) if config.output.publish_tags else {}),
+        **(_published(kind, samples) if config.output.publish_tags else {}),
     }
     return build(
         state,
         architecture=info.architecture,
         name=RunFolder(Path(config.output.path)).name(config),
         written_at=time.time(),
-        resolution=samples[0].size,
         prediction_type=info.prediction,
-        trigger=samples[0].trigger,
         training=training,
+        **kind.headline(samples),
     )
 
 
@@ -111,10 +117,10 @@ def _precision(precision: str) -> str:
     return {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(dtype, "no")
 
 
-def _published(samples: Sequence[ImageText]) -> dict[str, Any]:
+def _published(kind: Kind, samples: Sequence[Sample]) -> dict[str, Any]:
     captions: dict[str, list[str]] = {}
     for sample in samples:
-        captions.setdefault(sample.path.parent.name, []).extend(sample.captions)
+        captions.setdefault(sample.path.parent.name, []).extend(kind.texts(sample))
     folders = Counter(sample.path.parent.name for sample in samples)
     repeats = {sample.path.parent.name: sample.num_repeats for sample in samples}
     dirs = {name: {"n_repeats": repeats[name], "img_count": count} for name, count in folders.items()}

@@ -23,17 +23,16 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.tuning import use_channels_last, use_threads
-from lora_diffusion.core.types import AdapterState, ImageText, Loaded, Prepared, Request
-from lora_diffusion.data import cache, sources
+from lora_diffusion.core.types import AdapterState, Loaded, Prepared, Sample
+from lora_diffusion.data import cache
 from lora_diffusion.data.batches import Batches
-from lora_diffusion.data.report import DataReport, describe
-from lora_diffusion.evaluation.pictures import save_image
+from lora_diffusion.data.kinds import KINDS, Report
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training import checkpoint, memory, record, run_folder
 from lora_diffusion.training.hooks import PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer, total_steps
-from lora_diffusion.workflows._steps import prompt_grid
+from lora_diffusion.workflows._previews import SAVERS
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         RunError: the run failed; its folder can be continued with `resume`.
     """
     family: Family = registry.find("families", config.model.family)
+    kind = KINDS[family.sample_type]
     variant = variants.find(config.adapter.variant, config.model.quantization)
     info = family.check(config.model)
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
     cache.check(config.cache)
-    samples = sources.read(config.data, info)
+    samples = kind.read(config.data, info)
     _say_what_is_trained(plan, config, samples)
 
     processes = PartialState()
@@ -71,14 +71,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             write_json(run.plan_path, plan.to_json())
         use_threads(config.train.threads, run.path / "machine.json")
         trained = frozenset(config.adapter.parts)
-        fingerprint = record.fingerprint(config, family.cache_key(config.model, trained), samples)
+        fingerprint = record.fingerprint(config, kind, family.cache_key(config.model, trained), samples)
         latest = checkpoint.find_latest(run.path) if resume else None
         if latest:
             checkpoint.check_fingerprint(latest, fingerprint)
         loaded = family.load(config.model, pick_device())
         use_channels_last(loaded.parts.values(), loaded.device)
         with processes.main_process_first():
-            items = cache.prepare(family, loaded, samples, trained, config.cache, config.data.flip)
+            items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
         hooks = _prepare_previews(config, family, loaded, samples, run)
         loaded.release(*(loaded.encoders - trained - (loaded.decoders if hooks else frozenset())))
 
@@ -92,16 +92,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         trainer.fit(batches)
 
         state = read_state(loaded)
-        state = replace(state, metadata=record.metadata(config, info, state, samples, batches, trainer.step))
+        state = replace(state, metadata=record.metadata(config, info, state, kind, samples, batches, trainer.step))
         formats = config.output.formats if processes.is_main_process else ()
         files = tuple(_write(state, family, config, name, run) for name in formats)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
 
 
-def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[ImageText]) -> None:
+def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:
     for line in plan.lines():
         logger.info(line)
-    if getattr(config.model, "prior_share", 0) and all(sample.prior_caption is None for sample in samples):
+    priors = (getattr(sample, "prior_caption", None) for sample in samples)
+    if getattr(config.model, "prior_share", 0) and all(prior is None for prior in priors):
         logger.warning(
             "model.prior_share=%g does nothing, since no trigger words were found: give all captions the same made-up "
             "words, or name them with data.trigger, so that the rest of the base stays as it is.",
@@ -130,22 +131,16 @@ def _write(state: AdapterState, family: Family, config: Config, format_name: str
 
 
 def _prepare_previews(
-    config: Config, family: Family, loaded: Loaded, samples: Sequence[ImageText], run: RunFolder
+    config: Config, family: Family, loaded: Loaded, samples: Sequence[Sample], run: RunFolder
 ) -> list[PreviewHook]:
-    """Draws what the base alone makes of the prompts, which also encodes them while the text encoder is there."""
-    every, preview = config.train.preview_every_steps, config.preview
+    """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there."""
+    every, save = config.train.preview_every_steps, SAVERS[family.sample_type]
     if not every:
         return []
-    prompts = preview.prompts or tuple(dict.fromkeys(sample.captions[0] for sample in samples))[:4]
-    requests = [
-        Request(prompt, seed, preview.negative, preview.num_steps, preview.guidance)
-        for prompt in prompts
-        for seed in preview.seeds
-    ]
+    requests = KINDS[family.sample_type].previews(samples, config.preview)
 
     def draw(step: int) -> None:
-        outputs = family.generate(loaded, requests)
-        save_image(prompt_grid(outputs, preview.seeds), run.previews_path / f"step-{step:06d}.png")
+        save(family.generate(loaded, requests), config.preview, run.previews_path / f"step-{step:06d}")
 
     draw(0)
     if "text_encoder" in config.adapter.parts:
@@ -157,7 +152,7 @@ def _prepare_previews(
 class Outlook:
     """What a training run would do."""
 
-    data: DataReport
+    data: Report
     plan: InjectionPlan
     memory: memory.MemoryEstimate
     num_steps: int
@@ -183,15 +178,16 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
     """
     family: Family = registry.find("families", config.model.family)
+    kind = KINDS[family.sample_type]
     variants.find(config.adapter.variant, config.model.quantization)
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
     plan = make_plan(skeleton, family.parts, config.adapter)
     run_folder.check(config, resume=not overwrite, overwrite=overwrite)
     cache.check(config.cache)
-    samples = sources.read(config.data, info)
+    samples = kind.read(config.data, info)
     trained = frozenset(config.adapter.parts)
-    example = family.example(config.model, trained, config.train.batch_size, _largest(samples))
+    example = family.example(config.model, trained, config.train.batch_size, kind.largest(samples))
     device = pick_device()
     estimate = memory.estimate(
         skeleton,
@@ -201,10 +197,6 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
         compute_dtype(config.train.precision, device),
         config.train.gradient_checkpointing,
     )
-    stubs = [Prepared(sample.key, {}, f"{sample.size}", sample.num_repeats) for sample in samples]
+    stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
     num_steps_per_epoch = _batches(stubs, family, config).num_steps_per_epoch
-    return Outlook(describe(samples), plan, estimate, total_steps(config.train, num_steps_per_epoch))
-
-
-def _largest(samples: Sequence[ImageText]) -> tuple[int, int]:
-    return max((sample.size for sample in samples), key=lambda size: size[0] * size[1])
+    return Outlook(kind.describe(samples), plan, estimate, total_steps(config.train, num_steps_per_epoch))

@@ -214,6 +214,7 @@ def test_sections_are_read_only() -> None:
             "=",
         ),
         *("a: 'b' \"c\"", "<<", "\t", "a, b", "0x1f", ".5", "-1", "???x"),
+        *("a ${5} cat", "${", "\\${a}", "a\\\\${b.c}"),
     ],
 )
 def test_texts_survive_the_saved_config(tmp_path: Path, text: str) -> None:
@@ -228,6 +229,11 @@ def test_texts_survive_the_saved_config(tmp_path: Path, text: str) -> None:
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load(path) == config
     assert differences(load(path), config) == []
+
+
+def test_a_reference_to_no_key_says_how_to_write_the_characters() -> None:
+    with pytest.raises(ConfigError, match=r"preview.prompts\[0\].*\$\{output.name\}; write \\\$\{"):
+        load(None, [*NEEDED, 'preview.prompts=["a ${5} cat"]'])
 
 
 def test_differences_name_key_and_both_values() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from PIL import Image
 
-from lora_diffusion.config.schema import DataConfig
+from lora_diffusion.config.schema import PictureDataConfig
 from lora_diffusion.core.types import BaseInfo, ImageText, Loaded, Prepared
 from lora_diffusion.data import sources
 
@@ -37,8 +38,11 @@ class Dataset:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
+    def config(self, **settings) -> PictureDataConfig:
+        return PictureDataConfig(path=str(self.root), **settings)
+
     def read(self, **settings) -> list[ImageText]:
-        return sources.read(DataConfig(path=str(self.root), **settings), INFO)
+        return sources.read(self.config(**settings), INFO)
 
 
 @pytest.fixture
@@ -52,6 +56,7 @@ def dataset(tmp_path: Path) -> Dataset:
 class FakeFamily:
     """Keeps the mean colour of each view; remembers which samples it was asked for."""
 
+    sample_type: ClassVar = ImageText
     version: str = "1"
     asked: list[list[str]] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)

@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 from lora_diffusion.config.schema import CacheConfig
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.data import cache
+from lora_diffusion.data import cache, pictures
 
 _UNET = frozenset({"unet"})
 
@@ -24,7 +24,7 @@ def run(dataset, family, loaded, tmp_path):
     def call(flip=False, trained=_UNET, **settings):
         family.asked.clear()
         config = CacheConfig(path=str(tmp_path / "cache"))
-        items = cache.prepare(family, loaded, dataset.read(**settings), trained, config, flip)
+        items = cache.prepare(family, loaded, dataset.read(**settings), trained, config, dataset.config(flip=flip))
         return items, [key for keys in family.asked for key in keys]
 
     return call
@@ -144,17 +144,17 @@ def test_a_cache_that_cannot_be_written(dataset, family, loaded, tmp_path):
     dataset.picture("a.png")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cache\.path"):
-        cache.prepare(family, loaded, dataset.read(), _UNET, CacheConfig(path=str(tmp_path / "file")), flip=False)
+        cache.prepare(family, loaded, dataset.read(), _UNET, CacheConfig(path=str(tmp_path / "file")), dataset.config())
 
 
 def test_batches_stay_below_the_pixel_limit(dataset, family, loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_BATCH_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(pictures, "_BATCH_PIXELS", 2 * 64 * 64)
     for index in range(5):
         Image.new("RGB", (64, 64), (index, 0, 0)).save(dataset.root / f"{index}.png")
     samples = [replace(sample) for sample in dataset.read(captions="optional")]
     config = CacheConfig(path=str(tmp_path / "cache"))
-    cache.prepare(family, loaded, samples, _UNET, config, flip=False)
+    cache.prepare(family, loaded, samples, _UNET, config, dataset.config())
     assert [shape[:2] for shape in family.shapes] == [(2, 1), (2, 1), (1, 1)]
     family.shapes.clear()
-    cache.prepare(family, loaded, samples, _UNET, config, flip=True)
+    cache.prepare(family, loaded, samples, _UNET, config, dataset.config(flip=True))
     assert [shape[:2] for shape in family.shapes] == [(1, 2)] * 5

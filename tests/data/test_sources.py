@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_diffusion.config.schema import DataConfig
+from lora_diffusion.config.schema import PictureDataConfig
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.data import sources
 from lora_diffusion.data.report import describe
@@ -141,7 +141,7 @@ def test_folders_that_cannot_be_used(tmp_path, path, reason):
     (tmp_path / "empty" / "a.heic").touch()
     (tmp_path / "empty" / "a.txt").touch()
     with pytest.raises(DataError, match=reason):
-        sources.read(DataConfig(path=str(tmp_path / path)), INFO)
+        sources.read(PictureDataConfig(path=str(tmp_path / path)), INFO)
 
 
 def test_without_any_caption_one_fault_names_files_that_look_like_them(dataset):
@@ -233,10 +233,10 @@ def test_reading_does_not_import_torch(dataset):
     dataset.picture("a.png")
     code = (
         "import sys\n"
-        "from lora_diffusion.config.schema import DataConfig\n"
+        "from lora_diffusion.config.schema import PictureDataConfig\n"
         "from lora_diffusion.core.types import BaseInfo\n"
         "from lora_diffusion.data import batches, cache, report, sources\n"
-        "samples = sources.read(DataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', 'epsilon', ''))\n"
+        "samples = sources.read(PictureDataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', 'epsilon', ''))\n"
         "report.describe(samples)\n"
         "assert 'torch' not in sys.modules\n"
     )

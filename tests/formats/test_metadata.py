@@ -54,8 +54,8 @@ def test_base_versions(architecture: str, prediction: str, version: str, is_v2: 
 
 def test_none_is_left_out_and_unknown_bases_are_refused() -> None:
     assert "ss_clip_skip" not in _build(training={"clip_skip": None})
-    with pytest.raises(UnsupportedError, match="kohya has no name for llava"):
-        _build(architecture="llava")
+    with pytest.raises(UnsupportedError, match="no name for unknown"):
+        _build(architecture="unknown")
 
 
 @pytest.mark.parametrize("rank", [4, 32])

@@ -1,0 +1,164 @@
+"""Recordings as training hears them: one channel at the base's sampling rate, decoded by libsndfile."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.extras import require
+from lora_diffusion.core.rng import derive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+"""Files with these endings are taken for recordings, in any case."""
+_SILENCE = 1e-3
+"""A recording whose largest sample is below this, -60 dB, holds no speech."""
+_SHORTEST_S = 0.1
+_EXTRA = "audio"
+
+Content = Path | Callable[[], bytes]
+"""A file, or what gives the content of one."""
+
+
+class RecordingError(DataError):
+    """A recording cannot be used."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Keeps the reason by itself, for lists in which the file goes by another name."""
+        self.reason = reason
+        super().__init__(f"{name}: {reason}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recording is, besides its sound."""
+
+    duration_s: float
+    sampling_rate: int
+    """In Hz, of the file."""
+    num_channels: int
+    digest: str
+    """SHA-256 of the bytes."""
+
+
+def decode(content: Content, sampling_rate: int, start_s: float = 0.0, duration_s: float | None = None) -> np.ndarray:
+    """Returns the sound of a file, its channels mixed down to one, at a sampling rate.
+
+    Args:
+        content: the file.
+        sampling_rate: in Hz; another one in the file is resampled by soxr at its high quality.
+        start_s: where to begin, in seconds.
+        duration_s: how long, in seconds; None goes to the end.
+
+    Returns:
+        [num_samples], float32 in about -1..1.
+
+    Raises:
+        RecordingError: it cannot be decoded.
+    """
+    soundfile, soxr = _packages()
+    try:
+        with soundfile.SoundFile(_stream(content)) as file:
+            file.seek(round(start_s * file.samplerate))
+            frames = -1 if duration_s is None else round(duration_s * file.samplerate)
+            sound, rate = file.read(frames, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise RecordingError(str(content), _explain(content, error)) from error
+    return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
+
+
+def check(content: Content, longest_s: float) -> Facts:
+    """Returns the facts of a recording that can be trained on, decoded in full.
+
+    Args:
+        content: the file.
+        longest_s: seconds; longer ones are refused before they are decoded.
+
+    Raises:
+        RecordingError: it cannot be decoded, or is empty, silent or too long.
+    """
+    import hashlib
+
+    name = str(content)
+    soundfile, _ = _packages()
+    data = _bytes(content)
+    try:
+        info = soundfile.info(io.BytesIO(data))
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise RecordingError(name, _explain(content, error)) from error
+    if info.frames < _SHORTEST_S * info.samplerate:
+        raise RecordingError(name, f"holds {info.duration:.2f} s of sound; record it again or move it away.")
+    if info.duration > longest_s:
+        raise RecordingError(
+            name, f"is {clock(info.duration)} long, and the base hears {longest_s:g} s at once; cut it."
+        )
+    sound = decode(lambda: data, info.samplerate)
+    if len(sound) < 0.99 * info.frames:
+        raise RecordingError(name, f"breaks off after {len(sound) / info.samplerate:.1f} of {info.duration:.1f} s.")
+    if not np.isfinite(sound).all():
+        raise RecordingError(name, "holds samples that are not numbers; export it again.")
+    if np.abs(sound).max() < _SILENCE:
+        raise RecordingError(name, "is silent (nothing above -60 dB); record it again or move it away.")
+    return Facts(len(sound) / info.samplerate, info.samplerate, info.channels, hashlib.sha256(data).hexdigest())
+
+
+def at_speed(sound: np.ndarray, speed: float, sampling_rate: int) -> np.ndarray:
+    """Returns the sound played faster or slower, its pitch with it, by resampling.
+
+    Source: Ko et al. 2015, "Audio augmentation for speech recognition", section 2.
+    """
+    _, soxr = _packages()
+    return sound if speed == 1 else soxr.resample(sound, sampling_rate * speed, sampling_rate)
+
+
+def with_noise(sound: np.ndarray, ratio_db: float) -> np.ndarray:
+    """Returns the sound with white noise at a signal-to-noise ratio; equal arguments give equal noise."""
+    import torch
+
+    rng = derive(0, "noise", len(sound), f"{ratio_db:g}")
+    scale = float(np.sqrt(np.mean(sound**2)) * 10 ** (-ratio_db / 20))
+    noise: Tensor = torch.randn(len(sound), generator=rng)
+    return sound + scale * noise.numpy()
+
+
+def clock(seconds: float) -> str:
+    """Returns a duration as people write it.
+
+    >>> clock(4.25), clock(7261)
+    ('4.2 s', '2:01:01')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02} min"
+
+
+def _packages() -> tuple[Any, Any]:
+    return require("soundfile", "Reading recordings", _EXTRA), require("soxr", "Resampling recordings", _EXTRA)
+
+
+def _bytes(content: Content) -> bytes:
+    try:
+        return content() if callable(content) else content.read_bytes()
+    except OSError as error:
+        raise RecordingError(str(content), f"cannot be read ({error.strerror}); correct its access rights.") from error
+
+
+def _stream(content: Content) -> Any:
+    return io.BytesIO(content()) if callable(content) else str(content)
+
+
+def _explain(content: Content, error: Exception) -> str:
+    size = len(content()) if callable(content) else content.stat().st_size
+    if size == 0:
+        return "is empty (0 bytes); replace it or move it away."
+    return f"cannot be decoded ({str(error).strip().rstrip('.')}); it is damaged or no sound file, export it again."

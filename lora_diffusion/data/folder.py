@@ -1,0 +1,118 @@
+"""The files of a data set, and the end of a check that lists all that is wrong with them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lora_diffusion.core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a data set, sorted; nothing in it is ever changed."""
+
+    root: Path
+    noun: str
+    """What messages call the files, say "pictures"."""
+    files: tuple[Path, ...]
+    """Those to train on."""
+    others: tuple[Path, ...]
+
+    def name(self, path: Path) -> str:
+        """Returns a path as the user knows it: below the folder, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
+
+    @cached_property
+    def by_stem(self) -> dict[Path, tuple[Path, ...]]:
+        """The files to train on by their path without ending."""
+        stems: dict[Path, tuple[Path, ...]] = {}
+        for file in self.files:
+            stem = file.with_suffix("")
+            stems[stem] = (*stems.get(stem, ()), file)
+        return stems
+
+
+def list_folder(path: str, noun: str, endings: Sequence[str]) -> Folder:
+    """Returns the files of a folder and its subfolders, without hidden ones.
+
+    Args:
+        path: `data.path`.
+        noun: what messages call the files to train on.
+        endings: how their names end, in small letters; any case is found.
+
+    Raises:
+        DataError: there is no such folder, or no file to train on in it.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise DataError(f"data.path={path}: there is no such folder (looked at {root.absolute()}); correct the path.")
+    if not root.is_dir():
+        raise DataError(f"data.path={path} is a file; give the folder that holds the {noun}.")
+    try:
+        found = list(_walk(root, {root.resolve()}))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); correct its access rights.") from error
+    files = tuple(file for file in found if file.suffix.lower() in endings)
+    if not files:
+        counts = Counter(file.suffix.lower() or "(no ending)" for file in found).most_common(5)
+        present = ", ".join(f"{count} {ending}" for ending, count in counts) or "nothing"
+        raise DataError(
+            f"data.path={path} and its subfolders hold no {noun} ({', '.join(endings)}), but {present}; "
+            f"give the folder with the {noun}, or convert them."
+        )
+    return Folder(root, noun, files, tuple(file for file in found if file.suffix.lower() not in endings))
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        if not entry.is_dir():
+            yield entry
+        elif (target := entry.resolve()) not in seen:
+            seen.add(target)
+            yield from _walk(entry, seen)
+
+
+def read_text(folder: Folder, file: Path, faults: list[str]) -> str | None:
+    """Returns the content of a UTF-8 file, or None and a fault."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if "\0" not in text:
+            return text
+        faults.append(f"{folder.name(file)}: holds NUL characters, as UTF-16 does; save the file as UTF-8.")
+    except UnicodeDecodeError as error:
+        value, line = error.object[error.start], error.object.count(b"\n", 0, error.start) + 1
+        faults.append(
+            f"{folder.name(file)}: byte 0x{value:02x} at position {error.start} (line {line}) is not UTF-8; "
+            "save the file as UTF-8."
+        )
+    except OSError as error:
+        faults.append(f"{folder.name(file)}: cannot be read ({error.strerror}); correct its access rights or link.")
+    return None
+
+
+def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> None:
+    """Ends the check.
+
+    Args:
+        folder: what was checked.
+        texts: what belongs to the files, say "captions".
+        faults: all that is wrong.
+        unreadable: how many of them are files that `data.skip_bad` would leave out.
+
+    Raises:
+        DataError: there are faults; it lists all of them.
+    """
+    if not faults:
+        return
+    skip = f", or set data.skip_bad=true to leave out {folder.noun} that cannot be read" if unreadable else ""
+    faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
+    raise DataError(
+        f"data.path={folder.root}: {faults_of} {len(folder.files)} {folder.noun} and {texts}; correct the files{skip}.",
+        faults,
+    )

@@ -1,0 +1,76 @@
+"""Pictures with captions, as a kind of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_diffusion.config.schema import PictureDataConfig, PreviewConfig
+from lora_diffusion.core.files import sha256
+from lora_diffusion.core.types import BaseInfo, ImageText, Request
+from lora_diffusion.data import images, report, sources
+
+_BATCH_PIXELS = 1024**2
+_BATCH_SAMPLES = 16
+
+
+class _Pictures:
+    """See `data.kinds.Kind` for what each method must do."""
+
+    noun = "pictures"
+
+    def read(self, config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
+        """Reads the folder with `sources.read`."""
+        return sources.read(config, info)
+
+    def identity(self, sample: ImageText, config: PictureDataConfig) -> list[Any]:
+        """Names the picture by its bytes, and how it is scaled, cropped and captioned."""
+        place = [sample.size, sample.original_size, sample.crop, config.flip]
+        return [sha256(sample.path), *place, sample.captions, sample.prior_caption]
+
+    def open(self, sample: ImageText, config: PictureDataConfig) -> ImageText:
+        """Decodes the picture, scaled and cropped to its bucket."""
+        return replace(sample, pixels=images.load_pixels(sample.path, sample.size, config.flip))
+
+    def group(self, sample: ImageText) -> str:
+        """Names the bucket."""
+        return f"{sample.size[0]}x{sample.size[1]}"
+
+    def num_at_once(self, sample: ImageText, config: PictureDataConfig) -> int:
+        """Limits the pixels of all views together."""
+        width, height = sample.size
+        return min(max(_BATCH_PIXELS // (width * height * (1 + config.flip)), 1), _BATCH_SAMPLES)
+
+    def describe(self, samples: Sequence[ImageText]) -> report.DataReport:
+        """Compares the pictures with `report.describe`."""
+        return report.describe(samples)
+
+    def largest(self, samples: Sequence[ImageText]) -> tuple[int, int]:
+        """Gives width and height in pixels."""
+        return max((sample.size for sample in samples), key=lambda size: size[0] * size[1])
+
+    def previews(self, samples: Sequence[ImageText], config: PreviewConfig) -> list[Request]:
+        """Asks for the prompts, or for the first captions, with each seed."""
+        prompts = config.prompts or tuple(dict.fromkeys(sample.captions[0] for sample in samples))[:4]
+        return [
+            Request(prompt, seed, config.negative, config.num_steps, config.guidance)
+            for prompt in prompts
+            for seed in config.seeds
+        ]
+
+    def metadata(self, samples: Sequence[ImageText], config: PictureDataConfig) -> dict[str, Any]:
+        """Tells size, mirroring and buckets."""
+        width, height = samples[0].size
+        return {"flip_aug": config.flip, "enable_bucket": config.buckets, "resolution": f"({width}, {height})"}
+
+    def headline(self, samples: Sequence[ImageText]) -> dict[str, Any]:
+        """Gives the size of the first picture, and the trigger words."""
+        return {"resolution": samples[0].size, "trigger": samples[0].trigger}
+
+    def texts(self, sample: ImageText) -> tuple[str, ...]:
+        """Gives the captions."""
+        return sample.captions
+
+
+KIND = _Pictures()

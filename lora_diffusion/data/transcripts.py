@@ -1,0 +1,172 @@
+"""Transcripts: where they are written, and the timestamps in them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.data.folder import Folder, read_text
+
+BESIDE = ".txt"
+_TABLES = (".csv", ".tsv", ".jsonl")
+FILE_KEYS = ("file_name", "file", "path", "audio")
+TEXT_KEYS = ("transcription", "transcript", "text", "sentence")
+_TIMESTAMP = re.compile(r"<\|(\d+\.\d\d)\|>")
+TASKS = ("transcribe", "translate")
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What is said in a recording, and what a table says of it besides."""
+
+    text: str
+    language: str | None = None
+    task: str | None = None
+    origin: str = ""
+    """Where it is written, for messages."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a transcript between two timestamps, in seconds."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+def collect(folder: Folder, faults: list[str]) -> dict[Path, Transcript]:
+    """Returns the transcript of each recording that has one: a text file beside it, or a line of a table.
+
+    Tables are metadata.csv, metadata.tsv and any .jsonl file, with the columns file_name and transcription (or text,
+    sentence, transcript), and language and task if need be.
+
+    Args:
+        folder: the files.
+        faults: one line is added for each thing that is wrong.
+    """
+    found: dict[Path, Transcript] = {}
+    for file in folder.others:
+        for path, transcript in _read(folder, file, faults):
+            if path in found and found[path].text != transcript.text:
+                origins = f"{found[path].origin} and {transcript.origin}"
+                faults.append(f"{folder.name(path)}: {origins} say different things; keep one of them.")
+            found[path] = transcript
+    return found
+
+
+def of_row(row: Mapping[str, Any], origin: str) -> Transcript:
+    """Returns the transcript of a row of a table.
+
+    Raises:
+        ValueError: it has none, or names an unknown task.
+    """
+    text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
+    if text is None:
+        raise ValueError(f"has no transcript; give it a column {', '.join(TEXT_KEYS[:-1])} or {TEXT_KEYS[-1]}.")
+    task = row.get("task") or None
+    if task not in (None, *TASKS):
+        raise ValueError(f"asks for the task {task!r}; use {' or '.join(TASKS)}.")
+    return Transcript(" ".join(text.split()), row.get("language") or None, task, origin)
+
+
+def segments(text: str) -> list[Segment]:
+    """Returns the pieces of a transcript with timestamps; none if it has no timestamps.
+
+    >>> segments("<|0.00|> one<|1.50|><|2.00|> two<|3.10|>")
+    [Segment(start_s=0.0, end_s=1.5, text=' one'), Segment(start_s=2.0, end_s=3.1, text=' two')]
+    """
+    pieces = _TIMESTAMP.split(text)
+    triples = zip(pieces[1::2], pieces[2::2], pieces[3::2], strict=False)
+    return [Segment(float(start), float(end), words) for start, words, end in triples if words.strip()]
+
+
+def without_timestamps(text: str) -> str:
+    """Returns the words alone.
+
+    >>> without_timestamps("<|0.00|> one two<|1.50|>")
+    'one two'
+    """
+    return " ".join(_TIMESTAMP.sub(" ", text).split())
+
+
+def join(pieces: list[Segment], longest_s: float) -> list[list[Segment]]:
+    """Returns neighbouring segments in groups that last at most `longest_s`, as few as there can be.
+
+    Raises:
+        ValueError: a single segment is longer, or they are out of order.
+    """
+    groups: list[list[Segment]] = []
+    for piece in pieces:
+        if piece.end_s - piece.start_s > longest_s:
+            raise ValueError(
+                f"its timestamps {piece.start_s:.2f} and {piece.end_s:.2f} are more than {longest_s:g} s apart"
+            )
+        if piece.end_s <= piece.start_s or (groups and piece.start_s < groups[-1][-1].end_s):
+            raise ValueError(f"its timestamp {piece.start_s:.2f} is out of order")
+        if groups and piece.end_s - groups[-1][0].start_s <= longest_s:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    return groups
+
+
+def shifted(pieces: list[Segment]) -> str:
+    """Returns the transcript of a group of segments, its timestamps counted from the start of the first."""
+    start = pieces[0].start_s
+    return "".join(f"<|{p.start_s - start:.2f}|>{p.text}<|{p.end_s - start:.2f}|>" for p in pieces)
+
+
+def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path, Transcript]]:
+    suffix = file.suffix.lower()
+    if suffix == BESIDE:
+        recordings = folder.by_stem.get(file.with_suffix(""), ())
+        text = read_text(folder, file, faults) if recordings else None
+        for path in recordings if text is not None else ():
+            yield path, Transcript(" ".join((text or "").split()), origin=folder.name(file))
+    elif suffix == ".jsonl" or (suffix in _TABLES and file.stem == "metadata"):
+        text = read_text(folder, file, faults)
+        yield from _read_table(folder, file, text or "", faults)
+
+
+def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript]]:
+    recordings = set(folder.files)
+    for number, row in _rows(file, text):
+        place = f"{folder.name(file)}, line {number}"
+        try:
+            if not isinstance(row, dict):
+                raise ValueError("is no JSON object; correct the line.")
+            name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
+            if name is None:
+                raise ValueError('names no file; give it a column "file_name".')
+            path = file.parent / name
+            if path not in recordings:
+                raise ValueError(f"there is no recording {name}; correct the name or remove the line.")
+            yield path, of_row(row, place)
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
+
+
+def _rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    if file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield number, _parsed(line)
+        return
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
