@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_diffusion.workflows.adapter_files import export as export
     from lora_diffusion.workflows.adapter_files import inspect as inspect
+    from lora_diffusion.workflows.checkpoints import MergeResult as MergeResult
+    from lora_diffusion.workflows.checkpoints import find_model as find_model
+    from lora_diffusion.workflows.checkpoints import merge as merge
     from lora_diffusion.workflows.comparison import compare as compare
     from lora_diffusion.workflows.composition import Composition as Composition
     from lora_diffusion.workflows.composition import compose as compose
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapter_files": ("export", "inspect"),
+    "checkpoints": ("MergeResult", "find_model", "merge"),
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
     "pictures": ("Pictures", "generate"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
-from lora_diffusion.core.files import check_writable
+from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import detect, stored_dtypes
@@ -50,3 +50,20 @@ def common_dtype(paths: Iterable[Path]) -> str:
     names = {"F16": "fp16", "BF16": "bf16"}
     found = set().union(*(stored_dtypes(path) for path in paths))
     return names.get(found.pop(), "fp32") if len(found) == 1 else "fp32"
+
+
+def file_names(paths: Sequence[Path]) -> list[str]:
+    """Returns names without folders, with a number where one occurs again.
+
+    >>> file_names([Path("a/x"), Path("b/x"), Path("y")])
+    ['x (1)', 'x (2)', 'y']
+    """
+    names = [path.name for path in paths]
+    numbered = (f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names))
+    return [longer if names.count(name) > 1 else name for name, longer in zip(names, numbered, strict=True)]
+
+
+def hash_adapter(path: Path) -> str:
+    """Returns the sha256 of a file, or those of the files of a folder, joined by spaces."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return " ".join(map(sha256, files))

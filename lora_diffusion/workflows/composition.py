@@ -15,13 +15,12 @@ from lora_diffusion.compose.record import Source
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.core.files import sha256
 from lora_diffusion.core.lowrank import RankRule
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.formats import detect
 from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.workflows._files import check_target, common_dtype, read_alone
+from lora_diffusion.workflows._files import check_target, common_dtype, file_names, hash_adapter, read_alone
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def compose(
     format_: Format = registry.find("formats", "kohya")
     check_target(output_path, format_, overwrite)
     families, states = zip(*(read_alone(path) for path, _ in adapters), strict=True)
-    names = _names([path for path, _ in adapters])
+    names = file_names([path for path, _ in adapters])
     terms = [
         Term(name, state, part_weights(state, weights, name))
         for name, state, (_, weights) in zip(names, states, adapters, strict=True)
@@ -150,18 +149,8 @@ def _name(key: ModuleKey) -> str:
     return f"{key.part}/{key.path}"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Returns file names, with a number where one occurs again."""
-    names = [path.name for path in paths]
-    return [
-        f"{name} ({names[: index + 1].count(name)})" if names.count(name) > 1 else name
-        for index, name in enumerate(names)
-    ]
-
-
 def _source(path: Path, term: Term) -> Source:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return Source(term.name, " ".join(map(sha256, files)), term.weights, term.state.metadata)
+    return Source(term.name, hash_adapter(path), term.weights, term.state.metadata)
 
 
 def _write(made: Sum, sources: Sequence[Source], family: Family, format_: Format, path: Path, dtype: str) -> None:

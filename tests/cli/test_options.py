@@ -19,6 +19,7 @@ OPTIONS = {
     "inspect": "path",
     "resize": "input output --rank --energy --dtype --overwrite",
     "compose": "adapters --output --rank --energy --dtype --overwrite",
+    "merge": "--model --adapter --output --dtype --family --overwrite",
     "config": "action",
     "config list": "",
     "config copy": "name target",

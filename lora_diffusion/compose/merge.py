@@ -1,0 +1,173 @@
+"""Adapters added into a base checkpoint on disk."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_diffusion.compose.checkpoint import (
+    Change,
+    Checkpoint,
+    Place,
+    check_space,
+    opened,
+    rewrite,
+    size_after,
+    verify,
+)
+from lora_diffusion.compose.linear import Term, keys
+from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.core.errors import UnsupportedError, VerificationError
+from lora_diffusion.core.files import atomic_path, write_json
+from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.types import ModuleKey
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_WEIGHT_SUFFIXES = frozenset((".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"))
+_INDEX = ".safetensors.index.json"
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A base checkpoint with adapters in it."""
+
+    path: Path
+    num_modules: int
+    num_changed: int
+    """Tensors that differ from the base; one may hold several modules, and a folder may hold a module twice."""
+    num_kept: int
+    """Tensors of the rewritten files that are those of the base, apart from their number type."""
+
+
+def merge(
+    checkpoint: Checkpoint, terms: Sequence[Term], path: Path, dtype: torch.dtype | None, told: Mapping[str, str]
+) -> Merged:
+    """Writes a base with the weighted changes of adapters added: summed in float32, cast once, read back and compared.
+
+    The change of each adapter is that to the weight of the base alone, as it is where adapters stay live. Files beside
+    the weights are copied, hidden ones and weights that would keep the old state are left out with a warning.
+
+    Args:
+        checkpoint: the base, left as it is.
+        terms: adapters that fit it.
+        path: folder if the base is one, else file; replaced if it exists.
+        dtype: number type of all weights; None keeps each its own.
+        told: added to the metadata of every changed file.
+
+    Raises:
+        ModelError: the base lacks the weight of a module.
+        UnsupportedError: the base is stored quantized.
+        ConfigError: the disk has too little room.
+        NonFiniteError: a sum does not fit the number type.
+        VerificationError: what was read back differs.
+    """
+    changes = _changes(checkpoint, terms)
+    jobs = {checkpoint.path: Path()} if checkpoint.path.is_file() else _folder_jobs(checkpoint.path)
+    rewritten = {file for file in jobs if file.suffix == ".safetensors" and (file in changes or dtype)}
+    check_space(path, sum(size_after(file, dtype) if file in rewritten else file.stat().st_size for file in jobs))
+    with atomic_path(path) as temporary:
+        for file, relative in jobs.items():
+            target = temporary / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file in rewritten:
+                own = changes.get(file, {})
+                rewrite(file, target, own, dtype, told if own else {})
+                verify(file, target, own, dtype)
+            else:
+                _copy(file, target)
+        if dtype:
+            _correct_indices(temporary)
+    num_changed = sum(map(len, changes.values()))
+    num_kept = sum(_num_tensors(file) for file in rewritten) - num_changed
+    return Merged(path, len(keys(terms)), num_changed, num_kept)
+
+
+def _changes(checkpoint: Checkpoint, terms: Sequence[Term]) -> dict[Path, dict[str, Change]]:
+    """Returns file -> tensor name -> what is to be done to it."""
+    pieces: dict[Path, dict[str, list[tuple[Place, ModuleKey]]]] = {}
+    for key in keys(terms):
+        for place in checkpoint.places(key):
+            pieces.setdefault(place.file, {}).setdefault(place.name, []).append((place, key))
+    for file, names in pieces.items():
+        _check_floating(file, list(names))
+    return {file: {name: _change(own, terms) for name, own in names.items()} for file, names in pieces.items()}
+
+
+def _change(pieces: Sequence[tuple[Place, ModuleKey]], terms: Sequence[Term]) -> Change:
+    def change(tensor: Tensor) -> Tensor:
+        import torch
+
+        whole = tensor.to(torch.float32, copy=True)
+        for place, key in pieces:
+            weight = place.view(whole)
+            base = weight.clone()
+            for term in terms:
+                if key in term.state.modules:
+                    weight += term.weights[key.part] * delta_weight(term.state.modules[key], base)
+        return whole
+
+    return change
+
+
+def _check_floating(path: Path, names: Sequence[str]) -> None:
+    with opened(path) as file:
+        wrong = [f"{name} is {dtype}" for name in names if (dtype := file.get_slice(name).get_dtype()) not in _FLOATING]
+    if wrong:
+        raise UnsupportedError(
+            f"{path} stores {len(wrong)} of the weights quantized, and merging would round the adapter away; merge "
+            "into the checkpoint that was quantized, then quantize the result.",
+            wrong[:_SHOWN],
+        )
+
+
+def _folder_jobs(folder: Path) -> dict[Path, Path]:
+    """Returns file of the folder -> its path below it, for all that belongs to the merged model."""
+    files = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
+    visible = {
+        file: relative for file, relative in files.items() if not any(part.startswith(".") for part in relative.parts)
+    }
+    stale = [file for file, relative in visible.items() if _is_stale(file, relative)]
+    if stale:
+        logger.warning(
+            "%d weight file(s) are left out, since they would still hold the base without the adapters: %s",
+            len(stale),
+            name_some([str(visible[file]) for file in stale]),
+        )
+    return {file: relative for file, relative in visible.items() if file not in stale}
+
+
+def _is_stale(file: Path, relative: Path) -> bool:
+    """Says whether a file holds weights in another form than the one that is merged into."""
+    if file.suffix not in _WEIGHT_SUFFIXES:
+        return False
+    return len(relative.parts) == 1 or (file.suffix != ".safetensors" and any(file.parent.glob("*.safetensors")))
+
+
+def _copy(file: Path, target: Path) -> None:
+    shutil.copy2(file, target)
+    if not filecmp.cmp(file, target, shallow=False):
+        raise VerificationError(f"{target} was copied with other bytes; is the disk sound?")
+
+
+def _correct_indices(folder: Path) -> None:
+    """Writes the size of the shards, which changes with their number type, into their indices."""
+    for path in folder.rglob(f"*{_INDEX}"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        shards = {path.parent / name for name in index.get("weight_map", {}).values()}
+        index.setdefault("metadata", {})["total_size"] = sum(size_after(shard, None) for shard in shards)
+        write_json(path, index)
+
+
+def _num_tensors(path: Path) -> int:
+    with opened(path) as file:
+        return len(file.keys())

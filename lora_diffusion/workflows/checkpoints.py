@@ -1,0 +1,134 @@
+"""Adapters into base checkpoints, and out of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.compose import merge as merging
+from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
+from lora_diffusion.compose.linear import Term, part_weights
+from lora_diffusion.compose.merge import Merged
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import find_dtype
+from lora_diffusion.core.errors import ConfigError, ModelError
+from lora_diffusion.core.files import check_writable
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.workflows._files import file_names, hash_adapter
+from lora_diffusion.workflows._steps import read_adapter
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` wrote."""
+
+    merged: Merged
+    dtype: str
+    adapters: tuple[Mapping[str, Any], ...]
+    """File, hash and weights of each."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "output": str(self.merged.path),
+            "dtype": self.dtype,
+            "modules": self.merged.num_modules,
+            "changed_tensors": self.merged.num_changed,
+            "kept_tensors": self.merged.num_kept,
+            "adapters": list(self.adapters),
+        }
+
+    def text(self) -> str:
+        """Returns one line for people."""
+        return (
+            f"Wrote {self.merged.path} and read it back: {self.merged.num_changed} tensors hold the sum, "
+            f"{self.merged.num_kept} are those of the base ({self.dtype})."
+        )
+
+
+def merge(
+    model: ModelOptions,
+    adapters: Sequence[tuple[Path, float | Mapping[str, float]]],
+    output_path: Path,
+    *,
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> MergeResult:
+    """Writes a base with adapters added to its weights, in the layout that the base has.
+
+    Args:
+        model: the base, of any family.
+        adapters: files or folders, each with one weight or one for each part.
+        output_path: folder, or file if the base is a single file.
+        dtype: fp32, fp16 or bf16; auto keeps that of each tensor.
+        overwrite: replace what is there.
+
+    Raises:
+        InputError: the base, an adapter or the output cannot be used.
+    """
+    family, checkpoint = _open(model)
+    _check_output(checkpoint.path, output_path, overwrite)
+    names = file_names([path for path, _ in adapters])
+    terms = []
+    for (path, asked), name in zip(adapters, names, strict=True):
+        state = read_adapter(path, family, model)
+        terms.append(Term(name, state, part_weights(state, asked, name)))
+    made_from = [
+        {"file": term.name, "sha256": hash_adapter(path), "weights": dict(term.weights)}
+        for term, (path, _) in zip(terms, adapters, strict=True)
+    ]
+    told = {
+        "modelspec.merged_from": ", ".join([Path(model.path).name, *names]),
+        "lora_diffusion.merged": json.dumps({"model": model.path, "adapters": made_from}),
+    }
+    chosen = None if dtype == "auto" else find_dtype(dtype)
+    merged = merging.merge(checkpoint, terms, output_path, chosen, told)
+    return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(made_from))
+
+
+def find_model(path: str, family: str | None = None) -> ModelOptions:
+    """Returns the options of a base of the named family, or of the first that takes it.
+
+    Raises:
+        ModelError: no family takes it; says why for each.
+    """
+    faults: dict[str, str] = {}
+    for name in [family] if family else registry.available("families"):
+        found: Family = registry.find("families", name)
+        options: ModelOptions = found.options_type(family=name, path=path)
+        try:
+            found.check(options)
+        except ModelError as error:
+            faults[name] = str(error)
+        else:
+            return options
+    if len(set(faults.values())) == 1:
+        raise ModelError(faults.popitem()[1])
+    raise ModelError(f"{path} is no base of a known family.", [f"{name}: {fault}" for name, fault in faults.items()])
+
+
+def _open(model: ModelOptions) -> tuple[Family, Checkpoint]:
+    family: Family = registry.find("families", model.family)
+    path = family.check(model).path
+    names = family.key_map("ldm" if path.is_file() else "peft", model)
+    return family, open_checkpoint(path, family.parts, names)
+
+
+def _check_output(base: Path, output: Path, overwrite: bool) -> None:
+    """Checks that writing a base to a path destroys nothing but a base, and not the one that is read."""
+    check_writable(output.absolute().parent, "--output")
+    base, new = base.resolve(), output.resolve()
+    if new == base or base in new.parents:
+        raise ConfigError(f"--output {output} lies in the base that is read; give another name.")
+    if new.exists() and not overwrite:
+        raise ConfigError(f"--output {output} exists; give another name or --overwrite.")
+    if new.is_dir() and any(new.iterdir()) and not (new / "model_index.json").is_file():
+        raise ConfigError(f"--output {output} is a folder that holds something else; give another name.")
+    if base.is_file() and (new.is_dir() or new.suffix != ".safetensors"):
+        raise ConfigError(f"--output {output}: a base in one file becomes one; name a file that ends in .safetensors.")
+    if base.is_dir() and new.is_file():
+        raise ConfigError(f"--output {output} is a file, and the base is a folder; name a folder.")
