@@ -22,6 +22,13 @@ def save_output(output: Output, folder: Path, index: int) -> Path:
     request = output.request
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:48] or "empty"
     path = folder / f"{index:03d}-{slug}-seed{request.seed}.png"
+    save_drawn(output, path)
+    return path
+
+
+def save_drawn(output: Output, path: Path) -> None:
+    """Writes a picture as PNG with its settings as the `parameters` text that other tools show."""
+    request = output.request
     info = PngInfo()
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     info.add_text(
@@ -30,7 +37,6 @@ def save_output(output: Output, folder: Path, index: int) -> Path:
         f"Seed: {request.seed}, Size: {output.image.width}x{output.image.height}",
     )
     save_image(output.image, path, info)
-    return path
 
 
 def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:

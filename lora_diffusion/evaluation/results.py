@@ -14,11 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import write_json, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 VERSION = 1
 BASE = "base"
@@ -172,6 +175,24 @@ class Evaluation:
         """Returns the content of evaluation.json."""
         values = {name: _plain(value) for name, value in vars(self).items() if name != "scores"}
         return {"version": VERSION, **values}
+
+    def text(self) -> str:
+        """Returns lines for people: the means over all cases, and the warnings."""
+        width = max(len(candidate.name) for candidate in self.candidates)
+        names = [metric.name for metric in self.metrics]
+        rows = [f"{'':{width}}  {'  '.join(names)}"]
+        for candidate in self.candidates:
+            means = (f"{self.find(candidate.name, name).mean:{len(name)}.3f}" for name in names)
+            rows.append(f"{candidate.name:{width}}  {'  '.join(means)}")
+        return "\n".join([*rows, f"Scored by {', '.join(self.scorer.values()) or 'no model'}.", *self.warnings])
+
+    def table(self) -> pd.DataFrame:
+        """Returns the lines of scores.csv as a table."""
+        import pandas as pd
+
+        return pd.DataFrame(map(vars, self.scores), columns=_COLUMNS).astype(
+            {"step": "Int64", "case": "Int64", "seed": "Int64"}
+        )
 
     def candidate(self, name: str) -> Candidate:
         """Returns the candidate of that name."""

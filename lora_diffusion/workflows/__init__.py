@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.composition import Composition as Composition
     from lora_diffusion.workflows.composition import compose as compose
     from lora_diffusion.workflows.composition import resize as resize
+    from lora_diffusion.workflows.evaluation import Question as Question
+    from lora_diffusion.workflows.evaluation import evaluate as evaluate
+    from lora_diffusion.workflows.evaluation import evaluate_as_table as evaluate_as_table
+    from lora_diffusion.workflows.evaluation import failed_gates as failed_gates
     from lora_diffusion.workflows.pictures import Pictures as Pictures
     from lora_diffusion.workflows.pictures import generate as generate
     from lora_diffusion.workflows.training_run import Outlook as Outlook
@@ -25,6 +29,7 @@ _HOMES = {
     "checkpoints": ("MergeResult", "find_model", "merge"),
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
+    "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
     "pictures": ("Pictures", "generate"),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
 }

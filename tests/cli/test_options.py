@@ -15,6 +15,8 @@ OPTIONS = {
     "quickstart": "--output --overwrite",
     "train": "--config --resume --dry-run --overwrite overrides",
     "generate": "--config --model --adapter --prompt --negative --seed --steps --guidance --size --output",
+    "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --training --metrics "
+    "--clip --scorer --seed --negative --steps --guidance --size --cache --assert --output",
     "export": "run_path --to --output --overwrite",
     "inspect": "path",
     "resize": "input output --rank --energy --dtype --overwrite",

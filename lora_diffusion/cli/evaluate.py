@@ -1,0 +1,125 @@
+"""`lora-diffusion evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import print_result, set_up_logs, size
+from lora_diffusion.core.errors import ConfigError, GateError
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("evaluate", help="score adapters, checkpoints and weights against the base alone")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--config", type=Path, help="take the base model from a training config")
+    base.add_argument("--model", help="builtin:emoji, a folder, a .safetensors checkpoint or a hub id")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FILE:WEIGHT",
+        help="may be given several times; A:0.8+B:0.6 are used together",
+    )
+    parser.add_argument("--run", type=Path, dest="run_path", metavar="RUN_DIR", help="compare the checkpoints of a run")
+    parser.add_argument("--weights", type=_numbers, default=(1.0,), help="multiply all weights with each, say 0,0.5,1")
+    parser.add_argument("--prompts", required=True, metavar="FILE|SUITE", help="prompts by kind, say dreambooth-object")
+    parser.add_argument("--trigger", action="append", default=[], help="words for {trigger}, the next for {trigger2}")
+    parser.add_argument(
+        "--class", action="append", default=[], dest="classes", help="words for {class}, the next for {class2}"
+    )
+    parser.add_argument("--references", type=Path, metavar="DIR", help="real pictures that were not trained on")
+    parser.add_argument("--training", type=Path, metavar="DIR", help="training pictures, to find copies")
+    parser.add_argument("--metrics", type=_names, default=(), help="say clip_text,clip_image; default: all that can be")
+    parser.add_argument("--clip", metavar="NAME", help="CLIP that scores: MODEL/TAG of open_clip, a folder or a hub id")
+    parser.add_argument(
+        "--scorer",
+        action="append",
+        type=_pair,
+        default=[],
+        metavar="KIND=NAME",
+        help="another model that scores, say dino=FOLDER",
+    )
+    parser.add_argument("--seed", action="append", type=int, help="may be given several times; default 0 to 3")
+    parser.add_argument("--negative", default="", help="what the pictures should not show")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="how strictly to follow the prompt (5); 1 = off")
+    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels; default: what the base was trained on")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep pictures there too, for other evaluations")
+    parser.add_argument(
+        "--assert",
+        action="append",
+        default=[],
+        dest="gates",
+        metavar="METRIC>=NUMBER",
+        help='exit with 1 unless it holds for all candidates; "METRIC@CANDIDATE>=NUMBER" asks for one',
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the result; pictures in it are used again"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from lora_diffusion.config.load import load
+    from lora_diffusion.config.schema import REQUIRED
+
+    model = None
+    if args.config or args.model:
+        model = load(args.config, [f"model.path={args.model}"] if args.model else [], required=False).model
+        if model.path == REQUIRED:
+            raise ConfigError(f"{args.config} names no base; give model.path in it, or --model instead of --config.")
+    set_up_logs(args)
+    from accelerate import PartialState
+
+    from lora_diffusion import workflows
+
+    question = workflows.Question(
+        output_path=args.output,
+        prompts=args.prompts,
+        model=model,
+        adapters=args.adapter,
+        run=args.run_path,
+        weights=args.weights,
+        references=args.references,
+        training=args.training,
+        metrics=args.metrics,
+        scorers=dict(args.scorer) | ({"clip": args.clip} if args.clip else {}),
+        seeds=args.seed or (0, 1, 2, 3),
+        triggers=args.trigger,
+        classes=args.classes,
+        num_steps=args.steps,
+        guidance=args.guidance,
+        size=args.size,
+        negative=args.negative,
+        cache_path=args.cache,
+        gates=args.gates,
+    )
+    evaluation = workflows.evaluate(question)
+    failed = workflows.failed_gates(evaluation, args.gates)
+    if PartialState().is_main_process:
+        text = f"{evaluation.text()}\nScores and pictures are in {args.output}"
+        print_result(args, {**evaluation.to_json(), "failed": failed}, text)
+    if failed:
+        raise GateError(f"{len(failed)} condition(s) of --assert do not hold.", failed)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    kind, sign, name = text.partition("=")
+    if not kind or not sign or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} names no scorer; write KIND=NAME, say dino=FOLDER")
+    return kind, name
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; write them with commas, say 0,0.5,1") from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))

@@ -1,0 +1,106 @@
+"""What a metric says of all candidates, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.protocols import Metric
+from lora_diffusion.evaluation.results import ALL, Case, Summary
+from lora_diffusion.evaluation.statistics import Interval, interval
+
+_NAMED = 6
+_MANY = 10_000
+_FEW_PROMPTS = 5
+"""With fewer, resampling cannot know how much prompts differ."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The values of one metric."""
+
+    metric: Metric
+    candidates: Sequence[str]
+    """The base is the first."""
+    cases: Sequence[Case]
+    """Those that the metric judges."""
+    values: NDArray[np.float64]
+    """[candidates, cases, seeds]; one seed if the metric gives one value for each prompt."""
+    num_seeds: int
+    """Pictures behind each case."""
+
+    def summaries(self) -> list[Summary]:
+        """Returns means, intervals and paired differences of each candidate, for each kind of case and for all."""
+        kinds = (*dict.fromkeys(case.kind for case in self.cases), ALL)
+        return [self._summary(index, kind) for kind in kinds for index in range(len(self.candidates))]
+
+    def difference(self, index: int, other: int, kind: str = ALL) -> Interval:
+        """Returns how much more one candidate has than another with the same prompts and noise."""
+        rows = self._rows(kind)
+        return interval(rows[index] - rows[other])
+
+    def _rows(self, kind: str) -> NDArray[np.float64]:
+        return self.values[:, [kind in (case.kind, ALL) for case in self.cases]]
+
+    def _summary(self, index: int, kind: str) -> Summary:
+        own = interval(self._rows(kind)[index])
+        differences: list[float | None] = []
+        for other in (0, 1):
+            if index == other or other >= len(self.candidates):
+                differences += [None] * 3
+            else:
+                found = self.difference(index, other, kind)
+                differences += [found.mean, found.low, found.high]
+        count = self._rows(kind)[index].size
+        return Summary(self.candidates[index], self.metric.name, kind, own.mean, own.low, own.high, count, *differences)
+
+    @cached_property
+    def ranking(self) -> list[int]:
+        """The candidates after the base, the best first."""
+        means = self.values.mean(axis=(1, 2)) * (1 if self.metric.higher_is_better else -1)
+        return sorted(range(1, len(self.candidates)), key=lambda index: -means[index])
+
+    def doubts(self) -> list[str]:
+        """Returns a line for each question that these pictures cannot answer, with the number it would take."""
+        after_base = range(1, len(self.candidates))
+        questions = [("the base", [(index, 0) for index in after_base])]
+        questions += [(self.candidates[1], [(index, 1) for index in after_base[1:]])] if len(after_base) > 1 else []
+        found = [line for what, pairs in questions if (line := self._doubt(what, pairs))]
+        if len(after_base) > 2:
+            best, second = self.ranking[:2]
+            found += filter(None, [self._doubt(f"the best, {self.candidates[best]}", [(second, best)])])
+        return found
+
+    def _doubt(self, what: str, pairs: Sequence[tuple[int, int]]) -> str | None:
+        num_pictures = len(self.cases) * self.num_seeds
+        open_ = []
+        for index, other in pairs:
+            found = self.difference(index, other)
+            # Equal pictures, as those of weight 0 and of the base, are no question.
+            if found.covers_zero and found.low < found.high:
+                open_.append(f"{self.candidates[index]} ({_spelled(found.num_needed(num_pictures))} needed)")
+        if not open_:
+            return None
+        names = name_some(open_, _NAMED)
+        return f"{self.metric.name}: {num_pictures} pictures are too few to tell these from {what}: {names}."
+
+
+def _spelled(number: float) -> str:
+    """Returns a number of pictures with two digits, as it is a rough guess."""
+    return f"about {float(f'{number:.2g}'):,.0f}" if number < _MANY else f"over {_MANY:,}"
+
+
+def doubts(judgements: Sequence[Judgement]) -> list[str]:
+    """Returns what the user should know before trusting the numbers."""
+    found = []
+    few = min((len(judgement.cases) for judgement in judgements), default=_FEW_PROMPTS)
+    if few < _FEW_PROMPTS:
+        found.append(
+            f"Some metrics have {few} prompt(s) to judge, too few to trust their intervals; use {_FEW_PROMPTS} or more."
+        )
+    return [*found, *(line for judgement in judgements for line in judgement.doubts())]

@@ -1,0 +1,189 @@
+"""What an evaluation compares: adapter files, checkpoints of a run and compositions, each at several weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_diffusion.adapters.merge import remove
+from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.core.files import sha256
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.types import AdapterState, Loaded, Output, Request
+from lora_diffusion.core.weighted import weighted_files
+from lora_diffusion.evaluation.drawing import Look, look
+from lora_diffusion.evaluation.results import BASE, Candidate, FileHash
+from lora_diffusion.training import checkpoint
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._steps import attach, read_adapter, read_checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter on the disk."""
+
+    name: str
+    file: FileHash
+    content: str
+    """Hash of what it does to the base, whatever the spelling of its file."""
+    trigger: str
+    read: Callable[[], AdapterState]
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is tried at each weight: one adapter, or several together."""
+
+    parts: tuple[tuple[Source, float], ...]
+
+    def candidate(self, scale: float) -> Candidate:
+        """Returns the entry with its weights multiplied."""
+        weights = {source.name: weight * scale for source, weight in self.parts}
+        if len(self.parts) > 1:
+            name = "+".join(f"{source.name}:{weight:g}" for source, weight in self.parts)
+            return Candidate(f"{name}@{float(scale)}", None, None, None, weights, scale)
+        ((source, _),) = self.parts
+        (weight,) = weights.values()
+        file = source.file
+        return Candidate(f"{source.name}@{float(weight)}", file.path, file.sha256, source.step, weights, weight)
+
+
+def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults: Faults) -> list[Entry]:
+    """Returns an entry for each FILE, FILE:WEIGHT or FILE:WEIGHT+FILE:WEIGHT; files that do not fit are faults."""
+    asked = []
+    for text in texts:
+        with faults.noted():
+            asked.append(weighted_files(text))
+    paths = list(dict.fromkeys(path for parts in asked for path, _ in parts))
+    stems = Counter(path.stem for path in paths)
+    sources = {}
+    for path in paths:
+        with faults.noted():
+            name = path.stem if stems[path.stem] == 1 else str(path)
+            sources[path] = _source(name, path, _hash(path), partial(read_adapter, path, family, model))
+    return [
+        Entry(tuple((sources[path], weight) for path, weight in parts))
+        for parts in asked
+        if all(path in sources for path, _ in parts)
+    ]
+
+
+def from_run(run: RunFolder, config: Config, family: Family, faults: Faults) -> list[Entry]:
+    """Returns an entry for each checkpoint of a run, oldest first; damaged ones are faults."""
+    entries = []
+    saved = checkpoint.saved_steps(run.path)
+    if not saved:
+        faults.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
+    for step, path in saved.items():
+        with faults.noted():
+            read = partial(read_checkpoint, path, config, family)
+            source = _source(path.name, path, sha256(path / "adapter.safetensors"), read)
+            entries.append(Entry(((replace(source, step=step), 1.0),)))
+    return entries
+
+
+def _source(name: str, path: Path, digest: str, read: Callable[[], AdapterState]) -> Source:
+    state = read()
+    return Source(name, FileHash(str(path), digest), _content(state), _trigger(state), read)
+
+
+def _hash(path: Path) -> str:
+    """Returns the hash of a file, or of the files of a folder that PEFT wrote."""
+    if path.is_file():
+        return sha256(path)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    lines = [f"{file.relative_to(path).as_posix()} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _content(state: AdapterState) -> str:
+    digest = hashlib.sha256()
+    for key, adapter in sorted(state):
+        digest.update(repr((*key, adapter.variant, adapter.alpha)).encode())
+        _add_tensors(digest, adapter.tensors)
+    return digest.hexdigest()
+
+
+def _add_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def triggers(entries: Sequence[Entry], run: RunFolder | None, config: Config | None, family: Family) -> list[str]:
+    """Returns the words that call the adapters up, as their files or their run tell them, each once."""
+    found = [source.trigger for entry in entries for source, _ in entry.parts]
+    if run and config:
+        told = str(getattr(config.data, "trigger", "auto"))
+        found.append("" if told == "auto" else told)
+        with Faults().noted():  # a run that has not finished has no adapter file yet
+            found.append(_trigger(read_adapter(run.find_adapter(config), family, config.model)))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def _trigger(state: AdapterState) -> str:
+    return state.metadata.get("modelspec.trigger_phrase", "")
+
+
+def base_key(loaded: Loaded) -> str:
+    """Returns a hash of all of a base that decides what it draws: weights, scheduler, number types and device."""
+    digest = hashlib.sha256(f"{loaded.device.type} {loaded.info.prediction}".encode())
+    for name, module in sorted({**loaded.parts, **loaded.modules}.items()):
+        if isinstance(module, nn.Module):
+            digest.update(name.encode())
+            _add_tensors(digest, module.state_dict())
+        elif isinstance(module, str | int | float):
+            digest.update(f"{name} {module}".encode())
+    scheduler = loaded.modules.get("scheduler")
+    digest.update(repr(sorted(dict(getattr(scheduler, "config", {})).items(), key=str)).encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class Studio:
+    """Draws with one candidate's adapters at a time."""
+
+    family: Family
+    loaded: Loaded
+    entries: Mapping[str, tuple[Entry, Candidate]]
+    """Candidate -> what it is made of."""
+    attached: tuple[str, ...] = ()
+    """Names of the adapters that the base carries now."""
+
+    def draw(self, candidate: str, requests: Sequence[Request]) -> list[Output]:
+        """Draws requests as a candidate does."""
+        if candidate == BASE:
+            self._carry(())
+            return self.family.generate(self.loaded, requests)
+        entry, asked = self.entries[candidate]
+        names = self._carry(entry.parts)
+        weights = {names[source]: weight for source, weight in asked.weights.items()}
+        return self.family.generate(self.loaded, [replace(request, weights=weights) for request in requests])
+
+    def _carry(self, parts: Sequence[tuple[Source, float]]) -> dict[str, str]:
+        """Lets the base carry these adapters and no others; returns source -> name on the base."""
+        wanted = tuple(source.name for source, _ in parts)
+        if wanted != self.attached:
+            remove(self.loaded)
+            attach(self.loaded, [source.read() for source, _ in parts], [1.0] * len(parts))
+            self.attached = wanted
+        return {name: f"adapter{index}" for index, name in enumerate(wanted)}
+
+
+def looks(entries: Mapping[str, tuple[Entry, Candidate]]) -> dict[str, Look]:
+    """Returns candidate -> what makes its pictures; the base comes first."""
+    found: dict[str, Look] = {BASE: ()}
+    for name, (entry, candidate) in entries.items():
+        contents = {source.name: source.content for source, _ in entry.parts}
+        found[name] = look({contents[source]: weight for source, weight in candidate.weights.items()})
+    return found

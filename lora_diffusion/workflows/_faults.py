@@ -1,0 +1,31 @@
+"""Faults of the input, gathered so that all of them can be told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lora_diffusion.core.errors import ConfigError, LoraDiffusionError
+
+
+class Faults(list[str]):
+    """One text for each thing that is wrong."""
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Adds an error of ours that ends the block, instead of letting it out."""
+        try:
+            yield
+        except LoraDiffusionError as error:
+            self.append(str(error).replace("\n", "\n  "))
+
+    def stop(self, command: str) -> None:
+        """Raises what was found.
+
+        Raises:
+            ConfigError: there are faults.
+        """
+        if len(self) == 1:
+            raise ConfigError(self[0])
+        if self:
+            raise ConfigError(f"{command} was asked with {len(self)} faults; nothing was done.", self)
