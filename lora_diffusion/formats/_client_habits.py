@@ -1,0 +1,282 @@
+"""What only one client does with a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from lora_diffusion.formats import _client_checks as shared
+from lora_diffusion.formats import _client_rules as rules
+from lora_diffusion.formats._client_file import AdapterFile
+from lora_diffusion.formats._client_rules import HIDDEN, LOST, Client, Fate
+from lora_diffusion.formats._header import LENGTH_BYTES
+from lora_diffusion.formats._trial import Trial
+
+_PUBLISHED_NAMES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_JSON_TEXTS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_bucket_info")
+_VERSION_REMEDY = "lora-diffusion metadata edit FILE --set ss_base_model_version={} --set ss_v2={}"
+
+
+_CONVERT = "write it anew: lora-diffusion convert FILE NEW --to {}"
+_COMMON = (shared.find_double_names, shared.find_missing_alpha, shared.find_dora, shared.find_bad_numbers)
+
+
+def _view_header(trial: Trial) -> None:
+    num_bytes = trial.file.headers[0].num_bytes
+    if num_bytes > rules.LARGEST_VIEWED_HEADER:
+        text = f"a header of {num_bytes:,} bytes, above {rules.LARGEST_VIEWED_HEADER:,} ComfyUI shows no metadata"
+        trial.report("large header", HIDDEN, text, "lora-diffusion metadata strip FILE")
+
+
+def _count_unmatched(trial: Trial) -> None:
+    """Applies nothing where too many tensors are left over, as Forge does."""
+    lost = {module.name: module for module in trial.file.modules if trial.factors[module.name] == 0}
+    unmatched = len(trial.file.strays) + sum(len(module.roles) for module in lost.values())
+    unmatched += sum("magnitude" in module.roles for module in trial.applied())
+    if unmatched > rules.FORGE_MOST_UNMATCHED:
+        fate = Fate("file", LOST, f"applies nothing at all once more than {rules.FORGE_MOST_UNMATCHED} are left over")
+        remedy = _CONVERT.format("kohya")
+        what = f"module(s) with {unmatched} tensors that find no place"
+        trial.suffer("unmatched", fate, what, remedy, list(lost) or list(trial.file.strays) or list(trial.factors))
+
+
+def _drop_what_fits_no_type(trial: Trial) -> None:
+    """Drops the file where a module that A1111 finds has tensors that make no kind of adapter there."""
+    names = [
+        module.name
+        for module in trial.file.modules
+        if module.spelling == "diffusion_model."
+        or (module.style == "norm" and not {"w_norm", "b_norm"} <= module.roles.keys() and module.key)
+        or (module.style == "glora" and "alpha" not in module.roles and module.key)
+    ]
+    what, remedy = "module(s) with tensors that make no kind it knows", _CONVERT.format("kohya")
+    trial.suffer("no type", trial.client.fates["style"], what, remedy, names)
+
+
+def _miss_upsampler(trial: Trial) -> None:
+    family, spelling, path = rules.A1111_MISSED
+    missed = [
+        module.name
+        for module in trial.applied()
+        if trial.base.family == family
+        and module.spelling == spelling
+        and module.key
+        and re.fullmatch(path, module.key.path)
+    ]
+    what = "module(s) that A1111's table for SD1 calls otherwise in SDXL"
+    trial.suffer(
+        "missed",
+        trial.client.fates["unknown"],
+        what,
+        _CONVERT.format("kohya"),
+        missed,
+    )
+
+
+def _forget_alpha(trial: Trial) -> None:
+    """Forgets alpha, as A1111 does, where the factors are called lora_A and lora_B."""
+    factors = {
+        module.name: 1 / module.scale
+        for module in trial.applied()
+        if module.style == "peft" and module.alpha is not None and module.scale
+    }
+    shared.report_scales(trial, factors, "alpha forgotten", "lora_A and lora_B, with which A1111 forgets alpha")
+
+
+def _fuse_attention(trial: Trial) -> None:
+    """Loses attention of OpenCLIP towers, where A1111 wants q, k, v and out together."""
+    part = rules.A1111_FUSED.get(trial.base.family)
+    layers: dict[str, list[str]] = {}
+    for module in trial.applied():
+        if module.key and module.key.part == part and ".self_attn." in module.key.path:
+            layers.setdefault(module.key.path.rsplit(".", 1)[0], []).append(module.name)
+    names = [name for own in layers.values() if len(own) < len(("q", "k", "v", "out")) for name in own]
+    fate = Fate("module", LOST, "joins q, k and v of this text encoder and applies them only if out is there too")
+    remedy = "add the missing ones as zeros: lora-diffusion convert FILE NEW --to kohya"
+    trial.suffer("fused attention", fate, "attention module(s) of layers without all of q, k, v and out", remedy, names)
+
+
+def _start_of_header(trial: Trial) -> None:
+    if trial.file.headers[0].start not in (b'{"', b"{'"):
+        text = 'a header that does not begin with {", without which A1111 reads no metadata'
+        trial.report("header start", HIDDEN, text, "write it anew: lora-diffusion metadata edit FILE")
+
+
+def _a1111_version(metadata: Mapping[str, str]) -> str:
+    if metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "sdxl"
+    return "sd2" if metadata.get("ss_v2") == "True" else "sd1" if metadata else ""
+
+
+def _forge_version(metadata: Mapping[str, str]) -> str:
+    architecture = metadata.get("modelspec.architecture")
+    if architecture == "stable-diffusion-xl-v1-base/lora" or _a1111_version(metadata) == "sdxl":
+        return "sdxl"
+    if metadata.get("ss_v2") == "True":
+        return "sd2"
+    return "sd1" if architecture == "stable-diffusion-v1/lora" else ""
+
+
+def _listed_as(version: Callable[[Mapping[str, str]], str]) -> Callable[[Trial], None]:
+    """Returns the check that a file is listed beside checkpoints of its own kind, by the client's rule."""
+
+    def check(trial: Trial) -> None:
+        found, family = version(trial.file.metadata), trial.base.family
+        if found and found != family:
+            text = f"{trial.client.title} lists it for {_PUBLISHED_NAMES[found]} by its metadata, and hides it beside "
+            text += f"{_PUBLISHED_NAMES[family]} checkpoints"
+            remedy = _VERSION_REMEDY.format(_VERSIONS[family], family == "sd2")
+            trial.report("version", HIDDEN, text, remedy)
+
+    return check
+
+
+def _shown_details(trial: Trial) -> None:
+    """Looks at the metadata that A1111 and Forge show and trust."""
+    metadata = trial.file.metadata
+    broken = [name for name in _JSON_TEXTS if name in metadata and not _is_json(metadata[name])]
+    if broken:
+        text = f"{', '.join(broken)} hold no JSON, on which the details page of {trial.client.title} fails"
+        remedy = f"lora-diffusion metadata edit FILE {' '.join(f'--unset {name}' for name in broken)}"
+        trial.report("details", HIDDEN, text, remedy)
+    told = metadata.get("sshs_model_hash")
+    if told and told != _content_hash(trial.file):
+        text = (
+            f"sshs_model_hash is not that of its tensors, so {trial.client.title} and model sites take it for another"
+        )
+        trial.report("hash", HIDDEN, text, "lora-diffusion metadata edit FILE computes it anew")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _content_hash(file: AdapterFile) -> str:
+    with file.path.open("rb") as stream:
+        stream.seek(LENGTH_BYTES + file.headers[0].num_bytes)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _refuse_record_beside_alphas(trial: Trial) -> None:
+    """Refuses a file of kohya's that also holds diffusers' own record."""
+    with_alpha = [module.name for module in trial.applied() if module.alpha is not None]
+    if "lora_adapter_metadata" in trial.file.metadata:
+        fate = trial.client.fates["style"]
+        remedy = "lora-diffusion metadata edit FILE --unset lora_adapter_metadata"
+        what = "module(s) with alpha beside diffusers' own record of alphas"
+        trial.suffer("two records", fate, what, remedy, with_alpha)
+
+
+def _drop_ldm_names(trial: Trial) -> None:
+    """Drops all LDM names of an SDXL file that also holds others, as diffusers does."""
+    ldm = [module.name for module in trial.applied() if module.spelling == "lora_unet_ ldm"]
+    if any(re.search(r"(down|up)_blocks|mid_block", name) for name in trial.file.names):
+        fate = Fate("module", LOST, "drops those in LDM spelling without a word")
+        remedy = _CONVERT.format("kohya")
+        trial.suffer("two spellings", fate, "module(s) in LDM spelling beside others in diffusers'", remedy, ldm)
+
+
+def _refuse_unmatched_part(trial: Trial) -> None:
+    """Stops where a network has an adapter, but none of its modules is found, as diffusers does."""
+    unet = [module for module in trial.file.modules if module.name.startswith(("lora_unet_", "unet."))]
+    if unet and not any(trial.factors[module.name] for module in unet):
+        names = [module.name for module in unet]
+        trial.suffer(
+            "no module",
+            trial.client.fates["shape"],
+            "names, none of which the UNet has",
+            _CONVERT.format("diffusers"),
+            names,
+        )
+
+
+def _share_alphas(trial: Trial) -> None:
+    """Gives attention and text encoders the commonest alpha of a part, and so all that have none, as diffusers does."""
+    factors: dict[str, float] = {}
+    for part in {module.key.part for module in trial.applied() if module.key}:
+        own = [module for module in trial.applied() if module.key and module.key.part == part]
+        counted = Counter(module.alpha for module in own if module.alpha is not None)
+        if not counted:
+            continue
+        commonest = counted.most_common(1)[0][0]
+        for module in own:
+            is_shared = part != "unet" or bool(re.search(r"attn[12]", module.name)) or module.alpha is None
+            if is_shared and module.rank and module.scale:
+                factors[module.name] = commonest / module.rank / module.scale
+    what = "an alpha other than the commonest, which diffusers gives to all attention and text encoders"
+    shared.report_scales(trial, factors, "alphas differ", what)
+
+
+def _infer_text_encoder(trial: Trial) -> None:
+    """Wants out_proj or mlp in a text encoder, by which diffusers tells the spelling."""
+    parts = {module.key.part for module in trial.applied() if module.key} - {"unet"}
+    for part in sorted(parts):
+        own = [module for module in trial.applied() if module.key and module.key.part == part]
+        if not any(re.search(r"out_proj|mlp", module.name) for module in own):
+            fate = Fate("file", LOST, "stops: it cannot tell the spelling of the text encoder")
+            remedy = "add the missing ones as zeros: lora-diffusion convert FILE NEW --to kohya"
+            names = [module.name for module in own]
+            trial.suffer("text encoder", fate, "text encoder module(s), but no out_proj and no mlp", remedy, names)
+
+
+def _take_for_own(trial: Trial) -> None:
+    """Loads nothing of a kohya file with one tensor called otherwise, which diffusers takes for one of its own."""
+    others = [name for name in trial.file.names if not name.startswith(rules.DIFFUSERS_KOHYA_STARTS)]
+    if 2 * len(others) < len(trial.file.names):
+        fate = Fate("file", LOST, "takes the file for one of its own because of these, and loads nothing")
+        what = "tensor(s) that are not called as kohya calls them, unlike the others"
+        trial.suffer("stray", fate, what, _CONVERT.format("kohya"), others)
+
+
+def _refuse_names_without_lora(trial: Trial) -> None:
+    names = [name for name in trial.file.names if "lora" not in name and "dora_scale" not in name]
+    what = "tensor(s) whose names do not hold 'lora'"
+    trial.suffer("no lora", trial.client.fates["shape"], what, _CONVERT.format("diffusers"), names)
+
+
+def _read_first_style(trial: Trial) -> None:
+    """Lets the first UNet name decide whether older names are converted, as diffusers does."""
+    first = next((name for name in trial.file.names if name.startswith("unet.")), "")
+    older = "lora_A" not in first
+    dropped = ("linear_layer",) if older else ("diffusers", "linear_layer", "processor")
+    names = [
+        module.name
+        for module in trial.applied()
+        if module.key and module.key.part == "unet" and module.style in dropped
+    ]
+    fate = Fate("module", LOST, "looks at the first name only and drops these without an error")
+    remedy = _CONVERT.format("diffusers")
+    trial.suffer("mixed styles", fate, "module(s) called otherwise than the first", remedy, names)
+
+
+CHECKS: Mapping[Client, tuple[Callable[[Trial], None], ...]] = {
+    rules.COMFYUI: (shared.find_lost, *_COMMON, shared.find_ignored_record, _view_header),
+    rules.FORGE: (
+        *(shared.find_lost, _count_unmatched, *_COMMON, shared.find_ignored_record),
+        *(_listed_as(_forge_version), _shown_details),
+    ),
+    rules.A1111: (
+        *(shared.find_lost, _drop_what_fits_no_type, _miss_upsampler, _fuse_attention, *_COMMON, _forget_alpha),
+        *(shared.find_ignored_record, shared.find_small_numbers),
+        *(_start_of_header, _listed_as(_a1111_version), _shown_details),
+    ),
+    rules.KOHYA: (shared.find_lost, *_COMMON, shared.find_ignored_record),
+    rules.DIFFUSERS: (
+        *(shared.find_lost, _refuse_record_beside_alphas, _drop_ldm_names, _refuse_unmatched_part),
+        *(_infer_text_encoder, *_COMMON, _share_alphas),
+    ),
+    rules.DIFFUSERS_DOTTED: (
+        *(_take_for_own, _refuse_names_without_lora, shared.find_lost, _read_first_style, _refuse_unmatched_part),
+        *_COMMON,
+    ),
+    rules.PEFT_FOLDER: (shared.find_lost, *_COMMON),
+}
+"""What is looked for in turn, until nothing of the file is left."""

@@ -1,0 +1,21 @@
+"""The table of shapes is that of the real networks."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.formats._published import PUBLISHED, published
+from tests.families.full_size import skeleton
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_shapes_are_those_of_the_published_base(family: str) -> None:
+    real = {
+        ModuleKey(part, path): tuple(module.weight.shape)
+        for part, network in skeleton(family).items()
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    assert published(family) == real

@@ -1,0 +1,440 @@
+"""What clients make of files: the rules against the faults they must find, and against diffusers itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import AdapterFileError, ConfigError
+from lora_diffusion.core.types import AdapterState, ModuleKey
+from lora_diffusion.families._names import key_map
+from lora_diffusion.formats import clients
+from lora_diffusion.formats.clients import Base, Verdict
+from tests.tiny import tiny_pipeline
+from tests.tiny_adapters import random_state, tiny_loaded
+
+Tensors = dict[str, Tensor]
+ALL = tuple(clients.CLIENTS)
+_FORMATS = ("kohya", "diffusers", "peft")
+_Q = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+_METADATA = {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.architecture": "stable-diffusion-v1/lora"}
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    parts = tiny_loaded().parts
+    shapes = {
+        ModuleKey(part, path): tuple(module.weight.shape)
+        for part, network in parts.items()
+        for path, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    return Base("sd1", shapes, [key_map(name, parts, "sd1") for name in _FORMATS])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, base: Base) -> dict[str, Path]:
+    """The same adapter in all spellings."""
+    folder = tmp_path_factory.mktemp("files")
+    state = AdapterState(random_state(tiny_loaded(), alpha=3.0).modules, _METADATA)
+    paths = {}
+    for name, names in zip(_FORMATS, base.names, strict=True):
+        paths[name] = folder / (name if name == "peft" else f"{name}.safetensors")
+        registry.find("formats", name).write(state, names, paths[name], torch.float32)
+    return paths
+
+
+def only(path: Path, base: Base, client: str) -> Verdict:
+    (verdict,) = clients.verify(path, base, [client])
+    return verdict
+
+
+def kinds(verdict: Verdict) -> dict[str, str]:
+    return {problem.kind: problem.severity for problem in verdict.problems}
+
+
+@pytest.mark.parametrize("client", ALL)
+def test_what_we_write_is_applied_whole(client: str, files: dict[str, Path], base: Base) -> None:
+    verdict = only(files["kohya"], base, client)
+    assert verdict.problems == ()
+    assert verdict.is_sound
+    assert verdict.num_applied == verdict.num_modules == len(load_file(files["kohya"])) // 3
+    assert verdict.largest_difference == (pytest.approx(0, abs=1e-3) if client == "a1111" else 0)
+    for name in ("diffusers", "peft"):
+        verdict = only(files[name], base, client)
+        assert verdict.is_sound == (client == "diffusers"), (name, verdict.lines())
+
+
+def _rename(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def _without(*ends: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(ends)}
+
+
+def _change(end: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: change(t) if name.endswith(end) else t for name, t in tensors.items()}
+
+
+def _add(name: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, name: tensor}
+
+
+def _only(*parts: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if any(part in name for part in parts)}
+
+
+def _dora(axis: int) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        down, up = tensors[f"lora_unet_{_Q}.lora_down.weight"], tensors[f"lora_unet_{_Q}.lora_up.weight"]
+        scale = torch.ones(1, down.shape[1]) if axis == 1 else torch.ones(up.shape[0], 1)
+        return {**tensors, f"lora_unet_{_Q}.dora_scale": scale}
+
+    return change
+
+
+def _loha(tensors: Tensors) -> Tensors:
+    stem = f"lora_unet_{_Q}"
+    factors = {"w1_a": (32, 2), "w1_b": (2, 32), "w2_a": (32, 2), "w2_b": (2, 32)}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(stem)}
+    own = {f"{stem}.hada_{role}": torch.ones(shape) for role, shape in factors.items()}
+    return {**kept, **own, f"{stem}.alpha": torch.tensor(1.0)}
+
+
+def _uneven_alpha(tensors: Tensors) -> Tensors:
+    return {
+        name: torch.tensor(2.0) if name.endswith("alpha") and ("to_q" in name or "q_proj" in name) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+_LOST, _WRONG = "lost", "wrong"
+
+
+def _all(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
+    return dict.fromkeys(ALL, kinds)
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]] = {
+    "renamed module": (
+        _rename(f"{_Q}.", f"{_Q}x."),
+        _all({"unknown": _LOST}),
+    ),
+    "renamed tensor": (
+        _rename(f"{_Q}.lora_up.", f"{_Q}x.lora_up."),
+        {"comfyui": {"unknown": _LOST, "no_up": _LOST}, "a1111": {"unknown": _LOST, "no_up": _LOST}}
+        | {"kohya": {"unknown": _LOST, "no_up": _LOST}, "diffusers": {"unknown": _LOST, "no_up": _LOST}},
+    ),
+    "renamed role": (
+        _rename(f"{_Q}.lora_up.", f"{_Q}.lora_upp."),
+        _all({"stray": _LOST, "no_up": _LOST}),
+    ),
+    "stray tensor": (_add("noise", torch.ones(1)), {"kohya": {"stray": _LOST}, "diffusers": {"stray": _LOST}}),
+    "stray tensor of lora": (_add("lora_x.noise", torch.ones(1)), {"diffusers": {"stray": _LOST}}),
+    "all alphas missing": (_without(".alpha"), _all({"alpha missing": _WRONG})),
+    "alpha of some missing": (
+        _without("to_q.alpha"),
+        {
+            **_all({"alpha missing": _WRONG}),
+            "diffusers": {"alpha missing": _WRONG, "alphas differ": _WRONG},
+        },
+    ),
+    "uneven alphas": (_uneven_alpha, {"comfyui": {}, "kohya": {}, "a1111": {}, "diffusers": {"alphas differ": _WRONG}}),
+    "te1 prefix": (
+        _rename("lora_te_", "lora_te1_"),
+        {"comfyui": {}, "a1111": {}, "diffusers": {}, "kohya": {"spelling": _LOST}},
+    ),
+    "te2 prefix": (
+        _rename("lora_te_", "lora_te2_"),
+        {**_all({"unknown": _LOST}), "forge": {"unknown": _LOST, "unmatched": _LOST}},
+    ),
+    "no text_model": (
+        _rename("lora_te_text_model_", "lora_te_"),
+        {"comfyui": {"spelling": _LOST}, "a1111": {"spelling": _LOST}, "kohya": {"spelling": _LOST}, "diffusers": {}},
+    ),
+    "dora along inputs": (
+        _dora(1),
+        {
+            "comfyui": {},
+            "forge": {},
+            "a1111": {},
+            "kohya": {"dora ignored": _WRONG},
+            "diffusers": {"dora ignored": _WRONG},
+        },
+    ),
+    "dora along outputs": (
+        _dora(0),
+        {**_all({"dora axis": _WRONG}), "diffusers": {"dora ignored": _WRONG}, "kohya": {"dora ignored": _WRONG}},
+    ),
+    "loha": (
+        _loha,
+        {"comfyui": {}, "forge": {}, "a1111": {}, "kohya": {"kind loha": _LOST}, "diffusers": {"kind loha": _LOST}},
+    ),
+    "overflow": (
+        _change(f"{_Q}.lora_up.weight", lambda tensor: tensor * 1e6),
+        {"comfyui": {}, "a1111": {"float16 overflow": _WRONG}, "diffusers": {"float16 overflow": _WRONG}},
+    ),
+    "nan": (_change(f"{_Q}.lora_up.weight", lambda t: t * math.nan), _all({"not finite": _WRONG})),
+    "wrong size": (
+        _change(f"{_Q}.lora_down.weight", lambda tensor: tensor[:, :8].contiguous()),
+        {**_all({"shape": _LOST}), "forge": {"shape": _WRONG}},
+    ),
+    "flat 1x1 convolution": (
+        _change("proj_in.lora_down.weight", lambda tensor: tensor.flatten(1)),
+        {"comfyui": {}, "a1111": {}, "kohya": {"dimensions": _LOST}, "diffusers": {"dimensions": _LOST}},
+    ),
+    "up alone": (_without(f"{_Q}.lora_down.weight"), _all({"no_down": _LOST})),
+    "text encoder without out and mlp": (
+        _without(
+            *(
+                f"{end}.{role}"
+                for end in ("out_proj", "fc1", "fc2")
+                for role in ("lora_down.weight", "lora_up.weight", "alpha")
+            )
+        ),
+        {"comfyui": {}, "a1111": {}, "kohya": {}, "diffusers": {"text encoder": _LOST}},
+    ),
+    "hybrid names": (
+        lambda tensors: _rename("lora_up", "lora_B")(_rename("lora_down", "lora_A")(tensors)),
+        {"comfyui": {}, "a1111": {"alpha forgotten": _WRONG}, "kohya": {"style": _LOST}, "diffusers": {"style": _LOST}},
+    ),
+    "tucker": (
+        _add("lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight", torch.ones(4, 4, 3, 3)),
+        {"kohya": {"kind tucker": _LOST}, "diffusers": {"kind tucker": _LOST}},
+    ),
+    "named adapter in peft's names": (
+        lambda tensors: {
+            f"unet.{name}": t
+            for name, t in {
+                "conv_in.lora_A.default.weight": torch.ones(2, 4, 3, 3),
+                "conv_in.lora_B.default.weight": torch.ones(32, 2, 1, 1),
+            }.items()
+        },
+        {
+            "comfyui": {},
+            "a1111": {"spelling": _LOST},
+            "kohya": {"spelling": _LOST},
+            "diffusers": {"style": _LOST, "no module": _LOST},
+        },
+    ),
+}
+
+
+@pytest.fixture(params=FAULTS)
+def fault(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def faulty(fault: str, files: dict[str, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "faulty.safetensors"
+    save_file(FAULTS[fault][0](load_file(files["kohya"])), path, _METADATA)
+    return path
+
+
+def test_fault_is_found_for_each_client(fault: str, faulty: Path, base: Base) -> None:
+    for client, expected in FAULTS[fault][1].items():
+        verdict = only(faulty, base, client)
+        assert kinds(verdict) == expected, (client, verdict.lines())
+        assert verdict.is_sound == (not expected)
+        if any(factor is None for factor in verdict.factors.values()):
+            assert verdict.largest_difference is None
+        elif expected not in ({}, {"stray": _LOST}, {"alpha missing": _WRONG}) or verdict.num_applied == 0:
+            assert verdict.largest_difference > 0.05
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+def _real_changes(pipeline: StableDiffusionPipeline, path: Path) -> dict[str, Tensor] | None:
+    """Returns the change of each module that diffusers really makes, or None if it refuses the file."""
+    pipeline = copy.deepcopy(pipeline)
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="x")
+    except (ValueError, KeyError, RuntimeError):
+        return None
+    changes = {}
+    for part in ("unet", "text_encoder"):
+        for name, module in getattr(pipeline, part).named_modules():
+            # A layer on the meta device was made for the name, but got no numbers.
+            if isinstance(module, LoraLayer) and "x" in module.lora_A and not module.lora_A["x"].weight.is_meta:
+                changes[f"{part}/{name}"] = module.get_delta_weight("x").detach()
+    return changes
+
+
+def test_diffusers_does_what_the_rules_say(faulty: Path, base: Base, pipeline: StableDiffusionPipeline) -> None:
+    """For every module, what diffusers adds is the factor that the rules tell, times what the file says."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    verdict = only(faulty, base, "diffusers")
+    real = _real_changes(pipeline, faulty)
+    file = clients.read_file(faulty, base)
+    told = {module.name: verdict.factors[module.name] for module in file.modules}
+    if real is None:
+        assert set(told.values()) == {0.0}, verdict.lines()
+        return
+    for module in file.modules:
+        if not module.key or not module.is_whole or module.variant != "lora":
+            continue
+        down, up = module.roles["down"].float(), module.roles["up"].float()
+        own = module.scale * (up.flatten(1) @ down.flatten(1))
+        change = real.get(f"{module.key.part}/{module.key.path}", torch.zeros_like(own)).flatten(1)
+        factor = told[module.name]
+        if factor is None:  # a magnitude is left out, the factors stay
+            factor = 1.0
+        if not math.isfinite(factor):
+            continue
+        assert torch.allclose(change, factor * own, rtol=1e-4, atol=1e-6), (module.name, factor)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Base:
+    return Base("sdxl", clients.published("sdxl"), [key_map(name, None, "sdxl") for name in _FORMATS])
+
+
+_SDXL_MODULES = (
+    ModuleKey("unet", "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"),
+    ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"),
+    ModuleKey("unet", "up_blocks.0.upsamplers.0.conv"),
+    *(ModuleKey("text_encoder", f"encoder.layers.0.self_attn.{name}_proj") for name in ("q", "k", "v", "out")),
+    *(
+        ModuleKey("text_encoder_2", f"text_model.encoder.layers.0.self_attn.{name}_proj")
+        for name in ("q", "k", "v", "out")
+    ),
+)
+
+
+def _sdxl_file(path: Path, base: Base, spell: Callable[[ModuleKey], str], keys: tuple[ModuleKey, ...]) -> Path:
+    tensors = {}
+    for key in keys:
+        weight = base.shapes[key]
+        tensors[f"{spell(key)}.lora_down.weight"] = torch.ones(1, *weight[1:])
+        tensors[f"{spell(key)}.lora_up.weight"] = torch.ones(weight[0], 1, *(1,) * (len(weight) - 2))
+        tensors[f"{spell(key)}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"})
+    return path
+
+
+def _in_diffusers_blocks(key: ModuleKey) -> str:
+    prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_"}[key.part]
+    return prefix + key.path.replace(".", "_")
+
+
+def test_sdxl_in_our_spelling_is_applied_whole(sdxl: Base, tmp_path: Path) -> None:
+    path = _sdxl_file(tmp_path / "a.safetensors", sdxl, sdxl.names[0].name, _SDXL_MODULES)
+    assert clients.guess_family(path) == "sdxl"
+    for verdict in clients.verify(path, sdxl):
+        assert (verdict.problems, verdict.largest_difference) == ((), 0)
+
+
+def test_sdxl_in_the_wrong_block_spelling(sdxl: Base, tmp_path: Path) -> None:
+    path = _sdxl_file(tmp_path / "a.safetensors", sdxl, _in_diffusers_blocks, _SDXL_MODULES)
+    verdicts = {verdict.client: kinds(verdict) for verdict in clients.verify(path, sdxl)}
+    assert verdicts == {**_all({}), "a1111": {"missed": _LOST}}
+    mixed = _sdxl_file(
+        tmp_path / "b.safetensors",
+        sdxl,
+        lambda key: sdxl.names[0].name(key) if "mid" in key.path else _in_diffusers_blocks(key),
+        _SDXL_MODULES,
+    )
+    assert kinds(only(mixed, sdxl, "diffusers")) == {"two spellings": _LOST}
+    sd1 = Base("sd1", clients.published("sd1"), [key_map(name, None, "sd1") for name in _FORMATS])
+    keys = (ModuleKey("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),)
+    ldm = _sdxl_file(
+        tmp_path / "c.safetensors", sd1, lambda _: "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", keys
+    )
+    verdicts = {verdict.client: kinds(verdict) for verdict in clients.verify(ldm, sd1)}
+    hidden = {"version": "hidden"}
+    assert verdicts["kohya"] == {"spelling": _LOST}
+    assert verdicts["diffusers"] == {"spelling": _LOST}
+    assert (verdicts["comfyui"], verdicts["forge"], verdicts["a1111"]) == ({}, hidden, hidden)
+
+
+def test_a1111_wants_all_of_fused_attention(sdxl: Base, tmp_path: Path) -> None:
+    keys = tuple(key for key in _SDXL_MODULES if not key.path.endswith("out_proj"))
+    path = _sdxl_file(tmp_path / "a.safetensors", sdxl, sdxl.names[0].name, keys)
+    verdict = only(path, sdxl, "a1111")
+    (problem,) = verdict.problems
+    assert (problem.kind, problem.severity) == ("fused attention", _LOST)
+    assert sorted(problem.modules) == sorted(sdxl.names[0].name(key) for key in keys if key.part == "text_encoder_2")
+    assert verdict.num_applied == len(keys) - 3
+
+
+def test_metadata_decide_where_people_find_a_file(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = load_file(files["kohya"])
+    hidden = {
+        "version": {"ss_v2": "True"},
+        "details": {**_METADATA, "ss_dataset_dirs": "None"},
+        "hash": {**_METADATA, "sshs_model_hash": "0"},
+    }
+    for kind, metadata in hidden.items():
+        save_file(tensors, path, metadata)
+        for client in ("a1111", "forge"):
+            verdict = only(path, base, client)
+            assert kinds(verdict) == {kind: "hidden"}
+            assert verdict.is_sound
+    save_file(tensors, path, {**_METADATA, "ss_tag_frequency": json.dumps({"x" * 2**20: 1})})
+    assert kinds(only(path, base, "comfyui")) == {"large header": "hidden"}
+    content = path.read_bytes().replace(b'{"', b'{ "', 1)
+    length = int.from_bytes(content[:8], "little") + 1
+    path.write_bytes(length.to_bytes(8, "little") + content[8:])
+    assert kinds(only(path, base, "a1111")) == {"header start": "hidden"}
+
+
+def test_numbers_too_small_for_float16(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(_change("lora_up.weight", lambda t: 1e-6 * t)(load_file(files["kohya"])), path, _METADATA)
+    verdict = only(path, base, "a1111")
+    assert kinds(verdict) == {"float16 underflow": _WRONG}
+    adapter = load_file(path)
+    down, up = adapter[f"lora_unet_{_Q}.lora_down.weight"], adapter[f"lora_unet_{_Q}.lora_up.weight"]
+    own = up.double() @ down.double()
+    moved = (up.half().double() @ down.half().double() - own).norm() / own.norm()
+    found = only(path, base, "a1111").largest_difference
+    assert moved <= found < 1
+    save_file({name: t for name, t in adapter.items() if _Q in name}, path, _METADATA)
+    assert only(path, base, "a1111").largest_difference == pytest.approx(float(moved), rel=1e-6)
+
+
+def test_truncated_file_and_unknown_client(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(files["kohya"].read_bytes()[:-1])
+    with pytest.raises(AdapterFileError, match="is damaged: its header announces"):
+        clients.verify(path, base)
+    with pytest.raises(ConfigError, match=r'no client \'comfy\' \(did you mean "comfyui"'):
+        clients.verify(files["kohya"], base, ["comfy"])
+
+
+def test_clients_that_a_written_file_is_meant_for(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
+    assert clients.default_clients("kohya", files["kohya"], base) == list(ALL)
+    assert clients.default_clients("peft", files["peft"], base) == ["diffusers"]
+    save_file(_loha(load_file(files["kohya"])), tmp_path / "a.safetensors")
+    assert clients.default_clients("kohya", tmp_path / "a.safetensors", base) == ["comfyui", "a1111", "forge"]
+
+
+def test_family_is_told_by_content(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
+    for width, family in ((768, "sd1"), (1024, "sd2"), (2048, "sdxl")):
+        save_file({stem: torch.ones(1, width)}, path)
+        assert clients.guess_family(path) == family
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path)
+    with pytest.raises(AdapterFileError, match="does not tell which base"):
+        clients.guess_family(path)
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path, {"ss_base_model_version": "sd_v2_v"})
+    assert clients.guess_family(path) == "sd2"
