@@ -72,28 +72,38 @@ def collate(items: Sequence[Prepared]) -> Batch:
 
 
 def loss(loaded: Loaded, batch: Batch, rng: torch.Generator, encode: Encode) -> LossOutput:
-    """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked."""
+    """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked.
+
+    With `prior_weight` each picture that has trigger words is also shown without them, at the same noise, and its loss
+    grows by the squared distance to what the base predicts there. Only the words differ between the two, so the
+    gradient of the pair says what belongs to the words; draws of their own would bury that under the noise's.
+    """
     options, schedule = loaded.options, loaded.modules["schedule"]
     prediction, unet, device = loaded.modules["prediction"], loaded.parts["unet"], loaded.device
     views = _draw_views(batch, rng)
     latents = _latent.draw_latents(views["moments"], loaded.modules["scaling_factor"], rng).to(device)
     timesteps = noises.draw_timesteps(len(batch), schedule.num_timesteps, rng).to(device)
     noise = noises.draw_noise(latents.shape, options.noise_offset, rng).to(device)
-    text, is_prior = _draw_text(batch, options, rng)
-    rows = {**views, **text}
-
+    rows = {**views, **_draw_captions(batch, options.caption_dropout, rng)}
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = prediction.target(schedule, latents, noise, timesteps)
-    if is_prior.any():
-        kept = is_prior.to(device)
-        own = {name: values[is_prior] for name, values in rows.items()}
-        target[kept] = _base_prediction(loaded, noisy[kept], timesteps[kept], own, encode)
-    predicted = _latent.call_unet(unet, noisy, timesteps, encode(loaded, rows))
-    per_sample = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    weights = torch.ones(len(batch), device=device)
     if options.min_snr_gamma is not None:
-        weight = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
+        weights = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
+
+    pairs = batch.tensors["has_prior"].nonzero().flatten() if options.prior_weight else torch.zeros(0).long()
+    if len(pairs):
+        kept = pairs.to(device)
+        plain = {**{name: values[pairs] for name, values in views.items()}, **_draw_priors(batch, pairs, rng)}
+        rows = {name: torch.cat([values, plain[name]]) for name, values in rows.items()}
+        base = _base_prediction(loaded, noisy[kept], timesteps[kept], plain, encode)
+        noisy, target = torch.cat([noisy, noisy[kept]]), torch.cat([target, base])
         # What must not change is kept at every noise level; the look of a picture is settled at the highest.
-        per_sample = per_sample * weight.where(~is_prior.to(device), weight.new_ones(()))
+        weights = torch.cat([weights, weights.new_full((len(pairs),), options.prior_weight)])
+    times = torch.cat([timesteps, timesteps[pairs.to(device)]])
+    predicted = _latent.call_unet(unet, noisy, times, encode(loaded, rows))
+    errors = weights * (predicted.float() - target).square().mean(dim=(1, 2, 3))
+    per_sample = errors[: len(batch)].index_add(0, pairs.to(device), errors[len(batch) :])
     return LossOutput(per_sample, noise_levels=timesteps / schedule.num_timesteps)
 
 
@@ -109,26 +119,27 @@ def _draw_views(batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
     return {name: table[torch.arange(len(batch)), picks] for name, table in views.items()}
 
 
-def _draw_text(batch: Batch, options: Any, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws each sample's caption: one of its own, none, or what must keep its meaning.
-
-    Kept are captions without the trigger words, and sometimes the empty one, which guidance steers away from.
-
-    Returns:
-        The text columns' rows and which samples must give what the base gives, [batch] bool.
-    """
+def _draw_captions(batch: Batch, dropout: float, rng: torch.Generator) -> dict[str, Tensor]:
+    """Draws one caption of each sample, or the empty one."""
     tensors = batch.tensors
     picks = _latent.draw_indices(tensors["num_captions"], rng)
-    drops, priors, empties = torch.rand(3, len(batch), generator=rng)
-    is_prior = (priors < options.prior_share) & tensors["has_prior"]
-    is_empty = torch.where(is_prior, empties < _EMPTY_SHARE_OF_PRIORS, drops < options.caption_dropout)
-    rows = {}
-    for name in _columns(tensors):
-        text = tensors[name][torch.arange(len(batch)), picks]
-        text[is_prior] = tensors[f"{name}_prior"][is_prior]
-        text[is_empty] = tensors[f"{name}_empty"][is_empty]
-        rows[name] = text
-    return rows, is_prior
+    is_empty = torch.rand(len(batch), generator=rng) < dropout
+    rows = {name: tensors[name][torch.arange(len(batch)), picks] for name in _columns(tensors)}
+    return {name: _with_empty(text, tensors[f"{name}_empty"], is_empty) for name, text in rows.items()}
+
+
+def _draw_priors(batch: Batch, chosen: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
+    """Draws what must keep its meaning: the caption without trigger words, or the empty one, which guidance needs."""
+    tensors = batch.tensors
+    is_empty = torch.rand(len(chosen), generator=rng) < _EMPTY_SHARE_OF_PRIORS
+    return {
+        name: _with_empty(tensors[f"{name}_prior"][chosen], tensors[f"{name}_empty"][chosen], is_empty)
+        for name in _columns(tensors)
+    }
+
+
+def _with_empty(text: Tensor, empty: Tensor, is_empty: Tensor) -> Tensor:
+    return torch.where(is_empty.view(-1, *[1] * (text.dim() - 1)), empty, text)
 
 
 def _base_prediction(loaded: Loaded, noisy: Tensor, timesteps: Tensor, rows: Rows, encode: Encode) -> Tensor:

@@ -102,11 +102,11 @@ def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[
     for line in plan.lines():
         logger.info(line)
     priors = (getattr(sample, "prior_caption", None) for sample in samples)
-    if getattr(config.model, "prior_share", 0) and all(prior is None for prior in priors):
+    if getattr(config.model, "prior_weight", 0) and all(prior is None for prior in priors):
         logger.warning(
-            "model.prior_share=%g does nothing, since no trigger words were found: give all captions the same made-up "
+            "model.prior_weight=%g does nothing, since no trigger words were found: give all captions the same made-up "
             "words, or name them with data.trigger, so that the rest of the base stays as it is.",
-            config.model.prior_share,
+            config.model.prior_weight,
         )
 
 

@@ -140,7 +140,7 @@ def test_empty_file_is_a_config_without_settings(tmp_path: Path) -> None:
         *("adapter.rank=0", "adapter.alpha=0", "adapter.dropout=1", "adapter.parts=[]", "adapter.targets=[]"),
         *("data.resolution=8", "data.captions=maybe", "data.path=", "output.formats=[]", "output.formats=[kohia]"),
         *("output.dtype=fp8", "preview.seeds=[]", "preview.seeds=[-1]", "preview.seeds=[9223372036854775808]"),
-        *("preview.guidance=0", "model.dtype=int8", "model.quantization=4bit", "model.prior_share=1"),
+        *("preview.guidance=0", "model.dtype=int8", "model.quantization=4bit", "model.prior_weight=-1"),
         *("model.caption_dropout=-0.1", "model.noise_offset=2", "model.min_snr_gamma=0", "model.prediction=x"),
     ],
 )
@@ -237,5 +237,5 @@ def test_a_reference_to_no_key_says_how_to_write_the_characters() -> None:
 
 
 def test_differences_name_key_and_both_values() -> None:
-    one, other = load(None, NEEDED), load(None, [*NEEDED, "train.seed=4", "model.prior_share=0.5"])
-    assert differences(one, other) == ["model.prior_share: 0.0 -> 0.5", "train.seed: 0 -> 4"]
+    one, other = load(None, NEEDED), load(None, [*NEEDED, "train.seed=4", "model.prior_weight=0.5"])
+    assert differences(one, other) == ["model.prior_weight: 0.0 -> 0.5", "train.seed: 0 -> 4"]

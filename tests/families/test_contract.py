@@ -22,7 +22,7 @@ from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.merge import merge, unmerge
 from lora_diffusion.adapters.plan import InjectionPlan, plan
 from lora_diffusion.adapters.state import load_state, read_state
-from lora_diffusion.config.schema import AdapterConfig, CacheConfig, PictureDataConfig, PictureDataConfig
+from lora_diffusion.config.schema import AdapterConfig, CacheConfig, DataConfig, PictureDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family
@@ -54,7 +54,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "weighted": {"min_snr_gamma": 5.0, "noise_offset": 0.1},
     "velocity": {"prediction": "v_prediction", "min_snr_gamma": 5.0, "zero_terminal_snr": "always"},
-    "captions": {"caption_dropout": 0.3, "prior_share": 0.4},
+    "captions": {"caption_dropout": 0.3, "prior_weight": 0.5},
 }
 CASES = {
     "sd1": Case(save_tiny_pipeline, _SETTINGS),

@@ -65,7 +65,7 @@ def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tm
             "train",
             f"model.path={tiny_base}",
             "model.caption_dropout=0.2",
-            "model.prior_share=0.3",
+            "model.prior_weight=0.5",
             "model.min_snr_gamma=5",
             f"data.path={pictures}",
             "data.flip=true",

@@ -100,7 +100,7 @@ def test_previews_after_the_text_encoder_is_gone(train: Training) -> None:
 
 
 def test_gradient_checkpointing_and_cache_change_nothing(train: Training, tmp_path: Path) -> None:
-    both = ["adapter.parts=[unet, text_encoder]", "model.prior_share=0.3", "adapter.dropout=0.2"]
+    both = ["adapter.parts=[unet, text_encoder]", "model.prior_weight=0.3", "adapter.dropout=0.2"]
     plain = train("plain", *both)
     thrifty = train("thrifty", *both, "train.gradient_checkpointing=true", f"cache.path={tmp_path / 'cache'}")
     first, second = load_file(plain / "adapter.safetensors"), load_file(thrifty / "adapter.safetensors")
@@ -219,9 +219,9 @@ def test_export(command: Commands, trained: Path, tmp_path: Path, format_name: s
             torch.testing.assert_close(tensor, other[name], rtol=1e-6, atol=0, msg=name)
 
 
-def test_prior_share_without_trigger_words_is_said(
+def test_prior_weight_without_trigger_words_is_said(
     command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path
 ) -> None:
     paths = [f"model.path={tiny_base}", f"data.path={pictures}", f"output.path={tmp_path / 'run'}", "data.trigger="]
-    outcome = command.good("train", *paths, "adapter.rank=2", "train.max_steps=1", "model.prior_share=0.5")
-    assert "model.prior_share=0.5 does nothing" in outcome.message
+    outcome = command.good("train", *paths, "adapter.rank=2", "train.max_steps=1", "model.prior_weight=0.5")
+    assert "model.prior_weight=0.5 does nothing" in outcome.message
