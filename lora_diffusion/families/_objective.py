@@ -8,7 +8,6 @@ caption and NAME_prior, if the sample has one, the caption without trigger words
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -1,7 +1,6 @@
 """What keeps the trained look to its trigger words."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
