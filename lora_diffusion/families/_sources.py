@@ -150,7 +150,8 @@ class Folder:
 
         silence_progress()
         info = self.info(options)
-        has_plain = (self.path / "unet" / f"{_weights('unet')}.safetensors").is_file()
+        names = [file.name for file in _weight_files(self.path / "unet", _weights("unet"))]
+        has_plain = any(not name.removeprefix(_weights("unet")).startswith(".fp16") for name in names)
         with explained(self.path):
             pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(
                 self.path,

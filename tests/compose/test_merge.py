@@ -1,0 +1,159 @@
+"""A merged base does what the base does with live adapters, and is otherwise the base."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_diffusion.adapters.state import load_state
+from lora_diffusion.adapters.variants import VARIANTS
+from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
+from lora_diffusion.compose.linear import Term
+from lora_diffusion.compose.merge import merge
+from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.types import AdapterState, Loaded
+from lora_diffusion.families.sd1 import FAMILY, SD1Options
+from tests.adapters.test_variants import state_of
+from tests.families.ldm import save_single_file, sd1_shaped_pipeline
+from tests.tiny import tiny_pipeline
+from tests.tiny_adapters import answers, random_state, tiny_loaded
+
+WEIGHTS = {"unet": 0.7, "text_encoder": -0.4}
+
+
+def opened(path: Path) -> Checkpoint:
+    options = SD1Options(path=str(path))
+    return open_checkpoint(path, FAMILY.parts, FAMILY.key_map("ldm" if path.is_file() else "peft", options))
+
+
+def loaded_from(path: Path) -> Loaded:
+    return FAMILY.load(SD1Options(path=str(path)), torch.device("cpu"))
+
+
+def live(state: AdapterState) -> Loaded:
+    """Returns the tiny base with an adapter at the weights of its parts."""
+    loaded = tiny_loaded()
+    for part in state.parts():
+        own = AdapterState({key: adapter for key, adapter in state if key.part == part})
+        load_state(loaded, own, part, WEIGHTS[part])
+    return loaded
+
+
+def assert_same_answers(first: Loaded, second: Loaded) -> None:
+    for one, other in zip(answers(first), answers(second), strict=True):
+        # Sums of float32 in another order; pictures are asked to agree to 1e-3.
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_folder_answers_like_the_live_adapter(variant: str, tiny_base: Path, tmp_path: Path) -> None:
+    state = state_of(variant)
+    done = merge(opened(tiny_base), [Term("a", state, WEIGHTS)], tmp_path / "out", None, {"made": "here"})
+    assert done.num_modules == done.num_changed == len(state.modules)
+    assert_same_answers(loaded_from(tmp_path / "out"), live(state))
+
+
+def test_all_else_of_the_folder_is_that_of_the_base(tiny_base: Path, tmp_path: Path) -> None:
+    state, output = random_state(tiny_loaded(), groups="attn"), tmp_path / "out"
+    merge(opened(tiny_base), [Term("a", state, WEIGHTS)], output, None, {})
+    changed = {f"{key.part}/{key.path}.weight" for key, _ in state}
+    assert {path.relative_to(output) for path in output.rglob("*")} == {
+        path.relative_to(tiny_base) for path in tiny_base.rglob("*")
+    }
+    for path in tiny_base.rglob("*.*"):
+        relative = path.relative_to(tiny_base)
+        if path.suffix != ".safetensors" or relative.parts[0] == "vae":
+            assert (output / relative).read_bytes() == path.read_bytes()
+            continue
+        before, after = load_file(path), load_file(output / relative)
+        differing = {name for name in before if not torch.equal(before[name], after[name])}
+        assert {f"{relative.parts[0]}/{name.removeprefix('text_model.')}" for name in differing} == {
+            name for name in changed if name.startswith(relative.parts[0] + "/")
+        }
+
+
+def test_two_adapters_add_up_whatever_their_order(tiny_base: Path, tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    terms = [Term("a", random_state(loaded, 1), WEIGHTS), Term("b", random_state(loaded, 2, groups="ff"), WEIGHTS)]
+    merge(opened(tiny_base), terms, tmp_path / "one", None, {})
+    merge(opened(tiny_base), terms[::-1], tmp_path / "two", None, {})
+    assert_same_answers(loaded_from(tmp_path / "one"), loaded_from(tmp_path / "two"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_number_type_is_rounded_to_once(dtype: torch.dtype, tiny_base: Path, tmp_path: Path) -> None:
+    term = Term("a", random_state(tiny_loaded()), WEIGHTS)
+    merge(opened(tiny_base), [term], tmp_path / "wide", None, {})
+    merge(opened(tiny_base), [term], tmp_path / "small", dtype, {})
+    for path in (tmp_path / "wide").rglob("*.safetensors"):
+        wide, small = load_file(path), load_file(tmp_path / "small" / path.relative_to(tmp_path / "wide"))
+        assert all(torch.equal(tensor.to(dtype), small[name]) for name, tensor in wide.items())
+
+
+def test_shards_keep_their_index(tmp_path: Path, tiny_base: Path) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    tiny_pipeline().save_pretrained(base, max_shard_size="200KB")
+    (index,) = (base / "unet").glob("*.index.json")
+    state = random_state(tiny_loaded())
+    merge(opened(base), [Term("a", state, WEIGHTS)], output, torch.bfloat16, {})
+    before, after = (json.loads((root / "unet" / index.name).read_text()) for root in (base, output))
+    assert after["weight_map"] == before["weight_map"]
+    assert 2 * after["metadata"]["total_size"] == before["metadata"]["total_size"]
+    merge(opened(base), [Term("a", state, WEIGHTS)], tmp_path / "wide", None, {})
+    assert_same_answers(loaded_from(tmp_path / "wide"), live(state))
+
+
+def test_weights_in_other_forms_are_left_out_by_name(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = tmp_path / "base"
+    tiny_pipeline().save_pretrained(base)
+    for name in ("unet/diffusion_pytorch_model.bin", "all.safetensors", ".cache/huggingface/x.bin"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(b"old weights")
+    with caplog.at_level(logging.WARNING):
+        merge(opened(base), [Term("a", random_state(tiny_loaded()), WEIGHTS)], tmp_path / "out", None, {})
+    assert "2 weight file(s) are left out" in caplog.text
+    assert not list((tmp_path / "out").rglob("*.bin"))
+    assert not (tmp_path / "out" / "all.safetensors").exists()
+
+
+def test_quantized_weights_are_refused_before_writing(tiny_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_pipeline().save_pretrained(base)
+    (file,) = (base / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    state = random_state(tiny_loaded(), groups="attn")
+    name = next(f"{key.path}.weight" for key, _ in state if key.part == "unet")
+    save_file({**tensors, name: tensors[name].to(torch.uint8)}, file, {"format": "pt"})
+    with pytest.raises(UnsupportedError, match=r"1 of the weights quantized.*merge into the checkpoint") as caught:
+        merge(opened(base), [Term("a", state, WEIGHTS)], tmp_path / "out", None, {})
+    assert caught.value.faults == (f"{name} is U8",)
+    assert not (tmp_path / "out").exists()
+
+
+def test_single_file_is_merged_like_its_folder(tmp_path: Path) -> None:
+    pipeline = sd1_shaped_pipeline()
+    single = save_single_file(pipeline, tmp_path / "model.safetensors")
+    options = SD1Options(path=str(single))
+    skeleton = FAMILY.skeleton(options)
+    state = random_state(Loaded(skeleton, {}, None, torch.device("meta"), FAMILY.check(options)), groups="attn ff conv")
+    output = tmp_path / "out.safetensors"
+    done = merge(opened(single), [Term("a", state, WEIGHTS)], output, None, {"made": "here"})
+    assert done.num_changed == len(state.modules)
+    assert done.num_kept == len(load_file(single)) - done.num_changed
+    merged, base = loaded_from(output), loaded_from(single)
+    for part, network in base.parts.items():
+        load_state(base, AdapterState({key: a for key, a in state if key.part == part}), part, WEIGHTS[part])
+        expected = network.state_dict()
+        found = merged.parts[part].state_dict()
+        for key, adapter in state:
+            if key.part == part:
+                change = WEIGHTS[part] * (adapter.tensors["up"].flatten(1) @ adapter.tensors["down"].flatten(1)) / 2
+                weight = expected[f"{key.path}.base_layer.weight"]
+                assert torch.allclose(found[f"{key.path}.weight"], weight + change.reshape(weight.shape), atol=1e-6)
