@@ -190,6 +190,11 @@ def shaped_pipeline(family: str) -> Any:
         return _sdxl(vae, wide)
 
 
+def sd1_shaped_pipeline() -> StableDiffusionPipeline:
+    """Returns that of Stable Diffusion 1."""
+    return shaped_pipeline("sd1")  # type: ignore[no-any-return]
+
+
 def _sdxl(vae: AutoencoderKL, wide: tuple[int, ...]) -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
         sample_size=128,

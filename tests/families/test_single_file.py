@@ -14,7 +14,6 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
 from tests.families.ldm import save_single_file, shaped_pipeline
 
-
 SIZES = {"sd1": (512, 64), "sd2": (768, 64), "sdxl": (1024, 32)}
 """Family -> resolution and size step that its shapes mean."""
 
