@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class TrainState:
     """State of the loss scaler; empty unless the precision is fp16."""
     versions: Mapping[str, str]
     """Package -> version, as a record."""
+    hooks: Mapping[str, Any] = field(default_factory=dict)
+    """Name of a hook -> its state; absent in checkpoints of version 0.1.0."""
 
 
 def folder(run_path: Path) -> Path:
@@ -95,7 +97,7 @@ def find_latest(run_path: Path) -> Path | None:
 def read_state(path: Path) -> TrainState:
     """Returns the record of a whole checkpoint."""
     raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
-    return TrainState(**{name: raw[name] for name in TrainState.__dataclass_fields__})
+    return TrainState(**{name: raw[name] for name in TrainState.__dataclass_fields__ if name in raw})
 
 
 def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -183,7 +185,7 @@ def _fault(path: Path) -> str | None:
     """Says what is wrong with the files of a checkpoint, or None."""
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        incomplete = bool({*TrainState.__dataclass_fields__} - {*state})
+        incomplete = bool({*TrainState.__dataclass_fields__} - {*state, "hooks"})
         damaged = [name for name in (_ADAPTER, _OPTIMIZER) if sha256(path / name) != state["sha256"][name]]
     except FileNotFoundError as error:
         return f"lacks {Path(error.filename).name}"

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
+
+from lora_diffusion.core.logs import logger
 
 
-class Hook(Protocol):
-    """Called by the trainer on the main process.
+class Hook:
+    """Called by the trainer on the main process; does nothing unless a subclass says so.
 
     A hook may draw random numbers: the trainer seeds torch anew before each step. It must leave the parameters, and the
     train or eval mode of the networks, as it found them.
     """
+
+    name = ""
+    """Under which a checkpoint keeps the state; a hook with a state needs one."""
+    should_stop = False
+    """True once the run should end with the step that was just made."""
 
     def on_step(self, step: int) -> None:
         """Follows each optimizer step; `step` of them are done."""
@@ -20,8 +27,15 @@ class Hook(Protocol):
     def on_checkpoint(self, path: Path, step: int) -> None:
         """Follows each checkpoint, which is whole and has been read back."""
 
+    def state(self) -> Mapping[str, Any]:
+        """Returns JSON values that a resumed run needs."""
+        return {}
 
-class PreviewHook:
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave when the checkpoint was written."""
+
+
+class PreviewHook(Hook):
     """Draws previews at every n-th step."""
 
     def __init__(self, every: int, draw: Callable[[int], None]) -> None:
@@ -34,5 +48,57 @@ class PreviewHook:
         if self._every and step % self._every == 0:
             self._draw(step)
 
-    def on_checkpoint(self, path: Path, step: int) -> None:
-        """Does nothing."""
+
+class EarlyStop(Hook):
+    """Scores the adapter at every n-th step, and ends the run once the score has stopped rising."""
+
+    name = "early_stop"
+
+    def __init__(
+        self,
+        every: int,
+        patience: int,
+        score: Callable[[int], float],
+        record: Callable[[Sequence[tuple[int, float]]], None],
+    ) -> None:
+        """Has no score yet.
+
+        Args:
+            every: steps between two scores, at least 1.
+            patience: the run ends when so many scores in a row were no better than the best before; 0 never ends it.
+            score: of the adapter as it is now, higher is better; given the step.
+            record: given (step, score) of all scores so far, after each.
+        """
+        self._every, self._patience = every, patience
+        self._score, self._record = score, record
+        self.scores: list[tuple[int, float]] = []
+
+    @property
+    def should_stop(self) -> bool:  # type: ignore[override]
+        """Whether the last `patience` scores were no better than the best before them."""
+        if not self._patience or not self.scores:
+            return False
+        return len(self.scores) - 1 - self._best_index >= self._patience
+
+    @property
+    def _best_index(self) -> int:
+        return max(range(len(self.scores)), key=lambda index: (self.scores[index][1], -index))
+
+    def on_step(self, step: int) -> None:
+        """Scores if the step is due."""
+        if step % self._every:
+            return
+        self.scores.append((step, self._score(step)))
+        self._record(self.scores)
+        best_step, best = self.scores[self._best_index]
+        logger.info("step %d  score %.3f  best %.3f at step %d", step, self.scores[-1][1], best, best_step)
+        if self.should_stop:
+            logger.info("The score has not risen since step %d: training ends here.", best_step)
+
+    def state(self) -> Mapping[str, Any]:
+        """Returns all scores."""
+        return {"scores": self.scores}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes the scores back."""
+        self.scores = [(int(step), float(score)) for step, score in state.get("scores", ())]

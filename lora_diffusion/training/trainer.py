@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
 from lora_diffusion.config.schema import TrainConfig
@@ -70,6 +70,7 @@ class Trainer:
         self.config, self.params, self.loss, self.run_path = config, params, loss, run_path
         self.step = 0
         self.processes = PartialState()
+        self._is_watched = bool(hooks)
         self.hooks = hooks if self.processes.is_main_process else ()
         self.optimizer = optim.build(config, params)
         self._parameters = [parameter for _, parameter in optim.named(params)]
@@ -86,12 +87,17 @@ class Trainer:
     def fit(self, batches: Batches) -> None:
         """Makes the steps that are left, and writes a checkpoint at the end and every `save_every_steps`.
 
+        It ends earlier if a hook says so; a run that ended so makes no step when it is resumed.
+
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite; the parameters are those of the step before.
             CheckpointError: a checkpoint cannot be written.
         """
         num_steps = total_steps(self.config, batches.num_steps_per_epoch)
         self._warn_of_new_length(num_steps)
+        if self._should_stop():
+            logger.info("The run was ended early at step %d; without evaluate.patience it goes on.", self.step)
+            return
         with self._open_trackers(num_steps) as trackers:
             started = time.perf_counter()
             for step, micro_batches in zip(range(self.step + 1, num_steps + 1), batches.steps(self.step), strict=False):
@@ -105,8 +111,11 @@ class Trainer:
                 # Before the checkpoint, so that a run killed in between draws and decides again instead of never.
                 for hook in self.hooks:
                     hook.on_step(step)
-                if step == num_steps or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
+                is_last = step == num_steps or self._should_stop()
+                if is_last or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
                     self._save(num_steps)
+                if is_last:
+                    break
                 started = time.perf_counter()
 
     def take_step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -145,9 +154,17 @@ class Trainer:
         checkpoint.load_params(path, self.params)
         checkpoint.load_optimizer(path, self.params, self.optimizer)
         self._scaler.load_state_dict(dict(state.scaler))
+        for hook in self.hooks:
+            hook.load_state(state.hooks.get(hook.name, {}))
         self.step = state.step
         self._resumed_length = state.num_steps
         return self.step
+
+    @torch.no_grad()
+    def losses(self, batch: Batch, rng: torch.Generator) -> LossOutput:
+        """Returns the loss of a batch as a step would compute it, without gradient."""
+        with fast_products(self.device), self._autocast():
+            return self.loss(batch, rng)
 
     def _add_gradients(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, dict[str, float]]:
         """Adds up the gradients of the mean over this process's samples; returns each loss, and the mean metrics."""
@@ -200,12 +217,20 @@ class Trainer:
                 num_steps=num_steps,
                 fingerprint=self._fingerprint,
                 scaler=self._scaler.state_dict(),
+                hooks={hook.name: hook.state() for hook in self.hooks if hook.state()},
                 versions={"torch": torch.__version__, "lora_diffusion": version("lora-diffusion")},
             )
             path = checkpoint.save(self.run_path, state, self.params, self.optimizer, self.config.keep_checkpoints)
             for hook in self.hooks:
                 hook.on_checkpoint(path, self.step)
         self.processes.wait_for_everyone()
+
+    def _should_stop(self) -> bool:
+        """Says whether a hook of the main process ends the run; all processes agree."""
+        asked = [any(hook.should_stop for hook in self.hooks)]
+        if self._is_watched and self.processes.num_processes > 1:
+            broadcast_object_list(asked)
+        return asked[0]
 
     def _open_trackers(self, num_steps: int) -> AbstractContextManager[list[Tracker]]:
         if not self.processes.is_main_process:

@@ -8,7 +8,7 @@ import torch
 from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.errors import ConfigError, NonFiniteError, UnsupportedError
 from lora_diffusion.training import checkpoint
-from lora_diffusion.training.hooks import PreviewHook
+from lora_diffusion.training.hooks import EarlyStop, Hook, PreviewHook
 from lora_diffusion.training.trainer import total_steps
 from tests.training.toy import Toy, ToyBatches, moments
 
@@ -69,7 +69,7 @@ def test_resume_is_bit_for_bit_one_run(tmp_path: Path) -> None:
     expected = whole.trainer(tmp_path / "whole", **settings)
     expected.fit(batches)
 
-    class Kill:
+    class Kill(Hook):
         def on_step(self, step: int) -> None:
             if step == 6:
                 raise KeyboardInterrupt
@@ -252,3 +252,77 @@ def test_a_missing_tensorboard_says_how_to_install_it(tmp_path: Path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
     with pytest.raises(UnsupportedError, match=r"lora-diffusion\[tensorboard\]"):
         Toy().trainer(tmp_path, tracker="tensorboard")
+
+
+class Scripted:
+    """Gives scores by step and keeps what was recorded."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores, self.asked, self.recorded = scores, [], []  # type: ignore[var-annotated]
+
+    def hook(self, patience: int) -> EarlyStop:
+        return EarlyStop(2, patience, self.score, lambda scores: self.recorded.append(list(scores)))
+
+    def score(self, step: int) -> float:
+        torch.randn(5)
+        self.asked.append(step)
+        return self.scores[step]
+
+
+def test_run_ends_when_the_score_stops_rising(tmp_path: Path) -> None:
+    script = Scripted({2: 0.1, 4: 0.5, 6: 0.5, 8: 0.4, 10: 0.9})
+    toy = Toy()
+    trainer = toy.trainer(tmp_path / "stopped", hooks=(script.hook(2),), max_steps=20)
+    trainer.fit(ToyBatches())
+    assert trainer.step == 8
+    assert script.asked == [2, 4, 6, 8]
+    assert script.recorded[-1] == [(2, 0.1), (4, 0.5), (6, 0.5), (8, 0.4)]
+    assert list(checkpoint.saved_steps(tmp_path / "stopped")) == [8]
+    assert len(read_metrics(tmp_path / "stopped")) == 8
+
+    script = Scripted({2: 0.1, 4: 0.5, 6: 0.5, 8: 0.4, 10: 0.9})
+    patient = Toy().trainer(tmp_path / "patient", hooks=(script.hook(0),), max_steps=10)
+    patient.fit(ToyBatches())
+    assert patient.step == 10
+
+
+def test_early_stop_survives_a_stop_in_between(tmp_path: Path) -> None:
+    scores = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}
+    settings = {"save_every_steps": 3, "max_steps": 20}
+    whole, halves = Scripted(scores), Scripted(scores)
+    one, first, second = Toy(), Toy(), Toy()
+    one.trainer(tmp_path / "whole", hooks=(whole.hook(2),), **settings).fit(ToyBatches())
+
+    class Kill(Hook):
+        def on_step(self, step: int) -> None:
+            if step == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.trainer(tmp_path / "run", hooks=(halves.hook(2), Kill()), **settings).fit(ToyBatches())
+    again = second.trainer(tmp_path / "run", hooks=(halves.hook(2),), **settings)
+    assert again.resume(checkpoint.find_latest(tmp_path / "run")) == 6
+    again.fit(ToyBatches())
+    assert again.step == 8
+    assert halves.recorded[-1] == whole.recorded[-1]
+    assert all(torch.equal(value, second.weights()[name]) for name, value in one.weights().items())
+
+    ended = Toy().trainer(tmp_path / "run", hooks=(halves.hook(2),), **settings)
+    ended.resume(checkpoint.find_latest(tmp_path / "run"))
+    ended.fit(ToyBatches())
+    assert ended.step == 8
+
+
+def test_checkpoint_of_the_first_release_has_no_hooks(tmp_path: Path) -> None:
+    Toy().trainer(tmp_path, max_steps=2).fit(ToyBatches())
+    path = checkpoint.find_latest(tmp_path)
+    assert path is not None
+    values = json.loads((path / "state.json").read_text())
+    del values["hooks"]
+    (path / "state.json").write_text(json.dumps(values))
+    script = Scripted({4: 0.2})
+    trainer = Toy().trainer(tmp_path, hooks=(script.hook(1),), max_steps=4)
+    assert checkpoint.find_latest(tmp_path) == path
+    trainer.resume(path)
+    trainer.fit(ToyBatches())
+    assert script.recorded == [[(4, 0.2)]]
