@@ -8,10 +8,23 @@ import sys
 from collections.abc import Sequence
 
 from lora_diffusion import __version__
-from lora_diffusion.cli import compose, config, evaluate, export, generate, inspect, merge, quickstart, resize, train
+from lora_diffusion.cli import (
+    compose,
+    config,
+    evaluate,
+    export,
+    extract,
+    generate,
+    inspect,
+    merge,
+    quickstart,
+    resize,
+    train,
+    verify,
+)
 from lora_diffusion.core.errors import LoraDiffusionError
 
-_COMMANDS = (quickstart, train, generate, evaluate, export, inspect, resize, compose, merge, config)
+_COMMANDS = (quickstart, train, generate, evaluate, export, inspect, verify, resize, compose, merge, extract, config)
 
 
 def build_parser() -> argparse.ArgumentParser:

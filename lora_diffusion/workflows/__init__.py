@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_diffusion.workflows.adapter_files import export as export
     from lora_diffusion.workflows.adapter_files import inspect as inspect
+    from lora_diffusion.workflows.checkpoints import ExtractResult as ExtractResult
     from lora_diffusion.workflows.checkpoints import MergeResult as MergeResult
+    from lora_diffusion.workflows.checkpoints import extract as extract
     from lora_diffusion.workflows.checkpoints import find_model as find_model
     from lora_diffusion.workflows.checkpoints import merge as merge
     from lora_diffusion.workflows.comparison import compare as compare
@@ -23,15 +25,18 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.training_run import TrainResult as TrainResult
     from lora_diffusion.workflows.training_run import dry_run as dry_run
     from lora_diffusion.workflows.training_run import train as train
+    from lora_diffusion.workflows.verification import Verification as Verification
+    from lora_diffusion.workflows.verification import verify as verify
 
 _HOMES = {
     "adapter_files": ("export", "inspect"),
-    "checkpoints": ("MergeResult", "find_model", "merge"),
+    "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
     "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
     "pictures": ("Pictures", "generate"),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
+    "verification": ("Verification", "verify"),
 }
 """File -> what it offers. Imported when it is asked for, so that work on files does not wait for diffusers."""
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.adapters.plan import plan
+from lora_diffusion.compose import extract as extracting
 from lora_diffusion.compose import merge as merging
 from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
+from lora_diffusion.compose.extract import Extraction
 from lora_diffusion.compose.linear import Term, part_weights
 from lora_diffusion.compose.merge import Merged
-from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.config.schema import AdapterConfig, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError, ModelError
 from lora_diffusion.core.files import check_writable
-from lora_diffusion.core.protocols import Family
-from lora_diffusion.workflows._files import file_names, hash_adapter
+from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.lowrank import RankRule
+from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.types import AdapterState
+from lora_diffusion.formats import metadata
+from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.workflows._files import check_target, file_names, hash_adapter
 from lora_diffusion.workflows._steps import read_adapter
 
 
@@ -90,6 +99,112 @@ def merge(
     return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(made_from))
 
 
+@dataclass(frozen=True)
+class ExtractResult:
+    """What `extract` wrote."""
+
+    path: Path
+    extraction: Extraction
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        changes = self.extraction.changes
+        others = self.extraction.others
+        return {
+            "file": str(self.path),
+            "modules": len(changes.modules),
+            "equal_modules": self.extraction.num_equal,
+            "relative_error": changes.error,
+            "errors": {f"{key.part}/{key.path}": changes.relative(key) for key in changes.modules},
+            "ranks": {f"{key.part}/{key.path}": adapter.rank for key, adapter in changes.modules.items()},
+            "not_held": None if others is None else list(others),
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        changes = self.extraction.changes
+        ranks = sorted(adapter.rank for adapter in changes.modules.values())
+        lines = [
+            f"Wrote {self.path} and read it back: equal. {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
+            f"relative error {changes.error:.2g}; {self.extraction.num_equal} modules do not differ."
+        ]
+        lines += [f"  {key.part}/{key.path}: {changes.relative(key):.2g}" for key in changes.worst()]
+        return "\n".join(lines)
+
+
+def extract(
+    base: ModelOptions,
+    tuned: ModelOptions,
+    output_path: Path,
+    rule: RankRule,
+    *,
+    parts: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    format_name: str = "kohya",
+    dtype: str = "fp16",
+    overwrite: bool = False,
+) -> ExtractResult:
+    """Writes the difference of two bases as an adapter.
+
+    Args:
+        base: what the adapter is to be used with.
+        tuned: a fine-tuned model of the same family; may be laid out differently.
+        output_path: file, or folder for peft.
+        rule: rank of each module.
+        parts: networks to look at; none takes all.
+        targets: as `adapter.targets`; none takes every group of the family.
+        format_name: spelling of the file.
+        dtype: fp32, fp16 or bf16.
+        overwrite: replace what is there.
+
+    Raises:
+        InputError: a base or the output cannot be used, a target matches nothing, or nothing differs.
+    """
+    format_: Format = registry.find("formats", format_name)
+    check_target(output_path, format_, overwrite)
+    if base.family != tuned.family:
+        raise ModelError(f"{base.path} is of family {base.family}, {tuned.path} of {tuned.family}; give two of one.")
+    family, before = _open(base, "vae")
+    _, after = _open(tuned, "vae")
+    parts = tuple(parts or family.parts)
+    groups = dict.fromkeys(group for part in family.parts.values() for group in part.groups)
+    asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))
+    modules = [module.key for module in plan(family.skeleton(base), family.parts, asked).modules]
+    extraction = extracting.extract(before, after, modules, rule, seed=0)
+    _warn_of_others(extraction, base, tuned)
+    info = family.check(base)
+    state = AdapterState(extraction.changes.modules)
+    told = metadata.build(
+        state,
+        architecture=info.architecture,
+        name=output_path.stem,
+        written_at=time.time(),
+        resolution=(info.resolution, info.resolution),
+        prediction_type=info.prediction,
+        training={"sd_model_name": Path(base.path).name},
+    )
+    made_from = {"base": base.path, "tuned": tuned.path, "relative_error": extraction.changes.error}
+    state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
+    write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
+    return ExtractResult(output_path, extraction)
+
+
+def _warn_of_others(extraction: Extraction, base: ModelOptions, tuned: ModelOptions) -> None:
+    if extraction.others is None:
+        logger.warning(
+            "%s and %s are laid out differently, so only the weights of the asked modules were compared, not norms, "
+            "biases and embeddings.",
+            base.path,
+            tuned.path,
+        )
+    elif extraction.others:
+        logger.warning(
+            "%d other tensor(s) differ too, which this adapter does not hold: %s",
+            len(extraction.others),
+            name_some(list(extraction.others)),
+        )
+
+
 def find_model(path: str, family: str | None = None) -> ModelOptions:
     """Returns the options of a base of the named family, or of the first that takes it.
 
@@ -111,11 +226,12 @@ def find_model(path: str, family: str | None = None) -> ModelOptions:
     raise ModelError(f"{path} is no base of a known family.", [f"{name}: {fault}" for name, fault in faults.items()])
 
 
-def _open(model: ModelOptions) -> tuple[Family, Checkpoint]:
+def _open(model: ModelOptions, *more: str) -> tuple[Family, Checkpoint]:
+    """Opens the networks of a base that can hold adapters, and more of its folders."""
     family: Family = registry.find("families", model.family)
     path = family.check(model).path
     names = family.key_map("ldm" if path.is_file() else "peft", model)
-    return family, open_checkpoint(path, family.parts, names)
+    return family, open_checkpoint(path, [*family.parts, *more], names)
 
 
 def _check_output(base: Path, output: Path, overwrite: bool) -> None:

@@ -21,6 +21,7 @@ OPTIONS = {
     "inspect": "path",
     "resize": "input output --rank --energy --dtype --overwrite",
     "compose": "adapters --output --rank --energy --dtype --overwrite",
+    "extract": "base tuned output --rank --energy --parts --targets --to --dtype --family --overwrite",
     "merge": "--model --adapter --output --dtype --family --overwrite",
     "config": "action",
     "config list": "",

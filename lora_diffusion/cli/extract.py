@@ -1,0 +1,48 @@
+"""`lora-diffusion extract`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import add_rank, check_rank, print_result, set_up_logs
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("extract", help="write the difference of two base models as an adapter")
+    parser.add_argument("base", metavar="BASE", help="model that the adapter is for: folder, checkpoint or hub id")
+    parser.add_argument("tuned", metavar="TUNED", help="fine-tuned model of the same kind")
+    parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
+    add_rank(parser, required=True)
+    parser.add_argument("--parts", nargs="+", default=[], help="networks to look at, say unet; default: all")
+    parser.add_argument("--targets", nargs="+", default=[], help="modules, as adapter.targets; default: all groups")
+    parser.add_argument("--to", choices=["kohya", "diffusers", "peft"], default="kohya", help="spelling (kohya)")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="number type (fp16)")
+    parser.add_argument("--family", help="kind of base model; default: found from its files")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    check_rank(args)
+    set_up_logs(args)
+    from lora_diffusion import workflows
+    from lora_diffusion.core.lowrank import rank_rule
+
+    rule = rank_rule(args.rank, args.energy)
+    assert rule is not None
+    result = workflows.extract(
+        workflows.find_model(args.base, args.family),
+        workflows.find_model(args.tuned, args.family),
+        args.output,
+        rule,
+        parts=args.parts,
+        targets=args.targets,
+        format_name=args.to,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+    )
+    print_result(args, result.to_json(), result.text())
