@@ -210,8 +210,8 @@ class Request:
     """Width and height in pixels; None takes the base's own resolution."""
     weights: Mapping[str, float] | None = None
     """Adapter name -> weight; None leaves the adapters as they are."""
-    path: Path | None = None
-    """The recording or the picture to write about."""
+    sample: Sample | None = field(default=None, compare=False, repr=False)
+    """What to write about, opened by its kind."""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,20 @@ def with_noise(sound: np.ndarray, ratio_db: float) -> np.ndarray:
     return sound + scale * noise.numpy()
 
 
+def windows(sound: np.ndarray, sampling_rate: int, longest_s: float) -> list[np.ndarray]:
+    """Returns a long recording in pieces of at most `longest_s`, cut where the last third of each is quietest."""
+    longest, step = int(longest_s * sampling_rate), sampling_rate // 50
+    pieces = []
+    while len(sound) > longest:
+        start = longest * 2 // 3
+        candidates = sound[start : start + (longest - start) // step * step]
+        loudness = np.square(candidates).reshape(-1, step).mean(axis=1)
+        cut = start + int(loudness.argmin()) * step + step // 2
+        pieces.append(sound[:cut])
+        sound = sound[cut:]
+    return [*pieces, sound]
+
+
 def clock(seconds: float) -> str:
     """Returns a duration as people write it.
 

@@ -53,7 +53,11 @@ class Kind(Protocol):
         """Returns the size of the sample that needs most memory, as the family's `example` takes it."""
 
     def previews(self, samples: Sequence[Any], config: PreviewConfig) -> list[Request]:
-        """Returns what is asked of the model while it is trained."""
+        """Returns what is asked of the model while it is trained.
+
+        Raises:
+            ConfigError: `preview.prompts` cannot be asked of this kind.
+        """
 
     def metadata(self, samples: Sequence[Any], config: Any) -> dict[str, Any]:
         """Returns what an adapter file tells of its data besides texts, by kohya's names without ss_."""

@@ -14,6 +14,7 @@ from typing import Any
 from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.extras import require
+from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import AudioText, Request, SpeechInfo
 from lora_diffusion.data import audio, transcripts
@@ -135,17 +136,16 @@ class _Recordings:
         return round(longest_s * samples[0].sampling_rate), max(len(s.transcript.encode()) for s in samples)
 
     def previews(self, samples: Sequence[AudioText], config: PreviewConfig) -> list[Request]:
-        """Asks for the recordings that `preview.prompts` names, or for the first that are files of their own."""
-        whole = [str(s.path) for s in samples if s.read_bytes is None and not s.start_s][:_NUM_PREVIEWS]
-        paths = [Path(name) for name in config.prompts or whole]
-        missing = [str(path) for path in paths if not path.is_file()]
-        if missing or not paths:
+        """Asks for the recordings that `preview.prompts` names by their keys, or for the first."""
+        named = {sample.key: sample for sample in samples}
+        unknown = [key for key in config.prompts if key not in named]
+        if unknown:
             raise ConfigError(
-                "preview.prompts: name recordings to transcribe; the data has no files of its own."
-                if not paths
-                else f"preview.prompts: there is no recording {', '.join(missing)}; correct the paths."
+                f"preview.prompts: the data has no recording {', '.join(unknown)}{suggestion(unknown[0], named)}; name "
+                "those to transcribe as they are called below data.path."
             )
-        return [Request("", 0, path=path) for path in paths]
+        chosen = [named[key] for key in config.prompts] or list(samples[:_NUM_PREVIEWS])
+        return [Request("", 0, sample=self.open(sample, RecordingDataConfig())) for sample in chosen]
 
     def metadata(self, samples: Sequence[AudioText], config: RecordingDataConfig) -> dict[str, Any]:
         """Tells the seconds of sound and the views of it."""

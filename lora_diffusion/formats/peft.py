@@ -1,6 +1,8 @@
 """The spelling of PEFT: a folder for each part, with adapter_config.json and adapter_model.safetensors.
 
-`PeftModel.from_pretrained(unet, folder / "unet")` reads it. The key map calls a module "<part>.<path>".
+`PeftModel.from_pretrained(unet, folder / "unet")` reads it. The key map calls a module "<part>.<path>". Where the parts
+belong to one model, the key map calls a module by its path in that model, and the folder itself holds the two files:
+`PeftModel.from_pretrained(model, folder)` reads it.
 """
 
 from __future__ import annotations
@@ -37,27 +39,30 @@ class _Peft:
         return any(name.startswith(PEFT_PREFIX) for name in names)
 
     def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
-        """Writes a folder with one folder for each part.
+        """Writes a folder with one folder for each part, or the folder of a whole model.
 
         Raises:
             AdapterFileError: the map lacks a module.
             NonFiniteError: a value does not fit `dtype`.
         """
         with atomic_path(path) as folder:
-            for part in state.parts():
-                adapters = {_bare(key_map, key): adapter for key, adapter in state if key.part == part}
+            groups: dict[str, dict[str, ModuleAdapter]] = {}
+            for key, adapter in state:
+                part, bare = _split(key_map, key)
+                groups.setdefault(part, {})[bare] = adapter
+            for part, adapters in groups.items():
                 metadata = {**state.metadata, "format": "pt"}
                 _safetensors.save(_tensors(adapters, dtype), metadata, folder / part / _TENSORS)
                 write_json(folder / part / _CONFIG, {**_FIXED, **write_config(adapters)})
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
-        """Reads such a folder, or the folder of one part, whose part is then told by its names."""
+        """Reads such a folder, or that of one part, whose part is then told by its names."""
         modules: dict[ModuleKey, ModuleAdapter] = {}
         metadata: dict[str, str] = {}
         for folder in part_folders(path):
             tensors, told = _safetensors.load(folder / _TENSORS)
             part = _part_of([name.removeprefix(PEFT_PREFIX) for name in tensors], folder, path, key_map)
-            named = {f"{part}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in tensors.items()}
+            named = {_joined(part, name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
             modules.update(read_modules(named, PEFT, key_map, _alphas(folder, part), folder))
             metadata.update(told)
         metadata.pop("format", None)
@@ -89,8 +94,15 @@ def _tensors(adapters: Mapping[str, ModuleAdapter], dtype: torch.dtype) -> dict[
     return tensors
 
 
-def _bare(key_map: KeyMap, key: ModuleKey) -> str:
-    return key_map.name(key).removeprefix(f"{key.part}.")
+def _split(key_map: KeyMap, key: ModuleKey) -> tuple[str, str]:
+    """Returns the folder of a module and its name there; the folder is "" where the parts belong to one model."""
+    name = key_map.name(key)
+    bare = name.removeprefix(f"{key.part}.")
+    return ("", name) if bare == name else (key.part, bare)
+
+
+def _joined(part: str, bare: str) -> str:
+    return f"{part}.{bare}" if part else bare
 
 
 def _part_of(names: Sequence[str], folder: Path, path: Path, key_map: KeyMap) -> str:
@@ -99,7 +111,7 @@ def _part_of(names: Sequence[str], folder: Path, path: Path, key_map: KeyMap) ->
         return folder.name
     suffixes = tuple(PEFT)
     bare = [next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name) for name in names]
-    fitting = [part for part in parts if all(f"{part}.{name}" in key_map for name in bare)]
+    fitting = [part for part in ("", *parts) if all(_joined(part, name) in key_map for name in bare)]
     if len(fitting) != 1:
         raise AdapterFileError(
             f"{path}: its modules fit {', '.join(fitting) or 'none'} of the parts {', '.join(parts)}; put it into a "

@@ -18,7 +18,8 @@ def _save_grid(outputs: Sequence[Output], config: PreviewConfig, path: Path) -> 
 
 def _save_texts(outputs: Sequence[Output], config: PreviewConfig, path: Path) -> None:
     del config
-    lines = [f"{output.request.path}\t{output.request.prompt}\t{output.text}\n" for output in outputs]
+    asked = [(output, output.request.sample) for output in outputs]
+    lines = [f"{sample.key if sample else ''}\t{output.request.prompt}\t{output.text}\n" for output, sample in asked]
     write_text(path.with_suffix(".tsv"), "".join(lines))
 
 
