@@ -15,6 +15,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("run_path", type=Path, metavar="RUN_DIR", help="folder of a training run")
     parser.add_argument("--to", required=True, choices=["kohya", "diffusers", "peft"], help="spelling of the file")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder for peft")
+    parser.add_argument(
+        "--client",
+        action="append",
+        default=[],
+        help="must apply all of it: comfyui, a1111, forge, kohya or diffusers; default: those it is meant for",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 
@@ -24,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion import workflows
 
-    path = workflows.export(args.run_path, args.to, args.output, overwrite=args.overwrite)
+    path = workflows.export(args.run_path, args.to, args.output, clients=args.client, overwrite=args.overwrite)
     print_result(args, {"file": str(path), "format": args.to}, f"Wrote {path} and read it back: equal.")

@@ -9,21 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import _client_rules as rules
 from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule, guess_family, read_file
 from lora_diffusion.formats._client_habits import CHECKS
-from lora_diffusion.formats._client_rules import CLIENTS, LOST, Client
+from lora_diffusion.formats._client_rules import CLIENTS, HIDDEN, LOST, Client
 from lora_diffusion.formats._published import PUBLISHED, published
 from lora_diffusion.formats._trial import Problem, Trial, Verdict
 
 __all__ = [
     "CLIENTS",
+    "HIDDEN",
     "PUBLISHED",
     "Base",
     "Problem",
     "Verdict",
+    "check_fit",
     "default_clients",
     "guess_family",
     "published",
@@ -47,6 +50,23 @@ def verify(path: Path, base: Base, clients: Sequence[str] = ()) -> list[Verdict]
             raise ConfigError(f"There is no client {name!r}{hint}. Known: {', '.join(CLIENTS)}.")
     file = read_file(path, base)
     return [_judge(_rules_for(name, file), file, base) for name in dict.fromkeys(clients or CLIENTS)]
+
+
+def check_fit(path: Path, base: Base) -> None:
+    """Checks that a base that was guessed is the right one.
+
+    Raises:
+        AdapterFileError: most sizes are not those of this base.
+    """
+    file = read_file(path, base)
+    found = [(module, base.shapes[module.key]) for module in file.modules if module.key and "down" in module.roles]
+    fitting = [shape for module, shape in found if tuple(module.roles["down"].shape[1:2]) == shape[1:2]]
+    if 2 * len(fitting) < len(found):
+        told = file.metadata.get("ss_sd_model_name", "")
+        raise AdapterFileError(
+            f"{path} is not made for the published {base.family}: {len(found) - len(fitting)} of {len(found)} modules "
+            f"have other sizes. Name its base with --base{f', say --base {shown(told)}' if told else ''}."
+        )
 
 
 def default_clients(format_name: str, path: Path, base: Base) -> list[str]:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
+from lora_diffusion.core.files import atomic_path
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.formats import FileReport, describe_file
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows import verification
 from lora_diffusion.workflows._files import check_target
 from lora_diffusion.workflows._steps import read_adapter
 
 
-def export(run_path: Path, format_name: str, output_path: Path, *, overwrite: bool = False) -> Path:
-    """Writes the adapter of a finished run in a format, and reads it back.
+def export(
+    run_path: Path, format_name: str, output_path: Path, *, clients: Sequence[str] = (), overwrite: bool = False
+) -> Path:
+    """Writes the adapter of a finished run in a format, if the clients of that format would apply all of it.
+
+    Args:
+        run_path: folder of the run.
+        format_name: spelling.
+        output_path: file, or folder if the format is one.
+        clients: those that must apply it; without any, those that read the spelling and the kind of adapter.
+        overwrite: replace what is there.
 
     Raises:
         ConfigError: no run, no adapter in it, or the output exists and is not to be, or must not be, replaced.
+        VerificationError: a client would lose or misread something; nothing is written then.
     """
     run = RunFolder(run_path)
     config = run.config()
@@ -28,7 +41,11 @@ def export(run_path: Path, format_name: str, output_path: Path, *, overwrite: bo
     check_target(output_path, format_, overwrite)
     state = read_adapter(source, family, config.model)
     key_map = family.key_map(format_name, config.model)
-    return write_verified(state, key_map, format_, output_path, find_dtype(config.output.dtype))
+    with atomic_path(output_path) as temporary:
+        write_verified(state, key_map, format_, temporary, find_dtype(config.output.dtype))
+        faults = verification.faults(temporary, format_name, family, config.model, clients)
+        verification.require_sound(output_path, faults)
+    return output_path
 
 
 def inspect(path: Path) -> FileReport:

@@ -32,6 +32,7 @@ from lora_diffusion.training import checkpoint, memory, record, run_folder
 from lora_diffusion.training.hooks import PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer, total_steps
+from lora_diffusion.workflows import verification
 from lora_diffusion.workflows._previews import SAVERS
 
 
@@ -127,7 +128,9 @@ def _write(state: AdapterState, family: Family, config: Config, format_name: str
     format_: Format = registry.find("formats", format_name)
     path = run.adapter_path(config, format_name, format_.is_folder)
     key_map = family.key_map(format_name, config.model)
-    return write_verified(state, key_map, format_, path, find_dtype(config.output.dtype))
+    write_verified(state, key_map, format_, path, find_dtype(config.output.dtype))
+    verification.warn(path, verification.faults(path, format_name, family, config.model, ()))
+    return path
 
 
 def _prepare_previews(

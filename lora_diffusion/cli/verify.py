@@ -1,0 +1,35 @@
+"""`lora-diffusion verify`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import print_result
+from lora_diffusion.core.errors import VerificationError
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("verify", help="say what ComfyUI and others would lose or misread of an adapter file")
+    parser.add_argument("path", type=Path, metavar="FILE", help="adapter file, or folder saved by PEFT")
+    parser.add_argument(
+        "--client",
+        action="append",
+        default=[],
+        help="comfyui, a1111, forge, kohya or diffusers; may be given several times; default: all",
+    )
+    parser.add_argument("--base", help="sd1, sd2, sdxl or a base model; default: found from the file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from lora_diffusion import workflows
+
+    verification = workflows.verify(args.path, args.client, args.base)
+    print_result(args, verification.to_json(), verification.text())
+    if not verification.is_sound:
+        bad = [verdict.title for verdict in verification.verdicts if not verdict.is_sound]
+        raise VerificationError(f"{args.path} would not be applied as it is meant in {', '.join(bad)}.")

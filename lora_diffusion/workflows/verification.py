@@ -1,0 +1,127 @@
+"""What clients would make of adapter files; none of it loads a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import VerificationError
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.formats import clients
+from lora_diffusion.formats.clients import Base, Verdict
+
+_FORMATS = ("kohya", "diffusers", "peft")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found."""
+
+    path: Path
+    base: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Says whether every client applies all of it as we would."""
+        return all(verdict.is_sound for verdict in self.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "file": str(self.path),
+            "base": self.base,
+            "sound": self.is_sound,
+            "clients": [verdict.to_json() for verdict in self.verdicts],
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        lines = [f"{self.path} on {self.base}", *(line for verdict in self.verdicts for line in verdict.lines())]
+        return "\n".join(lines)
+
+
+def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None) -> Verification:
+    """Says what clients would ignore, misread or hide of an adapter file.
+
+    Args:
+        path: file or PEFT folder.
+        client_names: all known clients without any.
+        base: sd1, sd2, sdxl, or what `model.path` takes; without it, the published base that the content is made for.
+
+    Raises:
+        AdapterFileError: the file cannot be read, or does not tell its base.
+        ConfigError: there is no such client.
+        ModelError: the base cannot be used.
+    """
+    name = base or clients.guess_family(path)
+    found = _published(name) if name in clients.PUBLISHED else _named(name)
+    if base is None:
+        clients.check_fit(path, found)
+    return Verification(path, name, tuple(clients.verify(path, found, client_names)))
+
+
+def faults(path: Path, format_name: str, family: Family, model: ModelOptions, client_names: Sequence[str]) -> list[str]:
+    """Returns what the clients of a written file would lose or misread, one line for each fault.
+
+    Args:
+        path: the file or folder.
+        format_name: its spelling.
+        family: of the base. For one that clients do not know, nothing is looked for.
+        model: the base.
+        client_names: without any, those that the spelling is meant for and that read its kind of adapter.
+    """
+    if family.name not in clients.PUBLISHED:
+        return []
+    base = _of(family, model)
+    names = client_names or clients.default_clients(format_name, path, base)
+    verdicts = clients.verify(path, base, names) if names else []
+    return [
+        f"{verdict.title}: {problem.text}. {problem.remedy}"
+        for verdict in verdicts
+        for problem in verdict.problems
+        if problem.severity != clients.HIDDEN
+    ]
+
+
+def require_sound(path: Path, found: Sequence[str]) -> None:
+    """Raises VerificationError if there are faults."""
+    if found:
+        raise VerificationError(f"{path} was not written: clients would not apply all of it.", found)
+
+
+def warn(path: Path, found: Sequence[str]) -> None:
+    """Logs faults as warnings."""
+    for fault in found:
+        logger.warning("%s: %s", path.name, fault)
+
+
+def _published(name: str) -> Base:
+    family: Family = registry.find("families", name)
+    return Base(name, clients.published(name), [family.key_map(format_name, None) for format_name in _FORMATS])
+
+
+def _named(path: str) -> Base:
+    from lora_diffusion.workflows.checkpoints import find_model
+
+    model = find_model(path)
+    return _of(registry.find("families", model.family), model)
+
+
+def _of(family: Family, model: ModelOptions) -> Base:
+    from torch import nn
+
+    from lora_diffusion.core.types import ModuleKey
+
+    shapes = {
+        ModuleKey(part, path): tuple(module.weight.shape)
+        for part, network in family.skeleton(model).items()
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    return Base(family.name, shapes, [family.key_map(name, model) for name in _FORMATS])
