@@ -11,6 +11,10 @@ _NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")
 _AT_LEAST_ONE = (lambda v: v >= 1, "must be 1 or greater")
 _SHARE = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 _FILLED = (lambda v: len(v) > 0, "must not be empty")
+_SEEDS = (
+    lambda v: len(v) > 0 and all(0 <= seed < 2**63 for seed in v),
+    "must be one or more numbers, 0 or greater",
+)
 
 
 def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
@@ -52,12 +56,17 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.keep_checkpoints": _NOT_NEGATIVE,
     "train.preview_every_steps": _NOT_NEGATIVE,
     "train.tracker": _one_of("none", "tensorboard"),
-    "preview.seeds": (
-        lambda v: len(v) > 0 and all(0 <= seed < 2**63 for seed in v),
-        "must be one or more numbers, 0 or greater",
-    ),
+    "preview.seeds": _SEEDS,
     "preview.num_steps": _AT_LEAST_ONE,
     "preview.guidance": _AT_LEAST_ONE,
+    "evaluate.weights": (
+        lambda v: len(v) > 0 and len(set(v)) == len(v) and all(weight > 0 and math.isfinite(weight) for weight in v),
+        "must be one or more different numbers greater than 0",
+    ),
+    "evaluate.seeds": _SEEDS,
+    "evaluate.every_steps": _NOT_NEGATIVE,
+    "evaluate.patience": _NOT_NEGATIVE,
+    "evaluate.picture_draws": _NOT_NEGATIVE,
     "output.path": _FILLED,
     "output.formats": _each_of("kohya", "diffusers", "peft"),
     "output.dtype": _one_of("fp32", "fp16", "bf16"),
@@ -95,9 +104,19 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         )
     if preview.prompts and not train.preview_every_steps:
         yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
+    yield from _evaluate_relations(sections["evaluate"])
     yield from data.faults()
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield f"output.name={output.name}: must be a plain file name without folders"
+
+
+def _evaluate_relations(evaluate: Any) -> Iterator[str]:
+    if evaluate.patience and not evaluate.every_steps:
+        yield f"evaluate.patience={evaluate.patience}: there are no scores to wait for; set evaluate.every_steps"
+    for key in ("after_training", "every_steps"):
+        value = getattr(evaluate, key)
+        if value and not evaluate.references:
+            yield f"evaluate.{key}={value}: needs evaluate.references, pictures to compare with"
 
 
 def _shown(value: Any) -> str:

@@ -203,6 +203,36 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """Pictures and scores of the checkpoints. They are drawn as `preview` says: num_steps, guidance, negative."""
+
+    after_training: bool = False
+    """Evaluate the checkpoints once training is done, choose the best and link it as best.safetensors."""
+    references: str | None = None
+    """Folder of real pictures of what is trained, other than those it is trained on."""
+    prompts: str | None = None
+    """YAML file or shipped suite (configs/evaluate). None takes the captions of the references, with the trigger words
+    and without."""
+    class_words: str | None = None
+    """What is trained in words that everybody knows, for {class} in the prompts."""
+    weights: tuple[float, ...] = (0.7, 1.0)
+    """Each checkpoint is tried with each of these weights."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Each prompt is drawn once with each seed."""
+    metrics: tuple[str, ...] = ()
+    """Without any, all that can be computed."""
+    clip: str | None = None
+    """The CLIP that scores: builtin:emoji-clip, an open_clip folder or "model/pretrained". None takes one that fits."""
+    every_steps: int = 0
+    """Steps between scores of the adapter while it is trained, on the first prompts and seeds; 0 makes none."""
+    patience: int = 0
+    """End the run when so many of these scores in a row are no better than the best before; 0 never ends it early."""
+    picture_draws: int = 8
+    """Noises with which the loss of each training picture is taken after training, to show bad captions; 0 leaves
+    it out."""
+
+
+@dataclass(frozen=True)
 class CacheConfig:
     """Prepared samples, kept by content."""
 
@@ -237,5 +267,6 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -19,9 +19,10 @@ from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
 
 _FREE = ("output.", "cache.", "preview.", "train.threads", "train.save_every_steps", "train.keep_checkpoints")
-_FREE += ("train.preview_every_steps", "train.tracker", "train.max_steps", "train.epochs")
+_FREE += ("evaluate.", "train.preview_every_steps", "train.tracker", "train.max_steps", "train.epochs")
 
-_OWN = ("plan.json", "metrics.jsonl", "machine.json", "checkpoints", "previews", "tensorboard")
+_OWN = ("plan.json", "metrics.jsonl", "progress.json", "picture_losses.json", "machine.json", "checkpoints", "previews")
+_OWN += ("tensorboard", "evaluation", "selection.json", "best.safetensors", "report.html", "report.json", "report.csv")
 """What a run writes besides its config and adapters."""
 
 
