@@ -17,7 +17,7 @@ _ROOMS = {
 }
 
 
-_SHARED = {"families": (), "formats": ("clients", "metadata", "verified"), "metrics": ()}
+_SHARED = {"families": (), "formats": ("clients", "metadata", "thumbnail", "verified"), "metrics": ()}
 """Files of a room that are not one of its kind."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -10,9 +9,8 @@ from collections.abc import Callable, Mapping
 
 from lora_diffusion.formats import _client_checks as shared
 from lora_diffusion.formats import _client_rules as rules
-from lora_diffusion.formats._client_file import AdapterFile
 from lora_diffusion.formats._client_rules import HIDDEN, LOST, Client, Fate
-from lora_diffusion.formats._header import LENGTH_BYTES
+from lora_diffusion.formats._safetensors import content_hash
 from lora_diffusion.formats._trial import Trial
 
 _PUBLISHED_NAMES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
@@ -144,7 +142,7 @@ def _shown_details(trial: Trial) -> None:
         remedy = f"lora-diffusion metadata edit FILE {' '.join(f'--unset {name}' for name in broken)}"
         trial.report("details", HIDDEN, text, remedy)
     told = metadata.get("sshs_model_hash")
-    if told and told != _content_hash(trial.file):
+    if told and told != content_hash(trial.file.path, trial.file.headers[0]):
         text = (
             f"sshs_model_hash is not that of its tensors, so {trial.client.title} and model sites take it for another"
         )
@@ -157,12 +155,6 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _content_hash(file: AdapterFile) -> str:
-    with file.path.open("rb") as stream:
-        stream.seek(LENGTH_BYTES + file.headers[0].num_bytes)
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _refuse_record_beside_alphas(trial: Trial) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, VerificationError
 from lora_diffusion.core.files import atomic_path
+from lora_diffusion.formats._header import LENGTH_BYTES, damaged
 from lora_diffusion.formats._header import Header as Header
 from lora_diffusion.formats._header import TensorInfo as TensorInfo
-from lora_diffusion.formats._header import damaged
 from lora_diffusion.formats._header import read_header as read_header
 
 if TYPE_CHECKING:
@@ -91,6 +94,40 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
         changed = [name for name, tensor in tensors.items() if not torch.equal(tensor, again[name])]
         if changed:
             raise VerificationError(f"{path} was read back with other numbers; is the disk sound?", changed[:10])
+
+
+def rewrite(path: Path, metadata: Mapping[str, str], output: Path) -> None:
+    """Writes a file with other metadata atomically; the bytes of the tensors are copied as they are.
+
+    Raises:
+        AdapterFileError: the file cannot be read, or the metadata are too large.
+        VerificationError: what was read back differs; nothing stands under the name then.
+    """
+    old = read_header(path)
+    places = {
+        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.place}
+        for name, info in old.tensors.items()
+    }
+    table = {"__metadata__": dict(metadata), **places} if metadata else places
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    with atomic_path(output) as temporary:
+        with path.open("rb") as source, temporary.open("wb") as target:
+            source.seek(LENGTH_BYTES + old.num_bytes)
+            target.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            shutil.copyfileobj(source, target)
+        new = read_header(temporary)
+        if dict(new.metadata) != dict(metadata) or new.tensors != old.tensors:
+            raise VerificationError(f"{output} was read back with other names or metadata; is the disk sound?")
+        if content_hash(temporary, new) != content_hash(path, old):
+            raise VerificationError(f"{output} was read back with other numbers; is the disk sound?")
+
+
+def content_hash(path: Path, header: Header) -> str:
+    """Returns the sha256 of all that follows the header."""
+    with path.open("rb") as stream:
+        stream.seek(LENGTH_BYTES + header.num_bytes)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def cast(module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

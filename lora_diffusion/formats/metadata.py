@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.errors import ConfigError, UnsupportedError
+from lora_diffusion.core.keymap import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ def build(
     prediction_type: str = "epsilon",
     trigger: str = "",
     training: Mapping[str, Any] | None = None,
+    about: Mapping[str, str | None] | None = None,
 ) -> dict[str, str]:
     """Returns the metadata of a file, without the hashes, which `kohya.FORMAT.write` adds.
 
@@ -61,6 +63,8 @@ def build(
         training: what else kohya tells, by its names without ss_ (learning_rate, steps, seed, clip_skip, ...): numbers,
             texts, or tables, which are written as JSON. None values are left out. `tag_frequency` and `dataset_dirs`
             publish caption words and folder names.
+        about: what else modelspec tells, by its names without modelspec. (title, author, description, license,
+            thumbnail, unet_dtype, ...). None values are left out; the title is otherwise the name.
 
     Raises:
         UnsupportedError: an unknown architecture.
@@ -91,6 +95,7 @@ def build(
         values["modelspec.prediction_type"] = "v" if is_v_prediction else "epsilon"
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
+    values |= {f"modelspec.{key}": value for key, value in (about or {}).items() if value is not None}
     return {key: _text(value) for key, value in values.items()}
 
 
@@ -109,23 +114,89 @@ def count_tags(captions: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int
     return counts
 
 
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""What depends on the tensors, and the second on the ss_ metadata too."""
+VISIBLE = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
+"""What A1111 and Forge tell the kind of base from; without it they hide a file, or list it with the wrong ones."""
+
+
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns metadata for a file with other tensors."""
+    return {key: value for key, value in metadata.items() if key not in HASHES}
+
+
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors.
+    """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors, and modelspec's own hash.
 
-    Both are taken from the file as it would be with only the ss_ metadata: the first over all that follows the header,
-    the second over 64 KiB at 1 MiB (of a smaller file: over nothing).
+    The first two are taken from the file as it would be with only the ss_ metadata: the first over all that follows the
+    header, the second over 64 KiB at 1 MiB (of a smaller file: over nothing). The third, over the bytes of the tensors
+    by name, is left out where no other modelspec text stands.
 
-    Source: precalculate_safetensors_hashes in library/train_util.py of sd-scripts.
+    Source: precalculate_safetensors_hashes in library/train_util.py of sd-scripts; modelspec 1.0.1.
     """
     from safetensors.torch import save
 
     content = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
     header_end = 8 + int.from_bytes(content[:8], "little")
     legacy = content[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]
-    return {
+    found = {
         "sshs_model_hash": hashlib.sha256(memoryview(content)[header_end:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
     }
+    if any(key.startswith("modelspec.") for key in metadata):
+        found["modelspec.hash_sha256"] = f"0x{_hash_by_name(content, header_end)}"
+    return found
+
+
+def _hash_by_name(content: bytes, header_end: int) -> str:
+    places = json.loads(content[8:header_end])
+    places.pop("__metadata__", None)
+    digest = hashlib.sha256()
+    for name in sorted(places):
+        start, end = places[name]["data_offsets"]
+        digest.update(memoryview(content)[header_end + start : header_end + end])
+    return digest.hexdigest()
+
+
+def change(metadata: Mapping[str, str], values: Mapping[str, str], removed: Iterable[str] = ()) -> dict[str, str]:
+    """Returns metadata with some texts set and others taken out; hashes are left as they are.
+
+    Raises:
+        ConfigError: a text that is not there, is computed, or decides what the adapter does.
+    """
+    removed = list(removed)
+    faults = [f"{key}: is computed from the tensors" for key in (*values, *removed) if key in HASHES]
+    faults += [f"{key}: decides how strong the adapter is" for key in (*values, *removed) if key in _DECIDING]
+    faults += [f"{key}: is not there{suggestion(key, metadata)}" for key in removed if key not in metadata]
+    faults += [f"{key}: is both set and taken out" for key in removed if key in values]
+    if faults:
+        raise ConfigError("These metadata cannot be changed so:", faults)
+    return {key: value for key, value in {**metadata, **values}.items() if key not in removed}
+
+
+def strip(metadata: Mapping[str, str], kept: Iterable[str] = ()) -> dict[str, str]:
+    """Returns the least metadata: what decides how strong the adapter is and where clients list it, and hashes.
+
+    Args:
+        metadata: all.
+        kept: more to keep; a name that ends in "*" means all that begin so.
+
+    Raises:
+        ConfigError: a name in `kept` fits nothing.
+    """
+    patterns = [*_DECIDING, *VISIBLE, *HASHES, *kept]
+    for pattern in kept:
+        if not any(_fits(key, pattern) for key in metadata):
+            raise ConfigError(f"--keep {pattern}: the file has no such metadata{suggestion(pattern, metadata)}.")
+    return {key: value for key, value in metadata.items() if any(_fits(key, pattern) for pattern in patterns)}
+
+
+_DECIDING = ("lora_adapter_metadata", "format")
+"""The first is diffusers' record of ranks and alphas; the second says that the tensors are torch's."""
+
+
+def _fits(key: str, pattern: str) -> bool:
+    return key.startswith(pattern[:-1]) if pattern.endswith("*") else key == pattern
 
 
 def _text(value: Any) -> str:
