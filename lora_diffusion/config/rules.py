@@ -106,6 +106,8 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
     yield from _evaluate_relations(sections["evaluate"])
     yield from data.faults()
+    if output.thumbnail == "preview" and not train.preview_every_steps:
+        yield "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield f"output.name={output.name}: must be a plain file name without folders"
 

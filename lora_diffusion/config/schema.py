@@ -254,6 +254,16 @@ class OutputConfig:
     """Number type in the files: fp32, fp16 or bf16."""
     publish_tags: bool = True
     """Put caption words and folder names into the metadata, as kohya does; false keeps them private."""
+    title: str | None = None
+    """Name that model sites and managers show; None takes the name of the file."""
+    author: str | None = None
+    """Who made the adapter."""
+    description: str | None = None
+    """What it is for, in a sentence or two."""
+    license: str | None = None
+    """Licence of the adapter, say CC-BY-4.0."""
+    thumbnail: str | None = None
+    """Picture that is made small and put into the file: a path, or preview for the last preview of the run."""
 
 
 @dataclass(frozen=True)

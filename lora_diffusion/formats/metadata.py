@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from lora_diffusion.core.types import AdapterState
 
-_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
+LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
+"""Place and length of what the older hash of a file covers."""
 
 
 class _Base(NamedTuple):
@@ -138,7 +139,7 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
     content = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
     header_end = 8 + int.from_bytes(content[:8], "little")
-    legacy = content[_LEGACY_START : _LEGACY_START + _LEGACY_BYTES]
+    legacy = content[LEGACY_START : LEGACY_START + LEGACY_BYTES]
     found = {
         "sshs_model_hash": hashlib.sha256(memoryview(content)[header_end:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],

@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
-from lora_diffusion.core.device import compute_dtype, pick_device
+from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
+from lora_diffusion.core.files import sha256
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import Kind
-from lora_diffusion.formats.metadata import build, count_tags
+from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags
+from lora_diffusion.formats.thumbnail import data_url
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import METRICS_NAME
@@ -25,6 +29,7 @@ _OF_OBJECTIVE = {
     "noise_offset": "noise_offset",
     "min_snr_gamma": "min_snr_gamma",
     "caption_dropout": "caption_dropout_rate",
+    "clip_skip": "clip_skip",
 }
 """Key of the `model:` section, where the family has it -> kohya's word for it."""
 
@@ -73,6 +78,7 @@ def metadata(
         step: optimizer steps made.
     """
     train, model = config.train, config.model
+    written_at = time.time()
     epochs = -(-step // batches.num_steps_per_epoch)
     training = {
         "unet_lr": train.learning_rate,
@@ -86,29 +92,81 @@ def metadata(
         "steps": step,
         "epoch": epochs,
         "num_epochs": epochs,
+        "training_finished_at": written_at,
         "max_train_steps": step,
         "num_train_images": batches.num_samples_per_epoch,
         "num_batches_per_epoch": batches.num_steps_per_epoch * train.gradient_accumulation,
         "batch_size_per_device": train.batch_size,
         "gradient_accumulation_steps": train.gradient_accumulation,
+        "total_batch_size": train.batch_size * train.gradient_accumulation * PartialState().num_processes,
         "gradient_checkpointing": train.gradient_checkpointing,
         "mixed_precision": _precision(train.precision),
+        "full_fp16": False,
+        "cache_latents": True if info.prediction else None,
+        "zero_terminal_snr": info.zero_terminal_snr if info.prediction else None,
         "network_dropout": config.adapter.dropout or None,
         "network_args": {"parts": config.adapter.parts, "targets": config.adapter.targets},
         **{word: getattr(model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
         **kind.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
+        **_base_hashes(info),
         **(_published(kind, samples) if config.output.publish_tags else {}),
     }
     return build(
         state,
         architecture=info.architecture,
         name=RunFolder(Path(config.output.path)).name(config),
-        written_at=time.time(),
+        written_at=written_at,
         prediction_type=info.prediction,
         training=training,
+        about=_about(config, info),
         **kind.headline(samples),
     )
+
+
+def check_thumbnail(config: Config) -> None:
+    """Checks that `output.thumbnail` is a picture.
+
+    Raises:
+        DataError: it cannot be read as one.
+    """
+    if config.output.thumbnail not in (None, _PREVIEW):
+        data_url(Path(config.output.thumbnail).expanduser())
+
+
+_PREVIEW = "preview"
+
+
+def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
+    output = config.output
+    clip_skip = getattr(config.model, "clip_skip", None)
+    dtype = str(frozen_dtype(config.model.dtype, pick_device())).removeprefix("torch.")
+    return {
+        "title": output.title,
+        "author": output.author,
+        "description": output.description,
+        "license": output.license,
+        "thumbnail": _thumbnail(config),
+        "encoder_layer": None if clip_skip is None else str(clip_skip),
+        "unet_dtype": dtype if info.prediction and config.model.quantization == "none" else None,
+    }
+
+
+def _thumbnail(config: Config) -> str | None:
+    if config.output.thumbnail != _PREVIEW:
+        return data_url(Path(config.output.thumbnail).expanduser()) if config.output.thumbnail else None
+    previews = sorted(RunFolder(Path(config.output.path)).previews_path.glob("step-*.png"))
+    return data_url(previews[-1]) if previews else None
+
+
+def _base_hashes(info: BaseInfo) -> dict[str, str]:
+    """Returns kohya's hashes of a base in one file; those of a folder say nothing about its weights."""
+    if not info.path.is_file():
+        return {}
+    with info.path.open("rb") as stream:
+        stream.seek(LEGACY_START)
+        legacy = hashlib.sha256(stream.read(LEGACY_BYTES)).hexdigest()[:8]
+    return {"sd_model_hash": legacy, "new_sd_model_hash": sha256(info.path)}
 
 
 def _precision(precision: str) -> str:

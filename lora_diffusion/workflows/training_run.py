@@ -61,6 +61,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
     cache.check(config.cache)
+    record.check_thumbnail(config)
     samples = kind.read(config.data, info)
     _say_what_is_trained(plan, config, samples)
 
@@ -188,6 +189,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     plan = make_plan(skeleton, family.parts, config.adapter)
     run_folder.check(config, resume=not overwrite, overwrite=overwrite)
     cache.check(config.cache)
+    record.check_thumbnail(config)
     samples = kind.read(config.data, info)
     trained = frozenset(config.adapter.parts)
     example = family.example(config.model, trained, config.train.batch_size, kind.largest(samples))
