@@ -1,4 +1,6 @@
-"""Measures what a training step costs, against the plain diffusers and PEFT loop and against the floor.
+"""Measures what the program costs: `train` a training step, `files` work on adapter files (see benchmark_files.py).
+
+A training step is compared with the plain diffusers and PEFT loop and with the floor.
 
     python scripts/benchmark.py train                          # Stable Diffusion 1.5, bf16 weights, 512 pixels, rank 16
     python scripts/benchmark.py train --size small --dtype fp32
@@ -19,6 +21,7 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -300,10 +303,22 @@ def print_report(result: dict[str, Any]) -> None:
         print(f"{row}   time at most {TARGETS[pair]:.2f}")
 
 
+def run_train(arguments: argparse.Namespace) -> None:
+    """Measures and prints a training step."""
+    setting = Setting(arguments.size, arguments.dtype, arguments.batch_size, arguments.threads)
+    result = report(setting, measure(setting, arguments.arms, arguments.repeats))
+    print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
+
+
 def main() -> None:
     """Runs the benchmark that the command line names."""
+    # Run as a file, Python finds what lies beside it but not the folder that it lies in.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from scripts import benchmark_files
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    train = parser.add_subparsers(required=True).add_parser("train", help="one training step")
+    commands = parser.add_subparsers(required=True)
+    train = commands.add_parser("train", help="one training step")
     train.add_argument("--size", choices=SIZES, default="sd15")
     train.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="frozen weights, and autocast if bf16")
     train.add_argument("--batch-size", type=int, default=1)
@@ -311,10 +326,10 @@ def main() -> None:
     train.add_argument("--threads", default="auto", help="a number, or auto for torch's own and our choice")
     train.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     train.add_argument("--json", action="store_true")
+    train.set_defaults(run=run_train)
+    benchmark_files.add_parser(commands)
     arguments = parser.parse_args()
-    setting = Setting(arguments.size, arguments.dtype, arguments.batch_size, arguments.threads)
-    result = report(setting, measure(setting, arguments.arms, arguments.repeats))
-    print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":
