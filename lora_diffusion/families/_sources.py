@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _BUILTIN = {"emoji": "emoji-sd"}
-_HUB_PATTERNS = ["*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+_HUB_PATTERNS = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
+_FORMS = "a diffusers folder, a .safetensors checkpoint or a hub id"
 
 
 class Source(Protocol):
@@ -62,7 +63,7 @@ def find(options: ModelOptions) -> Source:
 
         check(options.quantization)
     layout = LAYOUTS[options.family]
-    path = _local(options.path)
+    path = local(options.path, _BUILTIN, _HUB_PATTERNS, _FORMS)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
         raise ModelError(
             f"model.path={options.path} is a pickle, which can run code when it is loaded; "
@@ -93,31 +94,41 @@ def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
     return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"
 
 
-def _local(name: str) -> Path:
+def local(name: str, builtins: Mapping[str, str], patterns: Sequence[str], forms: str) -> Path:
+    """Returns the file or folder that `model.path` means, fetched from the hub if it is an id.
+
+    Args:
+        name: `model.path`.
+        builtins: name after "builtin:" -> folder that comes along.
+        patterns: files of a hub repository that are needed.
+        forms: what else could be given, for messages.
+
+    Raises:
+        ModelError: there is nothing of that name.
+    """
+    known = " or ".join(f"builtin:{builtin}" for builtin in builtins)
     if name.startswith("builtin:"):
-        known = name.removeprefix("builtin:")
-        if known not in _BUILTIN:
-            raise ModelError(f"model.path={name}: there is no such built-in base; known: builtin:emoji.")
-        return builtin_path(_BUILTIN[known])
+        if name.removeprefix("builtin:") not in builtins:
+            raise ModelError(f"model.path={name}: there is no such built-in base of this family; known: {known}.")
+        return builtin_path(builtins[name.removeprefix("builtin:")])
     path = Path(name).expanduser()
     if path.exists():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _download(name)
+        return _download(name, tuple(patterns))
     near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise ModelError(
-        f"model.path={name}: there is no such folder or file{near}. Give builtin:emoji, a diffusers folder, "
-        "a .safetensors checkpoint or a hub id such as owner/name."
+        f"model.path={name}: there is no such folder or file{near}. Give {known}, {forms} such as owner/name."
     )
 
 
 @cache
-def _download(name: str) -> Path:
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=["safety_checker/*"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["safety_checker/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model.path={name} is neither a folder or file here nor a model that the hub gives: "
@@ -219,7 +230,7 @@ class Folder:
             return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
-        return next((fault for file in weights if (fault := _damage(file, file.stat().st_mtime_ns))), None)
+        return next((fault for file in weights if (fault := damage(file, file.stat().st_mtime_ns))), None)
 
 
 def _weights(name: str) -> str:
@@ -233,8 +244,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 @cache
-def _damage(path: Path, changed_ns: int) -> str | None:
-    """Says whether a safetensors file is cut off or none at all, by its header and length."""
+def damage(path: Path, changed_ns: int) -> str | None:
+    """Says whether a safetensors file is cut off or none at all, by its header and length.
+
+    A file whose time of change (st_mtime_ns) is the same is read once.
+    """
     from safetensors import SafetensorError, safe_open
 
     del changed_ns

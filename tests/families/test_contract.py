@@ -22,16 +22,17 @@ from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.merge import merge, unmerge
 from lora_diffusion.adapters.plan import InjectionPlan, plan
 from lora_diffusion.adapters.state import load_state, read_state
-from lora_diffusion.config.schema import AdapterConfig, CacheConfig, DataConfig, PictureDataConfig
+from lora_diffusion.config.schema import AdapterConfig, CacheConfig, DataConfig, PictureDataConfig, RecordingDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, ImageText, Loaded, Output, Request, Sample
+from lora_diffusion.core.types import AudioText, Batch, ImageText, Loaded, Output, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import KINDS
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny import save_tiny_pipeline, save_tiny_sd2_pipeline, save_tiny_sdxl_pipeline
+from tests.tiny_whisper import save_tiny_whisper, write_recording
 
 CPU = torch.device("cpu")
 
@@ -61,6 +62,11 @@ CASES = {
     "sd2": Case(save_tiny_sd2_pipeline, {"plain": {}, "noise": {"prediction": "epsilon", "caption_dropout": 0.3}}),
     # The first tower is read before its last layer, and only the second one gives a summary.
     "sdxl": Case(save_tiny_sdxl_pipeline, _SETTINGS, r"text_encoder/encoder\.layers\.1\..*"),
+    "whisper": Case(
+        save_tiny_whisper,
+        {"plain": {}, "masked": {"mask_time_prob": 0.2, "mask_time_length": 4, "timestamps": True}},
+        formats=("peft",),
+    ),
 }
 
 
@@ -92,12 +98,29 @@ def _ask_for_pictures(samples: list[ImageText]) -> list[Request]:
     return [Request(prompt, seed, num_steps=2) for prompt in ("a cat", "a dog") for seed in (1, 2)]
 
 
+def _write_recordings(folder: Path) -> None:
+    for index, text in enumerate(("one", "two three", "<|0.00|> four<|0.60|>")):
+        write_recording(folder / f"{index}.wav", text, seconds=0.4 + 0.2 * index, pitch=200.0 + 150 * index)
+
+
+def _ask_for_transcripts(samples: list[AudioText]) -> list[Request]:
+    kind = KINDS[AudioText]
+    asked = [kind.open(sample, RecordingDataConfig(speeds=(speed,))) for sample in samples[:2] for speed in (1.0, 1.5)]
+    return [Request("", 0, sample=sample) for sample in asked]
+
+
 SAMPLES: Mapping[type[Sample], Kind] = {
     ImageText: Kind(
         _write_pictures,
         PictureDataConfig(flip=True),
         _ask_for_pictures,
         lambda output: np.asarray(output.image).astype(int),
+    ),
+    AudioText: Kind(
+        _write_recordings,
+        RecordingDataConfig(speeds=(1.0, 1.1), noise_db=(20.0,)),
+        _ask_for_transcripts,
+        lambda output: np.frombuffer(output.text.encode("utf-8").ljust(200), dtype=np.uint8).astype(int),
     ),
 }
 FAMILIES = registry.available("families")

@@ -1,0 +1,236 @@
+"""What Whisper hears and writes: features, tokens, masks and the search for words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.types import AudioText, Loaded, Request, SpeechInfo
+from lora_diffusion.families._sources import explained, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lora_diffusion.families.whisper import WhisperOptions
+
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "generation_config.json",
+)
+"""Files of a base that decide features and tokens."""
+_MOST_LAYERS = 32
+"""Of encoder or decoder, in any Whisper that was published."""
+_START, _NO_TIMESTAMPS, _FIRST_TIMESTAMP = "<|startoftranscript|>", "<|notimestamps|>", "<|0.00|>"
+_MULTILINGUAL_VOCABULARY = 51865
+"""Tokens of the smallest multilingual vocabulary that was published; English-only ones have one less."""
+
+
+@cache
+def read_processor(folder: Path) -> Any:
+    """Returns the WhisperProcessor of a base; nobody may change it.
+
+    Raises:
+        ModelError: tokenizer or feature extractor are missing or damaged.
+    """
+    from transformers import WhisperProcessor
+
+    with explained(folder):
+        return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
+    """Returns what is known of a base, once it can do what the options ask.
+
+    Raises:
+        ModelError: it cannot be used, or its tokenizer lacks what is asked for.
+    """
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    config, processor = read_json(folder / "config.json"), read_processor(folder)
+    tokenizer, extractor = processor.tokenizer, processor.feature_extractor
+    vocabulary = tokenizer.get_vocab()
+    frames, heard = extractor.nb_max_frames, 2 * config.get("max_source_positions", 1500)
+    faults = []
+    if frames != heard:
+        faults.append(f"its feature extractor gives {frames} frames, and its encoder takes {heard}")
+    if extractor.feature_size != config.get("num_mel_bins", 80):
+        faults.append(f"its feature extractor gives {extractor.feature_size} bands, not {config.get('num_mel_bins')}")
+    faults += [f"its tokenizer lacks {token}" for token in (_START, _NO_TIMESTAMPS) if token not in vocabulary]
+    if options.timestamps and _FIRST_TIMESTAMP not in vocabulary:
+        faults.append("its tokenizer has no timestamps; set model.timestamps=false")
+    languages = tuple(code for code in LANGUAGES if f"<|{code}|>" in vocabulary)
+    if not _is_multilingual(folder, config):
+        languages = ()
+        if options.language != "en" or options.task != "transcribe":
+            faults.append("it knows English only; set model.language=en and model.task=transcribe")
+    elif options.language not in languages:
+        faults.append(
+            f"its tokenizer has no token for model.language={options.language}, only for {', '.join(languages[:20])}"
+        )
+    if faults:
+        raise ModelError(f"The base {folder} cannot be used.", faults)
+    return SpeechInfo(
+        architecture="whisper",
+        source=options.path,
+        path=folder,
+        sampling_rate=extractor.sampling_rate,
+        max_duration_s=float(extractor.chunk_length),
+        max_tokens=config.get("max_target_positions", 448),
+        languages=languages,
+        count_tokens=partial(_count_tokens, folder, options.timestamps),
+    )
+
+
+def _is_multilingual(folder: Path, config: dict[str, Any]) -> bool:
+    file = folder / "generation_config.json"
+    told = read_json(file).get("is_multilingual") if file.is_file() else None
+    return config.get("vocab_size", 0) >= _MULTILINGUAL_VOCABULARY if told is None else bool(told)
+
+
+def _count_tokens(folder: Path, timestamps: bool, texts: Sequence[str]) -> list[int]:
+    tokenizer = read_processor(folder).tokenizer
+    plain = [_written(text, timestamps) for text in texts]
+    # Start, language, task and the mark for no timestamps come before, the end after.
+    return [len(ids) + 5 for ids in tokenizer(plain, add_special_tokens=False).input_ids]
+
+
+def complete_generation_config(model: Any, tokenizer: Any, info: SpeechInfo) -> None:
+    """Gives an older base the ids of its language and task tokens, which newer ones keep in generation_config.json."""
+    config, vocabulary = model.generation_config, tokenizer.get_vocab()
+    config.is_multilingual = bool(info.languages)
+    config.no_timestamps_token_id = vocabulary[_NO_TIMESTAMPS]
+    config.lang_to_id = {f"<|{code}|>": vocabulary[f"<|{code}|>"] for code in info.languages}
+    tasks = ("transcribe", "translate")
+    config.task_to_id = {task: vocabulary[f"<|{task}|>"] for task in tasks if f"<|{task}|>" in vocabulary}
+    config.max_length = info.max_tokens
+
+
+def published_paths() -> dict[str, list[str]]:
+    """Returns part -> paths of all modules that a Whisper of any size may have."""
+    own = [f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj")]
+    cross = [name.replace("self_attn", "encoder_attn") for name in own]
+    inside = {"encoder": [*own, "fc1", "fc2"], "decoder": [*own, *cross, "fc1", "fc2"]}
+    return {
+        part: [f"layers.{index}.{name}" for index in range(_MOST_LAYERS) for name in names]
+        for part, names in inside.items()
+    }
+
+
+def log_mel(extractor: Any, waveform: Tensor) -> Tensor:
+    """Returns [1, mels, frames], float32: what the base's own feature extractor gives, padded to full length."""
+    import torch
+
+    features = extractor(waveform.numpy(), sampling_rate=extractor.sampling_rate, return_tensors="np").input_features
+    return torch.from_numpy(features).float()
+
+
+def labels(tokenizer: Any, sample: AudioText, options: WhisperOptions, info: SpeechInfo) -> list[int]:
+    """Returns the tokens that the decoder must write after the start: language, task, words, end."""
+    vocabulary = tokenizer.get_vocab()
+    text = _written(sample.transcript, options.timestamps)
+    names = []
+    if info.languages:
+        names = [f"<|{sample.language or options.language}|>", f"<|{sample.task or options.task}|>"]
+    if not text.startswith("<|"):
+        names.append(_NO_TIMESTAMPS)
+    words = tokenizer(text, add_special_tokens=False).input_ids
+    return [*(vocabulary[name] for name in names), *words, tokenizer.eos_token_id]
+
+
+def _written(transcript: str, timestamps: bool) -> str:
+    """Returns a transcript as it is learnt."""
+    import re
+
+    return transcript if timestamps else " ".join(re.sub(r"<\|\d+\.\d\d\|>", " ", transcript).split())
+
+
+def shift(ids: Tensor, config: Any) -> Tensor:
+    """Returns the decoder's inputs for labels: the start token, then each label before the one it must give.
+
+    Args:
+        ids: [batch, tokens], -100 where there is no label.
+        config: of the model; gives the start and the padding.
+    """
+    shifted = ids.new_full(ids.shape, config.decoder_start_token_id)
+    shifted[:, 1:] = ids[:, :-1]
+    return shifted.masked_fill(shifted == -100, config.pad_token_id)
+
+
+def mask(features: Tensor, num_frames: Tensor, options: WhisperOptions, rng: torch.Generator) -> Tensor:
+    """Returns features with stretches of time and stripes of pitch set to 0, as SpecAugment of transformers does.
+
+    Args:
+        features: [batch, mels, frames]; not changed.
+        num_frames: [batch], those that hold sound: no other is hidden.
+        options: shares and lengths.
+        rng: decides which.
+
+    Source: Park et al. 2019, arXiv 1904.08779; the rule is `_compute_mask_indices` of transformers.
+    """
+    import torch
+    from transformers.models.whisper.modeling_whisper import _compute_mask_indices
+
+    if not options.mask_time_prob and not options.mask_feature_prob:
+        return features
+    batch, bands, frames = features.shape
+    hidden = torch.zeros(features.shape, dtype=torch.bool)
+    with _numpy_seeded(int(torch.randint(2**31, (1,), generator=rng))):
+        if options.mask_time_prob:
+            sound = (torch.arange(frames)[None] < num_frames[:, None]).long()
+            sizes = (options.mask_time_prob, min(options.mask_time_length, frames))
+            chosen = _compute_mask_indices((batch, frames), *sizes, attention_mask=sound, min_masks=1)
+            hidden |= (torch.from_numpy(chosen) & sound.bool())[:, None, :]
+        if options.mask_feature_prob:
+            sizes = (options.mask_feature_prob, min(options.mask_feature_length, bands))
+            hidden |= torch.from_numpy(_compute_mask_indices((batch, bands), *sizes, min_masks=1))[:, :, None]
+    return features.masked_fill(hidden, 0.0)
+
+
+@contextmanager
+def _numpy_seeded(seed: int) -> Iterator[None]:
+    """Makes the draws of transformers, which come from numpy's global generator, depend on a seed only."""
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
+    """Returns what is said in recordings of requests with equal adapter weights."""
+    import torch
+
+    model, options = loaded.modules["model"], loaded.options
+    first = requests[0]
+    if first.weights is not None:
+        assert loaded.adapters is not None, "a request gives adapter weights, but no adapter was loaded"
+        loaded.adapters.set_weights(first.weights)
+    samples = [request.sample for request in requests]
+    heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]  # type: ignore[union-attr]
+    asked = {"language": options.language, "task": options.task} if loaded.info.languages else {}  # type: ignore[attr-defined]
+    with torch.no_grad():
+        ids = model.generate(
+            torch.cat(heard).to(loaded.device, model.dtype),
+            return_timestamps=options.timestamps,
+            do_sample=False,
+            num_beams=1,
+            **asked,
+        )
+    texts = loaded.modules["tokenizer"].batch_decode(
+        ids, skip_special_tokens=True, decode_with_timestamps=options.timestamps
+    )
+    return [" ".join(text.split()) for text in texts]

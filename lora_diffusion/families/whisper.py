@@ -1,0 +1,252 @@
+"""Whisper: an encoder that hears log-mel features, and a decoder that writes what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.types import (
+    AudioText,
+    Batch,
+    Loaded,
+    LossOutput,
+    Output,
+    Part,
+    Prepared,
+    Request,
+    SpeechInfo,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lora_diffusion.core.keymap import KeyMap
+
+_BUILTIN = {"digits": "digits-whisper"}
+_PREFIXES = {"encoder": "model.encoder.", "decoder": "model.decoder."}
+_MAX_BATCH = 8
+"""Recordings transcribed at once."""
+_IGNORED = -100
+"""What transformers puts for labels that have no loss."""
+_PROJECTIONS = r"(q|k|v|out)_proj"
+
+
+@dataclass(frozen=True)
+class WhisperOptions(ModelOptions):
+    """A Whisper base, and what is asked of it."""
+
+    family: str = "whisper"
+    """Kind of base model."""
+    path: str = "builtin:digits"
+    """builtin:digits, a folder of Whisper as save_pretrained makes it, or a hub id."""
+    language: str = "en"
+    """Code of the language that is spoken, for recordings whose table names none."""
+    task: str = "transcribe"
+    """transcribe, or translate into English."""
+    timestamps: bool = False
+    """Keep timestamps such as <|0.00|> in transcripts and learn them; false drops them."""
+    mask_time_prob: float = 0.0
+    """SpecAugment: share of a recording's frames that are hidden in a training step; 0.05 is usual, 0 turns it off."""
+    mask_time_length: int = 10
+    """Frames of 10 ms in each hidden stretch."""
+    mask_feature_prob: float = 0.0
+    """SpecAugment: share of the mel bands that are hidden in a training step."""
+    mask_feature_length: int = 10
+    """Mel bands in each hidden stripe."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "adapter.parts": ("encoder", "decoder"),
+        "output.formats": ("peft",),
+    }
+    ranges: ClassVar[Mapping[str, Any]] = {
+        "task": (lambda v: v in ("transcribe", "translate"), "must be one of transcribe, translate"),
+        "mask_time_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
+        "mask_time_length": (lambda v: v >= 1, "must be 1 or greater"),
+        "mask_feature_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
+        "mask_feature_length": (lambda v: v >= 1, "must be 1 or greater"),
+    }
+
+
+class Whisper:
+    """The family object; see core.protocols.Family for what each method must do."""
+
+    name = "whisper"
+    options_type = WhisperOptions
+    sample_type = AudioText
+    metrics = ("wer", "cer")
+    parts: Mapping[str, Part] = {
+        "encoder": Part(
+            groups={
+                "attn": (rf"layers\.\d+\.self_attn\.{_PROJECTIONS}",),
+                "ff": (r"layers\.\d+\.fc[12]",),
+                "all-linear": (rf"layers\.\d+\.(self_attn\.{_PROJECTIONS}|fc[12])",),
+            }
+        ),
+        "decoder": Part(
+            groups={
+                "attn": (rf"layers\.\d+\.(self|encoder)_attn\.{_PROJECTIONS}",),
+                "cross": (rf"layers\.\d+\.encoder_attn\.{_PROJECTIONS}",),
+                "ff": (r"layers\.\d+\.fc[12]",),
+                "all-linear": (rf"layers\.\d+\.((self|encoder)_attn\.{_PROJECTIONS}|fc[12])",),
+            }
+        ),
+    }
+
+    def check(self, options: WhisperOptions) -> SpeechInfo:
+        """Reads config, tokenizer and feature extractor of the base."""
+        from lora_diffusion.families import _speech
+
+        return _speech.describe(_find(options), options)
+
+    def skeleton(self, options: WhisperOptions) -> dict[str, nn.Module]:
+        """Builds encoder and decoder on the meta device."""
+        from transformers import WhisperForConditionalGeneration
+
+        from lora_diffusion.families import _transformers
+
+        return _parts(_transformers.on_meta(_find(options), WhisperForConditionalGeneration))
+
+    def key_map(self, format_name: str, options: WhisperOptions | None) -> KeyMap:
+        """Maps linear layers to their paths in WhisperForConditionalGeneration; only PEFT has names for them."""
+        from lora_diffusion.families import _speech, _transformers
+
+        if format_name != "peft":
+            raise UnsupportedError(f"Whisper adapters have no spelling {format_name}; use peft.")
+        paths = _speech.published_paths() if options is None else _transformers.layers(self.skeleton(options))
+        return _transformers.peft_map(paths, _PREFIXES)
+
+    def load(self, options: WhisperOptions, device: torch.device) -> Loaded:
+        """Loads model, tokenizer and feature extractor."""
+        from transformers import WhisperForConditionalGeneration
+
+        from lora_diffusion.families import _speech, _transformers
+
+        folder = _find(options)
+        info = _speech.describe(folder, options)
+        model = _transformers.load(folder, WhisperForConditionalGeneration, options, device)
+        processor = _speech.read_processor(folder)
+        _speech.complete_generation_config(model, processor.tokenizer, info)
+        parts = _parts(model)
+        _transformers.place(model, parts, options.quantization, device)
+        modules = {"model": model, "tokenizer": processor.tokenizer, "extractor": processor.feature_extractor}
+        return Loaded(parts, modules, options, device, info)
+
+    def cache_key(self, options: WhisperOptions, trained: frozenset[str]) -> str:
+        """Names tokenizer, feature extractor, and how transcripts are written; no weights prepare anything."""
+        from lora_diffusion.families import _speech, _transformers
+
+        del trained
+        files = _transformers.fingerprint(_find(options), _speech.PROCESSOR_FILES)
+        return f"{self.name} {files} {options.language} {options.task} {options.timestamps}"
+
+    def prepare(self, loaded: Loaded, samples: Sequence[AudioText], trained: frozenset[str]) -> list[Prepared]:
+        """Gives log-mel features and labels.
+
+        Tensors of an item: "features" [views, mels, frames] as the base's feature extractor gives them; "num_frames"
+        [views], those that are not padding; "labels" [tokens], from the first token after the start to the end.
+        """
+        import torch
+
+        from lora_diffusion.families import _speech
+
+        del trained
+        extractor, tokenizer = loaded.modules["extractor"], loaded.modules["tokenizer"]
+        items = []
+        for sample in samples:
+            assert sample.waveforms, f"{sample.key} was not opened"
+            tensors = {
+                "features": torch.cat([_speech.log_mel(extractor, waveform) for waveform in sample.waveforms]),
+                "num_frames": torch.tensor([-(-len(wave) // extractor.hop_length) for wave in sample.waveforms]),
+                "labels": torch.tensor(_speech.labels(tokenizer, sample, loaded.options, loaded.info)),
+            }
+            items.append(Prepared(sample.key, tensors, "", sample.num_repeats))
+        return items
+
+    def collate(self, items: Sequence[Prepared]) -> Batch:
+        """Stacks items; labels are padded with -100."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        labels = [item.tensors["labels"] for item in items]
+        tensors = {
+            "features": torch.stack([item.tensors["features"] for item in items]),
+            "num_frames": torch.stack([item.tensors["num_frames"] for item in items]),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+        }
+        return Batch(tuple(item.key for item in items), tensors)
+
+    def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
+        """Mean cross-entropy of each sample's labels, padding left out; one view of each is drawn and masked."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        from lora_diffusion.families import _speech
+
+        views, num_frames, labels = (batch.tensors[name] for name in ("features", "num_frames", "labels"))
+        rows = torch.arange(len(batch))
+        drawn = torch.randint(views.shape[1], (len(batch),), generator=rng)
+        features = _speech.mask(views[rows, drawn], num_frames[rows, drawn], loaded.options, rng)
+        labels = labels.to(loaded.device)
+        model = loaded.modules["model"]
+        # Given labels, transformers shifts them, and computes a mean over the batch that is not wanted.
+        ids = _speech.shift(labels, model.config)
+        output = model(input_features=features.to(loaded.device, model.dtype), decoder_input_ids=ids, use_cache=False)
+        each = cross_entropy(output.logits.float().transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none")
+        return LossOutput(each.sum(dim=1) / (labels != _IGNORED).sum(dim=1))
+
+    def example(
+        self, options: WhisperOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
+    ) -> dict[str, dict[str, Any]]:
+        """Gives features for the encoder, which are always of full length, and token ids for the decoder."""
+        import torch
+
+        del trained
+        config: Any = self.skeleton(options)["encoder"].config
+        length = min(size[1] + 4, config.max_target_positions)
+        with torch.device("meta"):
+            return {
+                "encoder": {
+                    "input_features": torch.empty(batch_size, config.num_mel_bins, 2 * config.max_source_positions)
+                },
+                "decoder": {
+                    "input_ids": torch.zeros(batch_size, length, dtype=torch.int64),
+                    "encoder_hidden_states": torch.empty(batch_size, config.max_source_positions, config.d_model),
+                    # Without a mask of its own, transformers looks into position ids, which hold no values here.
+                    "attention_mask": torch.zeros(batch_size, 1, length, length),
+                    "use_cache": False,
+                },
+            }
+
+    def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+        """Transcribes recordings by greedy search, in batches of equal adapter weights."""
+        from lora_diffusion.families import _speech
+
+        outputs: dict[int, Output] = {}
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            weights = None if request.weights is None else sorted(request.weights.items())
+            groups.setdefault(repr(weights), []).append(index)
+        for indices in groups.values():
+            for start in range(0, len(indices), _MAX_BATCH):
+                chunk = indices[start : start + _MAX_BATCH]
+                texts = _speech.transcribe(loaded, [requests[i] for i in chunk])
+                outputs.update({i: Output(requests[i], text=text) for i, text in zip(chunk, texts, strict=True)})
+        return [outputs[i] for i in range(len(requests))]
+
+
+def _find(options: WhisperOptions) -> Path:
+    from lora_diffusion.families import _transformers
+
+    return _transformers.find(options, _BUILTIN, "whisper", "Whisper as save_pretrained of transformers makes it")
+
+
+def _parts(model: Any) -> dict[str, nn.Module]:
+    return {"encoder": model.model.encoder, "decoder": model.model.decoder}
+
+
+FAMILY = Whisper()
