@@ -17,14 +17,35 @@ from lora_diffusion.cli import (
     generate,
     inspect,
     merge,
+    metadata,
     quickstart,
+    report,
     resize,
+    select,
     train,
+    transcribe,
     verify,
 )
 from lora_diffusion.core.errors import LoraDiffusionError
 
-_COMMANDS = (quickstart, train, generate, evaluate, export, inspect, verify, resize, compose, merge, extract, config)
+_COMMANDS = (
+    quickstart,
+    train,
+    generate,
+    transcribe,
+    evaluate,
+    select,
+    report,
+    export,
+    inspect,
+    verify,
+    resize,
+    compose,
+    merge,
+    extract,
+    metadata,
+    config,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

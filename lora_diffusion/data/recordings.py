@@ -319,4 +319,42 @@ def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Fact
         logger.info("Resampled to %d Hz: %d (%s).", info.sampling_rate, len(resampled), name_some(resampled))
 
 
+def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, Request]]:
+    """Returns recordings as requests to write down what is said; long ones become several requests, in order.
+
+    Args:
+        paths: recordings, and folders of them.
+        info: the base; how much it hears at once.
+
+    Raises:
+        DataError: lists all that cannot be heard.
+    """
+    files = []
+    for path in paths:
+        files += list_folder(str(path), _Recordings.noun, audio.ENDINGS).files if path.is_dir() else [path]
+    found: list[tuple[Path, Request]] = []
+    faults = []
+    for file in files:
+        try:
+            found += [(file, Request("", 0, sample=piece)) for piece in _pieces(file, info)]
+        except RecordingError as error:
+            faults.append(f"{file}: {error.reason}")
+    if faults:
+        raise DataError(f"{len(faults)} of {len(files)} recordings cannot be heard; correct or leave them out.", faults)
+    return found
+
+
+def _pieces(file: Path, info: SpeechInfo) -> list[AudioText]:
+    import torch
+
+    if not file.is_file():
+        raise RecordingError(str(file), "there is no such file; correct the path.")
+    audio.check(file, _LONGEST_FILE_S)
+    sound = audio.decode(file, info.sampling_rate)
+    pieces = audio.windows(sound, info.sampling_rate, info.max_duration_s)
+    if len(pieces) > 1:
+        logger.info("%s: %s long, heard in %d pieces.", file, audio.clock(len(sound) / info.sampling_rate), len(pieces))
+    return [AudioText(str(file), file, waveforms=(torch.from_numpy(piece),)) for piece in pieces]
+
+
 KIND = _Recordings()

@@ -19,12 +19,23 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.evaluation import evaluate as evaluate
     from lora_diffusion.workflows.evaluation import evaluate_as_table as evaluate_as_table
     from lora_diffusion.workflows.evaluation import failed_gates as failed_gates
+    from lora_diffusion.workflows.metadata_texts import edit_metadata as edit_metadata
+    from lora_diffusion.workflows.metadata_texts import metadata_lines as metadata_lines
+    from lora_diffusion.workflows.metadata_texts import show_metadata as show_metadata
+    from lora_diffusion.workflows.metadata_texts import strip_metadata as strip_metadata
     from lora_diffusion.workflows.pictures import Pictures as Pictures
     from lora_diffusion.workflows.pictures import generate as generate
+    from lora_diffusion.workflows.reports import read_training as read_training
+    from lora_diffusion.workflows.reports import report as report
+    from lora_diffusion.workflows.selection import Preference as Preference
+    from lora_diffusion.workflows.selection import Selection as Selection
+    from lora_diffusion.workflows.selection import select as select
     from lora_diffusion.workflows.training_run import Outlook as Outlook
     from lora_diffusion.workflows.training_run import TrainResult as TrainResult
     from lora_diffusion.workflows.training_run import dry_run as dry_run
     from lora_diffusion.workflows.training_run import train as train
+    from lora_diffusion.workflows.transcription import transcribe as transcribe
+    from lora_diffusion.workflows.transcription import understand as understand
     from lora_diffusion.workflows.verification import Verification as Verification
     from lora_diffusion.workflows.verification import verify as verify
 
@@ -34,8 +45,12 @@ _HOMES = {
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
     "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
+    "metadata_texts": ("edit_metadata", "metadata_lines", "show_metadata", "strip_metadata"),
     "pictures": ("Pictures", "generate"),
+    "reports": ("read_training", "report"),
+    "selection": ("Preference", "Selection", "select"),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
+    "transcription": ("transcribe", "understand"),
     "verification": ("Verification", "verify"),
 }
 """File -> what it offers. Imported when it is asked for, so that work on files does not wait for diffusers."""

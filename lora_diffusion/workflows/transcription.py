@@ -1,0 +1,92 @@
+"""What a base, with or without adapters, hears in recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_diffusion.config.schema import ModelOptions, RecordingDataConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.tuning import use_threads
+from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Request, SpeechInfo
+from lora_diffusion.data.recordings import KIND, list_requests
+from lora_diffusion.data.transcripts import without_timestamps
+from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
+from lora_diffusion.workflows._steps import attach, read_adapter
+
+Adapters = Sequence[tuple[Path, float]]
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What was heard in one recording."""
+
+    path: Path
+    text: str
+
+
+def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = ()) -> list[Transcription]:
+    """Returns what is said in recordings; those that are too long to be heard at once are heard in pieces.
+
+    Args:
+        model: a base that listens.
+        paths: recordings, and folders of them.
+        adapters: files or folders with their weights; all are applied at once.
+
+    Raises:
+        InputError: the base, an adapter or a recording cannot be used; all faults of recordings are listed at once.
+    """
+    family, info, states = _open(model, adapters)
+    asked = list_requests(paths, info)
+    loaded, weights = _load(family, model, states, adapters)
+    requests = [replace(request, weights=weights or None) for _, request in asked]
+    texts: dict[Path, list[str]] = {}
+    for (path, _), output in zip(asked, family.generate(loaded, requests), strict=True):
+        texts.setdefault(path, []).append(output.text)
+    return [Transcription(path, " ".join(pieces)) for path, pieces in texts.items()]
+
+
+def understand(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapters = ()) -> list[Understanding]:
+    """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
+
+    Args:
+        model: a base that listens.
+        data_paths: folders, as `data.path` takes them.
+        adapters: files or folders with their weights; all are applied at once.
+
+    Raises:
+        InputError: the base, an adapter or the data cannot be used.
+    """
+    family, info, states = _open(model, adapters)
+    data = [KIND.read(RecordingDataConfig(path=str(path)), info) for path in data_paths]
+    loaded, weights = _load(family, model, states, adapters)
+    normalise = normaliser(loaded.options.language, info.path)
+    results = []
+    for samples in data:
+        opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
+        outputs = family.generate(loaded, [Request("", 0, weights=weights or None, sample=one) for one in opened])
+        said = [without_timestamps(sample.transcript) for sample in samples]
+        heard = [without_timestamps(output.text) for output in outputs]
+        results.append(judge([sample.key for sample in samples], said, heard, normalise))
+    return results
+
+
+def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:
+    family: Family = registry.find("families", model.family)
+    if family.sample_type is not AudioText:
+        raise UnsupportedError(f"model.family={model.family} does not listen to recordings; take a base of Whisper.")
+    info = family.check(model)
+    assert isinstance(info, SpeechInfo), "a family of recordings describes its base so"
+    return family, info, [read_adapter(path, family, model) for path, _ in adapters]
+
+
+def _load(
+    family: Family, model: ModelOptions, states: Sequence[AdapterState], adapters: Adapters
+) -> tuple[Loaded, dict[str, float]]:
+    use_threads("auto")
+    loaded = family.load(model, pick_device())
+    return loaded, attach(loaded, states, [weight for _, weight in adapters])
