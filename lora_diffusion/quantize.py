@@ -7,6 +7,7 @@ are small, and everything else depends on them.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -102,6 +103,8 @@ def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
     network.to(device)
     if kind != "none":
         setattr(network, _FLAGS[kind], True)
+        # It warns of each product whose input is not fp16 already.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def _linear_8bit(layer: Any) -> nn.Module:
@@ -140,8 +143,9 @@ def _linear_4bit(layer: Any) -> nn.Module:
 def _in_4bit(weight: Tensor, owner: nn.Module) -> Any:
     import bitsandbytes as bnb
 
+    # As a matrix: on the CPU bitsandbytes compiles a slow function for tensors whose last side is odd, as kernels have.
     return bnb.nn.Params4bit(
-        weight.data.contiguous(),
+        weight.data.flatten(1),
         requires_grad=False,
         blocksize=_BLOCK,
         compress_statistics=True,
@@ -164,7 +168,8 @@ class Conv2d4bit(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Returns [batch, out, height, width] in the number type of the input, or of autocast."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
-        answer: Tensor = _Conv.apply(input, self.weight, self.bias, settings)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        answer: Tensor = _Conv.apply(input, self.weight, shape, self.bias, settings)
         return answer
 
 
@@ -172,27 +177,36 @@ class _Conv(torch.autograd.Function):
     """Keeps neither the input nor the wide weight for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        stored: Any,
+        shape: tuple[int, ...],
+        bias: Tensor | None,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
+        """Computes in the type of autocast, or of the input."""
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        ctx.weight, ctx.settings, ctx.shape, ctx.kind = weight, settings, x.shape, x.dtype
+        ctx.stored, ctx.shape, ctx.settings, ctx.inputs, ctx.kind = stored, shape, settings, x.shape, x.dtype
         wide = product_dtype(kind, x.device)
         with torch.autocast(x.device.type, enabled=False):
             own = None if bias is None else bias.to(wide)
-            return torch.conv2d(x.to(wide), _wide(weight, wide), own, *settings).to(kind)
+            return torch.conv2d(x.to(wide), _widened(stored, shape, wide), own, *settings).to(kind)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gives the gradient of the input alone."""
         wide = product_dtype(gradients[0].dtype, gradients[0].device)
-        weight = _wide(ctx.weight, wide)
-        for_x: Tensor = conv2d_input(ctx.shape, weight, gradients[0].to(wide), *ctx.settings)  # type: ignore[no-untyped-call]
-        return for_x.to(ctx.kind), None, None, None
+        weight = _widened(ctx.stored, ctx.shape, wide)
+        for_x: Tensor = conv2d_input(ctx.inputs, weight, gradients[0].to(wide), *ctx.settings)  # type: ignore[no-untyped-call]
+        return for_x.to(ctx.kind), None, None, None, None
 
 
-def _wide(weight: Any, dtype: torch.dtype) -> Tensor:
+def _widened(stored: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     import bitsandbytes as bnb
 
-    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[no-any-return]
+    return bnb.functional.dequantize_4bit(stored.data, stored.quant_state).view(shape).to(dtype)  # type: ignore[no-any-return]
 
 
 _MAKERS: Mapping[tuple[str, type[nn.Module]], Callable[[Any], nn.Module]] = {

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora_diffusion.adapters._frozen import frozen_weight
 from lora_diffusion.core.delta import AXES, norms
 from lora_diffusion.core.types import ModuleAdapter
 
@@ -54,7 +54,7 @@ class Dora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
         del unused
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         magnitude, base = module.lora_magnitude_vector[active_adapter], module.get_base_layer()
-        frozen = dequantize_module_weight(base).detach()
+        frozen = frozen_weight(base)
         gain = self._gain(magnitude, frozen, down.weight, up.weight)
         weight, dropped = frozen.to(x.dtype), module.lora_dropout[active_adapter](x)
         if self.axis == 1:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.functional import inject_adapter_in_model
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from lora_diffusion.adapters._engines import ENGINES, LAYERS, Engine
+from lora_diffusion.adapters._frozen import frozen_weight
 from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import Variant
@@ -182,7 +182,8 @@ def _check(layer: Any, key: ModuleKey, slot: Slot, name: str) -> None:
             "the versions of peft, diffusers and transformers."
         )
     base = type(layer.get_base_layer())
-    if base not in (nn.Linear, nn.Conv2d) and type(layer).__name__ != base.__name__:
+    # PEFT has layers of its own for quantized linear layers; its layer for convolutions only calls them.
+    if issubclass(base, nn.Linear) and base is not nn.Linear and type(layer).__name__ != base.__name__:
         raise RunError(
             f"PEFT gave {key.part}/{key.path}, which is a {base.__name__}, the layer for unquantized weights. The base "
             "must be loaded with its quantization flags set; set model.quantization=none to go on without."
@@ -199,7 +200,7 @@ def _new_adapter(module: PlannedModule, variant: Variant, base: Any, seed: int) 
     }
     tensors |= {tensor: torch.zeros(shape) for tensor, shape in module.tensors.items() if tensor in variant.zeros}
     if "magnitude" in module.tensors:
-        weight = dequantize_module_weight(base).detach().float()
+        weight = frozen_weight(base).float()
         tensors["magnitude"] = norms(weight, AXES[variant.stored])
     return ModuleAdapter(variant.stored, tensors, module.alpha)
 

@@ -8,35 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapters._engines import engine_of
+from lora_diffusion.adapters._engines import LAYERS, engine_of
+from lora_diffusion.adapters._frozen import frozen_weight
 from lora_diffusion.adapters.switch import PeftSwitch, switch_of
 from lora_diffusion.core.delta import delta_norm as delta_norm
 from lora_diffusion.core.delta import delta_weight as delta_weight
-from lora_diffusion.core.errors import RunError, UnsupportedError
+from lora_diffusion.core.errors import RunError
 from lora_diffusion.core.types import Loaded, ModuleAdapter, ModuleKey
 
 
 def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:
-    """Adds the weighted adapters into the frozen weights: summed in float32, cast once.
+    """Puts layers with the weighted adapters added into the place of the frozen ones: summed in float32, cast once.
 
-    The change of each is that to the frozen weight alone, as it is unmerged.
+    The change of each is that to the frozen weight alone, as it is unmerged. A quantized weight is widened, since
+    quantizing the sum would round the adapter away.
 
     Until `unmerge` the frozen weights are in memory twice, and the adapters' weights cannot be set.
 
     Raises:
         ConfigError: no adapter of a name in `weights`.
         RunError: adapters are merged already.
-        UnsupportedError: the base is quantized.
     """
     switch = switch_of(loaded)
     if switch.originals:
         raise RunError("Adapters are merged already; unmerge first.")
-    for key, layer in switch.layers():
-        if type(layer.get_base_layer()) not in (nn.Linear, nn.Conv2d):
-            raise UnsupportedError(
-                f"{key.part}/{key.path} is quantized, and merging would round the adapter away; load the base with "
-                "model.quantization=none."
-            )
     switch.set_weights(weights)
     active = {name: weight for name, weight in switch.weights.items() if weight}
     changes: dict[ModuleKey, list[tuple[Any, str]]] = {}
@@ -44,11 +39,11 @@ def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:
         changes.setdefault(key, []).extend((layer, name) for name in active if name in layer.r)
     for key, own in changes.items():
         if own:
-            weight = own[0][0].get_base_layer().weight
-            switch.originals[key] = weight.data
-            wide = weight.data.float()
+            base = own[0][0].get_base_layer()
+            wide = frozen_weight(base).float()
             total = sum((active[name] * _live_delta(layer, name, wide) for layer, name in own), start=wide)
-            weight.data = total.to(weight.dtype)
+            switch.originals[key] = base
+            _set_base(own[0][0], _with_weight(base, total.to(_plain_dtype(loaded.parts[key.part]))))
     switch.apply({})
 
 
@@ -57,7 +52,7 @@ def unmerge(loaded: Loaded) -> None:
     switch = switch_of(loaded)
     for key, layer in switch.layers():
         if key in switch.originals:
-            layer.get_base_layer().weight.data = switch.originals[key]
+            _set_base(layer, switch.originals[key])
     switch.originals.clear()
     switch.set_weights(switch.weights)
 
@@ -69,6 +64,31 @@ def remove(loaded: Loaded) -> None:
         for key, layer in list(switch.layers()):
             loaded.parts[key.part].set_submodule(key.path, layer.get_base_layer())
     loaded.adapters = None
+
+
+def _set_base(layer: Any, base: nn.Module) -> None:
+    """Puts a module below a layer of PEFT and all those that stand between."""
+    while isinstance(layer.base_layer, LAYERS):
+        layer = layer.base_layer
+    layer.base_layer = base
+
+
+def _with_weight(base: Any, weight: Tensor) -> nn.Module:
+    """Returns a plain layer of the same kind with another weight, and the base's own bias."""
+    if isinstance(base, nn.Conv2d):
+        sizes = (base.in_channels, base.out_channels, base.kernel_size)
+        settings = (base.stride, base.padding, base.dilation, base.groups, False, base.padding_mode)
+        made: Any = nn.Conv2d(*sizes, *settings, device="meta")  # type: ignore[arg-type]
+    else:
+        made = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = base.bias
+    return made.train(base.training)  # type: ignore[no-any-return]
+
+
+def _plain_dtype(network: nn.Module) -> torch.dtype:
+    """Returns the number type of the weights that are not quantized; those of the base come first."""
+    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
 
 
 def _live_delta(layer: Any, name: str, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
 from lora_diffusion.adapters._engines import LAYERS
 from lora_diffusion.core.errors import ConfigError, RunError
@@ -24,8 +24,8 @@ class PeftSwitch:
         self._loaded = loaded
         self.weights: dict[str, float] = {}
         """Adapter name -> its weight now."""
-        self.originals: dict[ModuleKey, Tensor] = {}
-        """Frozen weights as they were before `merge`; empty when nothing is merged."""
+        self.originals: dict[ModuleKey, nn.Module] = {}
+        """Frozen layers as they were before `merge`; empty when nothing is merged."""
 
     def layers(self) -> Iterator[tuple[ModuleKey, Any]]:
         """Yields every layer of PEFT (which is untyped), in the order of the networks.
