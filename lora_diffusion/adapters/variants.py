@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_diffusion.core.delta import kronecker_split
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.keymap import suggestion
 
@@ -45,26 +46,6 @@ def largest_rank(shape: Sequence[int]) -> int:
     36
     """
     return min(shape[0], math.prod(shape[1:]))
-
-
-def kronecker_split(size: int, factor: int) -> tuple[int, int]:
-    """Returns two numbers whose product is a size, for the two factors of lokr.
-
-    Args:
-        size: inputs or outputs of a layer.
-        factor: the first number if it divides the size; -1 splits as evenly as can be. Else the first is the largest
-            divisor that is neither above the factor nor above the second.
-
-    Source: factorization in lycoris/functional/general.py of LyCORIS.
-
-    >>> kronecker_split(128, -1), kronecker_split(128, 4), kronecker_split(320, 6)
-    ((8, 16), (4, 32), (5, 64))
-    """
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
-    first = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
-    return first, size // first
 
 
 def _lora(shape: Sequence[int], rank: int, factor: int) -> Shapes:

@@ -6,6 +6,7 @@ The formulas are those that ComfyUI, Forge and A1111 apply to a file, and LyCORI
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,15 +81,30 @@ def norms(weight: Tensor, axis: int) -> Tensor:
     import torch
 
     others = [dimension for dimension in range(weight.dim()) if dimension != axis]
-    return torch.linalg.vector_norm(weight, dim=others, keepdim=True) + _EPSILON
+    length: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return length + _EPSILON
 
 
 def delta_norm(adapter: ModuleAdapter) -> float:
     """Returns the Frobenius norm of `delta_weight`, and of dora that of its change before the magnitude acts."""
     plain = without_tucker(adapter)
-    if "down" in plain.tensors:
-        return lowrank.delta_norm(plain.tensors["down"], plain.tensors["up"], plain.scale)
-    return float(delta_weight(plain).norm())
+    tensors = plain.tensors
+    if "down" in tensors:
+        return lowrank.delta_norm(tensors["down"], tensors["up"], plain.scale)
+    if plain.variant == "lokr":
+        return abs(plain.scale) * math.prod(_factor_norm(tensors, factor) for factor in ("w1", "w2"))
+    if plain.rank**2 >= min(len(tensors["w1_a"]), tensors["w1_b"].shape[1]):
+        return float(delta_weight(plain).norm())
+    # The element-wise product of two matrices of rank r is a matrix of rank r^2 with these factors.
+    up = tensors["w1_a"].float()[:, :, None] * tensors["w2_a"].float()[:, None, :]
+    down = tensors["w1_b"].float()[:, None, :] * tensors["w2_b"].float()[None, :, :]
+    return lowrank.delta_norm(down.flatten(0, 1), up.flatten(1), plain.scale)
+
+
+def _factor_norm(tensors: Mapping[str, Tensor], factor: str) -> float:
+    if factor in tensors:
+        return float(tensors[factor].float().norm())
+    return lowrank.delta_norm(tensors[f"{factor}_b"], tensors[f"{factor}_a"], 1.0)
 
 
 def without_tucker(adapter: ModuleAdapter) -> ModuleAdapter:
@@ -108,6 +124,26 @@ def without_tucker(adapter: ModuleAdapter) -> ModuleAdapter:
             wide = torch.einsum("abkl,bi->aikl", tensors.pop(core).float(), tensors[second].float())
             tensors |= {first: tensors[first].T, second: wide.flatten(1)}
     return replace(adapter, tensors=tensors)
+
+
+def kronecker_split(size: int, factor: int) -> tuple[int, int]:
+    """Returns two numbers whose product is a size, for the two factors of lokr.
+
+    Args:
+        size: inputs or outputs of a layer.
+        factor: the first number if it divides the size; -1 splits as evenly as can be. Else the first is the largest
+            divisor that is neither above the factor nor above the second.
+
+    Source: factorization in lycoris/functional/general.py of LyCORIS.
+
+    >>> kronecker_split(128, -1), kronecker_split(128, 4), kronecker_split(320, 6)
+    ((8, 16), (4, 32), (5, 64))
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
+    first = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
+    return first, size // first
 
 
 def _lora(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -85,12 +85,17 @@ class Format(Protocol):
     name: str
     is_folder: bool
     """True if `write` makes a folder instead of one file."""
+    refused: Mapping[str, str]
+    """Variant, as in ModuleAdapter, that it cannot hold -> the reason, for a message."""
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether these tensor names are in this spelling; decides by content, never by file name."""
 
+    def portable(self, state: AdapterState) -> AdapterState:
+        """Returns a state with the same changes that every program which reads the format reads right."""
+
     def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
-        """Writes the state atomically; `state.metadata` becomes the file's metadata."""
+        """Writes the state atomically and as it is; `state.metadata` becomes the file's metadata."""
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file back; AdapterFileError names up to ten keys that the map does not know."""

@@ -2,60 +2,127 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import ModuleAdapter
+from lora_diffusion.formats._kronecker import is_whole, kronecker_settings, peft_rank
 
 _MOVED = "text_model."
 """transformers 5.6 took this level out of CLIPTextModel, so a module is found with it and without."""
-_OTHER_KINDS = ("use_dora", "use_rslora", "lora_bias", "modules_to_save", "target_parameters")
+_OTHER_KINDS = ("lora_bias", "modules_to_save", "target_parameters")
+
+
+class _Kind(NamedTuple):
+    peft_type: str
+    alpha: str = "alpha"
+    """What PEFT calls alpha in the configuration of this kind."""
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "lora": _Kind("LORA", "lora_alpha"),
+    "dora_out": _Kind("LORA", "lora_alpha"),
+    "loha": _Kind("LOHA"),
+    "lokr": _Kind("LOKR"),
+}
+
+
+def _settings(variant: str, adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
+    """Returns what PEFT must be told to make tensors of these sizes."""
+    if variant == "dora_out":
+        return {"use_dora": True}
+    # PEFT makes a core tensor for all wide convolutions or for none.
+    has_cores = any({"t1", "t2"} & adapter.tensors.keys() for adapter in adapters.values())
+    if variant == "loha":
+        return {"use_effective_conv2d": has_cores}
+    return {"use_effective_conv2d": has_cores, **kronecker_settings(adapters)} if variant == "lokr" else {}
 
 
 def write_config(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
-    """Returns the arguments of `peft.LoraConfig` for these modules, by path; every expression names whole paths."""
-    rank = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0][0]
-    ranks = {path: adapter.rank for path, adapter in adapters.items() if adapter.rank != rank}
-    alphas = {path: adapter.alpha for path, adapter in adapters.items() if adapter.alpha != alpha}
+    """Returns the arguments of PEFT's configuration for these modules, by path; every expression names whole paths.
+
+    Args:
+        adapters: all of one variant.
+
+    Raises:
+        UnsupportedError: lokr in sizes that PEFT would not make.
+    """
+    variant = next(iter(adapters.values())).variant
+    ranks = {path: peft_rank(adapter) for path, adapter in adapters.items()}
+    # PEFT divides by the rank where the formula of lokr does not.
+    alphas = {path: float(ranks[path]) if is_whole(own) else own.alpha for path, own in adapters.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
-        "lora_alpha": alpha,
+        _KINDS[variant].alpha: alpha,
         "target_modules": _either(adapters),
-        "rank_pattern": _pattern(ranks),
-        "alpha_pattern": _pattern(alphas),
+        "rank_pattern": _pattern({path: own for path, own in ranks.items() if own != rank}),
+        "alpha_pattern": _pattern({path: own for path, own in alphas.items() if own != alpha}),
+        **_settings(variant, adapters),
     }
 
 
+def peft_type(adapters: Mapping[str, ModuleAdapter]) -> str:
+    """Returns PEFT's name of the kind of these adapters."""
+    return _KINDS[next(iter(adapters.values())).variant].peft_type
+
+
 def find_alpha(config: Mapping[str, Any], path: str) -> float:
-    """Returns the alpha that PEFT gives a module: of the first pattern that fits the end of its path, or lora_alpha."""
-    for pattern, alpha in config.get("alpha_pattern", {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(alpha)
-    return float(config["lora_alpha"])
+    """Returns the alpha of a module, whose scale is alpha / rank.
+
+    PEFT takes the first pattern that fits the end of the path, or the general value; with use_rslora its scale is
+    alpha / sqrt(rank).
+    """
+    alpha = float(_found(config, "alpha_pattern", path, _alpha(config)))
+    return alpha * math.sqrt(_rank(config, path)) if config.get("use_rslora") else alpha
+
+
+def without_recorded_scale(adapter: ModuleAdapter, config: Mapping[str, Any], path: str) -> ModuleAdapter:
+    """Returns an adapter whose scale is what PEFT makes of the record: lokr with two whole factors has none."""
+    if not is_whole(adapter):
+        return adapter
+    scale = find_alpha(config, path) / _rank(config, path)
+    first = adapter.tensors["w1"] if scale == 1 else adapter.tensors["w1"] * scale
+    return replace(adapter, tensors={**adapter.tensors, "w1": first}, alpha=float(adapter.rank))
 
 
 def check_config(config: Any, source: Path) -> None:
-    """Checks that the record describes plain LoRA.
+    """Checks that the record describes an adapter that can be read.
 
     Raises:
         AdapterFileError: it is not such a record.
         UnsupportedError: it asks for more than that.
     """
-    alphas = (
-        [config.get("lora_alpha"), *config.get("alpha_pattern", {}).values()] if isinstance(config, dict) else [None]
-    )
+    alphas = [_alpha(config), *config.get("alpha_pattern", {}).values()] if isinstance(config, dict) else [None]
     if not all(isinstance(alpha, int | float) for alpha in alphas):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: an alpha is missing or no number.")
     kind = config.get("peft_type", "LORA")
     asked = [name for name in _OTHER_KINDS if config.get(name)]
-    if kind != "LORA" or asked or config.get("bias", "none") != "none":
-        what = f"a {kind} adapter" if kind != "LORA" else f"lora with {', '.join(asked) or 'bias'}"
-        raise UnsupportedError(f"{source} is {what}; only plain lora can be read.")
+    known = dict.fromkeys(own.peft_type for own in _KINDS.values())
+    if kind not in known or asked or config.get("bias", "none") != "none":
+        what = f"a {kind} adapter" if kind not in known else f"{kind.lower()} with {', '.join(asked) or 'bias'}"
+        raise UnsupportedError(f"{source} is {what}; {', '.join(known)} without it can be read.")
+
+
+def _alpha(config: Mapping[str, Any]) -> Any:
+    return config.get("lora_alpha", config.get("alpha"))
+
+
+def _rank(config: Mapping[str, Any], path: str) -> int:
+    return int(_found(config, "rank_pattern", path, config.get("r", 1)))
+
+
+def _found(config: Mapping[str, Any], patterns: str, path: str, default: Any) -> Any:
+    for pattern, value in config.get(patterns, {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
 
 
 def _pattern(values: Mapping[str, float]) -> dict[str, float]:

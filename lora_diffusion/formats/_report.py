@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core import lowrank
+from lora_diffusion.core.delta import delta_norm, delta_weight
+from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.logs import name_some, shown
+from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._detect import formats_of
 from lora_diffusion.formats._lora_config import find_alpha
-from lora_diffusion.formats._spelling import DIFFUSERS, KOHYA, PEFT_PREFIX, sort_names, variant_of
+from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
 
@@ -83,9 +84,19 @@ class FileReport:
 @dataclass(frozen=True)
 class _Module:
     name: str
-    down: Tensor
-    up: Tensor
+    group: Group
+    adapter: ModuleAdapter | None
+    """None where tensors are missing, of several kinds, or do not fit each other."""
     alpha: float | None
+    num_weights: int = 0
+
+    @property
+    def variant(self) -> str:
+        """Kind of adapter; the axis of a magnitude is not looked at."""
+        has_magnitude = bool({"magnitude", "magnitude_out"} & self.group.names.keys())
+        return "+".join(
+            [*sorted(self.group.kinds - {"lora"} if has_magnitude else self.group.kinds), *["dora"] * has_magnitude]
+        )
 
 
 def describe_file(path: Path) -> FileReport:
@@ -103,26 +114,22 @@ def describe_file(path: Path) -> FileReport:
     }
     names = [name for header in headers for name in header.tensors]
     formats = formats_of(names)
-    roles, strange = sort_names(tensors, {**KOHYA, **DIFFUSERS})
+    groups, strange = group_names(tensors)
     configs = _configs(path, headers)
-    modules = [
-        _Module(name, tensors[own["down"]], tensors[own["up"]], _alpha(name, own, tensors, configs))
-        for name, own in roles.items()
-        if {"down", "up"} <= own.keys() and tensors[own["up"]].dim() > 1
-    ]
+    modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
     norms = _norms(modules)
-    variants = Counter(variant for name in names if (variant := variant_of(name)))
+    variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
     return FileReport(
         path=str(path),
         format="+".join(formats) or "unknown",
-        variant="+".join(variants) or "lora",
+        variant=" and ".join(name for name in variants if name) or "unknown",
         num_modules=_count(_part(module.name) for module in modules),
-        ranks=_count(str(module.down.shape[0]) for module in modules),
-        alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules),
+        ranks=_count(str(module.adapter.rank) for module in modules if module.adapter),
+        alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules if module.adapter),
         dtypes=_count(info.dtype for header in headers for info in header.tensors.values()),
         block_norms=_block_norms(norms),
         metadata={key: value for header in headers for key, value in header.metadata.items()},
-        problems=tuple(_problems(formats, roles, strange, modules, tensors, norms)),
+        problems=tuple(_problems(formats, strange, modules, tensors, norms)),
     )
 
 
@@ -141,13 +148,30 @@ def _configs(path: Path, headers: list[_safetensors.Header]) -> dict[str, dict[s
     return read_configs(headers[0].metadata, path)
 
 
-def _alpha(
-    name: str, roles: Mapping[str, str], tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]
-) -> float | None:
-    if "alpha" in roles:
-        return float(tensors[roles["alpha"]].float().mean())
+def _module(
+    name: str, group: Group, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]
+) -> _Module:
+    own = {tensor: tensors[full] for tensor, full in group.names.items()}
     part = _part(name)
-    return find_alpha(configs[part], name.removeprefix(f"{part}.")) if part in configs else None
+    alpha = find_alpha(configs[part], name.removeprefix(f"{part}.")) if part in configs else None
+    if "alpha" in own:
+        alpha = float(own.pop("alpha").float().mean())
+    # What a magnitude does depends on the base; the change before it is known.
+    plain = {tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude")}
+    num_weights = 0 if len(group.kinds) != 1 or group.lacking else _num_weights(next(iter(group.kinds)), plain)
+    if not num_weights:
+        return _Module(name, group, None, alpha)
+    adapter = ModuleAdapter(next(iter(group.kinds)), plain, 1.0)
+    adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
+    return _Module(name, group, adapter, alpha, num_weights)
+
+
+def _num_weights(variant: str, tensors: Mapping[str, Tensor]) -> int:
+    """Returns the size of the change, or 0 where the tensors do not fit each other."""
+    try:
+        return delta_weight(ModuleAdapter(variant, {n: t.to("meta") for n, t in tensors.items()}, 1.0)).numel()
+    except (AdapterFileError, ZeroDivisionError):
+        return 0
 
 
 def _part(name: str) -> str:
@@ -161,13 +185,11 @@ def _block(name: str) -> str:
 
 def _norms(modules: Iterable[_Module]) -> dict[str, float]:
     """Returns the Frobenius norm of the change of each sound module."""
-    norms = {}
-    for module in modules:
-        rank = module.down.shape[0]
-        scale = 1.0 if module.alpha is None else module.alpha / max(1, rank)
-        if module.up.shape[1] == rank and not _safetensors.non_finite({"down": module.down, "up": module.up}):
-            norms[module.name] = lowrank.delta_norm(module.down, module.up, scale)
-    return norms
+    return {
+        module.name: delta_norm(module.adapter)
+        for module in modules
+        if module.adapter and not _safetensors.non_finite(module.adapter.tensors)
+    }
 
 
 def _block_norms(norms: Mapping[str, float]) -> dict[str, float]:
@@ -178,8 +200,7 @@ def _block_norms(norms: Mapping[str, float]) -> dict[str, float]:
 
 
 def _is_absurd(module: _Module, norm: float) -> bool:
-    num_weights = module.up.shape[0] * math.prod(module.down.shape[1:])
-    return not norm <= _ABSURD_RMS * num_weights**0.5
+    return not norm <= _ABSURD_RMS * module.num_weights**0.5
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -188,7 +209,6 @@ def _natural(text: str) -> list[tuple[int, str]]:
 
 def _problems(
     formats: list[str],
-    roles: Mapping[str, Mapping[str, str]],
     strange: list[str],
     modules: list[_Module],
     tensors: Mapping[str, Tensor],
@@ -198,20 +218,37 @@ def _problems(
         yield f"spellings of {' and '.join(formats)} are mixed; no program reads all of it"
     found = {
         "tensor(s) with unknown names": strange,
-        "module(s) with up but no down": [name for name, own in roles.items() if "up" in own and "down" not in own],
-        "module(s) with down but no up": [name for name, own in roles.items() if "down" in own and "up" not in own],
+        **_incomplete(modules),
         "tensor(s) with NaN or infinity": _safetensors.non_finite(tensors),
         "tensor(s) that are empty or hold whole numbers": _safetensors.not_weights(tensors),
         "module(s) whose change is larger than any weight, so that pictures fall to pieces": [
             module.name for module in modules if module.name in norms and _is_absurd(module, norms[module.name])
         ],
-        "module(s) whose up is zero, so that they change nothing": [m.name for m in modules if not m.up.any()],
-        "module(s) whose factors have different ranks": [m.name for m in modules if m.up.shape[1] != m.down.shape[0]],
+        "module(s) that change nothing, since a factor is zero": [name for name, norm in norms.items() if norm == 0],
+        "module(s) whose tensors do not fit each other": [
+            m.name for m in modules if not m.adapter and not m.group.lacking and len(m.group.kinds) == 1
+        ],
     }
     if formats == ["kohya"]:
         found["module(s) without alpha; most programs then take alpha = rank"] = [
-            module.name for module in modules if module.alpha is None
+            module.name for module in modules if module.adapter and module.alpha is None
         ]
     for what, names in found.items():
         if names:
             yield f"{len(names)} {what}: {name_some(names)}"
+
+
+def _incomplete(modules: Iterable[_Module]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if module.group.lacking:
+            there = sorted(module.group.names.keys() - {"alpha"})
+            what = f"module(s) with {' and '.join(there)} but no {' and '.join(module.group.lacking)}"
+        elif len(module.group.kinds) > 1:
+            what = f"module(s) of several kinds at once, {' and '.join(sorted(module.group.kinds))}"
+        elif not module.group.kinds:
+            what = f"module(s) with {' and '.join(sorted(module.group.names))} and nothing else"
+        else:
+            continue
+        found.setdefault(what, []).append(module.name)
+    return found

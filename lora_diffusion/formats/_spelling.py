@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_diffusion.core.delta import delta_weight
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 
@@ -14,66 +17,134 @@ if TYPE_CHECKING:
 
     from lora_diffusion.core.keymap import KeyMap
 
-KOHYA = {".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha"}
-PEFT = {".lora_A.weight": "down", ".lora_B.weight": "up"}
-DIFFUSERS = {
-    **PEFT,
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before every name in its own files."""
+
+_FACTORS = {
+    **{f".lora_{name}.weight": name for name in ("down", "up", "mid")},
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    # What save_lora_weights of diffusers wrote for attention, by age.
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
+    ".down.weight": "down",
+    ".up.weight": "up",
 }
-"""The spelling of PEFT, and those that save_lora_weights of diffusers used for attention."""
-
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before every name in its own files."""
-
-_OTHER_VARIANTS = {
-    "dora_scale": "dora",
-    "lora_magnitude_vector": "dora",
-    "hada_": "loha",
-    "lokr_": "lokr",
-    "lora_mid": "locon with Tucker decomposition",
-    "oft_": "oft",
-    ".diff": "full difference",
+_OLDEST = (".down.weight", ".up.weight")
+_MAGNITUDES = {
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector": "magnitude_out",
+    ".lora_magnitude_vector.weight": "magnitude_out",
 }
+_LOHA = {f".hada_{name}": name for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
+_LOKR = {f".lokr_{name}": name for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+SUFFIXES: Mapping[str, tuple[str, str]] = {
+    **{suffix: ("lora", name) for suffix, name in _FACTORS.items()},
+    **{suffix: ("loha", name) for suffix, name in _LOHA.items()},
+    **{suffix: ("lokr", name) for suffix, name in _LOKR.items()},
+    **{suffix: ("", name) for suffix, name in _MAGNITUDES.items()},
+    ".alpha": ("", "alpha"),
+}
+"""End of a tensor's name -> the kind of adapter that it belongs to, and its name there. Read in every format."""
+KOHYA: Mapping[str, Mapping[str, str]] = {
+    "lora": {name: f".lora_{name}.weight" for name in ("down", "up", "mid")} | {"magnitude": ".dora_scale"},
+    "loha": {name: suffix for suffix, name in _LOHA.items()},
+    "lokr": {name: suffix for suffix, name in _LOKR.items()},
+}
+"""Kind -> tensor -> how kohya and LyCORIS write it."""
+PEFT: Mapping[str, Mapping[str, str]] = {
+    "lora": {"down": ".lora_A.weight", "up": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"},
+    "loha": KOHYA["loha"],
+    "lokr": KOHYA["lokr"],
+}
+"""Kind -> tensor -> how PEFT writes it."""
+
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$)[\w-]+(\.weight)?$")
+"""PEFT's names of a live model, which hold the adapter's name: .lora_A.default.weight."""
+_COMPLETE: Mapping[str, tuple[frozenset[str], ...]] = {
+    "lora": (frozenset({"down", "up"}),),
+    "loha": (frozenset({"w1_a", "w1_b", "w2_a", "w2_b"}),),
+    "lokr": tuple(
+        frozenset({*first, *second}) for first in (("w1",), ("w1_a", "w1_b")) for second in (("w2",), ("w2_a", "w2_b"))
+    ),
+}
+_UNREAD = {
+    r"\.b?oft_": "oft",
+    r"\.diff(_b)?$": "full difference",
+    r"\.[wb]_norm$": "norm",
+    r"\.on_input$": "ia3",
+    r"\.[ab][12]\.weight$": "glora",
+    r"\.scale$": "lora with a scale of its own",
+    r"^bundle_emb\.": "embedding",
+}
+"""Expression found in a name -> kind of adapter that is known, but not read."""
 _SHOWN = 10
 
-Roles = dict[str, dict[str, str]]
-"""Module name -> role (down, up, alpha) -> tensor name."""
+
+@dataclass
+class Group:
+    """The tensors of one module in a file."""
+
+    kinds: set[str] = field(default_factory=set)
+    names: dict[str, str] = field(default_factory=dict)
+    """Tensor of the adapter -> its name in the file; "alpha" among them."""
+
+    @property
+    def lacking(self) -> list[str]:
+        """Returns the tensors without which those that are there mean nothing."""
+        if len(self.kinds) != 1:
+            return []
+        wanted = _COMPLETE[next(iter(self.kinds))]
+        return min((sorted(choice - self.names.keys()) for choice in wanted), key=len)
 
 
-def sort_names(names: Iterable[str], suffixes: Mapping[str, str]) -> tuple[Roles, list[str]]:
-    """Returns the roles of each module, and the names that end in no known suffix or repeat a role."""
-    modules: Roles = {}
+def split_name(name: str) -> tuple[str, str, str] | None:
+    """Returns module, kind and tensor of a name, or None where it ends in no known way.
+
+    >>> split_name("lora_unet_conv_in.hada_w1_a")
+    ('lora_unet_conv_in', 'loha', 'w1_a')
+    """
+    plain = _ADAPTER_NAME.sub(r".\1\2", name)
+    for suffix, (kind, tensor) in SUFFIXES.items():
+        # The oldest names end as those of many other modules do.
+        if plain.endswith(suffix) and (suffix not in _OLDEST or plain.removesuffix(suffix).endswith("_lora")):
+            return plain.removesuffix(suffix), kind, tensor
+    return None
+
+
+def group_names(names: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
+    """Returns the tensors of each module, and the names that end in no known way or say again what another says."""
+    groups: dict[str, Group] = {}
     strange = []
     for name in names:
-        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), "")
-        roles = modules.setdefault(name.removesuffix(suffix), {}) if suffix else {}
-        if not suffix or suffixes[suffix] in roles:
+        found = split_name(name)
+        if found is None or found[2] in groups.get(found[0], Group()).names:
             strange.append(name)
-        else:
-            roles[suffixes[suffix]] = name
-    return modules, strange
+            continue
+        module, kind, tensor = found
+        group = groups.setdefault(module, Group())
+        group.names[tensor] = name
+        group.kinds |= {kind} - {""}
+    return groups, strange
 
 
-def variant_of(name: str) -> str | None:
-    """Returns the kind of adapter, other than lora, that a tensor name gives away."""
-    return next((variant for mark, variant in _OTHER_VARIANTS.items() if mark in name), None)
+def unread_kind(name: str) -> str | None:
+    """Returns the kind of adapter that is known but not read, if a tensor's name gives one away."""
+    return next((kind for mark, kind in _UNREAD.items() if re.search(mark, name)), None)
 
 
 def read_modules(
     tensors: Mapping[str, Tensor],
-    suffixes: Mapping[str, str],
     key_map: KeyMap,
     find_alpha: Callable[[str], float | None],
     source: Path,
 ) -> dict[ModuleKey, ModuleAdapter]:
-    """Turns the tensors of a file into modules.
+    """Turns the tensors of a file into modules, whatever mixture of spellings and kinds they are in.
 
     Args:
         tensors: name -> CPU tensor.
-        suffixes: suffix -> role.
         key_map: knows the module names.
         find_alpha: module name -> alpha; None means that it equals the rank.
         source: the file, for messages.
@@ -82,40 +153,102 @@ def read_modules(
         modules with float32 tensors.
 
     Raises:
-        AdapterFileError: a name without meaning, half a pair, an unknown module, or factors that do not fit.
+        AdapterFileError: a name without meaning, half a pair, an unknown module, one named twice, or factors that do
+            not fit.
         UnsupportedError: another kind of adapter.
     """
-    modules, strange = sort_names(tensors, suffixes)
+    groups, strange = group_names(tensors)
     _refuse_strange(strange, source)
-    halves = [
-        f"{name} lacks {' and '.join(lacking)}"
-        for name, roles in modules.items()
-        if (lacking := sorted({"down", "up"} - roles.keys()))
-    ]
-    if halves:
-        raise AdapterFileError(f"{source}: {len(halves)} modules are incomplete; get the file again.", halves[:_SHOWN])
-    key_map.require(modules, str(source))
-    adapters = {}
-    for name, roles in modules.items():
-        down, up = tensors[roles["down"]].float(), tensors[roles["up"]].float()
-        if down.dim() < 2 or up.dim() < 2 or up.shape[1] != down.shape[0]:
-            raise AdapterFileError(
-                f"{source}: {name} has factors {list(up.shape)} and {list(down.shape)} that do not fit."
-            )
-        alpha = find_alpha(name)
-        rank = float(down.shape[0])
-        adapters[key_map.key(name)] = ModuleAdapter("lora", {"down": down, "up": up}, rank if alpha is None else alpha)
-    if not adapters:
+    _refuse_incomplete(groups, source)
+    if not groups:
         raise AdapterFileError(f"{source} holds no adapter.")
+    key_map.require(groups, str(source))
+    adapters: dict[ModuleKey, ModuleAdapter] = {}
+    twice = []
+    for name, group in groups.items():
+        key = key_map.key(name)
+        if key in adapters:
+            twice.append(f"{key.part}/{key.path}: {name} and another name")
+        own = {tensor: tensors[full].float() for tensor, full in group.names.items() if tensor != "alpha"}
+        adapters[key] = _adapter(name, next(iter(group.kinds)), own, find_alpha(name), source)
+    if twice:
+        raise AdapterFileError(
+            f"{source} names {len(twice)} modules twice, in different spellings, and every program takes another of "
+            "the two; get the file again.",
+            twice[:_SHOWN],
+        )
     return adapters
 
 
-def _refuse_strange(strange: list[str], source: Path) -> None:
+def _adapter(name: str, kind: str, tensors: dict[str, Tensor], alpha: float | None, source: Path) -> ModuleAdapter:
+    variant = kind
+    if kind == "lora":
+        _check_factors(name, tensors, source)
+        variant, tensors = _with_magnitude(name, tensors, source)
+    adapter = ModuleAdapter(variant, tensors, 0.0)
+    if kind != "lora" or "mid" in tensors:
+        _check_change(name, adapter, source)
+    return ModuleAdapter(variant, tensors, float(adapter.rank) if alpha is None else alpha)
+
+
+def _check_factors(name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
+    down, up = tensors["down"], tensors["up"]
+    if down.dim() not in (2, 4) or up.dim() not in (2, 4) or up.shape[1] != down.shape[0]:
+        raise AdapterFileError(f"{source}: {name} has factors {list(up.shape)} and {list(down.shape)} that do not fit.")
+
+
+def _with_magnitude(name: str, tensors: dict[str, Tensor], source: Path) -> tuple[str, dict[str, Tensor]]:
+    """Returns the variant, and the tensors with the magnitude in the shape that ModuleAdapter gives it."""
+    found = [tensor for tensor in ("magnitude", "magnitude_out") if tensor in tensors]
+    if not found:
+        return "lora", tensors
+    magnitude = tensors.pop(found[0])
+    down, up = tensors["down"], tensors["up"]
+    inputs, outputs, ones = down.shape[1], up.shape[0], (1,) * (down.dim() - 2)
+    is_row = magnitude.dim() > 1 and magnitude.shape[0] == 1 and found == ["magnitude"]
+    if magnitude.numel() != (inputs if is_row else outputs) or len(found) > 1:
+        raise AdapterFileError(
+            f"{source}: {name} has a DoRA magnitude {list(magnitude.shape)}, but the weight has {inputs} inputs and "
+            f"{outputs} outputs; get the file again."
+        )
+    shape = (1, inputs, *ones) if is_row else (outputs, 1, *ones)
+    return "dora" if is_row else "dora_out", {**tensors, "magnitude": magnitude.reshape(shape)}
+
+
+def _check_change(name: str, adapter: ModuleAdapter, source: Path) -> None:
+    meta = ModuleAdapter(adapter.variant, {n: tensor.to("meta") for n, tensor in adapter.tensors.items()}, 1.0)
+    plain = "lora" if adapter.variant.startswith("dora") else adapter.variant
+    try:
+        delta_weight(ModuleAdapter(plain, meta.tensors, 1.0))
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{source}: {name} is no whole adapter. {error}") from error
+
+
+def _refuse_incomplete(groups: Mapping[str, Group], source: Path) -> None:
+    mixed = [f"{name}: {' and '.join(sorted(group.kinds))}" for name, group in groups.items() if len(group.kinds) > 1]
+    if mixed:
+        raise UnsupportedError(f"{source} gives {len(mixed)} modules several kinds of adapter at once.", mixed[:_SHOWN])
+    halves = [f"{name} lacks {' and '.join(group.lacking)}" for name, group in groups.items() if group.lacking]
+    halves += [f"{name} has only {' and '.join(group.names)}" for name, group in groups.items() if not group.kinds]
+    if halves:
+        raise AdapterFileError(f"{source}: {len(halves)} modules are incomplete; get the file again.", halves[:_SHOWN])
+    extra = [
+        f"{name}: {'loha' if 'loha' in group.kinds else 'lokr'} with dora"
+        for name, group in groups.items()
+        if group.kinds != {"lora"} and {"magnitude", "magnitude_out"} & group.names.keys()
+    ]
+    if extra:
+        raise UnsupportedError(f"{source} holds kinds of adapter that cannot be read.", extra[:_SHOWN])
+
+
+def _refuse_strange(strange: Sequence[str], source: Path) -> None:
     if not strange:
         return
-    variant = variant_of(strange[0])
-    if variant:
-        raise UnsupportedError(f"{source} holds a {variant} adapter ({strange[0]}); only lora can be read.")
+    kind = unread_kind(strange[0])
+    if kind:
+        raise UnsupportedError(
+            f"{source} holds an adapter of the kind {kind} ({strange[0]}); lora, dora, loha and lokr can be read."
+        )
     raise AdapterFileError(
         f"{source}: {len(strange)} of its tensors have names that this format does not use, or name a module twice. "
         "See 'lora-diffusion inspect'.",

@@ -1,6 +1,6 @@
 """The spelling that `load_lora_weights` of diffusers reads: `<part>.<path>.lora_A.weight` and `.lora_B.weight`.
 
-Attention is spelled like all else. The older names that `save_lora_weights` gives it are read, but never written:
+Attention is spelled like all else. The older names that `save_lora_weights` gave it are read, but never written:
 diffusers looks at the first name only, and drops all attention of a file that holds both spellings.
 """
 
@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
-from lora_diffusion.formats._spelling import DIFFUSERS, PEFT_PREFIX, read_modules
+from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
+from lora_diffusion.formats._portable import complete_attention
+from lora_diffusion.formats._spelling import PEFT_PREFIX, group_names, read_modules, split_name
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +29,22 @@ if TYPE_CHECKING:
 _CONFIG_KEY = "lora_adapter_metadata"
 
 
+_REASON = "load_lora_weights has no layer for it"
+
+
 class _Diffusers:
     name = "diffusers"
     is_folder = False
+    refused: Mapping[str, str] = {"dora": WRONG_AXIS, "loha": _REASON, "lokr": _REASON}
 
     def detect(self, names: Sequence[str]) -> bool:
-        """Says whether a dotted path is followed by a suffix of diffusers."""
-        own = [name for name in names if not name.startswith(PEFT_PREFIX)]
-        return any(name.endswith(tuple(DIFFUSERS)) for name in own)
+        """Says whether a dotted path is followed by a suffix of adapters."""
+        own = (split_name(name) for name in names if not name.startswith(PEFT_PREFIX))
+        return any(found and found[1] and "." in found[0] for found in own)
+
+    def portable(self, state: AdapterState) -> AdapterState:
+        """Gives each attention of a text encoder all its matrices."""
+        return complete_attention(state)
 
     def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
         """Writes one file; ranks and alphas stand in its header.
@@ -41,14 +52,17 @@ class _Diffusers:
         Raises:
             AdapterFileError: the map lacks a module.
             NonFiniteError: a value does not fit `dtype`.
+            UnsupportedError: diffusers cannot load a variant, or mixes of them in one part.
         """
+        check_holds(self, (adapter.variant for _, adapter in state))
         tensors: dict[str, Tensor] = {}
         parts: dict[str, dict[str, ModuleAdapter]] = {}
         for key, adapter in state:
             name = key_map.name(key)
-            tensors[f"{name}.lora_A.weight"] = _safetensors.cast(name, adapter.tensors["down"], dtype)
-            tensors[f"{name}.lora_B.weight"] = _safetensors.cast(name, adapter.tensors["up"], dtype)
+            tensors |= peft_tensors(name, adapter, dtype)
             parts.setdefault(key.part, {})[name.removeprefix(f"{key.part}.")] = adapter
+        for part, adapters in parts.items():
+            check_one_kind(part, adapters.values())
         configs = {
             f"{part}.{field}": value
             for part, adapters in parts.items()
@@ -64,11 +78,20 @@ class _Diffusers:
         metadata.pop(_CONFIG_KEY, None)
         metadata.pop("format", None)
 
-        def alpha_of(name: str) -> float | None:
-            part = key_map.key(name).part
-            return find_alpha(configs[part], name.removeprefix(f"{part}.")) if part in configs else None
+        groups, _ = group_names(tensors)
 
-        return AdapterState(read_modules(tensors, DIFFUSERS, key_map, alpha_of, path), metadata)
+        def alpha_of(name: str) -> float | None:
+            beside = groups[name].names.get("alpha")
+            if beside is not None:
+                return float(tensors[beside].float())
+            key = key_map.key(name)
+            return (
+                find_alpha(configs[key.part], key_map.name(key).removeprefix(f"{key.part}."))
+                if key.part in configs
+                else None
+            )
+
+        return AdapterState(read_modules(tensors, key_map, alpha_of, path), metadata)
 
 
 def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:

@@ -1,21 +1,22 @@
-"""The spelling of kohya sd-scripts, which ComfyUI, A1111, Forge and diffusers read too.
+"""The spelling of kohya sd-scripts and LyCORIS, which ComfyUI, A1111, Forge and diffusers read too.
 
-`<module>.lora_down.weight`, `<module>.lora_up.weight` and `<module>.alpha`, where <module> is a prefix and the path of
-the module with "_" for ".".
+`<module>.lora_down.weight`, `<module>.lora_up.weight`, `<module>.alpha` and so on, where <module> is a prefix and the
+path of the module with "_" for ".".
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._spelling import KOHYA, read_modules, variant_of
+from lora_diffusion.formats._holding import check_holds
+from lora_diffusion.formats._portable import complete_attention, share_alpha
+from lora_diffusion.formats._spelling import KOHYA, group_names, read_modules, split_name, unread_kind
 from lora_diffusion.formats.metadata import hashes
 
 if TYPE_CHECKING:
@@ -24,15 +25,25 @@ if TYPE_CHECKING:
 
     from lora_diffusion.core.keymap import KeyMap
 
+_PREFIXES = ("lora_", "lycoris_")
+
 
 class _Kohya:
     name = "kohya"
     is_folder = False
+    refused: Mapping[str, str] = {
+        "dora_out": "ComfyUI, Forge and A1111 misread a magnitude along the outputs, each in its own way. Train with "
+        "adapter.variant=dora, or merge it into the base"
+    }
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a module name without a dot is followed by a suffix of kohya or LyCORIS."""
-        flat = [name for name in names if name.startswith("lora_") and "." in name]
-        return any(name[name.index(".") :] in KOHYA or variant_of(name) for name in flat)
+        flat = [name for name in names if name.startswith(_PREFIXES) and "." in name]
+        return any((split_name(name) and "." not in _module(name)) or unread_kind(name) for name in flat)
+
+    def portable(self, state: AdapterState) -> AdapterState:
+        """Gives each part one alpha, and each attention of a text encoder all its matrices."""
+        return share_alpha(complete_attention(state))
 
     def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
         """Writes one file, with the hashes that A1111 and Civitai know files by.
@@ -40,61 +51,63 @@ class _Kohya:
         Raises:
             AdapterFileError: the map lacks a module.
             NonFiniteError: a value does not fit `dtype`.
+            UnsupportedError: a module is of a variant that the readers of this spelling misread.
         """
         import torch
 
+        check_holds(self, (adapter.variant for _, adapter in state))
         tensors: dict[str, Tensor] = {}
-        for key, adapter in _share_alpha(state).items():
+        for key, adapter in state:
             name = key_map.name(key)
-            tensors[f"{name}.lora_down.weight"] = _safetensors.cast(name, adapter.tensors["down"], dtype)
-            tensors[f"{name}.lora_up.weight"] = _safetensors.cast(name, adapter.tensors["up"], dtype)
+            suffixes = KOHYA["lora" if adapter.variant == "dora" else adapter.variant]
+            for tensor, suffix in suffixes.items():
+                if tensor in adapter.tensors:
+                    tensors[f"{name}{suffix}"] = _safetensors.cast(name, adapter.tensors[tensor], dtype)
             # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
             tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
         told = {key: value for key, value in state.metadata.items() if not key.startswith("sshs_")}
         _safetensors.save(tensors, {**told, **hashes(tensors, told)}, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
-        """Reads a file; a module without alpha has alpha = rank, as all clients take it, and a warning says so."""
+        """Reads a file; a module without alpha has alpha = rank, and a warning tells how programs take it."""
+        import numpy
+
         tensors, metadata = _safetensors.load(path)
-        without: list[str] = []
+        groups, _ = group_names(tensors)
+        without = [name for name, group in groups.items() if "alpha" not in group.names]
 
         def find_alpha(name: str) -> float | None:
-            alpha = tensors.get(f"{name}.alpha")
-            if alpha is None:
-                without.append(name)
+            full = groups[name].names.get("alpha")
+            if full is None:
                 return None
-            if alpha.numel() != 1:
-                raise AdapterFileError(
-                    f"{path}: {name}.alpha must be one number, but its shape is {list(alpha.shape)}."
-                )
-            # Seven digits name a float32, so that 1.3 comes back as 1.3.
-            return float(f"{alpha.float().item():.7g}")
+            if tensors[full].numel() != 1:
+                raise AdapterFileError(f"{path}: {full} must be one number, not {list(tensors[full].shape)}.")
+            # The shortest text that names a float32, so that 1.3 comes back as 1.3.
+            return float(str(numpy.float32(tensors[full].float().item())))
 
-        modules = read_modules(tensors, KOHYA, key_map, find_alpha, path)
+        modules = read_modules(tensors, key_map, find_alpha, path)
         if without:
-            logger.warning(
-                "%s: %d modules have no alpha; alpha = rank is assumed: %s", path, len(without), name_some(without)
-            )
+            _warn_of_alpha(path, without, len(groups))
         return AdapterState(modules, metadata)
 
 
-def _share_alpha(state: AdapterState) -> dict[ModuleKey, ModuleAdapter]:
-    """Gives all modules of a part one alpha and scales `up` instead, so that every change stays what it was.
+def _module(name: str) -> str:
+    found = split_name(name)
+    return found[0] if found else name
 
-    diffusers applies the most common alpha of a file to all attention modules, whatever stands in theirs
-    (`_get_alpha_name` and `get_peft_kwargs` of diffusers 0.42.1).
-    """
-    shared = {
-        part: Counter(adapter.alpha for key, adapter in state if key.part == part).most_common(1)[0][0]
-        for part in state.parts()
-    }
-    modules = {}
-    for key, adapter in state:
-        alpha = shared[key.part]
-        up = adapter.tensors["up"]
-        scaled = up if adapter.alpha == alpha else up.float() * (adapter.alpha / alpha)
-        modules[key] = ModuleAdapter(adapter.variant, {**adapter.tensors, "up": scaled}, alpha)
-    return modules
+
+def _warn_of_alpha(path: Path, without: Sequence[str], num_modules: int) -> None:
+    if len(without) == num_modules:
+        logger.warning("%s has no alpha; alpha = rank is assumed, as every program does.", path)
+        return
+    logger.warning(
+        "%s: %d of %d modules have no alpha; alpha = rank is assumed, as ComfyUI, Forge, A1111 and kohya do. diffusers "
+        "takes the most common alpha of the file instead: %s",
+        path,
+        len(without),
+        num_modules,
+        name_some(list(without)),
+    )
 
 
 FORMAT = _Kohya()

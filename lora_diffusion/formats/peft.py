@@ -8,7 +8,8 @@ belong to one model, the key map calls a module by its path in that model, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,16 @@ from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.files import atomic_path, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
-from lora_diffusion.formats._spelling import PEFT, PEFT_PREFIX, read_modules
+from lora_diffusion.formats._holding import check_holds
+from lora_diffusion.formats._lora_config import (
+    check_config,
+    find_alpha,
+    peft_type,
+    without_recorded_scale,
+    write_config,
+)
+from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
+from lora_diffusion.formats._spelling import PEFT_PREFIX, read_modules, split_name
 
 if TYPE_CHECKING:
     import torch
@@ -27,16 +36,26 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
-_FIXED = {"peft_type": "LORA", "task_type": None, "bias": "none", "lora_dropout": 0.0, "inference_mode": True}
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "LORA": {"bias": "none", "lora_dropout": 0.0},
+    "LOHA": {"rank_dropout": 0.0, "module_dropout": 0.0},
+    "LOKR": {"rank_dropout": 0.0, "module_dropout": 0.0},
+}
+"""Kind -> what our files of it always say."""
 
 
 class _Peft:
     name = "peft"
     is_folder = True
+    refused: Mapping[str, str] = {"dora": WRONG_AXIS}
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a name begins as PEFT begins all of them."""
         return any(name.startswith(PEFT_PREFIX) for name in names)
+
+    def portable(self, state: AdapterState) -> AdapterState:
+        """Returns the state as it is: PEFT reads the rank and alpha of each module from its record."""
+        return state
 
     def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
         """Writes a folder with one folder for each part, or the folder of a whole model.
@@ -44,16 +63,21 @@ class _Peft:
         Raises:
             AdapterFileError: the map lacks a module.
             NonFiniteError: a value does not fit `dtype`.
+            UnsupportedError: PEFT cannot hold a variant, or mixes of them in one folder.
         """
+        check_holds(self, (adapter.variant for _, adapter in state))
+        groups: dict[str, dict[str, ModuleAdapter]] = {}
+        for key, adapter in state:
+            part, bare = _split(key_map, key)
+            groups.setdefault(part, {})[bare] = adapter
         with atomic_path(path) as folder:
-            groups: dict[str, dict[str, ModuleAdapter]] = {}
-            for key, adapter in state:
-                part, bare = _split(key_map, key)
-                groups.setdefault(part, {})[bare] = adapter
             for part, adapters in groups.items():
-                metadata = {**state.metadata, "format": "pt"}
-                _safetensors.save(_tensors(adapters, dtype), metadata, folder / part / _TENSORS)
-                write_json(folder / part / _CONFIG, {**_FIXED, **write_config(adapters)})
+                check_one_kind(part or "the model", adapters.values())
+                tensors: dict[str, Tensor] = {}
+                for name, adapter in adapters.items():
+                    tensors |= peft_tensors(PEFT_PREFIX + name, adapter, dtype)
+                _safetensors.save(tensors, {**state.metadata, "format": "pt"}, folder / part / _TENSORS)
+                write_json(folder / part / _CONFIG, _record(adapters))
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads such a folder, or that of one part, whose part is then told by its names."""
@@ -63,7 +87,9 @@ class _Peft:
             tensors, told = _safetensors.load(folder / _TENSORS)
             part = _part_of([name.removeprefix(PEFT_PREFIX) for name in tensors], folder, path, key_map)
             named = {_joined(part, name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
-            modules.update(read_modules(named, PEFT, key_map, _alphas(folder, part), folder))
+            config = read_config(folder)
+            for key, adapter in read_modules(named, key_map, partial(_alpha, config, part), folder).items():
+                modules[key] = without_recorded_scale(adapter, config, _split(key_map, key)[1])
             metadata.update(told)
         metadata.pop("format", None)
         return AdapterState(modules, metadata)
@@ -86,12 +112,9 @@ def tensor_files(path: Path) -> list[Path]:
     return [folder / _TENSORS for folder in part_folders(path)]
 
 
-def _tensors(adapters: Mapping[str, ModuleAdapter], dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for name, adapter in adapters.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _safetensors.cast(name, adapter.tensors["down"], dtype)
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _safetensors.cast(name, adapter.tensors["up"], dtype)
-    return tensors
+def _record(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
+    kind = peft_type(adapters)
+    return {"peft_type": kind, "task_type": None, **_FIXED[kind], "inference_mode": True, **write_config(adapters)}
 
 
 def _split(key_map: KeyMap, key: ModuleKey) -> tuple[str, str]:
@@ -109,8 +132,7 @@ def _part_of(names: Sequence[str], folder: Path, path: Path, key_map: KeyMap) ->
     parts = list(dict.fromkeys(key.part for key, _ in key_map))
     if folder != path:
         return folder.name
-    suffixes = tuple(PEFT)
-    bare = [next((name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)), name) for name in names]
+    bare = [found[0] if (found := split_name(name)) else name for name in names]
     fitting = [part for part in ("", *parts) if all(_joined(part, name) in key_map for name in bare)]
     if len(fitting) != 1:
         raise AdapterFileError(
@@ -136,9 +158,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _alphas(folder: Path, part: str) -> Callable[[str], float]:
-    config = read_config(folder)
-    return lambda name: find_alpha(config, name.removeprefix(f"{part}."))
+def _alpha(config: Mapping[str, Any], part: str, name: str) -> float:
+    return find_alpha(config, name.removeprefix(f"{part}."))
 
 
 FORMAT = _Peft()

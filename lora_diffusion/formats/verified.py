@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.errors import VerificationError
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Format
-from lora_diffusion.core.types import AdapterState
+from lora_diffusion.core.types import AdapterState, ModuleAdapter
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was read back."""
+
+    path: Path
+    rounding: float
+    """Norm of what rounding to the file's number type changed, relative to the norm of all tensors; 0 if nothing."""
 
 
 def write_verified(state: AdapterState, key_map: KeyMap, format_: Format, path: Path, dtype: torch.dtype) -> Path:
-    """Writes a state, reads the file back and compares every tensor with what was to be stored.
+    """Writes a state in the layout that every reader of the format reads right, and reads it back.
 
     Args:
         state: the adapter; tensors float32.
@@ -30,31 +40,47 @@ def write_verified(state: AdapterState, key_map: KeyMap, format_: Format, path: 
 
     Raises:
         VerificationError: the file differs from the state by more than the rounding to `dtype`.
+        UnsupportedError: the format cannot hold a variant.
+    """
+    return write_exactly(format_.portable(state), key_map, format_, path, dtype).path
+
+
+def write_exactly(state: AdapterState, key_map: KeyMap, format_: Format, path: Path, dtype: torch.dtype) -> Written:
+    """Writes a state as it is, reads the file back and compares every number; arguments as of `write_verified`.
+
+    Raises:
+        VerificationError: the file holds anything but the state rounded to `dtype`.
+        UnsupportedError: the format cannot hold a variant.
     """
     format_.write(state, key_map, path, dtype)
     again = format_.read(path, key_map)
-    faults = [str(key) for key in state.modules if key not in again.modules]
-    faults += [str(key) for key in again.modules if key not in state.modules]
+    faults = [f"{key.part}/{key.path}: is missing" for key in state.modules if key not in again.modules]
+    faults += [f"{key.part}/{key.path}: was not written" for key in again.modules if key not in state.modules]
+    squares = [0.0, 0.0]
     for key, adapter in state:
-        read = again.modules.get(key)
-        if read is None:
-            continue
-        # A format may write another alpha and scale `up` for it, but then their product stays.
-        told, found = (adapter.tensors["up"].float() * adapter.alpha, read.tensors["up"].float() * read.alpha)
-        if not _close(adapter.tensors["down"].float(), read.tensors["down"].float(), dtype):
-            faults.append(f"{key.part}/{key.path} down: numbers differ")
-        if not _close(told / adapter.alpha, found / adapter.alpha, dtype):
-            faults.append(f"{key.part}/{key.path} up: numbers or alpha differ")
+        if key in again.modules:
+            fault = _difference(adapter, again.modules[key], dtype)
+            faults += [f"{key.part}/{key.path}: {fault}"] if fault else []
+            _add_squares(squares, adapter, dtype)
     if faults:
-        raise VerificationError(f"{path} does not hold what was trained; do not use it.", faults[:10])
-    return path
+        raise VerificationError(f"{path} does not hold what was to be written; do not use it.", faults[:10])
+    return Written(path, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0)
 
 
-def _close(told: Tensor, found: Tensor, dtype: torch.dtype) -> bool:
+def _difference(told: ModuleAdapter, found: ModuleAdapter, dtype: torch.dtype) -> str:
     import torch
 
-    kind = torch.finfo(dtype)
-    # Rounding to `dtype` moves a number by half of eps; below the smallest normal number the steps are of one size.
-    return told.shape == found.shape and torch.allclose(
-        told, found, rtol=kind.eps, atol=kind.smallest_normal * kind.eps
-    )
+    if (found.variant, found.tensors.keys()) != (told.variant, told.tensors.keys()):
+        return f"is {found.variant} of {', '.join(found.tensors)}"
+    # An alpha is kept as float32.
+    if not math.isclose(found.scale, told.scale, rel_tol=1e-6):
+        return f"its scale became {found.scale:g} instead of {told.scale:g}"
+    changed = [n for n, tensor in told.tensors.items() if not torch.equal(tensor.to(dtype).float(), found.tensors[n])]
+    return f"the numbers of {', '.join(changed)} differ" if changed else ""
+
+
+def _add_squares(squares: list[float], adapter: ModuleAdapter, dtype: torch.dtype) -> None:
+    for tensor in adapter.tensors.values():
+        wide = tensor.float()
+        squares[0] += float((wide - wide.to(dtype).float()).square().sum())
+        squares[1] += float(wide.square().sum())

@@ -16,10 +16,10 @@ from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import load_state, read_state
 from lora_diffusion.adapters.switch import switch_of
-from lora_diffusion.adapters.variants import VARIANTS, kronecker_split
+from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import rng
-from lora_diffusion.core.delta import delta_norm, delta_weight, without_tucker
+from lora_diffusion.core.delta import delta_norm, delta_weight, kronecker_split, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from tests.tiny_adapters import PARTS, answers, random_state, same, tiny_loaded

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from lora_diffusion.adapters.state import load_state
 from lora_diffusion.core import registry
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
+from lora_diffusion.formats.verified import write_verified
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import answers, key_map, random_state, tiny_loaded
 
@@ -45,7 +46,7 @@ def test_diffusers_loads_every_key(
     state = random_state(loaded, groups="attn ff conv")
     state = _uneven(state) if uneven else state
     path = tmp_path / "adapter.safetensors"
-    registry.find("formats", format_name).write(state, key_map(format_name, loaded), path, torch.float32)
+    write_verified(state, key_map(format_name, loaded), registry.find("formats", format_name), path, torch.float32)
 
     pipeline = tiny_pipeline()
     logging.getLogger("diffusers").propagate = True

@@ -63,8 +63,8 @@ def test_problems_are_listed(tmp_path: Path) -> None:
         "1 module(s) with up but no down: lora_unet_b",
         "1 module(s) with down but no up: lora_unet_c",
         "1 tensor(s) with NaN or infinity: lora_unet_c.lora_down.weight",
-        "1 module(s) whose up is zero, so that they change nothing: lora_unet_a",
-        "1 module(s) whose factors have different ranks: unet.d",
+        "1 module(s) that change nothing, since a factor is zero: lora_unet_a",
+        "2 module(s) whose tensors do not fit each other: unet.d, unet.e",
         "2 tensor(s) that are empty or hold whole numbers: unet.e.lora_A.weight, unet.e.lora_B.weight",
         "1 module(s) whose change is larger than any weight, so that pictures fall to pieces: unet.f",
     ):

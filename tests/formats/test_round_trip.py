@@ -94,7 +94,7 @@ def test_missing_alpha_is_the_rank_and_is_told(
     with caplog.at_level(logging.WARNING, logger="lora_diffusion"):
         state = registry.find("formats", "kohya").read(path, key_map("kohya", loaded))
     assert state.modules[ModuleKey("unet", "conv_in")].alpha == 2.0
-    assert "1 modules have no alpha" in caplog.text
+    assert "has no alpha; alpha = rank is assumed" in caplog.text
 
 
 def test_peft_folder_of_one_part_is_told_by_its_names(loaded: Loaded, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_peft_folder_of_one_part_is_told_by_its_names(loaded: Loaded, tmp_path: 
     alone = format_.read(tmp_path / "p" / "text_encoder", names)
     assert alone.parts() == ("text_encoder",)
     config = json.loads((tmp_path / "p" / "unet" / "adapter_config.json").read_text())
-    (tmp_path / "p" / "unet" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(UnsupportedError, match="lora with use_dora"):
+    (tmp_path / "p" / "unet" / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
+    with pytest.raises(UnsupportedError, match="lora with lora_bias"):
         format_.read(tmp_path / "p", names)
 
 
@@ -136,8 +136,10 @@ def test_unknown_modules_are_listed(loaded: Loaded, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "error", "text"),
     [
-        ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, UnsupportedError, "holds a loha adapter"),
-        ({"lora_unet_conv_in.dora_scale": torch.ones(2, 2)}, UnsupportedError, "holds a dora adapter"),
+        ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, AdapterFileError, "lacks w1_b and w2_a and w2_b"),
+        ({"lora_unet_conv_in.dora_scale": torch.ones(2, 2)}, AdapterFileError, "has only magnitude"),
+        ({"lora_unet_conv_in.oft_blocks": torch.ones(2, 2)}, UnsupportedError, "of the kind oft"),
+        ({"lora_unet_conv_in.diff": torch.ones(2, 2)}, UnsupportedError, "of the kind full difference"),
         ({"noise": torch.ones(2)}, AdapterFileError, "names that this format does not use"),
         ({"lora_unet_conv_in.lora_up.weight": torch.ones(32, 2)}, AdapterFileError, "lacks down"),
         (

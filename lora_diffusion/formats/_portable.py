@@ -1,0 +1,55 @@
+"""What makes a file mean the same in every program that reads it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+
+_ATTENTION = re.compile(r"(.*\.self_attn\.)([qkv]|out)_proj")
+_MATRICES = ("q", "k", "v", "out")
+
+
+def share_alpha(state: AdapterState) -> AdapterState:
+    """Gives all lora modules of a part one alpha and scales `up` instead, so that every change stays what it was.
+
+    diffusers applies the most common alpha of a file to all attention modules, whatever stands in theirs
+    (`_get_alpha_name` and `get_peft_kwargs` of diffusers 0.42.1).
+    """
+    alphas = {
+        part: Counter(adapter.alpha for key, adapter in state if key.part == part and adapter.variant == "lora")
+        for part in state.parts()
+    }
+    modules: dict[ModuleKey, ModuleAdapter] = {}
+    for key, adapter in state:
+        if adapter.variant == "lora" and (shared := alphas[key.part].most_common(1)[0][0]) != adapter.alpha and shared:
+            up = adapter.tensors["up"].float() * (adapter.alpha / shared)
+            adapter = ModuleAdapter("lora", {**adapter.tensors, "up": up}, shared)  # noqa: PLW2901
+        modules[key] = adapter
+    return replace(state, modules=modules)
+
+
+def complete_attention(state: AdapterState) -> AdapterState:
+    """Adds zeros for those of q, k, v and out of a text encoder's layer that are missing where another is lora.
+
+    A1111 applies attention in OpenCLIP towers only where all four are there, and diffusers refuses a text encoder
+    without any out and without mlp.
+    """
+    modules: dict[ModuleKey, ModuleAdapter] = {}
+    for key, adapter in state:
+        modules[key] = adapter
+        match = _ATTENTION.fullmatch(key.path)
+        if match and adapter.variant == "lora":
+            for name in _MATRICES:
+                other = ModuleKey(key.part, f"{match[1]}{name}_proj")
+                if other not in state.modules and other not in modules:
+                    modules[other] = _zeros_like(adapter)
+    return replace(state, modules=modules)
+
+
+def _zeros_like(adapter: ModuleAdapter) -> ModuleAdapter:
+    # All four are square matrices of one size. One row is enough to change nothing.
+    down, up = adapter.tensors["down"][:1] * 0, adapter.tensors["up"][:, :1] * 0
+    return ModuleAdapter("lora", {"down": down, "up": up}, adapter.alpha)
