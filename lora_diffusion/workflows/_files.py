@@ -11,6 +11,7 @@ from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import detect, stored_dtypes
+from lora_diffusion.formats.clients import guess_family
 
 
 def check_target(path: Path, format_: Format, overwrite: bool) -> None:
@@ -28,21 +29,35 @@ def check_target(path: Path, format_: Format, overwrite: bool) -> None:
         raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
 
 
-def read_alone(path: Path) -> tuple[Family, AdapterState]:
-    """Reads an adapter with the names of the first family that knows all of its modules.
+def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base.
+
+    Args:
+        path: file or folder.
+        family_name: kind of base; without it, the one that tensors or metadata tell, else the first that knows all of
+            the modules.
 
     Raises:
         AdapterFileError: it cannot be read, or no family knows all of it.
+        ConfigError: there is no such family.
     """
     format_: Format = registry.find("formats", detect(path))
+    guess = family_name or _guess(path)
     faults = []
-    for name in registry.available("families"):
+    for name in [guess] if guess else registry.available("families"):
         family: Family = registry.find("families", name)
         try:
             return family, format_.read(path, family.key_map(format_.name, None))
         except AdapterFileError as error:
             faults.append(error)
     raise faults[0]
+
+
+def _guess(path: Path) -> str | None:
+    try:
+        return guess_family(path)
+    except AdapterFileError:
+        return None
 
 
 def common_dtype(paths: Iterable[Path]) -> str:
