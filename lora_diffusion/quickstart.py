@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import __version__, workflows
+from lora_diffusion import workflows
 from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core.files import shipped_path, write_json
 from lora_diffusion.core.types import Request
 from lora_diffusion.evaluation.pictures import grid, save_image
-from lora_diffusion.evaluation.report import write_report
+from lora_diffusion.evaluation.report import write_before_after
 
 _NUM_GRID_ROWS = 8
 
@@ -73,13 +72,12 @@ def quickstart(output_path: Path, *, overwrite: bool = False) -> QuickstartResul
     report_path = output_path / "report.html"
     commands = _next_commands(config, trained.files[0])
     seconds = time.perf_counter() - started
-    write_report(
+    write_before_after(
         report_path,
         title="lora-diffusion quickstart: blob style",
         comparison=comparison,
-        grid=picture,
-        metrics=[json.loads(line) for line in (output_path / "metrics.jsonl").read_text("utf-8").splitlines()],
-        facts=_facts(config, trained, seconds),
+        num_rows=_NUM_GRID_ROWS,
+        training=replace(workflows.read_training(output_path), facts=_facts(config, trained, seconds)),
         next_commands=commands,
     )
     return QuickstartResult(trained.files[0], grid_path, report_path, comparison.to_json(), commands, seconds)
@@ -102,5 +100,4 @@ def _facts(config: Config, trained: workflows.TrainResult, seconds: float) -> di
         "adapter": f"{config.adapter.variant}, rank {config.adapter.rank}, on {', '.join(config.adapter.parts)}",
         "training": f"{trained.num_steps} steps of {config.train.batch_size} pictures",
         "whole quickstart": f"{seconds:.0f} s",
-        "lora-diffusion": __version__,
     }

@@ -11,6 +11,7 @@ from lora_diffusion import __version__
 from lora_diffusion.cli import (
     compose,
     config,
+    convert,
     evaluate,
     export,
     extract,
@@ -37,6 +38,7 @@ _COMMANDS = (
     select,
     report,
     export,
+    convert,
     inspect,
     verify,
     resize,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.composition import Composition as Composition
     from lora_diffusion.workflows.composition import compose as compose
     from lora_diffusion.workflows.composition import resize as resize
+    from lora_diffusion.workflows.conversion import Conversion as Conversion
+    from lora_diffusion.workflows.conversion import convert as convert
     from lora_diffusion.workflows.evaluation import Question as Question
     from lora_diffusion.workflows.evaluation import evaluate as evaluate
     from lora_diffusion.workflows.evaluation import evaluate_as_table as evaluate_as_table
@@ -44,6 +46,7 @@ _HOMES = {
     "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
+    "conversion": ("Conversion", "convert"),
     "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
     "metadata_texts": ("edit_metadata", "metadata_lines", "show_metadata", "strip_metadata"),
     "pictures": ("Pictures", "generate"),

@@ -27,13 +27,16 @@ from lora_diffusion.core.types import AdapterState, Loaded, Prepared, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import KINDS, Report
+from lora_diffusion.formats import check_output
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training import checkpoint, memory, record, run_folder
-from lora_diffusion.training.hooks import PreviewHook
+from lora_diffusion.training.hooks import Hook, PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer, total_steps
+from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows import verification
 from lora_diffusion.workflows._previews import SAVERS
+from lora_diffusion.workflows.selection import Selection, select
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,27 @@ class TrainResult:
     loss: float
     """Mean over the last tenth of the steps."""
     files: tuple[Path, ...]
+    selection: Selection | None = None
+    """With evaluate.after_training: which checkpoint and weight are the best."""
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
-    """Trains an adapter and writes it in every asked format.
+    """Trains an adapter, writes it in every asked format, and if the config says so, chooses the best checkpoint.
 
     Raises:
         InputError: anything that the user can mend; raised before the base is loaded.
         RunError: the run failed; its folder can be continued with `resume`.
     """
+    result = _train(config, resume=resume, overwrite=overwrite)
+    # Only now, as nothing of the training is held in memory any more.
+    return replace(result, selection=select(result.run_path)) if config.evaluate.after_training else result
+
+
+def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
     variant = variants.find(config.adapter.variant, config.model.quantization)
+    check_output(config.output.formats, variant.stored)
     info = family.check(config.model)
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
@@ -64,6 +76,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     record.check_thumbnail(config)
     samples = kind.read(config.data, info)
     _say_what_is_trained(plan, config, samples)
+    judging.check(config, samples)
 
     processes = PartialState()
     processes.wait_for_everyone()
@@ -81,7 +94,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         use_channels_last(loaded.parts.values(), loaded.device)
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
-        hooks = _prepare_previews(config, family, loaded, samples, run)
+        hooks = [*_prepare_previews(config, family, loaded, samples, run)]
+        hooks += judging.prepare_early_stop(config, family, loaded, samples, run)
+        measured = judging.prepare_pictures(config, family, loaded, samples)
         loaded.release(*(loaded.encoders - trained - (loaded.decoders if hooks else frozenset())))
 
         params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
@@ -97,6 +112,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         state = replace(state, metadata=record.metadata(config, info, state, kind, samples, batches, trainer.step))
         formats = config.output.formats if processes.is_main_process else ()
         files = tuple(_write(state, family, config, name, run) for name in formats)
+        if processes.is_main_process:
+            judging.write_picture_losses(measured, trainer, family, run)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
 
 
@@ -136,7 +153,7 @@ def _write(state: AdapterState, family: Family, config: Config, format_name: str
 
 def _prepare_previews(
     config: Config, family: Family, loaded: Loaded, samples: Sequence[Sample], run: RunFolder
-) -> list[PreviewHook]:
+) -> list[Hook]:
     """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there."""
     every, save = config.train.preview_every_steps, SAVERS[family.sample_type]
     if not every:
@@ -183,7 +200,8 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     """
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
-    variants.find(config.adapter.variant, config.model.quantization)
+    variant = variants.find(config.adapter.variant, config.model.quantization)
+    check_output(config.output.formats, variant.stored)
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
     plan = make_plan(skeleton, family.parts, config.adapter)

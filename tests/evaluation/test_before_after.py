@@ -13,7 +13,6 @@ from lora_diffusion.core.types import Output, Request
 from lora_diffusion.evaluation import before_after
 from lora_diffusion.evaluation.before_after import WITH_ADAPTER, WITH_BASE, WITHOUT_ADAPTER, Case
 from lora_diffusion.evaluation.pictures import grid, save_output
-from lora_diffusion.evaluation.report import write_report
 
 
 class ColourClip:
@@ -53,26 +52,6 @@ def test_scores_show_what_the_adapter_changed_and_where(comparison: before_after
     assert comparison.real.scores["clip_image"].mean == pytest.approx(1)
     assert comparison.prompts == ("a zwx cat", "a zwx cat", "zwx dog", "zwx dog")
     assert len(comparison.row(WITH_BASE).images) == 4
-
-
-def test_report_is_one_file_that_shows_the_scores(comparison: before_after.Comparison, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    write_report(
-        path,
-        title="A <title>",
-        comparison=comparison,
-        grid=Image.new("RGB", (4, 4)),
-        metrics=[{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}],
-        facts={"base": "x"},
-        next_commands=["lora-diffusion inspect x"],
-    )
-    html = path.read_text()
-    assert "A &lt;title&gt;" in html
-    assert "1.000 ± 0.000" in html
-    assert "<svg" in html
-    assert "http" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", "")
 
 
 def test_grid_enlarges_small_pictures_and_labels_them() -> None:

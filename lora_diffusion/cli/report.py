@@ -1,0 +1,29 @@
+"""`lora-diffusion report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import print_result, set_up_logs
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("report", help="show a run or an evaluation on a page, or compare several")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="RUN_OR_EVALUATION", help="folder; several are compared")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="page (report.html in the folder; of several comparison.html here)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    set_up_logs(args)
+    from lora_diffusion import workflows
+
+    files = workflows.report(args.paths, args.output)
+    names = {"page": str(files[0]), "numbers": [str(file) for file in files[1:]]}
+    print_result(args, names, f"Open {files[0]} in a browser; its numbers are beside it.")

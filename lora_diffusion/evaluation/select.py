@@ -1,0 +1,349 @@
+"""Which candidate is the best: as like the references and as true to the prompts as the limits allow.
+
+Likeness and text alignment pull against each other, so no single score decides. What no other candidate beats in both
+is the frontier. On it, each candidate has two shares: how far it goes from the base to real pictures in likeness, and
+how far from unrelated pictures to the best of all in text alignment. Their harmonic mean (van Rijsbergen 1979,
+"Information Retrieval", chapter 7) is maximized: it is 0 where either share is, so neither the base nor a copy that
+ignores its prompt can win. The next ones are tied with the best for as long as neither their likeness nor their text
+alignment can be told from its own; of those the earliest with the lowest weight is taken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from lora_diffusion.core.errors import ConfigError, DataError
+from lora_diffusion.evaluation.results import BASE, Candidate, Evaluation
+from lora_diffusion.evaluation.table import Table
+
+LIKENESS = ("dino_image", "clip_image")
+"""Metrics of likeness to the references, the better judge of a subject first (Ruiz et al. 2023, section 4.2)."""
+TEXT = "clip_text"
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What the user asks of the choice; None takes the default that `limits` derives from the evaluation."""
+
+    copying: float | None = None
+    prior_drift: float | None = None
+    prompt_leak: float | None = None
+    likeness: str | None = None
+    """Metric of likeness; None takes the first of LIKENESS that was measured."""
+    text_weight: float = 0.5
+    """Share of text alignment in the balance, between 0 (only likeness) and 1 (only text)."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The highest value of a metric that a candidate may have."""
+
+    metric: str
+    value: float
+    reason: str
+    is_given: bool
+    """True if the user asked for it; then a limit that no candidate keeps is an error."""
+    lifted: bool = False
+    """True if no candidate keeps it, so that it could not decide."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one candidate stands."""
+
+    name: str
+    step: int | None
+    weight: float
+    likeness: float
+    text: float
+    likeness_share: float
+    """0 at the base, 1 at real pictures."""
+    text_share: float
+    """0 at unrelated pictures, 1 at the best text alignment of all."""
+    balance: float
+    """Weighted harmonic mean of both shares."""
+    on_frontier: bool
+    breaks: tuple[str, ...]
+    """Metrics whose limit it exceeds."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, and why."""
+
+    candidate: Candidate
+    likeness_metric: str
+    standings: tuple[Standing, ...]
+    """All candidates but the base, in the order of the evaluation."""
+    limits: tuple[Limit, ...]
+    tied: tuple[str, ...]
+    """Candidates that could not be told apart from the best one; the chosen one is among them."""
+    sentences: tuple[str, str]
+    warnings: tuple[str, ...]
+
+    @property
+    def standing(self) -> Standing:
+        """How the chosen candidate stands."""
+        return self.find(self.candidate.name)
+
+    def find(self, name: str) -> Standing:
+        """Returns how a candidate stands."""
+        return next(standing for standing in self.standings if standing.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "candidate": self.candidate.name,
+            "step": self.candidate.step,
+            "weight": self.candidate.weight,
+            "why": " ".join(self.sentences),
+            "likeness_metric": self.likeness_metric,
+            "limits": [vars(limit) for limit in self.limits],
+            "tied": list(self.tied),
+            "candidates": [vars(standing) for standing in self.standings],
+            "warnings": list(self.warnings),
+        }
+
+
+def choose(evaluation: Evaluation, preference: Preference | None = None) -> Choice:
+    """Picks a candidate.
+
+    Args:
+        evaluation: with references, and at least one candidate besides the base.
+        preference: limits and weighting that differ from the defaults.
+
+    Raises:
+        DataError: the evaluation lacks what the choice needs.
+        ConfigError: a limit that the user gave is kept by no candidate.
+    """
+    preference = preference or Preference()
+    table = Table(evaluation)
+    likeness = _likeness_metric(table, preference)
+    candidates = [candidate for candidate in evaluation.candidates if candidate.name != BASE and candidate.weight]
+    if not candidates:
+        raise DataError("The evaluation holds the base alone; evaluate checkpoints, weights or files to choose from.")
+    bounds = _applied(limits(evaluation, preference), table, candidates)
+    standings = _standings(evaluation, table, candidates, likeness, bounds, preference.text_weight)
+    allowed = [standing for standing in standings if not standing.breaks]
+    top = frontier([(standing.likeness, standing.text) for standing in allowed])
+    names = {allowed[index].name for index in top}
+    standings = tuple(replace(standing, on_frontier=standing.name in names) for standing in standings)
+    best, *others = sorted(
+        (standing for standing in standings if standing.on_frontier),
+        key=lambda standing: (-standing.balance, -standing.likeness),
+    )
+    tied = [best, *takewhile(lambda other: not _told_apart(table, best.name, other.name, likeness), others)]
+    picked = min(tied, key=lambda standing: (standing.step or 0, standing.weight))
+    choice = Choice(
+        evaluation.candidate(picked.name),
+        likeness,
+        standings,
+        bounds,
+        tuple(standing.name for standing in tied),
+        ("", ""),
+        _warnings(evaluation, standings, picked, bounds),
+    )
+    return replace(choice, sentences=_explain(choice, evaluation, table))
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the indices of points that no other point beats in one coordinate and equals or beats in the other.
+
+    >>> frontier([(1.0, 3.0), (2.0, 2.0), (1.0, 2.0), (3.0, 1.0)])
+    [0, 1, 3]
+    """
+
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
+
+    return [index for index, point in enumerate(points) if not beaten(point)]
+
+
+def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
+    """Returns a limit for each of copying, prior_drift and prompt_leak that was measured.
+
+    The defaults, each relative to the base or to real pictures:
+
+    - copying: what the references score, since held-out pictures of the same thing are as near to the training pictures
+      as honest ones can be. Without references' own scores: half way from the base to 1, a perfect copy.
+    - prior_drift: half of the distance between two of the base's own pictures of one prompt. At the whole of it another
+      picture altogether is drawn.
+    - prompt_leak: half of what real pictures exceed the base by in likeness. Beyond it the concept is drawn rather than
+      not where nobody asked for it.
+    """
+    table = Table(evaluation)
+    found = []
+    for metric in ("copying", "prior_drift", "prompt_leak"):
+        if not table.has(metric):
+            continue
+        given = getattr(preference, metric)
+        if given is not None:
+            found.append(Limit(metric, given, "as asked for", is_given=True))
+        elif default := _DEFAULTS[metric](evaluation, table):
+            found.append(Limit(metric, *default, is_given=False))
+    return tuple(found)
+
+
+def _copying_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
+    real = evaluation.real.get("copying")
+    if real is not None:
+        return real, "what the references themselves score"
+    return (table.mean(BASE, "copying") + 1) / 2, "half way from the base to a perfect copy"
+
+
+def _drift_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
+    del table
+    apart = evaluation.chance.get("prior_drift")
+    return None if apart is None else (apart / 2, "half of the distance between two of the base's own pictures")
+
+
+def _leak_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
+    real = evaluation.real.get("clip_image")
+    if real is None:
+        return None
+    return (real - table.mean(BASE, "clip_image")) / 2, "half of the way from the base to real pictures"
+
+
+_DEFAULTS = {"copying": _copying_limit, "prior_drift": _drift_limit, "prompt_leak": _leak_limit}
+
+
+def _likeness_metric(table: Table, preference: Preference) -> str:
+    wanted = (preference.likeness,) if preference.likeness else LIKENESS
+    found = [metric for metric in wanted if table.has(metric)]
+    if not found or not table.has(TEXT):
+        raise DataError(
+            f"The evaluation has no scores of {' or '.join(wanted) if not found else TEXT} for prompts that ask for "
+            "what was trained, so that nothing can be chosen; evaluate again with --references and such prompts."
+        )
+    return found[0]
+
+
+def _applied(bounds: Sequence[Limit], table: Table, candidates: Sequence[Candidate]) -> tuple[Limit, ...]:
+    """Lifts each default limit that leaves no candidate, one after the other; a given one must be kept by some."""
+    left = list(candidates)
+    applied = []
+    for limit in bounds:
+        keeping = [candidate for candidate in left if table.mean(candidate.name, limit.metric) <= limit.value]
+        if not keeping and limit.is_given:
+            lowest = min(left, key=lambda candidate: table.mean(candidate.name, limit.metric))
+            raise ConfigError(
+                f"No candidate keeps {limit.metric} <= {limit.value:g} and the limits before it; the nearest is "
+                f"{lowest.name} with {table.mean(lowest.name, limit.metric):.3f}. Raise the limit, or train less."
+            )
+        applied.append(replace(limit, lifted=not keeping))
+        left = keeping or left
+    return tuple(applied)
+
+
+def _standings(
+    evaluation: Evaluation,
+    table: Table,
+    candidates: Sequence[Candidate],
+    likeness: str,
+    bounds: Sequence[Limit],
+    text_weight: float,
+) -> tuple[Standing, ...]:
+    low, high = _anchors(evaluation, table, candidates, likeness)
+    chance = evaluation.chance.get(TEXT, 0.0)
+    most = max(table.mean(name, TEXT) for name in (BASE, *(candidate.name for candidate in candidates)))
+    found = []
+    for candidate in candidates:
+        own, text = table.mean(candidate.name, likeness), table.mean(candidate.name, TEXT)
+        shares = share(own, low, high), share(text, chance, most)
+        broken = [
+            limit.metric
+            for limit in bounds
+            if not limit.lifted and table.mean(candidate.name, limit.metric) > limit.value
+        ]
+        mean = balance(*shares, text_weight)
+        found.append(
+            Standing(candidate.name, candidate.step, candidate.weight, own, text, *shares, mean, False, (*broken,))
+        )
+    return tuple(found)
+
+
+def _anchors(
+    evaluation: Evaluation, table: Table, candidates: Sequence[Candidate], likeness: str
+) -> tuple[float, float]:
+    """Returns the likeness of the base and that of real pictures, or where it is unknown, of the best candidate."""
+    best = max(table.mean(candidate.name, likeness) for candidate in candidates)
+    return table.mean(BASE, likeness), evaluation.real.get(likeness, best)
+
+
+def share(value: float, low: float, high: float) -> float:
+    """Returns how far a value goes from `low` to `high`, 0 to 1; 0 where `high` is no higher than `low`."""
+    return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
+
+
+def balance(likeness: float, text: float, text_weight: float = 0.5) -> float:
+    """Returns the weighted harmonic mean of the shares of likeness and text alignment."""
+    if not min(likeness, text):
+        return 0.0
+    return 1 / ((1 - text_weight) / likeness + text_weight / text)
+
+
+def _told_apart(table: Table, one: str, other: str, likeness: str) -> bool:
+    """Says whether likeness or text alignment of two candidates surely differ."""
+    return not all(table.difference(one, other, metric).covers_zero for metric in (likeness, TEXT))
+
+
+def _warnings(
+    evaluation: Evaluation, standings: Sequence[Standing], picked: Standing, bounds: Sequence[Limit]
+) -> tuple[str, ...]:
+    found = [
+        f"No candidate keeps {limit.metric} at or below {limit.value:.3f} ({limit.reason}), so it did not decide."
+        for limit in bounds
+        if limit.lifted
+    ]
+    if not picked.likeness_share:
+        found.append("No candidate that keeps the limits looks more like the references than the base alone.")
+    steps = sorted({standing.step for standing in standings if standing.step is not None})
+    if len(steps) > 1 and picked.step == steps[-1]:
+        found.append("The last checkpoint was chosen: a longer run may be better still.")
+    if len(steps) > 1 and picked.step == steps[0]:
+        found.append("The first checkpoint was chosen: save more often (train.save_every_steps) to look before it.")
+    return (*found, *evaluation.warnings)
+
+
+def _explain(choice: Choice, evaluation: Evaluation, table: Table) -> tuple[str, str]:
+    picked, likeness = choice.standing, choice.likeness_metric
+    real = evaluation.real.get(likeness)
+    goal = f"real pictures ({likeness} {real:.3f})" if real is not None else "the most alike candidate"
+    first = (
+        f"{picked.name} goes {picked.likeness_share:.0%} of the way from the base ({likeness} "
+        f"{table.mean(BASE, likeness):.3f}) to {goal} with {picked.likeness:.3f}, and keeps {picked.text_share:.0%} of "
+        f"the best text alignment with {TEXT} {picked.text:.3f}: a balance of {picked.balance:.2f}."
+    )
+    return first, f"Of {len(choice.standings)} candidates {_others(choice)}."
+
+
+def _others(choice: Choice) -> str:
+    picked = choice.standing
+    broken = [standing for standing in choice.standings if standing.breaks]
+    rest = [standing for standing in choice.standings if standing.on_frontier and standing.name != picked.name]
+    clauses = []
+    if broken:
+        counts = _count(metric for standing in broken for metric in standing.breaks)
+        clauses.append(f"{len(broken)} {'break' if len(broken) > 1 else 'breaks'} a limit ({counts})")
+    beaten = len(choice.standings) - len(broken) - len(rest) - 1
+    if beaten:
+        clauses.append(f"{beaten} {'are' if beaten > 1 else 'is'} beaten in likeness and text by others")
+    tied = [name for name in choice.tied if name != picked.name]
+    if tied:
+        clauses.append(f"{len(tied)} could not be told apart from it and came later or need more weight")
+    clear = [standing for standing in rest if standing.name not in tied]
+    if clear:
+        rival = max(clear, key=lambda standing: standing.balance)
+        scores = f"{rival.likeness:.3f} and {rival.text:.3f}"
+        clauses.append(f"the next best, {rival.name}, has {scores} (balance {rival.balance:.2f})")
+    if not clauses:
+        return "it is the only one"
+    return " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
+
+
+def _count(metrics: Iterable[str]) -> str:
+    return ", ".join(f"{metric} {count}" for metric, count in Counter(metrics).items())

@@ -1,0 +1,93 @@
+"""The scores of an evaluation, looked up by candidate and metric."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_diffusion.evaluation.results import Evaluation, Score
+from lora_diffusion.evaluation.statistics import Interval, interval
+from lora_diffusion.evaluation.suites import PLAIN_KINDS
+
+_ABOUT_PLAIN = ("prior_drift", "prompt_leak")
+"""Metrics of what was not asked for."""
+Draw = tuple[int | None, int | None]
+"""Index of the case, and seed; a seed of None stands for all pictures of the case."""
+
+
+class Table:
+    """Means and paired differences over the cases that a metric is about.
+
+    prior_drift and prompt_leak are about prompts that do not ask for what was trained, all other metrics about those
+    that do.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        """Sorts the scores once."""
+        self._values: dict[tuple[str, str], dict[Draw, float]] = defaultdict(dict)
+        for score in evaluation.scores:
+            if is_about(score):
+                self._values[score.candidate, score.metric][score.case, score.seed] = score.value
+
+    def has(self, metric: str) -> bool:
+        """Says whether the metric was measured on such cases."""
+        return any(metric == own for _, own in self._values)
+
+    def values(self, candidate: str, metric: str) -> Mapping[Draw, float]:
+        """Returns the scores of a candidate; none where it was not measured."""
+        return self._values.get((candidate, metric), {})
+
+    def mean(self, candidate: str, metric: str) -> float:
+        """Returns the mean, NaN where there is no score."""
+        values = self.values(candidate, metric)
+        return sum(values.values()) / len(values) if values else math.nan
+
+    def interval(self, candidate: str, metric: str) -> Interval:
+        """Returns the mean with its 95 % interval."""
+        return _interval(self.values(candidate, metric))
+
+    def difference(self, one: str, other: str, metric: str) -> Interval:
+        """Returns the mean of `one` minus `other` over pictures of equal prompt and seed, with its 95 % interval."""
+        own, against = self.values(one, metric), self.values(other, metric)
+        return _interval({draw: own[draw] - against[draw] for draw in own if draw in against})
+
+
+def is_about(score: Score) -> bool:
+    """Says whether a score belongs to a case that its metric is about."""
+    return (score.kind in PLAIN_KINDS) == (score.metric in _ABOUT_PLAIN)
+
+
+def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, cases: Mapping[int, int]) -> Interval:
+    """Returns the mean difference of a candidate of one evaluation from that of another, with its 95 % interval.
+
+    Args:
+        one: minuend.
+        other: subtrahend.
+        candidates: names in both.
+        metric: the same in both.
+        cases: index of a case in `one` -> index of the case with the same prompt in `other`.
+    """
+    own, against = one.values(candidates[0], metric), other.values(candidates[1], metric)
+    shared = {
+        (case, seed): value - against[cases[case], seed]
+        for (case, seed), value in own.items()
+        if case is not None and case in cases and (cases[case], seed) in against
+    }
+    return _interval(shared)
+
+
+def _interval(values: Mapping[Draw, float]) -> Interval:
+    """Returns the interval over the cases that have all seeds; without bounds where there is only one value."""
+    cases: dict[int | None, list[float]] = defaultdict(list)
+    for (case, _), value in values.items():
+        cases[case].append(value)
+    longest = max(map(len, cases.values()), default=0)
+    rows = [row for row in cases.values() if len(row) == longest]
+    if not rows:
+        return Interval(math.nan, math.nan, math.nan)
+    if len(rows) * longest == 1:
+        return Interval(rows[0][0], -math.inf, math.inf)
+    return interval(np.array(rows))

@@ -1,0 +1,102 @@
+"""Pages that show what a run or an evaluation came to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lora_diffusion.config.describe import differences
+from lora_diffusion.config.load import load
+from lora_diffusion.config.schema import Config
+from lora_diffusion.core.errors import ConfigError, DataError, RunError
+from lora_diffusion.core.files import check_writable
+from lora_diffusion.core.types import SampleLoss
+from lora_diffusion.evaluation import results, versus
+from lora_diffusion.evaluation.report import Training, write_report
+from lora_diffusion.evaluation.sections import Findings
+from lora_diffusion.evaluation.select import Preference, choose
+from lora_diffusion.evaluation.table import Table
+from lora_diffusion.training.picture_losses import LOSSES_NAME
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.tracking import METRICS_NAME
+from lora_diffusion.workflows.selection import EVALUATION_NAME, read_selection
+
+
+def report(paths: list[Path], output_path: Path | None = None) -> tuple[Path, ...]:
+    """Writes a page about one run or evaluation, or one that compares several; returns its files, the page first.
+
+    Args:
+        paths: run folders, evaluation folders, or both.
+        output_path: the HTML file; None takes report.html in the folder, or comparison.html where there are several.
+
+    Raises:
+        InputError: a folder holds neither a run nor an evaluation, or the output cannot be written.
+    """
+    output = output_path or (paths[0] / "report.html" if len(paths) == 1 else Path("comparison.html"))
+    if output.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--output {output}: name a file that ends in .html.")
+    check_writable(output.absolute().parent, "--output")
+    for path in paths:
+        _check(path)
+    if len(paths) > 1:
+        entries = [versus.Entry(_name(path), *_found(path)) for path in paths]
+        return versus.write_comparison(output, entries)
+    path = paths[0]
+    findings, training = _found(path)
+    selection = read_selection(path)
+    return write_report(
+        output,
+        title=f"{'Evaluation of' if findings else 'Training of'} {_name(path)}",
+        findings=findings,
+        training=training,
+        chosen_file=selection and str(selection.file),
+    )
+
+
+def read_training(run_path: Path) -> Training:
+    """Returns what a run tells of its training; nothing where the folder is no run."""
+    run = RunFolder(run_path)
+    if not run.config_path.is_file():
+        return Training()
+    metrics, losses = run.path / METRICS_NAME, run.path / LOSSES_NAME
+    return Training(
+        metrics=[json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.is_file() else (),
+        losses=[SampleLoss(**values) for values in json.loads(losses.read_text("utf-8"))] if losses.is_file() else (),
+        facts=_settings(run.config()),
+    )
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Returns the settings that differ from the defaults."""
+    default = load(None, [f"model.family={config.model.family}"], required=False)
+    changed = (line.split(": ", 1) for line in differences(default, config))
+    return {key: values.split(" -> ", 1)[1] for key, values in changed}
+
+
+def _name(path: Path) -> str:
+    return path.resolve().name
+
+
+def _check(path: Path) -> None:
+    if not (_evaluation_folder(path) or RunFolder(path).config_path.is_file()):
+        raise ConfigError(
+            f"{path} holds neither a run (config.yaml) nor an evaluation (evaluation.json); name a folder that 'train' "
+            "or 'evaluate' wrote."
+        )
+
+
+def _evaluation_folder(path: Path) -> Path | None:
+    found = (folder for folder in (path, path / EVALUATION_NAME) if (folder / "evaluation.json").is_file())
+    return next(found, None)
+
+
+def _found(path: Path) -> tuple[Findings | None, Training]:
+    folder, training = _evaluation_folder(path), read_training(path)
+    if folder is None:
+        return None, training
+    evaluation, selection = results.read(folder), read_selection(path)
+    try:
+        choice = choose(evaluation, selection.preference if selection else Preference())
+    except (DataError, ConfigError, RunError):
+        choice = None  # the page then shows the evaluation without a choice
+    return Findings(evaluation, folder, choice, Table(evaluation)), training

@@ -1,0 +1,255 @@
+"""The best checkpoint and weight of a run, marked and linked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from lora_diffusion import __version__
+from lora_diffusion.config.load import load
+from lora_diffusion.config.schema import Config
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import find_dtype
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import atomic_path, sha256, write_json
+from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.types import AdapterState
+from lora_diffusion.data import sources
+from lora_diffusion.data.captions import without_trigger, words_pattern
+from lora_diffusion.evaluation import results
+from lora_diffusion.evaluation.results import Candidate, Case, Evaluation
+from lora_diffusion.evaluation.select import Choice, Preference, choose
+from lora_diffusion.evaluation.suites import read_cases
+from lora_diffusion.evaluation.table import Table
+from lora_diffusion.formats import detect
+from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows._steps import read_adapter, read_checkpoint
+from lora_diffusion.workflows.evaluation import Question, evaluate
+
+EVALUATION_NAME, SELECTION_NAME, BEST_NAME = "evaluation", "selection.json", "best.safetensors"
+_MAX_ASKED, _MAX_PLAIN = 12, 4
+"""Prompts that are made from the captions of references."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and where it is."""
+
+    file: Path
+    """The adapter of the chosen checkpoint, whose metadata tell the weight and the scores."""
+    best: Path
+    """Link to the file."""
+    weight: float
+    preference: Preference
+    why: str
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {**vars(self), "file": str(self.file), "best": str(self.best), "preference": vars(self.preference)}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        warnings = (f"Mind: {text}" for text in self.warnings)
+        return "\n".join(
+            [self.why, f"Use {self.best} (that is {self.file.name}) at weight {self.weight:g}.", *warnings]
+        )
+
+
+def select(
+    run_path: Path,
+    evaluation_path: Path | None = None,
+    preference: Preference | None = None,
+    overrides: Sequence[str] = (),
+) -> Selection:
+    """Chooses checkpoint and weight, writes the adapter with marks in its metadata, and links it as best.safetensors.
+
+    Args:
+        run_path: a finished run.
+        evaluation_path: evaluation of its checkpoints; None takes that in the run folder, which is made if it is not
+            there, as the run's `evaluate` section says.
+        preference: limits and weighting that differ from the defaults.
+        overrides: "evaluate.key=value" for this evaluation.
+
+    Raises:
+        InputError: no finished run, or an evaluation that is of other adapters or allows no choice.
+    """
+    run, preference = RunFolder(run_path), preference or Preference()
+    run.config()
+    config = load(run.config_path, overrides)
+    check_name(run.name(config))
+    final = run.find_adapter(config)
+    folder = evaluation_path or run.path / EVALUATION_NAME
+    if evaluation_path is None and not (folder / "evaluation.json").is_file():
+        evaluate(question(run, config, folder))
+    evaluation = results.read(folder)
+    choice = choose(evaluation, preference)
+    checkpoint = _checkpoint(run, choice.candidate, folder)
+    if PartialState().is_main_process:
+        _write(run, config, final, checkpoint, choice, evaluation, preference)
+    PartialState().wait_for_everyone()
+    return _required(read_selection(run.path))
+
+
+def read_selection(run_path: Path) -> Selection | None:
+    """Returns what `select` chose in a run, or None."""
+    path = run_path / SELECTION_NAME
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Selection(
+        run_path / values["file"],
+        run_path / BEST_NAME,
+        values["weight"],
+        Preference(**values["preference"]),
+        values["why"],
+        tuple(values["warnings"]),
+    )
+
+
+def check_name(name: str) -> None:
+    """Checks that the link does not take the place of the run's own adapter.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if f"{name}.safetensors" == BEST_NAME:
+        raise ConfigError(f"output.name={name}: {BEST_NAME} is the link to the chosen file; give another output.name.")
+
+
+def question(run: RunFolder, config: Config, folder: Path) -> Question:
+    """Returns how a run's checkpoints are evaluated, as its `evaluate` section says.
+
+    Raises:
+        ConfigError: the section names no references.
+    """
+    own = config.evaluate
+    if not own.references:
+        raise ConfigError(
+            f"{folder} holds no evaluation, and the run's config names no pictures to compare with; add "
+            f"evaluate.references=DIR, or run 'lora-diffusion evaluate --run {run.path} --output {folder}' with what "
+            "you want to know."
+        )
+    family: Family = registry.find("families", config.model.family)
+    trigger = read_adapter(run.find_adapter(config), family, config.model).metadata.get("modelspec.trigger_phrase", "")
+    return Question(
+        output_path=folder,
+        prompts=cases(config, trigger),
+        run=run.path,
+        weights=own.weights,
+        references=Path(own.references).expanduser(),
+        metrics=own.metrics,
+        scorers={"clip": own.clip} if own.clip else {},
+        seeds=own.seeds,
+        num_steps=config.preview.num_steps,
+        guidance=config.preview.guidance,
+        negative=config.preview.negative,
+    )
+
+
+def cases(config: Config, trigger: str) -> tuple[Case, ...]:
+    """Returns the prompts of `evaluate.prompts`, else the captions of the references, with the trigger and without.
+
+    Raises:
+        ConfigError: no prompt would ask for what is trained, or the suite is wrong.
+    """
+    own = config.evaluate
+    if own.prompts:
+        return read_cases(own.prompts, [trigger] if trigger else [], [own.class_words] if own.class_words else [])
+    family: Family = registry.find("families", config.model.family)
+    data = replace(config.data, path=str(own.references), trigger="")
+    captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
+    pattern = words_pattern(trigger) if trigger else None
+    plains = [without_trigger(caption, pattern) if pattern else caption for caption in captions]
+    pairs = [
+        (caption, plain) for caption, plain in zip(captions, plains, strict=True) if caption != plain or not trigger
+    ]
+    if not pairs:
+        raise ConfigError(
+            f"evaluate.references={own.references}: none of the captions holds the trigger words {trigger!r}, so they "
+            "are no prompts for what is trained; name a suite with evaluate.prompts (configs/evaluate)."
+        )
+    asked = [(caption, plain, "subject") for caption, plain in pairs[:_MAX_ASKED]]
+    if trigger:
+        asked += [(plain, plain, "prior") for _, plain in pairs[:_MAX_PLAIN]]
+    return tuple(Case(i, text, plain, plain, kind, "references") for i, (text, plain, kind) in enumerate(asked))
+
+
+def _checkpoint(run: RunFolder, candidate: Candidate, folder: Path) -> Path:
+    """Returns the checkpoint of a candidate, which must be this run's and unchanged."""
+    path = None if candidate.step is None else run.path / "checkpoints" / f"step-{candidate.step:06d}"
+    if path is None or not path.is_dir() or sha256(path / "adapter.safetensors") != candidate.sha256:
+        raise ConfigError(
+            f"{folder} chose {candidate.name}, which is no checkpoint of {run.path} as it is now; evaluate again with "
+            f"'lora-diffusion evaluate --run {run.path}', and keep the checkpoints (train.keep_checkpoints=0)."
+        )
+    return path
+
+
+def _write(
+    run: RunFolder,
+    config: Config,
+    final: Path,
+    checkpoint: Path,
+    choice: Choice,
+    evaluation: Evaluation,
+    preference: Preference,
+) -> None:
+    """Writes the marked file, then what was chosen, then the link."""
+    family: Family = registry.find("families", config.model.family)
+    finished = read_adapter(final, family, config.model)
+    is_final = finished.metadata.get("ss_steps") == str(choice.candidate.step)
+    name = final.name if is_final else f"{run.name(config)}-{checkpoint.name}.safetensors"
+    state = finished if is_final else read_checkpoint(checkpoint, config, family)
+    told = {**finished.metadata, **(marks(choice, evaluation))}
+    if not is_final:
+        told |= {"ss_steps": str(choice.candidate.step), "ss_output_name": Path(name).stem}
+        told["modelspec.title"] = Path(name).stem
+    path = run.path / name
+    _write_adapter(AdapterState(state.modules, told), family, config, path, detect(final) if is_final else "kohya")
+    for old in run.path.glob(f"{run.name(config)}-step-*.safetensors"):
+        if old != path:
+            old.unlink()
+    write_json(
+        run.path / SELECTION_NAME,
+        {"file": name, "preference": dataclasses.asdict(preference), **choice.to_json(), "lora_diffusion": __version__},
+    )
+    with atomic_path(run.path / BEST_NAME) as temporary:
+        try:
+            temporary.symlink_to(name)
+        except OSError:  # file systems and accounts without links
+            shutil.copyfile(path, temporary)
+
+
+def marks(choice: Choice, evaluation: Evaluation) -> dict[str, str]:
+    """Returns the metadata that a chosen file gets: weight, scores, and what they were measured with."""
+    table, weight = Table(evaluation), f"{choice.candidate.weight:g}"
+    metrics = [facts.name for facts in evaluation.metrics if table.has(facts.name)]
+    return {
+        "modelspec.usage_hint": f"weight {weight}",
+        "lora_diffusion.recommended_weight": weight,
+        "lora_diffusion.scores": json.dumps(
+            {metric: round(table.mean(choice.candidate.name, metric), 4) for metric in metrics}
+        ),
+        "lora_diffusion.scorer": json.dumps(dict(evaluation.scorer)),
+        "lora_diffusion.evaluated_with": evaluation.lora_diffusion,
+    }
+
+
+def _write_adapter(state: AdapterState, family: Family, config: Config, path: Path, format_name: str) -> None:
+    format_: Format = registry.find("formats", format_name)
+    dtype = find_dtype(config.output.dtype)
+    write_verified(state, family.key_map(format_name, config.model), format_, path, dtype)
+
+
+def _required(selection: Selection | None) -> Selection:
+    assert selection is not None, "select has just written it"
+    return selection
