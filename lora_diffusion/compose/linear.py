@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_diffusion.core import lowrank
 from lora_diffusion.core.delta import delta_weight, without_tucker
@@ -61,19 +61,23 @@ class Sum:
         return [key for key in ordered[:num] if self.relative(key)]
 
 
-def add(terms: Sequence[Term], rule: RankRule | None) -> Sum:
+def add(
+    terms: Sequence[Term], rule: RankRule | None, kernels: Mapping[ModuleKey, tuple[int, ...]] | None = None
+) -> Sum:
     """Returns the weighted sum of adapters.
 
     Args:
         terms: at least one, all of one base.
         rule: the rank of each module; None sums exactly, so that ranks add up.
+        kernels: module -> size of its convolution, for adapters whose tensors do not tell it.
 
     Raises:
         AdapterFileError: two adapters have a module in different shapes.
         UnsupportedError: an adapter whose change depends on the base, or that has no factors and no rule is given.
     """
     _check(terms, rule)
-    kept = {key: _add_module([term for term in terms if key in term.state.modules], key, rule) for key in keys(terms)}
+    owners = {key: [term for term in terms if key in term.state.modules] for key in keys(terms)}
+    kept = {key: _add_module(own, key, rule, (kernels or {}).get(key, ())) for key, own in owners.items()}
     return Sum(
         {key: as_lora(truncated.factors) for key, truncated in kept.items()},
         {key: truncated.norm for key, truncated in kept.items()},
@@ -114,15 +118,19 @@ def part_weights(state: AdapterState, asked: float | Mapping[str, float], name: 
     return dict(asked)
 
 
-def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None) -> Truncated:
+def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None, kernel: tuple[int, ...]) -> Truncated:
     factors = [own for term in terms if (own := term.factors(key))]
     if len(factors) == len(terms):
         whole = lowrank.total(factors)
         return lowrank.truncate(whole, rule) if rule else Truncated(whole, lowrank.norm(whole), 0.0)
     assert rule is not None, "checked before"
     changes = [term.weights[key.part] * delta_weight(term.state.modules[key]) for term in terms]
-    change = sum(changes[1:], start=changes[0])
-    return lowrank.truncate_dense(change, rule, derive(0, "sketch", key.part, key.path))
+    kernel = next((tuple(change.shape[2:]) for change in changes if change.dim() > 2), kernel)
+    flat = [change.flatten(1) for change in changes]
+    change = sum(flat[1:], start=flat[0])
+    return lowrank.truncate_dense(
+        change.reshape(len(change), -1, *kernel), rule, derive(0, "sketch", key.part, key.path)
+    )
 
 
 def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
@@ -149,7 +157,12 @@ def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
 
 
 def _shapes(terms: Sequence[Term], key: ModuleKey) -> list[str]:
-    """Returns the shapes of one module's change if the adapters disagree about it."""
-    factors = [own for term in terms if key in term.state.modules and (own := term.factors(key))]
-    found = {(own.up.shape[0], own.down[0].numel()) for own in factors}
+    """Returns the sizes of one module's change if the adapters disagree about it."""
+    found = {_size(term.state.modules[key]) for term in terms if key in term.state.modules}
     return [f"{out}x{width}" for out, width in sorted(found)] if len(found) > 1 else []
+
+
+def _size(adapter: ModuleAdapter) -> tuple[int, int]:
+    shapes = {name: tensor.to("meta") for name, tensor in adapter.tensors.items()}
+    change = delta_weight(replace(adapter, tensors=shapes)).flatten(1)
+    return change.shape[0], change.shape[1]

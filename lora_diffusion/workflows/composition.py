@@ -18,7 +18,7 @@ from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.lowrank import RankRule
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState, ModuleKey
-from lora_diffusion.formats import detect
+from lora_diffusion.formats import clients, detect
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.workflows._files import check_target, common_dtype, file_names, hash_adapter, read_alone
 
@@ -110,7 +110,7 @@ def compose(
     if len({family.name for family in families}) > 1:
         kinds = [f"{name} is for {family.name}" for name, family in zip(names, families, strict=True)]
         raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", kinds)
-    made = add(terms, rule)
+    made = add(terms, rule, _kernels(families[0]))
     dtype = common_dtype([path for path, _ in adapters]) if dtype == "auto" else dtype
     _write(made, sources, families[0], format_, output_path, dtype)
     found = keys(terms)
@@ -139,7 +139,7 @@ def resize(
     check_target(output_path, format_, overwrite)
     family, state = read_alone(input_path)
     term = Term(input_path.name, state, dict.fromkeys(state.parts(), 1.0))
-    made = add([term], rule)
+    made = add([term], rule, _kernels(family))
     dtype = common_dtype([input_path]) if dtype == "auto" else dtype
     _write(made, [_source(input_path, term)], family, format_, output_path, dtype)
     return Composition(output_path, made, dtype, (), {})
@@ -147,6 +147,13 @@ def resize(
 
 def _name(key: ModuleKey) -> str:
     return f"{key.part}/{key.path}"
+
+
+def _kernels(family: Family) -> dict[ModuleKey, tuple[int, ...]]:
+    """Returns the sizes of the convolutions of a family's published base; other bases of it have the same."""
+    if family.name not in clients.PUBLISHED:
+        return {}
+    return {key: shape[2:] for key, shape in clients.published(family.name).items() if len(shape) > 2}
 
 
 def _source(path: Path, term: Term) -> Source:

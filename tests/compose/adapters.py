@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -37,11 +38,11 @@ def lora(
 
 
 def loha(seed: int, rank: int = 2, keys: tuple[ModuleKey, ...] = (QUERY, TEXT)) -> AdapterState:
-    """Returns a random loha of linear layers."""
+    """Returns a random loha; of a convolution it does not tell the size of the kernel."""
     rng = torch.Generator().manual_seed(seed)
     modules = {}
     for key in keys:
-        out, width = SHAPES[key]
+        out, width = SHAPES[key][0], math.prod(SHAPES[key][1:])
         tensors = {
             f"w{n}_{side}": torch.randn(*((out, rank) if side == "a" else (rank, width)), generator=rng)
             for n in "12"

@@ -84,6 +84,16 @@ def test_other_variants_need_a_rank() -> None:
     assert 0 < add(terms, ByEnergy(0.9)).error <= 0.1**0.5 + 1e-6
 
 
+def test_kernel_that_a_loha_does_not_tell_is_that_of_the_base() -> None:
+    alone = [term(loha(1, keys=(CONV,)))]
+    made = add(alone, AtRank(4), {CONV: (3, 3)})
+    assert made.modules[CONV].tensors["down"].shape == (4, 8, 3, 3)
+    beside = add([*alone, term(lora(0, keys=(CONV,)))], AtRank(8))
+    assert beside.modules[CONV].tensors["down"].shape == (8, 8, 3, 3)
+    expected = dense(alone[0].state)[CONV] + dense(lora(0, keys=(CONV,)))[CONV].flatten(1)
+    assert torch.allclose(changes(beside)[CONV].flatten(1), expected, atol=1e-4)
+
+
 def test_dora_has_no_sum_without_its_base() -> None:
     state = lora(0, keys=(QUERY,))
     tensors = {**state.modules[QUERY].tensors, "magnitude": torch.ones(1, 16)}
@@ -95,8 +105,9 @@ def test_dora_has_no_sum_without_its_base() -> None:
 def test_other_shapes_are_refused_by_name() -> None:
     first, second = lora(0), lora(1, keys=(CONV,))
     wide = replace(second.modules[CONV], tensors={"down": torch.ones(4, 9, 3, 3), "up": torch.ones(12, 4, 1, 1)})
-    with pytest.raises(AdapterFileError, match=r"unet/mid_block.resnets.0.conv1: 12x72 and 12x81"):
-        add([term(first), term(AdapterState({CONV: wide}))], None)
+    for other in (first, loha(2, keys=(CONV,))):
+        with pytest.raises(AdapterFileError, match=r"unet/mid_block.resnets.0.conv1: 12x72 and 12x81"):
+            add([term(other), term(AdapterState({CONV: wide}))], AtRank(2))
 
 
 def test_weights_of_parts() -> None:
