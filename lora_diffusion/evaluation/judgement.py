@@ -68,18 +68,19 @@ class Judgement:
     def doubts(self) -> list[str]:
         """Returns a line for each question that these pictures cannot answer, with the number it would take."""
         after_base = range(1, len(self.candidates))
-        questions = [("the base", [(index, 0) for index in after_base])]
-        questions += [(self.candidates[1], [(index, 1) for index in after_base[1:]])] if len(after_base) > 1 else []
-        found = [line for what, pairs in questions if (line := self._doubt(what, pairs))]
+        questions: list[tuple[str, int, Sequence[int]]] = [("the base", 0, after_base)]
+        # What has weight 0 draws what the base draws.
+        if len(after_base) > 1 and (self.values[1] != self.values[0]).any():
+            questions.append((self.candidates[1], 1, after_base[1:]))
         if len(after_base) > 2:
             best, second = self.ranking[:2]
-            found += filter(None, [self._doubt(f"the best, {self.candidates[best]}", [(second, best)])])
-        return found
+            questions.append((f"the best, {self.candidates[best]}", best, [second]))
+        return [line for question in questions if (line := self._doubt(*question))]
 
-    def _doubt(self, what: str, pairs: Sequence[tuple[int, int]]) -> str | None:
+    def _doubt(self, what: str, other: int, indices: Sequence[int]) -> str | None:
         num_pictures = len(self.cases) * self.num_seeds
         open_ = []
-        for index, other in pairs:
+        for index in indices:
             found = self.difference(index, other)
             # Equal pictures, as those of weight 0 and of the base, are no question.
             if found.covers_zero and found.low < found.high:

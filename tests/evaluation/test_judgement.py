@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lora_diffusion.core import registry
+from lora_diffusion.evaluation.judgement import Judgement, doubts
+from lora_diffusion.evaluation.results import ALL, Case
+
+METRIC = registry.find("metrics", "clip_text")
+CASES = [Case(index, "p", "p", "p", "subject" if index < 6 else "style", "s") for index in range(10)]
+
+
+def judged(*shifts: float, noise: float = 0.1, seeds: int = 4) -> Judgement:
+    """Candidates whose values are those of the base plus a shift, and noise of their own."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(len(CASES), seeds))
+    rows = [base] + [base + shift + noise * rng.normal(size=base.shape) for shift in shifts]
+    return Judgement(METRIC, ["base", *"abcdefgh"[: len(shifts)]], CASES, np.stack(rows), seeds)
+
+
+def test_differences_are_paired() -> None:
+    """The noise of prompts is ten times the difference, and the same for both."""
+    summaries = {(s.candidate, s.kind): s for s in judged(0.1, 0.2).summaries()}
+    assert len(summaries) == 3 * 3
+    own, base = summaries["a", ALL], summaries["base", ALL]
+    assert own.low < base.mean < own.high
+    assert 0.05 < own.vs_base_low < own.vs_base_mean < own.vs_base_high < 0.2
+    assert summaries["b", ALL].vs_first_mean == pytest.approx(summaries["b", ALL].mean - own.mean)
+    assert base.vs_base_mean is own.vs_first_mean is None
+    assert base.vs_first_mean == pytest.approx(-own.vs_base_mean)
+    assert own.count == 40
+    assert summaries["a", "subject"].count == 24
+    parts = [summaries["a", kind] for kind in ("subject", "style")]
+    assert own.mean == pytest.approx(sum(part.mean * part.count for part in parts) / 40)
+
+
+def test_says_which_differences_are_too_small_for_the_sample() -> None:
+    assert judged(0.3).doubts() == []
+    (line,) = judged(0.3, 0.01).doubts()[:1]
+    assert line.startswith("clip_text: 40 pictures are too few to tell these from the base: b (about ")
+    needed = float(line.split("about ")[1].split(" ")[0].replace(",", ""))
+    assert needed > 40
+    lines = judged(0.3, 0.301, 0.6, 0.602).doubts()
+    assert "from a: b (" in lines[0]
+    assert "from the best, d: c (" in lines[1]
+
+
+def test_equal_pictures_are_no_question() -> None:
+    same = judged(0.0, noise=0.0)
+    assert same.doubts() == []
+    (again,) = same.summaries()[-1:]
+    assert (again.vs_base_mean, again.vs_base_low, again.vs_base_high) == (0, 0, 0)
+
+
+def test_few_prompts() -> None:
+    few = Judgement(METRIC, ["base"], CASES[:2], np.zeros((1, 2, 1)), 1)
+    assert doubts([judged(0.3)]) == []
+    assert doubts([few])[0].startswith("Some metrics have 2 prompt(s) to judge")
