@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats._kronecker import is_whole, kronecker_settings, peft_rank
 
@@ -99,15 +100,46 @@ def check_config(config: Any, source: Path) -> None:
         AdapterFileError: it is not such a record.
         UnsupportedError: it asks for more than that.
     """
-    alphas = [_alpha(config), *config.get("alpha_pattern", {}).values()] if isinstance(config, dict) else [None]
-    if not all(isinstance(alpha, int | float) for alpha in alphas):
+    if not isinstance(config, dict) or not _is_number(_alpha(config)):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: an alpha is missing or no number.")
+    if not _is_number(config.get("r", 1)) or config.get("r", 1) < 1:
+        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: r={config['r']!r} is no rank.")
+    for field in ("alpha_pattern", "rank_pattern"):
+        _check_patterns(config.get(field) or {}, field, source)
     kind = config.get("peft_type", "LORA")
     asked = [name for name in _OTHER_KINDS if config.get(name)]
     known = dict.fromkeys(own.peft_type for own in _KINDS.values())
     if kind not in known or asked or config.get("bias", "none") != "none":
         what = f"a {kind} adapter" if kind not in known else f"{kind.lower()} with {', '.join(asked) or 'bias'}"
         raise UnsupportedError(f"{source} is {what}; {', '.join(known)} without it can be read.")
+
+
+def _check_patterns(patterns: Any, field: str, source: Path) -> None:
+    """Refuses expressions that cannot be read or may take for ever; PEFT itself writes names and few wildcards."""
+    least = 1 if field == "rank_pattern" else -math.inf
+    if not isinstance(patterns, dict) or not all(_is_number(value) and value >= least for value in patterns.values()):
+        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: {field} must name numbers.")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterFileError(
+                f"{source}: {field} holds {shown(pattern)}, which is no regular expression ({error})."
+            ) from error
+        if _REPEATED_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > _MOST_REPEATS:
+            raise AdapterFileError(
+                f"{source}: {field} holds {shown(pattern)}, whose search could take for ever; write whole paths."
+            )
+
+
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+_REPEATS = re.compile(r"(?<![\\(])[*+{?]")
+_MOST_REPEATS = 2
+"""The time of a search grows with the length of a path to the power of their number."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _alpha(config: Mapping[str, Any]) -> Any:
@@ -119,7 +151,7 @@ def _rank(config: Mapping[str, Any], path: str) -> int:
 
 
 def _found(config: Mapping[str, Any], patterns: str, path: str, default: Any) -> Any:
-    for pattern, value in config.get(patterns, {}).items():
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default

@@ -139,7 +139,19 @@ def test_broken_peft_config(tmp_path: Path) -> None:
 
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "adapter_model.safetensors")
     key_map = KeyMap([(ModuleKey("unet", "x"), "unet.x")])
-    for text in ("", "[]", json.dumps({"r": 1}), json.dumps({"lora_alpha": "many"})):
+    good = {"lora_alpha": 1, "r": 1}
+    faults = ({"r": 1}, {"lora_alpha": "many"}, {**good, "r": "a"}, {**good, "r": 0}, {**good, "alpha_pattern": [1]})
+    faults += (
+        {**good, "rank_pattern": {"x": -1}},
+        {**good, "alpha_pattern": {"x": True}},
+        [],
+        good | {"lora_alpha": 1e999},
+    )
+    for text in ("", "{", *map(json.dumps, faults)):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterFileError, match="cannot be read as a LoRA configuration"):
+            registry.find("formats", "peft").read(tmp_path, key_map)
+    for pattern, told in (("(", "no regular expression"), ("(x+)+", "for ever"), ("x?x?x?", "for ever")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**good, "alpha_pattern": {pattern: 1}}))
+        with pytest.raises(AdapterFileError, match=told):
             registry.find("formats", "peft").read(tmp_path, key_map)
