@@ -79,7 +79,7 @@ def build(
     version = base.version + ("_v" if is_v_prediction and base.version in ("sd_v1", "sd_v2") else "")
     values: dict[str, Any] = {
         **({"ss_base_model_version": version, "ss_v2": base.is_v2} if version else {}),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": _module_of(state),
         "ss_network_dim": max(adapter.rank for _, adapter in state),
         "ss_network_alpha": max(adapter.alpha for _, adapter in state),
         "ss_output_name": name,
@@ -98,6 +98,11 @@ def build(
         values["modelspec.trigger_phrase"] = trigger
     values |= {f"modelspec.{key}": value for key, value in (about or {}).items() if value is not None}
     return {key: _text(value) for key, value in values.items()}
+
+
+def _module_of(state: AdapterState) -> str:
+    """Returns the Python module by which sd-scripts makes adapters of this kind."""
+    return "networks.lora" if {adapter.variant for _, adapter in state} == {"lora"} else "lycoris.kohya"
 
 
 def count_tags(captions: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int]]:

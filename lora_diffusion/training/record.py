@@ -77,36 +77,15 @@ def metadata(
         batches: how the data was shown.
         step: optimizer steps made.
     """
-    train, model = config.train, config.model
     written_at = time.time()
-    epochs = -(-step // batches.num_steps_per_epoch)
     training = {
-        "unet_lr": train.learning_rate,
-        "text_encoder_lr": learning_rate(train, "text_encoder") if "text_encoder" in config.adapter.parts else None,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler": train.schedule,
-        "lr_warmup_steps": train.warmup_steps,
-        "optimizer": train.optimizer,
-        "max_grad_norm": train.max_grad_norm,
-        "seed": train.seed,
-        "steps": step,
-        "epoch": epochs,
-        "num_epochs": epochs,
+        **_training(config, batches, step),
         "training_finished_at": written_at,
-        "max_train_steps": step,
-        "num_train_images": batches.num_samples_per_epoch,
-        "num_batches_per_epoch": batches.num_steps_per_epoch * train.gradient_accumulation,
-        "batch_size_per_device": train.batch_size,
-        "gradient_accumulation_steps": train.gradient_accumulation,
-        "total_batch_size": train.batch_size * train.gradient_accumulation * PartialState().num_processes,
-        "gradient_checkpointing": train.gradient_checkpointing,
-        "mixed_precision": _precision(train.precision),
-        "full_fp16": False,
         "cache_latents": True if info.prediction else None,
         "zero_terminal_snr": info.zero_terminal_snr if info.prediction else None,
         "network_dropout": config.adapter.dropout or None,
         "network_args": {"parts": config.adapter.parts, "targets": config.adapter.targets},
-        **{word: getattr(model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
+        **{word: getattr(config.model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
         **kind.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
         **_base_hashes(info),
@@ -122,6 +101,33 @@ def metadata(
         about=_about(config, info),
         **kind.headline(samples),
     )
+
+
+def _training(config: Config, batches: Batches, step: int) -> dict[str, Any]:
+    train = config.train
+    epochs = -(-step // batches.num_steps_per_epoch)
+    return {
+        "unet_lr": train.learning_rate,
+        "text_encoder_lr": learning_rate(train, "text_encoder") if "text_encoder" in config.adapter.parts else None,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler": train.schedule,
+        "lr_warmup_steps": train.warmup_steps,
+        "optimizer": train.optimizer,
+        "max_grad_norm": train.max_grad_norm,
+        "seed": train.seed,
+        "steps": step,
+        "epoch": epochs,
+        "num_epochs": epochs,
+        "max_train_steps": step,
+        "num_train_images": batches.num_samples_per_epoch,
+        "num_batches_per_epoch": batches.num_steps_per_epoch * train.gradient_accumulation,
+        "batch_size_per_device": train.batch_size,
+        "gradient_accumulation_steps": train.gradient_accumulation,
+        "total_batch_size": train.batch_size * train.gradient_accumulation * PartialState().num_processes,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "mixed_precision": _precision(train.precision),
+        "full_fp16": False,
+    }
 
 
 def check_thumbnail(config: Config) -> None:
