@@ -189,8 +189,9 @@ def _convert(
     for name, section_type in schema.items():
         section = OmegaConf.structured(section_type)
         OmegaConf.set_readonly(section, False)
-        own = {key.removeprefix(f"{name}."): value for key, value in defaults.items() if key.startswith(f"{name}.")}
-        section.update({key: _plain(value) for key, value in own.items()})
+        for key, value in defaults.items():
+            if key.startswith(f"{name}."):
+                OmegaConf.update(section, key.removeprefix(f"{name}."), _plain(value))
         given = values.get(name)
         hints = typing.get_type_hints(section_type)
         for key, value in given.items() if isinstance(given, Mapping) else ():

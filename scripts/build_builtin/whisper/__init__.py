@@ -1,0 +1,1 @@
+"""Rebuilds builtin/digits-whisper and datasets/spoken-digits."""
