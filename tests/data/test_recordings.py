@@ -1,0 +1,226 @@
+"""Recordings with transcripts, in the layouts that people have, and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
+from lora_diffusion.core.errors import ConfigError, DataError
+from lora_diffusion.core.types import AudioText, SpeechInfo
+from lora_diffusion.data import audio, transcripts
+from lora_diffusion.data.recordings import KIND
+from tests.tiny_whisper import RATE, chirp, write_recording
+
+INFO = SpeechInfo(
+    source="tiny base",
+    max_duration_s=1.0,
+    languages=("en", "de"),
+    max_tokens=20,
+    count_tokens=lambda texts: [len(transcripts.without_timestamps(text)) for text in texts],
+)
+
+
+def _read(folder: Path, **settings: object) -> list[AudioText]:
+    return KIND.read(RecordingDataConfig(path=str(folder), **settings), INFO)  # type: ignore[arg-type]
+
+
+class TestLayouts:
+    def test_text_files_beside(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "b.wav", "two\n three ")
+        write_recording(tmp_path / "in" / "a.flac", "one", seconds=0.3)
+        samples = _read(tmp_path)
+        assert [(sample.key, sample.transcript) for sample in samples] == [("b.wav", "two three"), ("in/a.flac", "one")]
+        assert samples[1].duration_s == pytest.approx(0.3, abs=1e-3)
+
+    @pytest.mark.parametrize(
+        ("name", "table"),
+        [
+            ("metadata.csv", 'file_name,transcription,language\na.wav,"one, two",de\n'),
+            ("metadata.tsv", "path\tsentence\tlanguage\na.wav\tone, two\tde\n"),
+            ("lines.jsonl", json.dumps({"audio": "a.wav", "text": "one, two", "language": "de", "task": "translate"})),
+        ],
+    )
+    def test_tables(self, tmp_path: Path, name: str, table: str) -> None:
+        write_recording(tmp_path / "a.wav")
+        (tmp_path / name).write_text(table, encoding="utf-8")
+        (sample,) = _read(tmp_path)
+        assert (sample.transcript, sample.language) == ("one, two", "de")
+        assert sample.task == ("translate" if name == "lines.jsonl" else None)
+
+    def test_a_saved_data_set(self, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        buffer = io.BytesIO()
+        soundfile.write(buffer, chirp(0.4), RATE, format="WAV")
+        rows = {"audio": [{"bytes": buffer.getvalue(), "path": None}] * 2, "text": ["one", "two"]}
+        table = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(decode=False))
+        table.save_to_disk(str(tmp_path / "saved"))
+        samples = _read(tmp_path / "saved")
+        assert [(sample.key, sample.transcript) for sample in samples] == [("row 0", "one"), ("row 1", "two")]
+        (view,) = KIND.open(samples[0], RecordingDataConfig()).waveforms
+        np.testing.assert_allclose(view.numpy(), chirp(0.4), atol=1e-4)
+
+    @pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "ogg"])
+    def test_every_kind_of_file_sounds_alike(self, tmp_path: Path, ending: str) -> None:
+        write_recording(tmp_path / f"a.{ending}", "one")
+        (view,) = KIND.open(_read(tmp_path)[0], RecordingDataConfig()).waveforms
+        expected = chirp()
+        length = min(len(view), len(expected))
+        assert abs(len(view) - len(expected)) < RATE // 10
+        assert np.corrcoef(view.numpy()[:length], expected[:length])[0, 1] > 0.99
+
+
+class TestSound:
+    def test_stereo_is_mixed_down_and_8_khz_resampled_and_both_are_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        write_recording(tmp_path / "both.wav", "one", rate=8000, channels=2)
+        (sample,) = _read(tmp_path)
+        (view,) = KIND.open(sample, RecordingDataConfig()).waveforms
+        assert view.shape == (RATE // 2,)
+        expected = chirp()
+        assert np.corrcoef(view.numpy()[500:-500], expected[500:-500])[0, 1] > 0.999
+        assert "Mixed down to one channel: 1 (both.wav)." in caplog.text
+        assert "Resampled to 16000 Hz: 1 (both.wav 8000 Hz)." in caplog.text
+
+    def test_views_of_speed_and_noise(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav", "one")
+        config = RecordingDataConfig(path=str(tmp_path), speeds=(1.0, 2.0), noise_db=(10.0,))
+        (sample,) = KIND.read(config, INFO)
+        plain, noisy, fast, _ = KIND.open(sample, config).waveforms
+        assert len(fast) == len(plain) // 2
+        ratio = plain.square().mean() / (noisy - plain).square().mean()
+        assert 10 * torch.log10(ratio) == pytest.approx(10.0, abs=0.2)
+        assert torch.equal(KIND.open(sample, config).waveforms[1], noisy)
+        assert KIND.identity(sample, config) != KIND.identity(sample, RecordingDataConfig())
+
+    def test_windows_are_cut_where_it_is_quiet(self) -> None:
+        sound = np.concatenate([chirp(0.8), np.zeros(RATE // 5, np.float32), chirp(0.7)])
+        pieces = audio.windows(sound, RATE, 1.0)
+        assert len(pieces) == 2
+        assert 0.8 < len(pieces[0]) / RATE < 1.0
+        np.testing.assert_array_equal(np.concatenate(pieces), sound)
+
+
+class TestFaults:
+    def test_all_are_listed_at_once(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "good.wav", "one")
+        (tmp_path / "corrupt.wav").write_bytes(b"RIFF" + b"\0" * 40)
+        (tmp_path / "empty.flac").touch()
+        soundfile.write(tmp_path / "silent.wav", np.zeros(RATE // 2), RATE)
+        soundfile.write(tmp_path / "nothing.wav", np.zeros(0), RATE)
+        soundfile.write(tmp_path / "long.flac", np.zeros(2 * 3600 * 800, np.int16), 800)
+        write_recording(tmp_path / "latin.wav").with_suffix(".txt").write_bytes("gr\xfcn".encode("latin-1"))
+        write_recording(tmp_path / "wide.wav").with_suffix(".txt").write_bytes("one".encode("utf-16"))
+        write_recording(tmp_path / "blank.wav", " \n")
+        write_recording(tmp_path / "lacking.wav")
+        write_recording(tmp_path / "wordy.wav", "a" * 30)
+        for name in ("corrupt", "empty", "silent", "nothing", "long"):
+            (tmp_path / f"{name}.txt").write_text("one")
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        faults = dict(fault.split(": ", 1) for fault in raised.value.faults)
+        expected = {
+            "corrupt.wav": "cannot be decoded",
+            "empty.flac": "is empty (0 bytes)",
+            "silent.wav": "is silent",
+            "nothing.wav": "holds 0.00 s of sound",
+            "long.flac": "is 2:00:00 long, and the base hears 1 s at once",
+            "latin.txt": "byte 0xfc at position 2 (line 1) is not UTF-8",
+            "wide.txt": "is not UTF-8",
+            "blank.wav": "its transcript in blank.txt is empty",
+            "lacking.wav": "has no transcript; write lacking.txt",
+            "wordy.wav": "its transcript has 30 tokens, and the base writes at most 20",
+        }
+        assert faults.keys() == expected.keys()
+        for name, text in expected.items():
+            assert text in faults[name]
+
+    def test_a_file_that_breaks_off(self, tmp_path: Path) -> None:
+        path = write_recording(tmp_path / "a.flac", "one", seconds=0.9)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(DataError, match=r"a\.flac: (breaks off|cannot be decoded)"):
+            _read(tmp_path)
+
+    def test_bad_ones_can_be_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_recording(tmp_path / "good.wav", "one")
+        soundfile.write(tmp_path / "silent.wav", np.zeros(RATE // 2), RATE)
+        (tmp_path / "silent.txt").write_text("one")
+        assert [sample.key for sample in _read(tmp_path, skip_bad=True)] == ["good.wav"]
+        assert "Left out recordings that cannot be used: 1 (silent.wav)." in caplog.text
+
+    @pytest.mark.parametrize(
+        ("line", "fault"),
+        [
+            ("{}", "lines.jsonl, line 1: names no file"),
+            ("[1", "lines.jsonl, line 1: is no JSON object"),
+            ('{"path": "b.wav", "text": "x"}', "lines.jsonl, line 1: there is no recording b.wav"),
+            ('{"path": "a.wav"}', "lines.jsonl, line 1: has no transcript"),
+            ('{"path": "a.wav", "text": "x", "task": "sing"}', "asks for the task 'sing'"),
+            ('{"path": "a.wav", "text": "x", "language": "fr"}', "tiny base has no token for fr, only for en, de"),
+            ('{"path": "a.wav", "text": "x"}\n{"path": "a.wav", "text": "y"}', "say different things"),
+        ],
+    )
+    def test_lines_of_a_table(self, tmp_path: Path, line: str, fault: str) -> None:
+        write_recording(tmp_path / "a.wav")
+        (tmp_path / "lines.jsonl").write_text(line)
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        assert fault in str(raised.value)
+
+
+class TestLong:
+    TEXT = "<|0.10|> one<|0.60|><|0.70|> two<|1.00|><|1.10|> three<|1.80|>"
+
+    def test_split_at_timestamps(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav", self.TEXT, seconds=1.9)
+        first, second = _read(tmp_path, long="split")
+        assert (first.key, first.transcript) == ("a.wav@0.10", "<|0.00|> one<|0.50|><|0.60|> two<|0.90|>")
+        assert (second.start_s, second.duration_s) == (1.1, pytest.approx(0.7))
+        (view,) = KIND.open(second, RecordingDataConfig()).waveforms
+        start = round(1.1 * RATE)
+        np.testing.assert_allclose(view.numpy(), chirp(1.9)[start : start + len(view)], atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("text", "fault"),
+        [
+            ("one two", "its transcript has no timestamps"),
+            ("<|0.00|> one<|1.50|>", "more than 1 s apart"),
+            ("<|0.80|> one<|0.20|>", "out of order"),
+            ("<|0.00|> one<|0.50|><|2.00|> two<|2.90|>", "its last timestamp is 2.90"),
+        ],
+    )
+    def test_what_cannot_be_split_is_refused(self, tmp_path: Path, text: str, fault: str) -> None:
+        write_recording(tmp_path / "a.wav", text, seconds=1.9)
+        with pytest.raises(DataError, match=fault):
+            _read(tmp_path, long="split")
+
+    def test_slow_views_count(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav", "one", seconds=0.9)
+        with pytest.raises(DataError, match=r"is 0.9 s long, and the base hears 0.8 s at once"):
+            _read(tmp_path, speeds=(1.0, 0.8))
+
+    def test_joined_segments_are_as_few_as_can_be(self) -> None:
+        pieces = transcripts.segments(self.TEXT)
+        assert [len(group) for group in transcripts.join(pieces, 0.9)] == [2, 1]
+        assert [len(group) for group in transcripts.join(pieces, 5.0)] == [3]
+
+
+def test_report_and_previews(tmp_path: Path) -> None:
+    write_recording(tmp_path / "a.wav", "one two")
+    write_recording(tmp_path / "b.wav", "one two", seconds=0.7)
+    samples = _read(tmp_path)
+    report = KIND.describe(samples)
+    assert (report.num_words, report.longest, report.same_transcript) == (4, ("b.wav", 0.7), (("a.wav", "b.wav"),))
+    assert KIND.largest(samples) == (round(0.7 * RATE), 7)
+    (request,) = KIND.previews(samples, PreviewConfig(prompts=("b.wav",)))
+    assert request.sample and request.sample.key == "b.wav"
+    with pytest.raises(ConfigError, match=r'no recording c.wav \(did you mean "[ab].wav"'):
+        KIND.previews(samples, PreviewConfig(prompts=("c.wav",)))
