@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", action="append", type=int, help="may be given several times; default 0 to 3")
     parser.add_argument("--negative", default="", help="what the pictures should not show")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="how strictly to follow the prompt (5); 1 = off")
+    parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt (by the base); 1 = off")
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels; default: what the base was trained on")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep pictures there too, for other evaluations")
     parser.add_argument(

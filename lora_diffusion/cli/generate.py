@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--negative", default="", help="what the pictures should not show")
     parser.add_argument("--seed", action="append", type=int, help="may be given several times; default 0")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
-    parser.add_argument("--guidance", type=float, default=5.0, help="how strictly to follow the prompt (5); 1 = off")
+    parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt (by the base); 1 = off")
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels; default: what the base was trained on")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures and grid.png")
     parser.set_defaults(run=run)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 def _check_numbers(args: argparse.Namespace) -> None:
     if args.steps < 1:
         raise ConfigError(f"--steps {args.steps}: must be 1 or greater.")
-    if not 1 <= args.guidance < math.inf:
+    if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
     for seed in args.seed or ():
         if not 0 <= seed < 2**63:

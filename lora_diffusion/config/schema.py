@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lora_diffusion.core.types import AudioText, ImageText, Sample
+from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
 
 REQUIRED: Any = "???"
 """A value that the user must give (OmegaConf's marker for a missing value)."""
@@ -110,9 +110,36 @@ class RecordingDataConfig(DataConfig):
     }
 
 
+@dataclass(frozen=True)
+class ChatDataConfig(DataConfig):
+    """The conversations about pictures."""
+
+    path: str = REQUIRED
+    """JSON or JSONL file, or a folder with such files, of LLaVA ("image" and "conversations"), ShareGPT or messages
+    with role and content; or a data set that `datasets.Dataset.save_to_disk` wrote."""
+    images: str | None = None
+    """Folder that the names of pictures are looked up in; None takes that of the file which names them."""
+    max_tokens: int | None = None
+    """Longest conversation in tokens, those of the picture counted; None takes what the base can read."""
+    too_long: str = "refuse"
+    """Conversations that are longer: refuse, or skip them with a warning."""
+    zooms: tuple[float, ...] = (1.0,)
+    """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
+
+    ranges: ClassVar[Mapping[str, Any]] = {
+        "max_tokens": (lambda v: v >= 1, "must be 1 or greater"),
+        "too_long": (lambda v: v in ("refuse", "skip"), "must be one of refuse, skip"),
+        "zooms": (
+            lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0.5 <= zoom <= 2 for zoom in v),
+            "must be one or more different scales between 0.5 and 2",
+        ),
+    }
+
+
 DATA_SECTIONS: Mapping[type[Sample], type[DataConfig]] = {
     ImageText: PictureDataConfig,
     AudioText: RecordingDataConfig,
+    Chat: ChatDataConfig,
 }
 """A family's `sample_type` -> the class of its `data:` section."""
 
@@ -198,8 +225,8 @@ class PreviewConfig:
     """Each prompt is drawn once with each seed."""
     num_steps: int = 25
     """Denoising steps."""
-    guidance: float = 5.0
-    """Classifier-free guidance scale; 1 turns it off."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 turns it off, null takes what suits the base."""
 
 
 @dataclass(frozen=True)

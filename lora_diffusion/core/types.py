@@ -72,6 +72,33 @@ class AudioText(Sample):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What one side says in a conversation."""
+
+    role: str
+    """system, user or assistant."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat(Sample):
+    """A conversation about a picture, which is shown at the beginning of the first question."""
+
+    turns: tuple[Turn, ...] = ()
+    """A system turn or none, then questions and answers in turn, an answer last."""
+    size: tuple[int, int] = (0, 0)
+    """Width and height in pixels of the picture."""
+    num_tokens: int = 0
+    """Of the whole conversation, those of the picture counted."""
+    group: str = ""
+    """The same for conversations of about the same length."""
+    read_bytes: Callable[[], bytes] | None = None
+    """Gives the content of the picture where it lies in a table; None reads `path`."""
+    views: tuple[Image, ...] = ()
+    """The picture at each of `data.zooms`, all of one size; filled only while the sample is being prepared."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """One sample after the encoders that are not trained; on the CPU, shared, never changed."""
 
@@ -142,6 +169,8 @@ class BaseInfo:
     """What the network predicts: epsilon or v_prediction."""
     source: str
     """What the user can find again: builtin:emoji, a folder, a file or a hub id."""
+    guidance: float = 7.0
+    """Classifier-free guidance scale of requests that give none."""
     zero_terminal_snr: bool = False
     """Whether the last timestep of its schedule holds no signal."""
     path: Path = Path()
@@ -167,6 +196,21 @@ class SpeechInfo(BaseInfo):
     """Codes that its tokenizer has a token for; none where it knows one language only."""
     count_tokens: Callable[[Sequence[str]], list[int]] | None = field(default=None, compare=False, repr=False)
     """Transcripts -> their numbers of tokens, those that name language and task counted."""
+
+
+@dataclass(frozen=True)
+class ChatInfo(BaseInfo):
+    """What is known of a base that talks about pictures; it has no prediction."""
+
+    resolution: int = 0
+    size_step: int = 1
+    architecture: str = ""
+    prediction: str = ""
+    source: str = ""
+    max_tokens: int = 4096
+    """What it reads and writes at once, the tokens of the picture counted."""
+    count_tokens: Callable[[Sequence[Chat]], list[int | str]] | None = field(default=None, compare=False, repr=False)
+    """Conversations -> the number of tokens of each, or why the chat template cannot render it."""
 
 
 @dataclass
@@ -205,7 +249,8 @@ class Request:
     seed: int
     negative: str = ""
     num_steps: int = 25
-    guidance: float = 5.0
+    guidance: float | None = None
+    """Classifier-free guidance scale, 1 turns it off; None takes what suits the base."""
     size: tuple[int, int] | None = None
     """Width and height in pixels; None takes the base's own resolution."""
     weights: Mapping[str, float] | None = None

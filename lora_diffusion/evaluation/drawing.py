@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +45,9 @@ class Sheet:
     chunks: Sequence[Chunk]
 
 
-def look(adapters: Mapping[str, float]) -> Look:
-    """Returns how candidates with these adapters (content hash -> weight) differ; weight 0 is no adapter."""
-    return tuple(sorted((digest, weight) for digest, weight in adapters.items() if weight))
+def look(adapters: Iterable[tuple[str, float]]) -> Look:
+    """Returns what decides the pictures of adapters (content hash, weight); their order does not, nor does weight 0."""
+    return tuple(sorted((digest, weight) for digest, weight in adapters if weight))
 
 
 def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[int, int], Request]) -> Sheet:
@@ -81,7 +81,8 @@ def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[in
 
 
 def picture_key(base_key: str, look: Look, request: Request) -> str:
-    """Returns the name of a picture: a hash of all that it depends on."""
+    """Returns the name of a picture: a hash of all that it depends on; the request must give the guidance."""
+    assert request.guidance is not None
     # Without guidance the negative prompt is not looked at.
     negative = request.negative if request.guidance > 1 else ""
     settings = [request.prompt, negative, request.seed, request.num_steps, float(request.guidance), request.size]

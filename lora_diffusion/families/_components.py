@@ -118,14 +118,20 @@ def describe(configs: Configs, layout: Layout, options: Any) -> BaseInfo:
             "model.prediction=v_prediction or model.zero_terminal_snr=never."
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = int(unet["sample_size"]) * factor
     return BaseInfo(
-        resolution=int(unet["sample_size"]) * factor,
+        resolution=resolution,
         size_step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
         architecture=_architecture(layout, prediction),
         prediction=prediction,
         source=options.path,
+        # What suits the published bases drives small ones past the colours they know.
+        guidance=_GUIDANCE if resolution >= _SMALLEST_PUBLISHED else _GUIDANCE_OF_SMALL,
         zero_terminal_snr=is_zero,
     )
+
+
+_GUIDANCE, _GUIDANCE_OF_SMALL, _SMALLEST_PUBLISHED = 7.0, 3.0, 256
 
 
 def _architecture(layout: Layout, prediction: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -122,6 +123,8 @@ def guided(unet: Any, towards: Condition, away: Condition, guidance: float) -> C
 def generate(loaded: Loaded, requests: Sequence[Request], embed: Embed) -> list[Output]:
     """Draws pictures in batches of requests that differ in prompt and seed only."""
     outputs: dict[int, Output] = {}
+    own = loaded.info.guidance
+    requests = [replace(r, guidance=own) if r.guidance is None else r for r in requests]
     order = sorted(range(len(requests)), key=lambda i: repr(_settings(requests[i])))
     for _, group in groupby(order, key=lambda i: repr(_settings(requests[i]))):
         indices = list(group)
@@ -150,6 +153,7 @@ def _generate_alike(loaded: Loaded, requests: Sequence[Request], embed: Embed) -
     towards, away = embed(loaded, requests, size)
     noise = initial_noise(requests, shape, towards["context"].dtype).to(loaded.device)
     scheduler = type(loaded.modules["scheduler"]).from_config(loaded.modules["scheduler"].config)
+    assert first.guidance is not None, "generate fills it in"
     latents = sample(guided(unet, towards, away, first.guidance), scheduler, noise, first.num_steps)
     return decode(vae, latents / loaded.modules["scaling_factor"])
 

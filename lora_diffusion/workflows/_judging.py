@@ -55,7 +55,8 @@ def prepare_early_stop(
     own, preview = config.evaluate, config.preview
     if not own.every_steps:
         return []
-    template = Request("", 0, preview.negative, preview.num_steps, preview.guidance)
+    guidance = loaded.info.guidance if preview.guidance is None else preview.guidance
+    template = Request("", 0, preview.negative, preview.num_steps, guidance)
     draw = partial(family.generate, loaded)
     judge = progress.start(
         load_clip(own.clip or default_clip(config.model.path), str(loaded.device)),

@@ -73,8 +73,8 @@ class Question:
     """{class}, {class2}, ... of the prompts."""
     num_steps: int = 25
     """Denoising steps."""
-    guidance: float = 5.0
-    """Classifier-free guidance scale; 1 turns it off."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 turns it off, None takes what suits the base."""
     size: tuple[int, int] | None = None
     """Width and height in pixels; None takes the base's own resolution."""
     negative: str = ""
@@ -121,7 +121,7 @@ def evaluate(question: Question) -> Evaluation:
         adapters={source.name: source.file for entry in entries for source, _ in entry.parts},
         cases=cases,
         seeds=question.seeds,
-        settings=Settings(question.num_steps, question.guidance, question.size, question.negative),
+        settings=Settings(question.num_steps, _guidance(question, info), question.size, question.negative),
         metrics=metrics,
         scorers={kind: scorers.names[kind] for metric in metrics for kind in metric.scorers},
         references=references,
@@ -281,6 +281,10 @@ def _lack(metric: Metric, question: Question, cases: Sequence[Case], given: set[
     return None
 
 
+def _guidance(question: Question, info: BaseInfo) -> float:
+    return info.guidance if question.guidance is None else question.guidance
+
+
 def _check_rest(question: Question, tried: Tried, metrics: Sequence[Metric], faults: Faults) -> None:
     if not question.seeds or len(set(question.seeds)) < len(question.seeds):
         faults.append(f"--seed {' '.join(map(str, question.seeds))}: give each seed once, and at least one.")
@@ -289,7 +293,7 @@ def _check_rest(question: Question, tried: Tried, metrics: Sequence[Metric], fau
     ]
     if question.num_steps < 1:
         faults.append(f"--steps {question.num_steps}: must be 1 or greater.")
-    if not 1 <= question.guidance < math.inf:
+    if question.guidance is not None and not 1 <= question.guidance < math.inf:
         faults.append(f"--guidance {question.guidance:g}: must be 1 (off) or greater.")
     for text in question.gates:
         with faults.noted():

@@ -35,7 +35,7 @@ def generate(
     output_path: Path,
     negative: str = "",
     num_steps: int = 25,
-    guidance: float = 5.0,
+    guidance: float | None = None,
     size: tuple[int, int] | None = None,
 ) -> Pictures:
     """Draws each prompt with each seed and writes the pictures and one grid.
@@ -48,7 +48,7 @@ def generate(
         output_path: folder; pictures of the same name are replaced.
         negative: what the pictures should not show.
         num_steps: denoising steps.
-        guidance: classifier-free guidance scale.
+        guidance: classifier-free guidance scale; None takes what suits the base.
         size: width and height in pixels.
 
     Raises:

@@ -14,7 +14,7 @@ from lora_diffusion.evaluation import drawing
 from lora_diffusion.evaluation.drawing import CHUNK, Chunk, draw_missing, lay_out, look, picture_key
 
 REQUEST = Request("a cat", 3, "blur", 20, 5.0, (64, 64))
-LOOKS = {"base": (), "a@0.0": look({"x": 0.0}), "a@1.0": look({"x": 1.0})}
+LOOKS = {"base": (), "a@0.0": look([("x", 0.0)]), "a@1.0": look([("x", 1.0)])}
 REQUESTS = {(case, seed): Request(f"prompt {case}", seed) for case in range(5) for seed in range(4)}
 
 
@@ -52,7 +52,8 @@ def test_the_name_covers_all_that_a_picture_depends_on() -> None:
     assert name == picture_key("base key", (("x", 0.5),), replace(REQUEST, guidance=5))  # type: ignore[arg-type]
     unguided = replace(REQUEST, guidance=1.0)
     assert picture_key("k", (), unguided) == picture_key("k", (), replace(unguided, negative=""))
-    assert look({"x": 0.5, "y": 0.0, "a": 1}) == look({"a": 1, "x": 0.5}) == (("a", 1), ("x", 0.5))
+    assert look([("x", 0.5), ("y", 0.0), ("a", 1)]) == look([("a", 1), ("x", 0.5)]) == (("a", 1), ("x", 0.5))
+    assert len(look([("x", 0.5), ("x", 0.5)])) == 2
 
 
 def test_places_that_look_alike_share_a_picture() -> None:

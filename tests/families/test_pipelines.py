@@ -59,8 +59,8 @@ def expected(pipeline: Any, **settings: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        ({}, {"guidance_scale": 5.0}),
-        ({"negative": "blue", "guidance": 3.0}, {"negative_prompt": ["blue"] * 2, "guidance_scale": 3.0}),
+        ({}, {"guidance_scale": 3.0}),
+        ({"negative": "blue", "guidance": 5.0}, {"negative_prompt": ["blue"] * 2, "guidance_scale": 5.0}),
         ({"guidance": 1.0, "size": (24, 16)}, {"guidance_scale": 1.0, "width": 24}),
     ],
     ids=["plain", "negative", "unguided"],
