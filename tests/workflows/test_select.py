@@ -1,0 +1,185 @@
+"""Choosing the best checkpoint of a run, ending a run early, and showing it on a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_diffusion.cli.main import main
+from lora_diffusion.core.files import shipped_path
+from lora_diffusion.evaluation import results
+from tests.workflows.conftest import Commands, fill_with_pictures
+
+CLIP = "builtin:emoji-clip"
+
+
+def settings(base: Path, pictures: Path, run: Path) -> list[str]:
+    return [
+        f"model.path={base}",
+        f"data.path={pictures}",
+        f"output.path={run}",
+        "adapter.rank=2",
+        "train.max_steps=4",
+        "train.save_every_steps=2",
+        "train.keep_checkpoints=0",
+        "train.learning_rate=3e-2",
+        "train.precision=fp32",
+        "train.threads=1",
+        "preview.num_steps=1",
+        f"evaluate.references={pictures}",
+        f"evaluate.clip={CLIP}",
+        "evaluate.weights=[0.5, 1.0]",
+        "evaluate.seeds=[0]",
+        "evaluate.picture_draws=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def selected(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that chose at its end; shared, never changed."""
+    root = tmp_path_factory.mktemp("selected")
+    pictures = fill_with_pictures(root / "pictures")
+    assert main(["train", *settings(tiny_base, pictures, root / "run"), "evaluate.after_training=true"]) == 0
+    return root / "run"
+
+
+def test_training_chooses_marks_and_links_at_its_end(selected: Path) -> None:
+    values = json.loads((selected / "selection.json").read_text())
+    evaluation = results.read(selected / "evaluation")
+    assert {candidate.step for candidate in evaluation.candidates} == {None, 2, 4}
+    assert {candidate.weight for candidate in evaluation.candidates} == {0.0, 0.5, 1.0}
+    assert {(case.kind) for case in evaluation.cases} == {"subject", "prior"}
+    assert values["candidate"] in {candidate.name for candidate in evaluation.candidates[1:]}
+    best = selected / "best.safetensors"
+    assert best.is_symlink()
+    assert best.resolve() == (selected / values["file"]).resolve()
+    with safe_open(best, "pt") as file:
+        told = file.metadata()
+    assert told["lora_diffusion.recommended_weight"] == f"{values['weight']:g}"
+    assert told["modelspec.usage_hint"] == f"weight {values['weight']:g}"
+    assert told["ss_steps"] == str(values["step"])
+    assert json.loads(told["lora_diffusion.scores"]).keys() >= {"clip_text", "clip_image", "copying"}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_marked_file_holds_the_checkpoint_as_it_was(
+    command: Commands, selected: Path, tmp_path: Path, step: int
+) -> None:
+    run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
+    before = {path: load_file(path) for path in run.glob("*.safetensors") if not path.is_symlink()}
+    # An evaluation that knows one checkpoint only leaves no other choice.
+    evaluation = results.read(run / "evaluation")
+    kept = [c for c in evaluation.candidates if c.step in (None, step)]
+    values = {**vars(evaluation), "candidates": kept}
+    values["scores"] = [s for s in evaluation.scores if s.step in (None, step)]
+    results.write(results.Evaluation(**values), tmp_path / "evaluation")
+    arguments = ("select", run, "--evaluation", tmp_path / "evaluation", "--json")
+    result = json.loads(command.good(*arguments).out)
+    file = Path(result["file"])
+    assert file.name == ("run-step-000002.safetensors" if step == 2 else "run.safetensors")
+    assert [path.name for path in run.glob("run-step-*")] == (["run-step-000002.safetensors"] if step == 2 else [])
+    raw = load_file(run / f"checkpoints/step-{step:06d}/adapter.safetensors")
+    tensors = load_file(file)
+    assert len(tensors) == 3 * len(raw) / 2
+    downs = sorted(float(tensor.float().sum()) for name, tensor in tensors.items() if "lora_down" in name)
+    assert downs == pytest.approx(sorted(float(v.half().float().sum()) for n, v in raw.items() if n.endswith("down")))
+    if step == 4:
+        assert all(torch.equal(tensor, before[file][name]) for name, tensor in tensors.items())
+        assert command.good("inspect", file, "--json").out
+    assert json.loads(command.good("inspect", file, "--json").out)["problems"] == []
+
+
+def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
+    for path in (run / "checkpoints").iterdir():
+        (path / "adapter.safetensors").write_bytes(b"other")
+    outcome = command("select", run)
+    assert outcome.code == 2
+    assert "no checkpoint of" in outcome.message
+
+
+def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path: Path) -> None:
+    outcome = command("select", trained)
+    assert outcome.code == 2
+    assert "evaluate.references" in outcome.message
+    assert command("select", tmp_path / "nothing").code == 2
+    assert "--text-weight 2" in command("select", trained, "--text-weight", "2").message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluate.references=nowhere", "nowhere"),
+        ("evaluate.prompts=nothing", "no such file or suite"),
+        ("evaluate.references=null", "needs evaluate.references"),
+        ("output.name=best", "another output.name"),
+        ("evaluate.weights=[0]", "evaluate.weights"),
+        ("evaluate.patience=2", "set evaluate.every_steps"),
+    ],
+)
+def test_bad_settings_are_told_before_training(
+    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    outcome = command("train", *settings(tiny_base, pictures, run), "evaluate.after_training=true", override)
+    assert outcome.code == 2
+    assert message in outcome.message
+    assert not run.exists()
+
+
+def test_run_ends_early_and_stays_ended(command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ["train", *settings(tiny_base, pictures, tmp_path / "run"), "train.max_steps=40"]
+    # No pictures are better than those of noise, so that the score never rises above its first value for long.
+    arguments += ["evaluate.every_steps=1", "evaluate.patience=2", "evaluate.picture_draws=0"]
+    result = json.loads(command.good(*arguments, "--json").out)
+    scores = json.loads((tmp_path / "run" / "progress.json").read_text())
+    assert [entry["step"] for entry in scores] == list(range(1, result["steps"] + 1))
+    assert result["steps"] < 40
+    best = max(range(len(scores)), key=lambda index: scores[index]["score"])
+    assert len(scores) - 1 - best == 2
+    again = json.loads(command.good(*arguments, "--resume", "--json").out)
+    assert again["steps"] == result["steps"]
+
+
+def test_report_of_a_run_its_evaluation_and_a_comparison(command: Commands, selected: Path, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    files = json.loads(command.good("report", selected, "--output", page, "--json").out)
+    assert files == {"page": str(page), "numbers": [str(tmp_path / "run.json"), str(tmp_path / "run.csv")]}
+    html = page.read_text()
+    for part in ("Recommended:", "Training pictures", "train.max_steps", "evaluate.references", "copying"):
+        assert part in html
+    losses = json.loads(page.with_suffix(".json").read_text())["training"]["losses"]
+    assert [own["key"] for own in losses] == ["0.png", "1.png", "2.png", "3.png"]
+    other = shutil.copytree(selected, tmp_path / "other", symlinks=True)
+    command.good("report", selected, other, "--output", tmp_path / "both.html")
+    assert "run against other" in (tmp_path / "both.html").read_text()
+    command.good("report", selected / "evaluation", "--output", tmp_path / "alone.html")
+    assert "Training pictures" not in (tmp_path / "alone.html").read_text()
+    assert "neither a run" in command("report", tmp_path).message
+    assert "ends in .html" in command("report", selected, "--output", tmp_path / "x.pdf").message
+
+
+def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Path) -> None:
+    data = shipped_path("datasets")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for picture in sorted((data / "blob-style" / "train").glob("*.png"))[:10]:
+        for file in (picture, picture.with_suffix(".txt")):
+            shutil.copy(file, folder)
+    wrong, odd = sorted(folder.glob("*.png"))[3:5]
+    wrong.with_suffix(".txt").write_text("blob style drawing of a red car\n")
+    shutil.copy(sorted((data / "octopus" / "train").glob("*.png"))[0], odd)
+    arguments = [f"data.path={folder}", f"output.path={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=8"]
+    command.good(
+        "train", "--config", "sd1/style", *arguments, "adapter.rank=1", "train.threads=1", "train.warmup_steps=0"
+    )
+    losses = json.loads((tmp_path / "run" / "picture_losses.json").read_text())
+    ranked = sorted(losses, key=lambda own: own["caption_help"])
+    assert {own["key"] for own in ranked[:2]} == {wrong.name, odd.name}
+    assert sum(own["loss"] for own in losses) / len(losses) == pytest.approx(1, abs=0.02)
