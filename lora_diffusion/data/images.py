@@ -35,36 +35,40 @@ class PictureError(DataError):
         super().__init__(f"{path}: {reason}")
 
 
-def open_rgb(path: Path) -> Image.Image:
+def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
     """Returns a picture decoded in full: upright, 8-bit RGB, sRGB colours, white where it was transparent.
 
     The content decides what kind of picture it is, not the ending of the name.
+
+    Args:
+        path: names the picture in messages, and is its file where no content is given.
+        content: the bytes of a picture that lies in a table.
 
     Raises:
         PictureError: the file cannot be read.
     """
     try:
-        with _open(path) as image:
+        with _open(path if content is None else io.BytesIO(content)) as image:
             return _flatten(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise PictureError(path, f"has too many pixels to be read safely ({error}); scale it down.") from error
     except UnidentifiedImageError as error:
-        raise PictureError(path, _explain_unknown(path)) from error
+        raise PictureError(path, _explain_unknown(path.stat().st_size if content is None else len(content))) from error
     except Exception as error:  # decoders raise what they like on damaged files; each means the same to the user
         reason = f"cannot be decoded ({getattr(error, 'strerror', None) or error})"
         raise PictureError(path, f"{reason}, it is damaged or cut off; replace it or move it away.") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _open(source: Path | io.BytesIO) -> Image.Image:
     # Pillow warns about pictures of more than 89 million pixels and refuses twice that; the refusal is enough.
     # The lock is there because warning filters belong to the whole process.
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path, formats=_FORMATS)
+        return Image.open(source, formats=_FORMATS)
 
 
-def _explain_unknown(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _explain_unknown(num_bytes: int) -> str:
+    if num_bytes == 0:
         return "is empty (0 bytes); replace it or move it away."
     return "is no png, jpeg, webp, bmp or gif picture, whatever its name says; convert it or move it away."
 

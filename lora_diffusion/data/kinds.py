@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lora_diffusion.config.schema import PreviewConfig
-from lora_diffusion.core.types import AudioText, BaseInfo, ImageText, Request, Sample
-from lora_diffusion.data import pictures, recordings
+from lora_diffusion.core.types import AudioText, BaseInfo, Chat, ImageText, Request, Sample
+from lora_diffusion.data import chats, pictures, recordings
 
 
 class Report(Protocol):
@@ -72,5 +72,6 @@ class Kind(Protocol):
 KINDS: Mapping[type[Sample], Kind] = {
     ImageText: pictures.KIND,
     AudioText: recordings.KIND,
+    Chat: chats.KIND,
 }
 """A family's `sample_type` -> its kind; `config.schema.DATA_SECTIONS` holds the settings of each."""

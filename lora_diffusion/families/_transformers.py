@@ -20,14 +20,14 @@ _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def find(options: ModelOptions, builtins: Mapping[str, str], model_type: str, title: str) -> Path:
-    """Returns the folder that `model.path` means, with a model of one type and whole weights in it.
+def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequence[str], title: str) -> Path:
+    """Returns the folder that `model.path` means, with a model of these types and whole weights in it.
 
     Args:
         options: the `model:` section.
         builtins: name after "builtin:" -> folder that comes along.
-        model_type: what `config.json` must say, such as whisper.
-        title: what messages call a base of this type.
+        model_types: what `config.json` may say, such as whisper.
+        title: what messages call such a base.
 
     Raises:
         ModelError: it is no such folder.
@@ -45,9 +45,10 @@ def find(options: ModelOptions, builtins: Mapping[str, str], model_type: str, ti
     if not (folder / "config.json").is_file():
         raise ModelError(f"The base {folder} holds no config.json; give a folder as save_pretrained makes it.")
     told = read_json(folder / "config.json").get("model_type")
-    if told != model_type:
+    if told not in model_types:
         raise ModelError(
-            f"The base {folder} is of the type {told}, not {model_type}; set model.family to fit it or take another base."
+            f"The base {folder} is of the type {told}, not {' or '.join(model_types)}; set model.family to fit it or "
+            "take another base."
         )
     _check_weights(folder)
     return folder

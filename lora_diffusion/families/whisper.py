@@ -242,7 +242,7 @@ class Whisper:
 def _find(options: WhisperOptions) -> Path:
     from lora_diffusion.families import _transformers
 
-    return _transformers.find(options, _BUILTIN, "whisper", "Whisper as save_pretrained of transformers makes it")
+    return _transformers.find(options, _BUILTIN, ("whisper",), "Whisper as save_pretrained of transformers makes it")
 
 
 def _parts(model: Any) -> dict[str, nn.Module]:

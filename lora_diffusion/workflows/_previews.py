@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_diffusion.config.schema import PreviewConfig
 from lora_diffusion.core.files import write_text
-from lora_diffusion.core.types import AudioText, ImageText, Output, Sample
+from lora_diffusion.core.types import AudioText, Chat, ImageText, Output, Sample
 from lora_diffusion.evaluation.pictures import save_image
 from lora_diffusion.workflows._steps import prompt_grid
 
@@ -26,5 +26,6 @@ def _save_texts(outputs: Sequence[Output], config: PreviewConfig, path: Path) ->
 SAVERS: Mapping[type[Sample], Callable[[Sequence[Output], PreviewConfig, Path], None]] = {
     ImageText: _save_grid,
     AudioText: _save_texts,
+    Chat: _save_texts,
 }
 """A family's `sample_type` -> writes the previews of a step to a path, which it gives an ending."""

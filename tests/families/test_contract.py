@@ -22,16 +22,24 @@ from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.merge import merge, unmerge
 from lora_diffusion.adapters.plan import InjectionPlan, plan
 from lora_diffusion.adapters.state import load_state, read_state
-from lora_diffusion.config.schema import AdapterConfig, CacheConfig, DataConfig, PictureDataConfig, RecordingDataConfig
+from lora_diffusion.config.schema import (
+    AdapterConfig,
+    CacheConfig,
+    ChatDataConfig,
+    DataConfig,
+    PictureDataConfig,
+    RecordingDataConfig,
+)
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import AudioText, Batch, ImageText, Loaded, Output, Request, Sample
+from lora_diffusion.core.types import AudioText, Batch, Chat, ImageText, Loaded, Output, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import KINDS
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny import save_tiny_pipeline, save_tiny_sd2_pipeline, save_tiny_sdxl_pipeline
+from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
 from tests.tiny_whisper import save_tiny_whisper, write_recording
 
 CPU = torch.device("cpu")
@@ -58,6 +66,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "captions": {"caption_dropout": 0.3, "prior_weight": 0.5},
 }
 CASES = {
+    # The image tower is read before its last layer.
+    "llava": Case(save_tiny_llava, {"plain": {}}, r"vision_tower/encoder\.layers\.1\..*", formats=("peft",)),
     "sd1": Case(save_tiny_pipeline, _SETTINGS),
     "sd2": Case(save_tiny_sd2_pipeline, {"plain": {}, "noise": {"prediction": "epsilon", "caption_dropout": 0.3}}),
     # The first tower is read before its last layer, and only the second one gives a summary.
@@ -109,6 +119,21 @@ def _ask_for_transcripts(samples: list[AudioText]) -> list[Request]:
     return [Request("", 0, sample=sample) for sample in asked]
 
 
+def _bytes(output: Output) -> np.ndarray:
+    return np.frombuffer(output.text.encode("utf-8").ljust(200), dtype=np.uint8).astype(int)
+
+
+def _write_chats(folder: Path) -> None:
+    names = [write_picture(folder / f"{index}.png", index).name for index in range(3)]
+    texts = (("What?", "a cat"), ("Say more.", "a dog", "Sure?", "yes"), ("Colour?", "red and blue"))
+    write_chats(folder, [entry(name, *own) for name, own in zip(names, texts, strict=True)])
+
+
+def _ask_about_pictures(samples: list[Chat]) -> list[Request]:
+    asked = [KINDS[Chat].open(sample, ChatDataConfig()) for sample in samples[:2]]
+    return [Request(prompt, 0, sample=sample) for sample in asked for prompt in ("What?", "Which colour is it?")]
+
+
 SAMPLES: Mapping[type[Sample], Kind] = {
     ImageText: Kind(
         _write_pictures,
@@ -120,8 +145,9 @@ SAMPLES: Mapping[type[Sample], Kind] = {
         _write_recordings,
         RecordingDataConfig(speeds=(1.0, 1.1), noise_db=(20.0,)),
         _ask_for_transcripts,
-        lambda output: np.frombuffer(output.text.encode("utf-8").ljust(200), dtype=np.uint8).astype(int),
+        _bytes,
     ),
+    Chat: Kind(_write_chats, ChatDataConfig(zooms=(1.0, 0.8)), _ask_about_pictures, _bytes),
 }
 FAMILIES = registry.available("families")
 FORMATS = registry.available("formats")
@@ -161,8 +187,11 @@ class Setup:
     def options(self, **values: Any) -> Any:
         return self.family.options_type(path=str(self.base), **values)
 
-    def plan(self, *parts: str, targets: tuple[str, ...] = ("attn",)) -> InjectionPlan:
-        config = AdapterConfig(rank=2, alpha=3.0, parts=parts or tuple(self.family.parts), targets=targets)
+    def plan(self, *parts: str, targets: tuple[str, ...] = ()) -> InjectionPlan:
+        """Plans for the targets, or for the first group of each part."""
+        parts = parts or tuple(self.family.parts)
+        first = tuple(f"{part}/{next(iter(self.family.parts[part].groups))}" for part in parts)
+        config = AdapterConfig(rank=2, alpha=3.0, parts=parts, targets=targets or first)
         return plan(self.family.skeleton(self.options()), self.family.parts, config)
 
     def opened(self) -> list[Sample]:

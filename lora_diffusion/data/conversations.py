@@ -1,0 +1,170 @@
+"""Conversations about pictures: the layouts that they are written in, and what can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.core.types import Turn
+from lora_diffusion.data.folder import Folder, read_text
+
+ENDINGS = (".json", ".jsonl")
+IMAGE = "<image>"
+"""Stands in a text where the picture is."""
+LIST_KEYS = ("conversations", "messages", "conversation")
+IMAGE_KEYS = ("image", "images", "image_path", "file_name")
+_ROLE_KEYS = ("from", "role")
+_TEXT_KEYS = ("value", "content", "text")
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One entry of a file: what is said, and what it calls its picture."""
+
+    origin: str
+    """Where it is written, for messages."""
+    turns: tuple[Turn, ...]
+    image: Any = None
+    """A path as written, or what a table holds; None where it names none."""
+
+
+def read_files(folder: Folder, faults: list[str]) -> list[tuple[Path, Conversation]]:
+    """Returns (file, conversation) of every entry of the files that is sound.
+
+    Args:
+        folder: JSON and JSONL files.
+        faults: one line is added for each entry that is wrong.
+    """
+    found = []
+    for file in folder.files:
+        text = read_text(folder, file, faults)
+        for origin, entry in _entries(folder.name(file), file, text or "", faults):
+            conversation = parse(entry, origin, faults)
+            if conversation:
+                found.append((file, conversation))
+    return found
+
+
+def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
+    if file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                place = f"{name}, line {number}"
+                yield from ((place, entry) for entry in _parsed(place, line, faults))
+        return
+    for entries in _parsed(name, text, faults):
+        listed = entries if isinstance(entries, list) else [entries]
+        yield from ((f"{name}, entry {number}", entry) for number, entry in enumerate(listed, start=1))
+
+
+def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError as error:
+        faults.append(f"{place}: is not JSON ({error}); correct it.")
+        return []
+
+
+def parse(entry: Any, origin: str, faults: list[str]) -> Conversation | None:
+    """Returns the conversation of an entry, or None and a fault.
+
+    Args:
+        entry: as JSON or a table gives it: {"image": ..., "conversations": [{"from": ..., "value": ...}]} or
+            {"messages": [{"role": ..., "content": text or list of parts}]}.
+        origin: where it is written.
+        faults: a line is added if it cannot be used.
+    """
+    try:
+        turns, image = _turns(entry)
+        _check(turns)
+        return Conversation(origin, _without_marks(turns), image)
+    except ValueError as error:
+        faults.append(f"{origin}: {error}")
+        return None
+
+
+def _turns(entry: Any) -> tuple[list[Turn], Any]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f'is no object with one of {", ".join(LIST_KEYS)} and "image"; correct it.')
+    listed = next((entry[key] for key in LIST_KEYS if isinstance(entry.get(key), Sequence)), None)
+    if not listed or isinstance(listed, str):
+        raise ValueError(f"has no list of turns; give it a key {', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}.")
+    told = [_turn(number, item) for number, item in enumerate(listed, start=1)]
+    named = [image for _, images in told for image in images if image is not None]
+    images = [*_listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None)), *named]
+    if len(images) > 1:
+        raise ValueError(f"names {len(images)} pictures; a conversation is about one.")
+    return [turn for turn, _ in told], images[0] if images else None
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
+    """Returns a turn with "<image>" where a picture is, and the pictures that it names itself."""
+    if not isinstance(item, Mapping):
+        raise ValueError(f"turn {number} is no object with a role and a text.")
+    told = next((item[key] for key in _ROLE_KEYS if isinstance(item.get(key), str)), None)
+    if told not in _ROLES:
+        raise ValueError(f"turn {number} is said by {told!r}; use user and assistant (or human and gpt), or system.")
+    content = next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), "")
+    if isinstance(content, str):
+        return Turn(_ROLES[told], content), []
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+        raise ValueError(f'turn {number} has content that is neither a text nor a list of parts with a "type".')
+    is_picture = [part.get("type") == "image" for part in content]
+    texts = [
+        IMAGE if picture else str(part.get("text") or "") for part, picture in zip(content, is_picture, strict=True)
+    ]
+    images = [
+        next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
+        for part, picture in zip(content, is_picture, strict=True)
+        if picture
+    ]
+    return Turn(_ROLES[told], "\n".join(texts)), images
+
+
+def _check(turns: Sequence[Turn]) -> None:
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise ValueError("has a system turn that is not the first; move it to the beginning.")
+    for number, turn in enumerate(spoken):
+        wanted = "assistant" if number % 2 else "user"
+        if turn.role != wanted:
+            said = f"turn {turns.index(turn) + 1} is the {turn.role}'s"
+            raise ValueError(f"{said}, where the {wanted}'s is due: question and answer must take turns.")
+    if not spoken or spoken[-1].role != "assistant":
+        raise ValueError("ends without an answer; add what the assistant should say.")
+    empty = [number for number, turn in enumerate(spoken, start=1) if turn.role == "assistant" and not _bare(turn.text)]
+    if empty:
+        raise ValueError(f"has an empty answer (turn {empty[0]}); write it.")
+    marks = [turn.text.count(IMAGE) for turn in turns]
+    if sum(marks) == 0:
+        raise ValueError(f"has no {IMAGE} in any turn; write it into the first question.")
+    if sum(marks) > 1:
+        raise ValueError(f"has {sum(marks)} times {IMAGE}; a conversation is about one picture, shown once.")
+    if IMAGE not in spoken[0].text:
+        raise ValueError(f"has {IMAGE} in a later turn; move it into the first question.")
+
+
+def _bare(text: str) -> str:
+    return text.replace(IMAGE, "").strip()
+
+
+def _without_marks(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    return tuple(Turn(turn.role, _bare(turn.text)) for turn in turns)

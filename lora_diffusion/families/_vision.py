@@ -1,0 +1,439 @@
+"""What LLaVA sees, reads and says: processor, spelling of conversations, features of pictures, loss and answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.keymap import KeyMap
+from lora_diffusion.core.types import Batch, Chat, ChatInfo, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.families import _transformers
+from lora_diffusion.families._sources import explained, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lora_diffusion.families.llava import LlavaOptions
+
+MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+"""`model_type` of a base -> its class in transformers."""
+IGNORED = -100
+"""What transformers puts for labels that have no loss."""
+_PROCESSOR_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_PREFIXES = {
+    "language_model": "model.language_model.",
+    "projector": "model.multi_modal_projector.",
+    "vision_tower": "model.vision_tower.",
+}
+_OLDER_PREFIXES = {
+    "language_model": ("language_model.model.",),
+    "projector": ("multi_modal_projector.",),
+    "vision_tower": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower."),
+}
+"""Where the parts stood before transformers 4.52, and the tower before 5.6: adapters of those days are read."""
+_MOST_LAYERS = {"language_model": 80, "vision_tower": 48}
+_LAYER_PATHS = {
+    "language_model": ("layers", ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
+    "vision_tower": ("encoder.layers", ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")),
+}
+"""Part -> its list of layers, and the names in their self_attn and mlp."""
+
+
+def model_class(folder: Path) -> Any:
+    """Returns the class of transformers that a base is of."""
+    import transformers
+
+    return getattr(transformers, MODEL_CLASSES[read_json(folder / "config.json")["model_type"]])
+
+
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    """Returns the networks that can hold adapters."""
+    own = model.model
+    return {
+        "language_model": own.language_model,
+        "projector": own.multi_modal_projector,
+        "vision_tower": own.vision_tower,
+    }
+
+
+def published_paths() -> dict[str, list[str]]:
+    """Returns part -> paths of all modules that a LLaVA of any size may have."""
+    paths = {}
+    for part, (list_path, attention, mlp) in _LAYER_PATHS.items():
+        names = [*(f"self_attn.{name}" for name in attention), *(f"mlp.{name}" for name in mlp)]
+        paths[part] = [f"{list_path}.{index}.{name}" for index in range(_MOST_LAYERS[part]) for name in names]
+    paths["vision_tower"].append("embeddings.patch_embedding")
+    return {**paths, "projector": ["linear_1", "linear_2"]}
+
+
+def peft_map(paths: Mapping[str, Sequence[str]]) -> KeyMap:
+    """Maps modules to their paths in the whole model; paths of older versions of transformers are read too."""
+    keys = [ModuleKey(part, path) for part, own in paths.items() for path in own]
+    return KeyMap(
+        ((key, _PREFIXES[key.part] + key.path) for key in keys),
+        ((key, prefix + key.path) for key in keys for prefix in _OLDER_PREFIXES[key.part]),
+    )
+
+
+@cache
+def read_processor(folder: Path, chat_template: str | None) -> Any:
+    """Returns the processor of a base; nobody may change it.
+
+    Args:
+        folder: the base.
+        chat_template: file that replaces the base's own template.
+
+    Raises:
+        ModelError: it is missing or damaged, has no chat template, or does not fit the model.
+    """
+    from transformers import AutoProcessor
+
+    with explained(folder):
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    config = read_json(folder / "config.json")
+    if chat_template:
+        file = Path(chat_template).expanduser()
+        if not file.is_file():
+            raise ModelError(f"model.chat_template={chat_template}: there is no such file; correct the path.")
+        processor.chat_template = file.read_text(encoding="utf-8")
+    faults = []
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{folder} holds no processor with tokenizer and image processor; fetch its *.json files.")
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not processor.chat_template:
+        faults.append(
+            "its tokenizer has no chat template; put the chat_template.jinja of its hub page into the folder, or name "
+            "a file with model.chat_template"
+        )
+    # Processors that were saved before transformers 4.46 lack these.
+    processor.patch_size = processor.patch_size or config["vision_config"].get("patch_size")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if not processor.vision_feature_select_strategy:
+        processor.vision_feature_select_strategy = strategy
+        processor.num_additional_image_tokens = 1
+    told = config.get("image_token_index", config.get("image_token_id"))
+    if told is not None and told != processor.image_token_id:
+        faults.append(
+            f"its config says that token {told} stands for the picture, its tokenizer {processor.image_token_id}"
+        )
+    if not processor.tokenizer.is_fast or processor.tokenizer.eos_token is None:
+        faults.append(
+            "its tokenizer is not a fast one (tokenizer.json) with an end token; convert it with transformers"
+        )
+    if faults:
+        raise ModelError(f"The base {folder} cannot be used.", faults)
+    return processor
+
+
+def describe(folder: Path, options: LlavaOptions) -> ChatInfo:
+    """Returns what is known of a base.
+
+    Raises:
+        ModelError: its processor cannot be used.
+    """
+    read_processor(folder, options.chat_template)
+    config = read_json(folder / "config.json")
+    return ChatInfo(
+        resolution=config["vision_config"].get("image_size", 0),
+        architecture=config["model_type"].replace("_", "-"),
+        source=options.path,
+        path=folder,
+        max_tokens=config["text_config"].get("max_position_embeddings", ChatInfo.max_tokens),
+        count_tokens=partial(_count_tokens, folder, options.chat_template),
+    )
+
+
+def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Chat]) -> list[int | str]:
+    processor = read_processor(folder, chat_template)
+    counts: list[int | str] = []
+    for sample in samples:
+        try:
+            counts.append(len(spell(processor, sample)[0]))
+        except ValueError as error:
+            counts.append(str(error))
+    return counts
+
+
+def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool) -> str:
+    """Names by content all that a prepared item depends on besides its sample."""
+    template = read_processor(folder, options.chat_template).chat_template
+    told = f"{_transformers.fingerprint(folder, _PROCESSOR_FILES)} {hashlib.sha256(template.encode()).hexdigest()}"
+    if tower_is_trained:
+        return told
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted({file for name, file in read_json(index)["weight_map"].items() if "vision_tower" in name})
+    return f"{told} {_transformers.fingerprint(folder, files)} {options.dtype} {options.quantization}"
+
+
+def spell(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
+    """Returns token ids of a conversation, and labels: those of the answers and of their end tokens, -100 elsewhere.
+
+    A template that does not end an answer with the end token, as that of LLaVA-1.5 on the hub, gets one there, since
+    without it nothing would teach the model to stop, and it was trained so itself.
+
+    Raises:
+        ValueError: the template cannot render these turns, or not one after the other.
+    """
+    pieces = [*_pieces(processor, sample.turns)]
+    text = "".join(piece for piece, _ in pieces)
+    ends = list(accumulate(len(piece) for piece, _ in pieces))
+    answers = [(end - len(piece), end) for (piece, is_answer), end in zip(pieces, ends, strict=True) if is_answer]
+    ids, offsets = _tokenize(processor.tokenizer, text)
+    is_answer = [any(start <= first and last <= end for start, end in answers) for first, last in offsets]
+    labels = [
+        token if wanted and last > first else IGNORED
+        for token, wanted, (first, last) in zip(ids, is_answer, offsets, strict=True)
+    ]
+    return _expand(processor, ids, labels, sample.size)
+
+
+def _pieces(processor: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    """Returns the rendered text in pieces, and whether each is an answer."""
+    end = processor.tokenizer.eos_token
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for index, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        before, after = render(processor, turns[:index]), render(processor, turns[: index + 1], ask=False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError(
+                "the chat template does not write one turn after the other, so answers cannot be told apart."
+            )
+        answer, mark, rest = after[len(before) :].partition(end)
+        pieces += [(before[len(done) :], False), (answer if mark else answer.rstrip(), True), (end, True)]
+        pieces += [(rest, False)] if rest else []
+        done = after
+    return pieces
+
+
+def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
+    """Returns turns as the chat template writes them, with one image token.
+
+    Args:
+        processor: holds the template.
+        turns: the first question shows the picture.
+        ask: end with what calls for an answer.
+
+    Raises:
+        ValueError: the template refuses the turns, or shows no picture.
+    """
+    from jinja2 import TemplateError
+
+    first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+    messages = []
+    for index, turn in enumerate(turns):
+        shown = [{"type": "image"}] if index == first else []
+        messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.text}]})
+    try:
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template of the base cannot render it ({error}).") from error
+    if (count := text.count(processor.image_token)) != 1:
+        raise ValueError(
+            f"the chat template of the base writes {count} times {processor.image_token} for one picture; set "
+            "model.chat_template to one that fits."
+        )
+    return text
+
+
+def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    # A template that writes the start token itself must not get a second one.
+    is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True)
+    return told.input_ids, told.offset_mapping
+
+
+def _expand(
+    processor: Any, ids: Sequence[int], labels: Sequence[int], size: tuple[int, int]
+) -> tuple[list[int], list[int]]:
+    """Returns ids and labels with an image token for each feature of the picture."""
+    (count,) = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens
+    place = ids.index(processor.image_token_id)
+    picture = [processor.image_token_id] * count
+    return [*ids[:place], *picture, *ids[place + 1 :]], [*labels[:place], *[IGNORED] * count, *labels[place + 1 :]]
+
+
+def pixels(loaded: Loaded, picture: Any) -> Tensor:
+    """Returns what the image tower takes for a picture, [tiles, 3, height, width] float32."""
+    made: Tensor = loaded.modules["processor"].image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    return made.flatten(0, 1).float() if made.dim() == 5 else made.float()
+
+
+def see(loaded: Loaded, tiles: Tensor) -> Tensor:
+    """Returns what the projector takes, [tiles, patches, width]: the layers that the base reads, joined."""
+    import torch
+
+    config = loaded.modules["model"].config
+    tower = loaded.parts["vision_tower"]
+    dtype = loaded.modules["model"].dtype
+    output = tower(tiles.to(loaded.device, dtype), output_hidden_states=True)
+    layers = config.vision_feature_layer
+    chosen = [output.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [states[:, 1:] for states in chosen]
+    return torch.cat(chosen, dim=-1)
+
+
+def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the tensors of a batch; tiles of all samples are joined along dimension 1, behind the views."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    looks = "pixels" if "pixels" in rows[0] else "features"
+    return {
+        "input_ids": pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=0),
+        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED),
+        "image_size": torch.stack([row["image_size"] for row in rows]),
+        "num_tiles": torch.tensor([row[looks].shape[1] for row in rows]),
+        looks: torch.cat([row[looks] for row in rows], dim=1),
+    }
+
+
+def draw_view(loaded: Loaded, batch: Batch, rng: torch.Generator) -> list[Tensor]:
+    """Returns the features of one view of each picture, each [tiles, patches, width] on the device."""
+    import torch
+
+    looks = batch.tensors["pixels"] if "pixels" in batch.tensors else batch.tensors["features"]
+    num_tiles = batch.tensors["num_tiles"].tolist()
+    drawn = torch.randint(len(looks), (len(batch),), generator=rng).tolist()
+    pieces = looks.split(num_tiles, dim=1)
+    chosen = torch.cat([piece[view] for piece, view in zip(pieces, drawn, strict=True)])
+    seen = see(loaded, chosen) if "pixels" in batch.tensors else chosen.to(loaded.device)
+    return list(seen.split(num_tiles))
+
+
+def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: Tensor) -> Tensor:
+    """Returns embeddings of tokens, with the projected features in the places of the picture, [batch, tokens, width].
+
+    Args:
+        loaded: the base.
+        ids: [batch, tokens].
+        features: of each sample [tiles, patches, width].
+        image_sizes: [batch, 2], height and width of each picture.
+    """
+    import torch
+
+    model = loaded.modules["model"]
+    ids = ids.to(loaded.device)
+    embedded: Tensor = model.get_input_embeddings()(ids)
+    projector = loaded.parts["projector"]
+    projected = list(projector(torch.cat(list(features)).to(model.dtype)).split([len(own) for own in features]))
+    if hasattr(model.model, "pack_image_features"):
+        newline = model.model.image_newline
+        strategy = model.config.vision_feature_select_strategy
+        packed = model.model.pack_image_features(projected, image_sizes, strategy, image_newline=newline)[0]
+        projected = list(packed) if not isinstance(packed, torch.Tensor) else [packed]
+    flat = torch.cat([one.flatten(0, -2) for one in projected])
+    is_picture = (ids == model.config.image_token_id)[..., None]
+    return embedded.masked_scatter(is_picture, flat.to(embedded.dtype))
+
+
+def answer_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """Returns the mean cross-entropy over the labels of each sample, [batch] float32.
+
+    Args:
+        hidden: [batch, tokens, width]; the state at a token foretells the next one.
+        head: gives the logits; only of tokens that are asked for, which saves most of the memory.
+        labels: [batch, tokens], -100 where there is none.
+    """
+    from torch.nn.functional import cross_entropy
+
+    wanted = labels[:, 1:].to(hidden.device)
+    is_answer = wanted != IGNORED
+    each = cross_entropy(head(hidden[:, :-1][is_answer]).float(), wanted[is_answer], reduction="none")
+    sums = each.new_zeros(len(labels)).index_add(0, is_answer.nonzero()[:, 0], each)
+    return sums / is_answer.sum(dim=1)
+
+
+def example(
+    parts: Mapping[str, Any], folder: Path, trained: frozenset[str], batch_size: int, length: int
+) -> dict[str, dict[str, Any]]:
+    """Returns keyword arguments on the meta device for each part that a training step calls."""
+    import torch
+
+    config = read_json(folder / "config.json")
+    vision = parts["vision_tower"].config
+    # The picture as a whole and the tiles of its largest grid.
+    grids = config.get("image_grid_pinpoints") or []
+    tiles = 1 + max((h * w // vision.image_size**2 for h, w in grids), default=0)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    width = parts["projector"].linear_1.in_features
+    hidden = parts["language_model"].config.hidden_size
+    with torch.device("meta"):
+        inputs: dict[str, dict[str, Any]] = {
+            "language_model": {
+                "inputs_embeds": torch.empty(batch_size, length, hidden),
+                # Without a mask of its own, transformers looks into position ids, which hold no values here.
+                "attention_mask": torch.zeros(batch_size, 1, length, length),
+                "use_cache": False,
+            },
+            "projector": {"image_features": torch.empty(batch_size * tiles, patches, width)},
+        }
+        if "vision_tower" in trained:
+            side = vision.image_size
+            inputs["vision_tower"] = {"pixel_values": torch.empty(batch_size * tiles, 3, side, side)}
+    return inputs
+
+
+def answer(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
+    """Returns the answers to requests with equal adapter weights; drawn tokens depend on the seed of the first."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    model, processor, options = loaded.modules["model"], loaded.modules["processor"], loaded.options
+    if requests[0].weights is not None:
+        assert loaded.adapters is not None, "a request gives adapter weights, but no adapter was loaded"
+        loaded.adapters.set_weights(requests[0].weights)
+    with torch.no_grad():
+        rows = [_embed_question(loaded, request) for request in requests]
+        embedded = pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side="left")
+        with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+            torch.manual_seed(requests[0].seed)
+            ids = model.generate(
+                inputs_embeds=embedded,
+                attention_mask=mask.long().to(loaded.device),
+                max_new_tokens=options.max_new_tokens,
+                do_sample=options.temperature > 0,
+                temperature=options.temperature or None,
+                top_p=None,
+                top_k=None,
+                num_beams=1,
+                eos_token_id=processor.tokenizer.eos_token_id,
+                pad_token_id=processor.tokenizer.eos_token_id,
+            )
+    return [" ".join(text.split()) for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _embed_question(loaded: Loaded, request: Request) -> Tensor:
+    """Returns the embeddings of a request's question and picture, [tokens, width]."""
+    import torch
+
+    sample, processor = request.sample, loaded.modules["processor"]
+    assert isinstance(sample, Chat), "a request of LLaVA asks about a picture"
+    picture = sample.views[0]
+    system = tuple(turn for turn in sample.turns if turn.role == "system")
+    ids, _ = _tokenize(processor.tokenizer, render(processor, (*system, Turn("user", request.prompt))))
+    ids, _ = _expand(processor, ids, ids, picture.size)
+    features = see(loaded, pixels(loaded, picture))
+    row: Tensor = embed(loaded, torch.tensor([ids]), [features], torch.tensor([picture.size[::-1]]))[0]
+    return row
