@@ -26,8 +26,7 @@ def test_unknown_name_offers_close_ones() -> None:
 
 def test_another_package_can_bring_one(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("json_module", "json", "lora_diffusion.formats")
-    group = {"lora_diffusion.formats": [point]}
-    monkeypatch.setattr(registry, "entry_points", lambda group_name=None, **kw: group.get(kw.get("group"), []))
+    monkeypatch.setattr(registry, "_points", lambda kind: (point,) if kind == "formats" else ())
     assert "json_module" in registry.available("formats")
     assert registry.find("formats", "json_module").__name__ == "json"
 
