@@ -99,7 +99,7 @@ def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
         device: where the network will be.
     """
     for path, module in list(chosen(network, kind)):
-        network.set_submodule(path, _MAKERS[kind, type(module)](module).to(device).requires_grad_(False).eval())
+        network.set_submodule(path, _MAKERS[kind, type(module)](module, device).requires_grad_(False).eval())
     network.to(device)
     if kind != "none":
         setattr(network, _FLAGS[kind], True)
@@ -107,7 +107,7 @@ def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def _linear_8bit(layer: Any) -> nn.Module:
+def _linear_8bit(layer: Any, device: torch.device) -> nn.Module:
     import bitsandbytes as bnb
 
     made = bnb.nn.Linear8bitLt(
@@ -120,10 +120,10 @@ def _linear_8bit(layer: Any) -> nn.Module:
     )
     made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     made.bias = layer.bias
-    return made  # type: ignore[no-any-return]
+    return made.to(device)  # type: ignore[no-any-return]
 
 
-def _linear_4bit(layer: Any) -> nn.Module:
+def _linear_4bit(layer: Any, device: torch.device) -> nn.Module:
     import bitsandbytes as bnb
 
     made = bnb.nn.Linear4bit(
@@ -137,7 +137,7 @@ def _linear_4bit(layer: Any) -> nn.Module:
     )
     made.weight = _in_4bit(layer.weight, made)
     made.bias = layer.bias
-    return made  # type: ignore[no-any-return]
+    return made.to(device)  # type: ignore[no-any-return]
 
 
 def _in_4bit(weight: Tensor, owner: nn.Module) -> Any:
@@ -157,20 +157,25 @@ def _in_4bit(weight: Tensor, owner: nn.Module) -> Any:
 class Conv2d4bit(nn.Conv2d):
     """A frozen convolution whose weight is stored in NF4 and widened while it is used."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        """Takes over the settings, the bias and the weight, which is quantized once it is moved to its device."""
-        sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        super().__init__(*sizes, *settings, bias=False, device="meta")  # type: ignore[arg-type]
-        self.weight = _in_4bit(layer.weight, self)
-        self.bias = layer.bias
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Returns [batch, out, height, width] in the number type of the input, or of autocast."""
+        if not hasattr(self.weight, "quant_state"):  # PEFT makes the factors of an adapter of the base's own class
+            return super().forward(input)
         settings = (self.stride, self.padding, self.dilation, self.groups)
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         answer: Tensor = _Conv.apply(input, self.weight, shape, self.bias, settings)
         return answer
+
+
+def _conv_4bit(layer: Any, device: torch.device) -> nn.Module:
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    made = Conv2d4bit(*sizes, *settings, bias=False, device="meta")
+    made.weight = _in_4bit(layer.weight, made)
+    made.bias = layer.bias
+    made.to(device)
+    made.weight.data = made.weight.data.view(-1, 1, 1, 1)  # PEFT counts the sides of the kernel on it
+    return made
 
 
 class _Conv(torch.autograd.Function):
@@ -209,9 +214,9 @@ def _widened(stored: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return bnb.functional.dequantize_4bit(stored.data, stored.quant_state).view(shape).to(dtype)  # type: ignore[no-any-return]
 
 
-_MAKERS: Mapping[tuple[str, type[nn.Module]], Callable[[Any], nn.Module]] = {
+_MAKERS: Mapping[tuple[str, type[nn.Module]], Callable[[Any, torch.device], nn.Module]] = {
     ("8bit", nn.Linear): _linear_8bit,
     ("nf4", nn.Linear): _linear_4bit,
-    ("nf4", nn.Conv2d): Conv2d4bit,
+    ("nf4", nn.Conv2d): _conv_4bit,
 }
 """(kind, class of a layer) -> what makes its quantized form."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 
 
@@ -12,7 +12,10 @@ def frozen_weight(base: nn.Module) -> Tensor:
     Returns:
         [out, in] or [out, in, k, k], without gradient.
     """
-    weight: Tensor = dequantize_module_weight(base).detach()
+    weight = base.get_parameter("weight").detach()
+    if get_bnb_param_type(base.get_parameter("weight")):
+        # Not dequantize_module_weight, which takes the scales away from an 8-bit layer on the CPU.
+        weight = dequantize_bnb_weight(base.get_parameter("weight"), getattr(base, "state", None))
     if isinstance(base, nn.Conv2d):
         return weight.view(base.out_channels, base.in_channels // base.groups, *base.kernel_size)
     return weight
