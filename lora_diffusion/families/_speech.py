@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -33,6 +34,9 @@ PROCESSOR_FILES = (
 """Files of a base that decide features and tokens."""
 _MOST_LAYERS = 32
 """Of encoder or decoder, in any Whisper that was published."""
+_MIN_STRETCHES = 2
+"""Of time, hidden in each recording: the default of transformers' mask_time_min_masks."""
+_TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
 _START, _NO_TIMESTAMPS, _FIRST_TIMESTAMP = "<|startoftranscript|>", "<|notimestamps|>", "<|0.00|>"
 _MULTILINGUAL_VOCABULARY = 51865
 """Tokens of the smallest multilingual vocabulary that was published; English-only ones have one less."""
@@ -152,9 +156,7 @@ def labels(tokenizer: Any, sample: AudioText, options: WhisperOptions, info: Spe
 
 def _written(transcript: str, timestamps: bool) -> str:
     """Returns a transcript as it is learnt."""
-    import re
-
-    return transcript if timestamps else " ".join(re.sub(r"<\|\d+\.\d\d\|>", " ", transcript).split())
+    return transcript if timestamps else " ".join(_TIMESTAMP.sub(" ", transcript).split())
 
 
 def shift(ids: Tensor, config: Any) -> Tensor:
@@ -191,11 +193,11 @@ def mask(features: Tensor, num_frames: Tensor, options: WhisperOptions, rng: tor
         if options.mask_time_prob:
             sound = (torch.arange(frames)[None] < num_frames[:, None]).long()
             sizes = (options.mask_time_prob, min(options.mask_time_length, frames))
-            chosen = _compute_mask_indices((batch, frames), *sizes, attention_mask=sound, min_masks=1)
-            hidden |= (torch.from_numpy(chosen) & sound.bool())[:, None, :]
+            chosen = _compute_mask_indices((batch, frames), *sizes, attention_mask=sound, min_masks=_MIN_STRETCHES)
+            hidden |= torch.from_numpy(chosen)[:, None, :]
         if options.mask_feature_prob:
             sizes = (options.mask_feature_prob, min(options.mask_feature_length, bands))
-            hidden |= torch.from_numpy(_compute_mask_indices((batch, bands), *sizes, min_masks=1))[:, :, None]
+            hidden |= torch.from_numpy(_compute_mask_indices((batch, bands), *sizes))[:, :, None]
     return features.masked_fill(hidden, 0.0)
 
 

@@ -1,0 +1,257 @@
+"""What is particular to Whisper: features, labels, loss, masks, files, and bases that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.inject import inject
+from lora_diffusion.adapters.plan import plan
+from lora_diffusion.adapters.state import read_state
+from lora_diffusion.config.schema import AdapterConfig, RecordingDataConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.rng import derive
+from lora_diffusion.core.types import AudioText, Batch, Loaded, ModuleKey
+from lora_diffusion.data.recordings import KIND
+from lora_diffusion.families import _speech
+from lora_diffusion.families.whisper import FAMILY, WhisperOptions
+from lora_diffusion.formats.verified import write_verified
+from tests.tiny_whisper import RATE, chirp, save_tiny_whisper, write_recording
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_whisper(tmp_path_factory.mktemp("whisper") / "base")
+
+
+def load(base: Path, **options: Any) -> Loaded:
+    return FAMILY.load(WhisperOptions(path=str(base), **options), CPU)
+
+
+def samples(*texts: str) -> list[AudioText]:
+    return [
+        AudioText(str(index), Path(), transcript=text, waveforms=(torch.from_numpy(chirp(0.3 + 0.1 * index)),))
+        for index, text in enumerate(texts)
+    ]
+
+
+def batch(loaded: Loaded, *texts: str) -> Batch:
+    return FAMILY.collate(FAMILY.prepare(loaded, samples(*texts), frozenset()))
+
+
+class TestPreparing:
+    def test_features_are_those_of_transformers(self, base: Path, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav", "one")
+        config = RecordingDataConfig(path=str(tmp_path))
+        loaded = load(base)
+        opened = [KIND.open(sample, config) for sample in KIND.read(config, loaded.info)]  # type: ignore[arg-type]
+        (item,) = FAMILY.prepare(loaded, opened, frozenset())
+        extractor = WhisperFeatureExtractor.from_pretrained(base)
+        sound = opened[0].waveforms[0].numpy()
+        assert np.abs(sound - chirp()).max() < 1e-4
+        expected = extractor([sound], sampling_rate=RATE, return_tensors="pt").input_features
+        assert torch.equal(item.tensors["features"], expected)
+        assert item.tensors["num_frames"].tolist() == [50]
+
+    @pytest.mark.parametrize(
+        ("sample", "options", "expected"),
+        [
+            ({}, {}, "<|en|><|transcribe|><|notimestamps|>one two<|endoftext|>"),
+            ({"language": "de", "task": "translate"}, {}, "<|de|><|translate|><|notimestamps|>one two<|endoftext|>"),
+            ({}, {"timestamps": True}, "<|en|><|transcribe|><|0.00|>one<|0.20|> two<|0.40|><|endoftext|>"),
+        ],
+    )
+    def test_labels(self, base: Path, sample: dict[str, str], options: dict[str, Any], expected: str) -> None:
+        loaded = load(base, **options)
+        text = "<|0.00|>one<|0.20|> two<|0.40|>"
+        ids = _speech.labels(
+            loaded.modules["tokenizer"], AudioText("a", Path(), transcript=text, **sample), loaded.options, loaded.info
+        )
+        tokenizer = WhisperTokenizer.from_pretrained(base)
+        assert "".join(tokenizer.convert_ids_to_tokens(ids)).replace("Ġ", " ") == expected
+        assert loaded.info.count_tokens([text])[0] >= len(ids) + 1  # type: ignore[attr-defined]
+
+    def test_cache_key_names_tokens_and_not_weights(self, base: Path, tmp_path: Path) -> None:
+        def key(folder: Path, **options: Any) -> str:
+            return FAMILY.cache_key(WhisperOptions(path=str(folder), **options), frozenset())
+
+        other = save_tiny_whisper(tmp_path / "other", without=("<|de|>",))
+        assert len({key(base), key(base, timestamps=True), key(base, language="de"), key(other)}) == 4
+        assert key(base) == key(base, dtype="bf16", mask_time_prob=0.1)
+
+
+class TestLoss:
+    def test_equals_the_reference(self, base: Path) -> None:
+        loaded = load(base)
+        inputs = batch(loaded, "one", "two three", "a")
+        found = FAMILY.loss(loaded, inputs, derive(0, "loss")).per_sample
+        model = loaded.modules["model"].double()
+        start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+        for row, (features, labels) in enumerate(
+            zip(inputs.tensors["features"], inputs.tensors["labels"], strict=True)
+        ):
+            own = [int(label) for label in labels if label != -100]
+            ids = torch.tensor([[start, *own[:-1], *[pad] * 3]])  # padding on the right changes nothing
+            logits = model(input_features=features.double(), decoder_input_ids=ids).logits[0]
+            steps = [torch.logsumexp(logits[at], 0) - logits[at, label] for at, label in enumerate(own)]
+            expected = torch.stack(steps).mean()
+            torch.testing.assert_close(found[row].double(), expected, rtol=1e-5, atol=1e-5)
+            theirs = model(input_features=features.double(), labels=torch.tensor([own])).loss
+            torch.testing.assert_close(expected, theirs)
+
+    def test_masks_are_those_of_transformers(self, base: Path) -> None:
+        loaded = load(base, mask_time_prob=0.3, mask_time_length=5, mask_feature_prob=0.4, mask_feature_length=3)
+        inputs = batch(loaded, "one", "two")
+        features, frames = inputs.tensors["features"][:, 0], inputs.tensors["num_frames"][:, 0]
+        before = features.clone()
+        masked = _speech.mask(features, frames, loaded.options, derive(0, "a"))
+        assert torch.equal(features, before)
+        assert torch.equal(masked, _speech.mask(features, frames, loaded.options, derive(0, "a")))
+        assert not torch.equal(masked, _speech.mask(features, frames, loaded.options, derive(0, "b")))
+        core = loaded.modules["model"].model
+        names = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
+        core.config.update({name: getattr(loaded.options, name) for name in names} | {"apply_spec_augment": True})
+        core.training = True
+        sound = (torch.arange(features.shape[2])[None] < frames[:, None]).long()
+        with _speech._numpy_seeded(int(torch.randint(2**31, (1,), generator=derive(0, "a")))):
+            expected = core._mask_input_features(before.clone(), attention_mask=sound)
+        assert torch.equal(masked, expected)
+        state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+        _speech.mask(features, frames, loaded.options, derive(0, "a"))
+        assert np.array_equal(state, np.random.get_state()[1])  # type: ignore[index]
+
+    def test_one_view_is_drawn_for_each_recording(self, base: Path) -> None:
+        loaded = load(base)
+        plain = batch(loaded, "one")
+        silent = {**plain.tensors, "features": plain.tensors["features"].repeat(1, 2, 1, 1)}
+        silent["features"][:, 1] = 0
+        silent["num_frames"] = plain.tensors["num_frames"].repeat(1, 2)
+        both = Batch(plain.keys, silent)
+        found = {FAMILY.loss(loaded, both, derive(seed)).per_sample.item() for seed in range(8)}
+        assert len(found) == 2
+        assert FAMILY.loss(loaded, plain, derive(0)).per_sample.item() in found
+
+
+def train_some(loaded: Loaded, options: WhisperOptions, num_steps: int = 1) -> list[float]:
+    config = AdapterConfig(rank=2, alpha=3.0, parts=tuple(FAMILY.parts), targets=("all-linear",))
+    made = plan(FAMILY.skeleton(options), FAMILY.parts, config)
+    params = inject(loaded, made, variants.find("lora", options.quantization), 0.0, 0)
+    optimizer = torch.optim.Adam([value for own in params.values() for value in own.values()], lr=0.05)
+    inputs, losses = batch(loaded, "one", "two three"), []
+    for _ in range(num_steps):
+        loss = FAMILY.loss(loaded, inputs, derive(0, "loss")).per_sample.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+class TestFiles:
+    def test_peft_loads_the_folder_on_the_whole_model(self, base: Path, tmp_path: Path) -> None:
+        loaded, options = load(base), WhisperOptions(path=str(base))
+        train_some(loaded, options, 2)
+        key_map = FAMILY.key_map("peft", options)
+        folder = write_verified(
+            read_state(loaded), key_map, registry.find("formats", "peft"), tmp_path / "adapter", torch.float32
+        )
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        plain = WhisperForConditionalGeneration.from_pretrained(base).eval()
+        inputs = {
+            "input_features": batch(loaded, "one").tensors["features"][:, 0],
+            "decoder_input_ids": torch.tensor([[plain.config.decoder_start_token_id, 7, 8]]),
+        }
+        with torch.no_grad():
+            before = plain(**inputs).logits
+            theirs = PeftModel.from_pretrained(plain, folder).eval()(**inputs).logits
+            ours = loaded.modules["model"](**inputs).logits
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+        assert (ours - before).abs().max() > 0.01
+
+    def test_names_without_a_base_are_those_of_every_base(self, base: Path) -> None:
+        everything = dict(FAMILY.key_map("peft", None))
+        own = dict(FAMILY.key_map("peft", WhisperOptions(path=str(base))))
+        assert own.items() <= everything.items()
+        assert everything[ModuleKey("decoder", "layers.31.encoder_attn.k_proj")] == (
+            "model.decoder.layers.31.encoder_attn.k_proj"
+        )
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("8bit", "Linear8bitLt"), ("nf4", "Linear4bit")])
+def test_quantized_bases_train(base: Path, kind: str, layer: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    loaded = load(base, quantization=kind)
+    assert type(loaded.parts["decoder"].layers[0].encoder_attn.q_proj).__name__ == layer  # type: ignore[index, union-attr]
+    assert type(loaded.modules["model"].proj_out).__name__ == "Linear"
+    plain = FAMILY.loss(load(base), batch(load(base), "one", "two three"), derive(0, "loss")).per_sample.mean().item()
+    first, second, third = train_some(loaded, WhisperOptions(path=str(base), quantization=kind), 3)
+    assert first == pytest.approx(plain, rel=0.1)
+    assert third < second < first
+
+
+class TestBadBases:
+    @pytest.fixture
+    def own(self, base: Path, tmp_path: Path) -> Path:
+        return shutil.copytree(base, tmp_path / "own")
+
+    def refused(self, path: Path | str, fault: str, **options: Any) -> None:
+        with pytest.raises(ModelError) as raised:
+            FAMILY.check(WhisperOptions(path=str(path), **options))
+        assert fault in str(raised.value)
+
+    def test_language_without_a_token(self, base: Path) -> None:
+        self.refused(base, "has no token for model.language=fr, only for en, de", language="fr")
+
+    def test_timestamps_without_tokens(self, tmp_path: Path) -> None:
+        own = save_tiny_whisper(tmp_path / "own", without=("<|notimestamps|>",))
+        self.refused(own, "its tokenizer lacks <|notimestamps|>")
+
+    def test_english_only(self, own: Path) -> None:
+        file = own / "generation_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"is_multilingual": False}))
+        self.refused(own, "it knows English only", task="translate")
+        loaded = load(own)
+        ids = _speech.labels(loaded.modules["tokenizer"], samples("a")[0], loaded.options, loaded.info)  # type: ignore[arg-type]
+        assert loaded.modules["tokenizer"].decode(ids) == "<|notimestamps|>a<|endoftext|>"
+
+    def test_features_of_another_length(self, own: Path) -> None:
+        file = own / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"max_source_positions": 40}))
+        self.refused(own, "its feature extractor gives 100 frames, and its encoder takes 80")
+
+    def test_another_type(self, own: Path) -> None:
+        file = own / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "llava"}))
+        self.refused(own, "is of the type llava, not whisper")
+
+    def test_weights(self, own: Path) -> None:
+        file = own / "model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        file.write_bytes(file.read_bytes()[:-100])
+        self.refused(own, "is cut off or damaged")
+        tensors.pop("model.encoder.layers.0.fc1.weight")
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(ModelError, match=r"(?s)lack 1 tensors.*encoder\.layers\.0\.fc1\.weight is missing"):
+            load(own)
+        file.unlink()
+        self.refused(own, "holds no weights")
+
+    @pytest.mark.parametrize(
+        ("path", "fault"),
+        [("builtin:emoji", "known: builtin:digits"), ("nowhere", "there is no such folder or file")],
+    )
+    def test_nothing_there(self, path: str, fault: str) -> None:
+        self.refused(path, fault)
