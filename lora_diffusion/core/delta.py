@@ -53,7 +53,7 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
     """
     try:
         return _delta_weight(without_tucker(adapter), base_weight)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError) as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
         wanted = "" if base_weight is None else f" for a weight of {list(base_weight.shape)}"
         raise AdapterFileError(

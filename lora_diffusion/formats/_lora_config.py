@@ -109,6 +109,8 @@ def check_config(config: Any, source: Path) -> None:
     kind = config.get("peft_type", "LORA")
     asked = [name for name in _OTHER_KINDS if config.get(name)]
     known = dict.fromkeys(own.peft_type for own in _KINDS.values())
+    if not isinstance(kind, str):
+        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: peft_type is no text.")
     if kind not in known or asked or config.get("bias", "none") != "none":
         what = f"a {kind} adapter" if kind not in known else f"{kind.lower()} with {', '.join(asked) or 'bias'}"
         raise UnsupportedError(f"{source} is {what}; {', '.join(known)} without it can be read.")
