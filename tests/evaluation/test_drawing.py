@@ -15,7 +15,7 @@ from lora_diffusion.evaluation.drawing import CHUNK, Chunk, draw_missing, lay_ou
 
 REQUEST = Request("a cat", 3, "blur", 20, 5.0, (64, 64))
 LOOKS = {"base": (), "a@0.0": look([("x", 0.0)]), "a@1.0": look([("x", 1.0)])}
-REQUESTS = {(case, seed): Request(f"prompt {case}", seed) for case in range(5) for seed in range(4)}
+REQUESTS = {(case, seed): Request(f"prompt {case}", seed, guidance=5.0) for case in range(5) for seed in range(4)}
 
 
 class Pen:
@@ -110,7 +110,7 @@ def test_evaluations_share_a_cache(chunks: Sequence[Chunk], tmp_path: Path) -> N
 
 
 def test_pictures_tell_their_settings(tmp_path: Path) -> None:
-    (chunk,) = lay_out("k", {"base": ()}, {(0, 7): Request("prompt 0", 7)}).chunks
+    (chunk,) = lay_out("k", {"base": ()}, {(0, 7): Request("prompt 0", 7, guidance=5.0)}).chunks
     draw_missing([chunk], tmp_path, None, Pen())
     (path,) = tmp_path.iterdir()
     assert Image.open(path).text["parameters"].startswith("prompt 0\nSteps: 25")  # type: ignore[attr-defined]
