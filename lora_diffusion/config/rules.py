@@ -45,7 +45,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.gradient_accumulation": _AT_LEAST_ONE,
     "train.learning_rate": _POSITIVE,
     "train.text_encoder_learning_rate": _POSITIVE,
-    "train.optimizer": _one_of("adamw"),
+    "train.optimizer": _one_of("adamw", "adamw8bit", "paged_adamw8bit"),
     "train.weight_decay": _NOT_NEGATIVE,
     "train.schedule": _one_of("constant", "linear", "cosine"),
     "train.warmup_steps": _NOT_NEGATIVE,
@@ -102,6 +102,10 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
             f"train.text_encoder_learning_rate={train.text_encoder_learning_rate}: no text encoder is trained; "
             "add text_encoder to adapter.parts or drop this key"
         )
+    for text in train.part_learning_rates:
+        part, _, rate = text.partition("=")
+        if part not in adapter.parts or not _is_positive(rate):
+            yield f"train.part_learning_rates: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
     if preview.prompts and not train.preview_every_steps:
         yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
     yield from _evaluate_relations(sections["evaluate"])
@@ -119,6 +123,13 @@ def _evaluate_relations(evaluate: Any) -> Iterator[str]:
         value = getattr(evaluate, key)
         if value and not evaluate.references:
             yield f"evaluate.{key}={value}: needs evaluate.references, pictures to compare with"
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _shown(value: Any) -> str:

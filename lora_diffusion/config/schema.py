@@ -163,10 +163,14 @@ class AdapterConfig:
     dropout: float = 0.0
     """Share of the layer's inputs that the adapter does not see in a training step, 0 to 1."""
     parts: tuple[str, ...] = ("unet",)
-    """Networks that get an adapter: unet, text_encoder; of Whisper encoder, decoder."""
+    """Networks that get an adapter: unet, text_encoder; of Whisper encoder, decoder; of LLaVA language_model,
+    projector, vision_tower."""
     targets: tuple[str, ...] = ("attn",)
     """Modules that get one: a group (attn, ff, conv, all-linear), the path of a module, or re:PATTERN for paths that
     the regular expression matches as a whole. "unet/attn" asks in one part only."""
+    full: tuple[str, ...] = ()
+    """Those of the parts in which the weight of every linear layer and convolution is trained in full, whatever the
+    targets, as is usual with LLaVA's projector; norms and biases stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,11 @@ class TrainConfig:
     """Highest learning rate of the UNet's adapter."""
     text_encoder_learning_rate: float | None = None
     """The same for text encoders; None takes a tenth of learning_rate."""
+    part_learning_rates: tuple[str, ...] = ()
+    """The same for single parts, each as part=rate, such as projector=2e-5."""
     optimizer: str = "adamw"
-    """adamw."""
+    """adamw, adamw8bit (moments in 8 bits: a quarter of their memory) or paged_adamw8bit (which may lie in main memory
+    where the GPU's is full)."""
     weight_decay: float = 0.01
     """Decoupled weight decay of AdamW."""
     schedule: str = "cosine"

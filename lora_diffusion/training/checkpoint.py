@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_diffusion.core.errors import CheckpointError, ConfigError
 from lora_diffusion.core.files import atomic_path, remove_leftovers, sha256, write_json
 from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.training import optim
 from lora_diffusion.training.optim import Params, named
 
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
@@ -160,16 +161,15 @@ def load_optimizer(path: Path, params: Params, optimizer: torch.optim.Optimizer)
     for key, value in saved.items():
         name, _, entry = key.rpartition("/")
         entries[name][entry] = value
-    # torch numbers the parameters in the order of the groups, which is the order of `named`.
-    state = {index: entry for index, entry in enumerate(entries.values()) if entry}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    # The order of the groups is the order of `named`.
+    optim.load_state(optimizer, list(entries.values()))
 
 
 def _moments(params: Params, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}/{entry}": _plain(torch.as_tensor(value))
+        f"{name}/{entry}": _plain(value)
         for name, parameter in named(params)
-        for entry, value in optimizer.state.get(parameter, {}).items()
+        for entry, value in optim.read_state(optimizer, parameter).items()
     }
 
 

@@ -2,27 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.errors import ConfigError, UnsupportedError
+from lora_diffusion.core.extras import require
 
 Params = Mapping[str, Mapping[str, nn.Parameter]]
 """Part -> name of the parameter in the part -> the trainable parameter, float32."""
 
 
-def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+_SMALLEST_8BIT = 4096
+"""Parameters with fewer numbers keep their moments in 32 bits, as bitsandbytes has it."""
+_BLOCK_8BIT = 256
+_Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One value of `train.optimizer`."""
+
+    build: Callable[[_Groups, TrainConfig], torch.optim.Optimizer]
+    devices: frozenset[str] | None = None
+    """Kinds of device it runs on; None means all."""
+    is_8bit: bool = False
+
+
+def _adamw(groups: _Groups, config: TrainConfig) -> torch.optim.Optimizer:
     kinds = {parameter.device.type for group in groups for parameter in group["params"]}
     # One fused kernel is the fastest form; torch has it for these devices.
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=kinds <= {"cpu", "cuda"})
 
 
-OPTIMIZERS: Mapping[str, Callable[[list[dict[str, Any]], TrainConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
-"""`train.optimizer` -> builder."""
+def _adamw8bit(groups: _Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    made: torch.optim.Optimizer = bnb.optim.AdamW8bit(groups, weight_decay=config.weight_decay)
+    return made
+
+
+def _paged_adamw8bit(groups: _Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    made: torch.optim.Optimizer = bnb.optim.PagedAdamW8bit(groups, weight_decay=config.weight_decay)
+    return made
+
+
+OPTIMIZERS: Mapping[str, _Kind] = {
+    "adamw": _Kind(_adamw),
+    "adamw8bit": _Kind(_adamw8bit, frozenset({"cpu", "cuda", "xpu"}), is_8bit=True),
+    "paged_adamw8bit": _Kind(_paged_adamw8bit, frozenset({"cuda", "xpu"}), is_8bit=True),
+}
+"""`train.optimizer` -> how it is built (Dettmers et al. 2021, arXiv 2110.02861, for 8 bits)."""
+
+
+def check(config: TrainConfig, device: torch.device) -> None:
+    """Checks that the optimizer can run; call it before anything is loaded.
+
+    Raises:
+        ConfigError: there is no such optimizer.
+        UnsupportedError: bitsandbytes is missing, or cannot run it on the device.
+    """
+    if config.optimizer not in OPTIMIZERS:
+        raise ConfigError(f"train.optimizer={config.optimizer} is unknown; use one of {', '.join(OPTIMIZERS)}.")
+    kind = OPTIMIZERS[config.optimizer]
+    if kind.is_8bit:
+        require("bitsandbytes", f"train.optimizer={config.optimizer}", "quantized")
+    if kind.devices is not None and device.type not in kind.devices:
+        able = [name for name, other in OPTIMIZERS.items() if other.devices is None or device.type in other.devices]
+        raise UnsupportedError(
+            f"train.optimizer={config.optimizer} cannot run on the device {device.type}: bitsandbytes has it for "
+            f"{', '.join(sorted(kind.devices))}; use {' or '.join(able)}."
+        )
+
+
+def state_bytes(name: str, num_parameters: int) -> int:
+    """Returns what an optimizer keeps for one parameter tensor.
+
+    Args:
+        name: value of `train.optimizer`.
+        num_parameters: numbers in the tensor.
+    """
+    if OPTIMIZERS[name].is_8bit and num_parameters >= _SMALLEST_8BIT:
+        return 2 * (num_parameters + 4 * -(-num_parameters // _BLOCK_8BIT))
+    return 2 * 4 * num_parameters
 
 
 def named(params: Params) -> Iterable[tuple[str, nn.Parameter]]:
@@ -34,6 +102,9 @@ def named(params: Params) -> Iterable[tuple[str, nn.Parameter]]:
 
 def learning_rate(config: TrainConfig, part: str) -> float:
     """Returns the highest learning rate of a part; text encoders take a tenth unless the config says otherwise."""
+    named = dict(text.split("=") for text in config.part_learning_rates)
+    if part in named:
+        return float(named[part])
     if not part.startswith("text_encoder"):
         return config.learning_rate
     own = config.text_encoder_learning_rate
@@ -45,9 +116,8 @@ def build(config: TrainConfig, params: Params) -> torch.optim.Optimizer:
 
     Raises:
         ConfigError: unknown optimizer, or nothing to train.
+        UnsupportedError: the optimizer cannot run here.
     """
-    if config.optimizer not in OPTIMIZERS:
-        raise ConfigError(f"train.optimizer={config.optimizer} is unknown; use one of {', '.join(OPTIMIZERS)}.")
     rates = {part: learning_rate(config, part) for part in params}
     groups = [
         {"params": list(own.values()), "lr": rates[part], "initial_lr": rates[part], "part": part}
@@ -56,7 +126,8 @@ def build(config: TrainConfig, params: Params) -> torch.optim.Optimizer:
     ]
     if not groups:
         raise ConfigError("There is nothing to train: adapter.parts and adapter.targets select no parameter.")
-    return OPTIMIZERS[config.optimizer](groups, config)
+    check(config, groups[0]["params"][0].device)
+    return OPTIMIZERS[config.optimizer].build(groups, config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -64,3 +135,32 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return float(optimizer.param_groups[0]["lr"])
+
+
+def read_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Returns what the optimizer keeps for a parameter; tables that are the same for all are left out."""
+    kept = optimizer.state.get(parameter, {})
+    return {name: torch.as_tensor(value) for name, value in kept.items() if not name.startswith("qmap")}
+
+
+def load_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Gives an optimizer what `read_state` read, bit for bit.
+
+    Args:
+        optimizer: without state.
+        states: one for each parameter, in their order; empty where nothing was kept.
+    """
+    if not hasattr(optimizer, "init_state"):
+        numbered = {index: dict(state) for index, state in enumerate(states) if state}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
+        return
+    # bitsandbytes: its own buffers may be paged, and its load_state_dict makes others.
+    remaining = iter(states)
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            saved = next(remaining)
+            if saved:
+                optimizer.init_state(group, parameter, group_index, index)
+            own = optimizer.state[parameter] if saved else {}
+            for name, value in saved.items():
+                own[name] = int(value) if name == "step" else own[name].copy_(value)

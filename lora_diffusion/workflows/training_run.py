@@ -29,7 +29,7 @@ from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import KINDS, Report
 from lora_diffusion.formats import check_output
 from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.training import checkpoint, memory, record, run_folder
+from lora_diffusion.training import checkpoint, memory, optim, record, run_folder
 from lora_diffusion.training.hooks import Hook, PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer, total_steps
@@ -68,6 +68,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
     variant = variants.find(config.adapter.variant, config.model.quantization)
+    optim.check(config.train, pick_device())
     check_output(config.output.formats, variant.stored)
     info = family.check(config.model)
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
