@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_diffusion.workflows.adapter_files import export as export
-    from lora_diffusion.workflows.adapter_files import inspect as inspect
     from lora_diffusion.workflows.checkpoints import ExtractResult as ExtractResult
     from lora_diffusion.workflows.checkpoints import MergeResult as MergeResult
     from lora_diffusion.workflows.checkpoints import extract as extract
@@ -21,12 +20,15 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.evaluation import evaluate as evaluate
     from lora_diffusion.workflows.evaluation import evaluate_as_table as evaluate_as_table
     from lora_diffusion.workflows.evaluation import failed_gates as failed_gates
+    from lora_diffusion.workflows.inspection import inspect as inspect
     from lora_diffusion.workflows.metadata_texts import edit_metadata as edit_metadata
     from lora_diffusion.workflows.metadata_texts import metadata_lines as metadata_lines
     from lora_diffusion.workflows.metadata_texts import show_metadata as show_metadata
     from lora_diffusion.workflows.metadata_texts import strip_metadata as strip_metadata
     from lora_diffusion.workflows.pictures import Pictures as Pictures
     from lora_diffusion.workflows.pictures import generate as generate
+    from lora_diffusion.workflows.publishing import Publication as Publication
+    from lora_diffusion.workflows.publishing import push as push
     from lora_diffusion.workflows.reports import read_training as read_training
     from lora_diffusion.workflows.reports import report as report
     from lora_diffusion.workflows.selection import Preference as Preference
@@ -42,14 +44,16 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.verification import verify as verify
 
 _HOMES = {
-    "adapter_files": ("export", "inspect"),
+    "adapter_files": ("export",),
     "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
     "conversion": ("Conversion", "convert"),
     "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
     "metadata_texts": ("edit_metadata", "metadata_lines", "show_metadata", "strip_metadata"),
+    "inspection": ("inspect",),
     "pictures": ("Pictures", "generate"),
+    "publishing": ("Publication", "push"),
     "reports": ("read_training", "report"),
     "selection": ("Preference", "Selection", "select"),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),

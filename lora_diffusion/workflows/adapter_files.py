@@ -1,4 +1,4 @@
-"""Work on adapter files; none of it loads a base model."""
+"""The adapter of a run in other spellings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.files import atomic_path
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.formats import FileReport, describe_file
+from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import verification
@@ -18,7 +18,7 @@ from lora_diffusion.workflows._steps import read_adapter
 
 
 def export(
-    run_path: Path, format_name: str, output_path: Path, *, clients: Sequence[str] = (), overwrite: bool = False
+    run_path: Path, format_name: str, output_path: Path, *, clients: Sequence[str] = (), card: bool = False, overwrite: bool = False
 ) -> Path:
     """Writes the adapter of a finished run in a format, if the clients of that format would apply all of it.
 
@@ -27,6 +27,7 @@ def export(
         format_name: spelling.
         output_path: file, or folder if the format is one.
         clients: those that must apply it; without any, those that read the spelling and the kind of adapter.
+        card: write a model card, README.md, beside it.
         overwrite: replace what is there.
 
     Raises:
@@ -46,8 +47,3 @@ def export(
         faults = verification.faults(temporary, format_name, family, config.model, clients)
         verification.require_sound(output_path, faults)
     return output_path
-
-
-def inspect(path: Path) -> FileReport:
-    """Says what an adapter file is; needs no base model."""
-    return describe_file(path)
