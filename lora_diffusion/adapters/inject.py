@@ -18,7 +18,7 @@ from lora_diffusion.adapters._engines import ENGINES, LAYERS, Engine
 from lora_diffusion.adapters._frozen import frozen_weight
 from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.switch import switch_of
-from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.adapters.variants import FULL, Variant
 from lora_diffusion.core import rng
 from lora_diffusion.core.delta import AXES, norms
 from lora_diffusion.core.errors import ConfigError, RunError
@@ -32,6 +32,7 @@ class Slot(NamedTuple):
     """As in ModuleAdapter."""
     rank: int
     alpha: float
+    dropout: float = 0.0
 
 
 Make = Callable[[ModuleKey, Any], ModuleAdapter]
@@ -46,8 +47,9 @@ def inject(
     Args:
         loaded: its networks are changed in place and `loaded.adapters` is set.
         plan: made from the same base and variant.
-        variant: kind of adapter.
-        dropout: acts wherever a gradient is recorded, whether the network is in training mode or not.
+        variant: kind of adapter of all that is not trained in full.
+        dropout: of all that is not trained in full; acts wherever a gradient is recorded, whether the network is in
+            training mode or not.
         seed: decides the first values; those of a module depend on the seed and its name only.
         name: adapter name.
 
@@ -60,20 +62,25 @@ def inject(
         ConfigError: the name is taken.
     """
     planned = {module.key: module for module in plan.modules}
-    slots = {key: Slot(variant.stored, module.rank, module.alpha) for key, module in planned.items()}
+    kinds = {key: FULL if module.identity else variant for key, module in planned.items()}
+    slots = {
+        key: Slot(kinds[key].stored, module.rank, module.alpha, 0.0 if module.identity else dropout)
+        for key, module in planned.items()
+    }
 
     def make(key: ModuleKey, base: Any) -> ModuleAdapter:
-        return _new_adapter(planned[key], variant, base, seed)
+        return _new_adapter(planned[key], kinds[key], base, seed)
 
-    add_adapter(loaded, slots, name, make, dropout=dropout)
+    add_adapter(loaded, slots, name, make)
     for part in plan.part_sizes:
         loaded.parts[part].requires_grad_(False)
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.part_sizes}
-    engine = ENGINES[variant.stored]
-    for key in planned:
+    for key, module in planned.items():
+        engine = ENGINES[kinds[key].stored]
         for tensor, parameter in engine.parameters(_layer(loaded, key, engine), name).items():
-            parameter.requires_grad_(True)
-            parameters[key.part][f"{key.path}.{tensor}"] = parameter
+            if tensor != module.identity:
+                parameter.requires_grad_(True)
+                parameters[key.part][f"{key.path}.{tensor}"] = parameter
     return parameters
 
 
@@ -83,7 +90,6 @@ def add_adapter(
     name: str,
     make: Make,
     *,
-    dropout: float = 0.0,
     weight: float = 1.0,
 ) -> None:
     """Adds a frozen adapter of what `make` gives for each module; other adapters stay as they are."""
@@ -100,7 +106,7 @@ def add_adapter(
         base = layer.get_base_layer()
         adapter = make(key, base)
         tensors = {tensor: values.to(base.weight.device, torch.float32) for tensor, values in adapter.tensors.items()}
-        engine.fill(layer, name, replace(adapter, tensors=tensors), dropout)
+        engine.fill(layer, name, replace(adapter, tensors=tensors), slot.dropout)
     switch.weights[name] = 0.0
     switch.set_weights({**switch.weights, name: weight})
 
@@ -188,7 +194,7 @@ def _check(layer: Any, key: ModuleKey, slot: Slot, name: str) -> None:
             f"PEFT gave {key.part}/{key.path}, which is a {base.__name__}, the layer for unquantized weights. The base "
             "must be loaded with its quantization flags set; set model.quantization=none to go on without."
         )
-    if (layer.r[name], engine.describe(layer, name)[1]) != slot[1:]:
+    if (layer.r[name], engine.describe(layer, name)[1]) != (slot.rank, slot.alpha):
         raise RunError(f"PEFT gave {key.part}/{key.path} another size than {slot}; please report this.")
 
 
@@ -202,7 +208,7 @@ def _new_adapter(module: PlannedModule, variant: Variant, base: Any, seed: int) 
     if "magnitude" in module.tensors:
         weight = frozen_weight(base).float()
         tensors["magnitude"] = norms(weight, AXES[variant.stored])
-    return ModuleAdapter(variant.stored, tensors, module.alpha)
+    return ModuleAdapter(variant.stored, tensors | module.fixed(), module.alpha)
 
 
 def _first_values(key: ModuleKey, tensor: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import ModuleKey, Part
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _SHOWN_FAULTS = 10
 
@@ -35,14 +35,24 @@ class PlannedModule:
     alpha: float
     """The change is scaled by alpha / rank, also for rslora."""
     tensors: Mapping[str, tuple[int, ...]] = field(hash=False)
-    """Name -> shape of what is trained."""
+    """Name -> shape of the adapter's tensors; all of them are trained but `identity`."""
     num_parameters: int
-    """Of the adapter."""
+    """Those that are trained."""
+    identity: str = ""
+    """Tensor that is the identity and stays so, since the weight is trained in full; "" where there is none."""
 
     @property
     def key(self) -> ModuleKey:
         """Returns the module's name."""
         return ModuleKey(self.part, self.path)
+
+    def fixed(self) -> dict[str, Tensor]:
+        """Returns the tensors that are not trained."""
+        import torch
+
+        if not self.identity:
+            return {}
+        return {self.identity: torch.eye(self.rank).reshape(self.tensors[self.identity])}
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def _restored(values: Mapping[str, Any]) -> PlannedModule:
 
 
 def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig) -> InjectionPlan:
-    """Resolves `adapter.parts` and `adapter.targets` to modules.
+    """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules.
 
     Args:
         skeleton: part -> network; the meta device is enough.
@@ -110,12 +120,16 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
     variant = variants.find(config.variant)
     _check_numbers(config, variant)
     _check_parts(config.parts, skeleton, declared)
+    _check_full(config, variant)
     searches = {part: _Search(part, skeleton[part], declared[part]) for part in config.parts}
+    by_targets = {part: search for part, search in searches.items() if part not in config.full}
     added = [
-        f"{part}/{group}" for group in variant.added_targets for part in config.parts if group in declared[part].groups
+        f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
     ]
-    for target in (*config.targets, *added):
-        _resolve(target, searches, declared)
+    for target in (*config.targets, *added) if by_targets else ():
+        _resolve(target, by_targets, declared)
+    for part in config.full:
+        searches[part].found |= {path for path, module in searches[part].modules.items() if _kind(module)}
     empty = [part for part, search in searches.items() if not search.found]
     if empty:
         raise TargetError(
@@ -243,6 +257,18 @@ def _check_parts(parts: Sequence[str], skeleton: Mapping[str, nn.Module], declar
             )
 
 
+def _check_full(config: AdapterConfig, variant: Variant) -> None:
+    for part in config.full:
+        if part not in config.parts:
+            raise ConfigError(f"adapter.full asks for {part}, which is not trained; add it to adapter.parts.")
+    if config.full and variant.stored != variants.FULL.stored:
+        able = ", ".join(other.name for other in variants.VARIANTS.values() if other.stored == variants.FULL.stored)
+        raise ConfigError(
+            f"adapter.full={_shown(config.full)} does not go with adapter.variant={variant.name}, since PEFT holds one "
+            f"kind in a file; use one of {able}."
+        )
+
+
 def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant) -> None:
     limits = {module: variants.largest_rank(module.shape) for module in modules if variant.has_largest_rank}
     small = [module for module, limit in limits.items() if module.rank > limit]
@@ -257,6 +283,8 @@ def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, varian
 
 def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, variant: Variant) -> PlannedModule:
     shape = tuple(module.get_parameter("weight").shape)
+    if part in config.full:
+        return _planned_in_full(part, path, _kind(module), shape)
     rank, alpha = _size(shape, config)
     tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
@@ -269,6 +297,15 @@ def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, var
         tensors=tensors,
         num_parameters=sum(math.prod(own) for own in tensors.values()),
     )
+
+
+def _planned_in_full(part: str, path: str, kind: str, shape: tuple[int, ...]) -> PlannedModule:
+    rank = variants.largest_rank(shape)
+    tensors = variants.FULL.shapes(shape, rank, -1)
+    # The square factor is the identity, so that the other is the change of the weight.
+    identity = "down" if rank == math.prod(shape[1:]) else "up"
+    trained = math.prod(shape)
+    return PlannedModule(part, path, kind, shape, rank, float(rank), tensors, trained, identity)
 
 
 def _size(shape: Sequence[int], config: AdapterConfig) -> tuple[int, float]:

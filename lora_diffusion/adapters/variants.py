@@ -141,6 +141,17 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
+FULL = Variant(
+    name="full",
+    summary="the whole change of the weight, as a lora of the largest rank whose square factor is the identity",
+    shapes=_lora,
+    zeros=frozenset({"down", "up"}),
+    stored="lora",
+    has_dropout=False,
+)
+"""What the parts in `adapter.full` get. Its file is that of a lora, which every tool reads, merges and cuts down."""
+
+
 def find(name: str, quantization: str = "none") -> Variant:
     """Returns the variant of that name.
 

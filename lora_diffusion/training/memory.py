@@ -82,7 +82,9 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
             enable(partial(checkpoint, **settings))
         else:
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            next(getattr(network, name) for name in names if hasattr(network, name))(settings)
+            # A part that is only a few layers, as LLaVA's projector, has no blocks to recompute.
+            for own in [getattr(network, name) for name in names if hasattr(network, name)][:1]:
+                own(settings)
         network.train()
 
 

@@ -34,14 +34,12 @@ def read_checkpoint(path: Path, config: Config, family: Family) -> AdapterState:
     tensors = checkpoint.read_adapter(path)
     stored = variants.find(config.adapter.variant, config.model.quantization).stored
     planned = make_plan(family.skeleton(config.model), family.parts, config.adapter).modules
-    return AdapterState(
-        {
-            module.key: ModuleAdapter(
-                stored, {name: tensors[f"{module.part}/{module.path}.{name}"] for name in module.tensors}, module.alpha
-            )
-            for module in planned
-        }
-    )
+    modules = {}
+    for module in planned:
+        fixed = module.fixed()
+        own = {name: tensors[f"{module.part}/{module.path}.{name}"] for name in module.tensors if name not in fixed}
+        modules[module.key] = ModuleAdapter(stored, own | fixed, module.alpha)
+    return AdapterState(modules)
 
 
 def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
