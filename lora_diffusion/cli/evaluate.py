@@ -73,9 +73,8 @@ def run(args: argparse.Namespace) -> None:
         if model.path == REQUIRED:
             raise ConfigError(f"{args.config} names no base; give model.path in it, or --model instead of --config.")
     set_up_logs(args)
-    from accelerate import PartialState
-
     from lora_diffusion import workflows
+    from lora_diffusion.core.device import process_group
 
     question = workflows.Question(
         output_path=args.output,
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     )
     evaluation = workflows.evaluate(question)
     failed = workflows.failed_gates(evaluation, args.gates)
-    if PartialState().is_main_process:
+    if process_group().is_main_process:
         text = f"{evaluation.text()}\nScores and pictures are in {args.output}"
         print_result(args, {**evaluation.to_json(), "failed": failed}, text)
     if failed:

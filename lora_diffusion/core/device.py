@@ -8,13 +8,21 @@ from lora_diffusion.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
+
+
+def process_group() -> PartialState:
+    """Returns this process among those that `accelerate launch` started, on the CPU if it was told so."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # Only Accelerator reads this flag by itself; without it the processes would not know of each other.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def pick_device() -> torch.device:
     """Returns cuda, else mps, else cpu; each process that `accelerate launch` starts gets a GPU of its own."""
-    from accelerate import PartialState
-
-    device: torch.device = PartialState().device
+    device: torch.device = process_group().device
     return device
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from lora_diffusion.core.device import process_group
 from lora_diffusion.core.protocols import Metric
 from lora_diffusion.core.types import Evidence, Request, Scores
 from lora_diffusion.evaluation import drawing, results
@@ -77,24 +77,24 @@ def run(task: Task, draw: Draw, scorers: Scorers, folder: Path, cache: Path | No
         folder: gets `pictures/`, `scores.csv` and `evaluation.json`; all processes must see it.
         cache: folder of pictures that evaluations share.
     """
-    processes = PartialState()
+    group = process_group()
     sheet = drawing.lay_out(task.base_key, task.looks, _requests(task))
-    share = processes.process_index, processes.num_processes
+    share = group.process_index, group.num_processes
     drawing.draw_missing(sheet.chunks, folder / PICTURES, cache, draw, share)
-    processes.wait_for_everyone()
+    group.wait_for_everyone()
     evaluation = _score(task, _Pictures(task, sheet.keys, folder, scorers))
-    if processes.is_main_process:
+    if group.is_main_process:
         results.write(evaluation, folder)
-    processes.wait_for_everyone()
+    group.wait_for_everyone()
     return evaluation
 
 
 def encode_shared(function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
     """Returns what a function gives for all items, computed by all processes in the very batches of a single one."""
-    processes = PartialState()
-    if processes.num_processes == 1:
+    group = process_group()
+    if group.num_processes == 1:
         return function(items)
-    own = range(0, len(items), BATCH)[processes.process_index :: processes.num_processes]
+    own = range(0, len(items), BATCH)[group.process_index :: group.num_processes]
     parts = gather_object([(start, function(items[start : start + BATCH])) for start in own])
     return torch.cat([rows for _, rows in sorted(parts, key=lambda part: part[0])])
 

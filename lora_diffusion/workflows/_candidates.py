@@ -184,6 +184,5 @@ def looks(entries: Mapping[str, tuple[Entry, Candidate]]) -> dict[str, Look]:
     """Returns candidate -> what makes its pictures; the base comes first."""
     found: dict[str, Look] = {BASE: ()}
     for name, (entry, candidate) in entries.items():
-        contents = {source.name: source.content for source, _ in entry.parts}
-        found[name] = look({contents[source]: weight for source, weight in candidate.weights.items()})
+        found[name] = look((source.content, candidate.weights[source.name]) for source, _ in entry.parts)
     return found

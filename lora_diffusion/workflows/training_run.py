@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
@@ -18,7 +16,7 @@ from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
-from lora_diffusion.core.device import compute_dtype, find_dtype, frozen_dtype, pick_device
+from lora_diffusion.core.device import compute_dtype, find_dtype, frozen_dtype, pick_device, process_group
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
@@ -79,7 +77,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     _say_what_is_trained(plan, config, samples)
     judging.check(config, samples)
 
-    processes = PartialState()
+    processes = process_group()
     processes.wait_for_everyone()
     with run_folder.alone(run) if processes.is_main_process else nullcontext():
         if processes.is_main_process:
@@ -131,7 +129,7 @@ def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[
 
 
 def _batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:
-    processes = PartialState()
+    processes = process_group()
     return Batches(
         items,
         family.collate,
