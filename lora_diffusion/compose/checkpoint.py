@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder, or a single file with LDM names."""
+    """A diffusers folder, the folder of one transformers model, or a single file with LDM names."""
 
     path: Path
     files: Mapping[Path, frozenset[str]]
@@ -89,9 +89,9 @@ def open_checkpoint(path: Path, parts: Iterable[str], names: KeyMap) -> Checkpoi
     """Looks into a checkpoint without reading weights.
 
     Args:
-        path: diffusers folder or single file.
+        path: diffusers folder, folder of one transformers model, or single file.
         parts: folders of the networks that may be changed.
-        names: of a single file its names, the format "ldm"; of a folder any map that knows all modules.
+        names: of a single file its names, the format "ldm"; of a folder those of the format "peft".
 
     Raises:
         ModelError: nothing is there, or it is no safetensors file.
@@ -100,6 +100,9 @@ def open_checkpoint(path: Path, parts: Iterable[str], names: KeyMap) -> Checkpoi
         spelled = {key: ((None, name if "#" in name else f"{name}.weight"),) for key, name in names}
         return Checkpoint(path, {path: _names(path)}, spelled)
     files = [file for part in parts for file in sorted((path / part).glob("*.safetensors"))]
+    if not files and (whole := sorted(path.glob("model*.safetensors"))):
+        in_model = {key: ((None, f"{name}.weight"),) for key, name in names}
+        return Checkpoint(path, {file: _names(file) for file in whole}, in_model)
     if not files:
         raise ModelError(
             f"{path} holds no networks to work on: give a diffusers folder with {', '.join(parts)}, or a checkpoint "

@@ -72,7 +72,7 @@ def merge(
         VerificationError: what was read back differs.
     """
     changes = _changes(checkpoint, terms)
-    jobs = {checkpoint.path: Path()} if checkpoint.path.is_file() else _folder_jobs(checkpoint.path)
+    jobs = {checkpoint.path: Path()} if checkpoint.path.is_file() else _folder_jobs(checkpoint)
     rewritten = {file for file in jobs if file.suffix == ".safetensors" and (file in changes or dtype)}
     check_space(path, sum(size_after(file, dtype) if file in rewritten else file.stat().st_size for file in jobs))
     with atomic_path(path) as temporary:
@@ -130,13 +130,15 @@ def _check_floating(path: Path, names: Sequence[str]) -> None:
         )
 
 
-def _folder_jobs(folder: Path) -> dict[Path, Path]:
+def _folder_jobs(checkpoint: Checkpoint) -> dict[Path, Path]:
     """Returns file of the folder -> its path below it, for all that belongs to the merged model."""
+    folder = checkpoint.path
     files = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
     visible = {
         file: relative for file, relative in files.items() if not any(part.startswith(".") for part in relative.parts)
     }
-    stale = [file for file, relative in visible.items() if _is_stale(file, relative)]
+    others = {file: relative for file, relative in visible.items() if file not in checkpoint.files}
+    stale = [file for file, relative in others.items() if _is_stale(file, relative)]
     if stale:
         logger.warning(
             "%d weight file(s) are left out, since they would still hold the base without the adapters: %s",

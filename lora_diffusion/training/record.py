@@ -107,7 +107,7 @@ def _training(config: Config, batches: Batches, step: int) -> dict[str, Any]:
     train = config.train
     epochs = -(-step // batches.num_steps_per_epoch)
     return {
-        "unet_lr": train.learning_rate,
+        "unet_lr": train.learning_rate if "unet" in config.adapter.parts else None,
         "text_encoder_lr": learning_rate(train, "text_encoder") if "text_encoder" in config.adapter.parts else None,
         "learning_rate": train.learning_rate,
         "lr_scheduler": train.schedule,
@@ -188,4 +188,5 @@ def _published(kind: Kind, samples: Sequence[Sample]) -> dict[str, Any]:
     folders = Counter(sample.path.parent.name for sample in samples)
     repeats = {sample.path.parent.name: sample.num_repeats for sample in samples}
     dirs = {name: {"n_repeats": repeats[name], "img_count": count} for name, count in folders.items()}
-    return {"tag_frequency": count_tags(captions), "dataset_dirs": dirs}
+    tags = {"tag_frequency": count_tags(captions)} if any(captions.values()) else {}
+    return {**tags, "dataset_dirs": dirs}

@@ -242,7 +242,8 @@ def _check_output(base: Path, output: Path, overwrite: bool) -> None:
         raise ConfigError(f"--output {output} lies in the base that is read; give another name.")
     if new.exists() and not overwrite:
         raise ConfigError(f"--output {output} exists; give another name or --overwrite.")
-    if new.is_dir() and any(new.iterdir()) and not (new / "model_index.json").is_file():
+    is_base = any((new / name).is_file() for name in ("model_index.json", "config.json"))
+    if new.is_dir() and any(new.iterdir()) and not is_base:
         raise ConfigError(f"--output {output} is a folder that holds something else; give another name.")
     if base.is_file() and (new.is_dir() or new.suffix != ".safetensors"):
         raise ConfigError(f"--output {output}: a base in one file becomes one; name a file that ends in .safetensors.")

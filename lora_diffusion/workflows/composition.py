@@ -14,7 +14,7 @@ from lora_diffusion.compose.linear import Sum, Term, add, keys, part_weights
 from lora_diffusion.compose.record import Source
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
-from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.lowrank import RankRule
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState, ModuleKey
@@ -83,11 +83,11 @@ def compose(
     dtype: str = "auto",
     overwrite: bool = False,
 ) -> Composition:
-    """Writes the weighted sum of adapter files as one file in kohya's spelling.
+    """Writes the weighted sum of adapter files as one, in kohya's spelling, or as the first if kohya cannot spell it.
 
     Args:
         adapters: files or folders, each with one weight or one for each part.
-        output_path: file.
+        output_path: file, or folder where the spelling is one.
         rule: rank of each module; None adds exactly, so that ranks add up.
         dtype: fp32, fp16 or bf16; auto keeps that of the adapters, or fp32 where they differ.
         overwrite: replace what is there.
@@ -97,9 +97,9 @@ def compose(
         AdapterFileError: a file cannot be read, or the adapters are of different kinds of base.
         UnsupportedError: a kind of adapter that cannot be added like this.
     """
-    format_: Format = registry.find("formats", "kohya")
-    check_target(output_path, format_, overwrite)
     families, states = zip(*(read_alone(path) for path, _ in adapters), strict=True)
+    format_: Format = registry.find("formats", _spelling(families[0], adapters[0][0]))
+    check_target(output_path, format_, overwrite)
     names = file_names([path for path, _ in adapters])
     terms = [
         Term(name, state, part_weights(state, weights, name))
@@ -143,6 +143,14 @@ def resize(
     dtype = common_dtype([input_path]) if dtype == "auto" else dtype
     _write(made, [_source(input_path, term)], family, format_, output_path, dtype)
     return Composition(output_path, made, dtype, (), {})
+
+
+def _spelling(family: Family, path: Path) -> str:
+    try:
+        family.key_map("kohya", None)
+    except UnsupportedError:
+        return detect(path)
+    return "kohya"
 
 
 def _name(key: ModuleKey) -> str:
