@@ -132,7 +132,7 @@ def loss(metrics: Sequence[Mapping[str, float]]) -> str:
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
         smooth.append(mean)
     kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MAX_POINTS)).round().astype(int))
-    figure, axes = _figure(7.2, 2.6)
+    figure, axes = _figure(5.2, 2.6)
     axes.plot(steps[kept], losses[kept], color=_LINE, linewidth=0.9)
     axes.plot(steps[kept], np.array(smooth)[kept], color=_COLOURS[0], linewidth=1.9)
     # Single steps with little noise reach far above the rest and would flatten the curve.

@@ -111,7 +111,7 @@ def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
             if place:
                 cases = {own[place].index: own[0].index for own in shared}
                 change = paired(side.table, first.table, (side.shown.name, first.shown.name), metric, cases)
-                cells += [with_range(change, "+"), "not sure" if change.covers_zero else "sure"]
+                cells += [with_range(change, "+"), "cannot tell" if change.covers_zero else "yes"]
         rows.append(row(cells))
     heads = [f"{names[0]}#"]
     for name in names[1:]:

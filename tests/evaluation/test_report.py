@@ -135,11 +135,11 @@ def test_numbers_beside_the_page_are_those_of_the_evaluation(
 
 def test_suspicious_training_pictures_come_first_and_lost_ones_are_said(written: tuple[Path, ...]) -> None:
     html = written[0].read_text()
-    table = html[html.index('class="picture-table"') :]
+    table = html[html.index('class="losses"') :]
     assert table.index("wrong.png") < table.index("gone.png") < table.index("good.png")
     assert "(gone)" in table
     assert "a &lt;good&gt; caption" in table
-    assert re.findall(r'<tr class="chosen">.*?<small class="note">(.*?)<', table) == ["wrong.png"]
+    assert re.findall(r'<li class="chosen">\s*<img [^>]*alt="(.*?)"', table) == ["wrong.png"]
 
 
 def test_each_picture_finds_that_of_the_base(written: tuple[Path, ...]) -> None:
@@ -262,7 +262,7 @@ def test_comparison_pairs_prompts_and_seeds(
     ]
     assert number(sum(by_hand) / len(by_hand), "+") in html
     assert 'data-pair="0:0" data-role="base"' in html
-    assert html.count('class="row"') == len(sample[1].cases) * len(sample[1].seeds)
+    assert html.count('class="pair"') == len(sample[1].cases) * len(sample[1].seeds)
 
 
 def test_comparison_shows_the_settings_that_differ(compared: tuple[tuple[Path, ...], Evaluation]) -> None:
