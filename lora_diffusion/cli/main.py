@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from lora_diffusion import __version__
 from lora_diffusion.cli import (
+    ask,
     compose,
     config,
     convert,
+    data,
     evaluate,
     export,
     extract,
@@ -19,6 +21,7 @@ from lora_diffusion.cli import (
     inspect,
     merge,
     metadata,
+    push,
     quickstart,
     report,
     resize,
@@ -34,6 +37,8 @@ _COMMANDS = (
     train,
     generate,
     transcribe,
+    ask,
+    data,
     evaluate,
     select,
     report,
@@ -46,6 +51,7 @@ _COMMANDS = (
     merge,
     extract,
     metadata,
+    push,
     config,
 )
 

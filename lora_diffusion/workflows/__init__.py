@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_diffusion.workflows.adapter_files import export as export
+    from lora_diffusion.workflows.answering import ask as ask
+    from lora_diffusion.workflows.answering import examine as examine
+    from lora_diffusion.workflows.captioning import Captions as Captions
+    from lora_diffusion.workflows.captioning import caption as caption
     from lora_diffusion.workflows.checkpoints import ExtractResult as ExtractResult
     from lora_diffusion.workflows.checkpoints import MergeResult as MergeResult
     from lora_diffusion.workflows.checkpoints import extract as extract
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.composition import resize as resize
     from lora_diffusion.workflows.conversion import Conversion as Conversion
     from lora_diffusion.workflows.conversion import convert as convert
+    from lora_diffusion.workflows.data_check import check_data as check_data
     from lora_diffusion.workflows.evaluation import Question as Question
     from lora_diffusion.workflows.evaluation import evaluate as evaluate
     from lora_diffusion.workflows.evaluation import evaluate_as_table as evaluate_as_table
@@ -45,6 +50,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapter_files": ("export",),
+    "answering": ("ask", "examine"),
+    "captioning": ("Captions", "caption"),
+    "data_check": ("check_data",),
     "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),

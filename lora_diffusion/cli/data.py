@@ -1,0 +1,83 @@
+"""`lora-diffusion data check` and `lora-diffusion data caption`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli.ask import add_base, read_base
+from lora_diffusion.core.errors import ConfigError
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the commands."""
+    parser = commands.add_parser("data", help="check a data set, or write captions for it")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    _add_check(actions)
+    _add_caption(actions)
+    for action in actions.choices.values():
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as JSON")
+        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+
+def _add_check(actions: Any) -> None:
+    check = actions.add_parser("check", help="list all that is wrong with a data set, or what it holds")
+    check.add_argument(
+        "folder", nargs="?", metavar="FOLDER", help="data.path; of pictures, unless model.family says else"
+    )
+    check.add_argument("--config", type=Path, help="YAML file, or a name of 'config list'")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="say data.captions=optional")
+    check.set_defaults(run=run_check)
+
+
+def _add_caption(actions: Any) -> None:
+    caption = actions.add_parser("caption", help="write a caption beside each picture that has none")
+    caption.add_argument("folder", metavar="FOLDER", help="pictures to caption")
+    add_base(caption)
+    caption.add_argument(
+        "--prompt", default="Describe the picture.", help="{name} and {folder} stand for file and folder"
+    )
+    caption.add_argument("--trigger", default="", metavar="WORDS", help="put before each caption that lacks them")
+    caption.add_argument("--ending", default=".txt", help=".txt or .caption (.txt)")
+    caption.add_argument("--overwrite", action="store_true", help="replace captions that are there")
+    caption.set_defaults(run=run_caption)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """Runs `data check`."""
+    from lora_diffusion.config.load import load
+
+    overrides = list(args.overrides)
+    if args.folder and "=" in args.folder and not Path(args.folder).exists():
+        overrides.insert(0, args.folder)
+    elif args.folder:
+        overrides.insert(0, f"data.path={args.folder}")
+    names_base = args.config or any(text.startswith(("model.path=", "model.family=")) for text in overrides)
+    config = load(args.config, overrides if names_base else ["model.path=builtin:emoji", *overrides], required=False)
+    if config.data.path == "???":
+        raise ConfigError("There is nothing to check: give a FOLDER, or --config with a data.path.")
+    set_up_logs(args)
+    from lora_diffusion import workflows
+
+    report = workflows.check_data(config)
+    print_result(args, vars(report), "\n".join([*report.lines(), "No faults."]))
+
+
+def run_caption(args: argparse.Namespace) -> None:
+    """Runs `data caption`."""
+    model, adapters = read_base(args)
+    set_up_logs(args)
+    from lora_diffusion import workflows
+
+    done = workflows.caption(
+        args.folder,
+        model,
+        adapters=adapters,
+        prompt=args.prompt,
+        trigger=args.trigger,
+        ending=args.ending,
+        overwrite=args.overwrite,
+    )
+    print_result(args, done.to_json(), done.text())

@@ -1,0 +1,89 @@
+"""How well questions about pictures were answered: to the letter, by their words, and the answers that went worst."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from lora_diffusion.core import registry
+from lora_diffusion.core.types import Evidence
+from lora_diffusion.evaluation.scorers import Scorers
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question: what is right, and what was answered."""
+
+    key: str
+    question: str
+    target: str
+    answer: str
+    exact_match: float
+    token_f1: float
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The scores of a whole set, all questions counted alike."""
+
+    exact_match: float
+    token_f1: float
+    by_question: Mapping[str, float]
+    """Question -> exact match of its answers."""
+    answers: tuple[Answered, ...]
+    """Worst first."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "exact_match": self.exact_match,
+            "token_f1": self.token_f1,
+            "by_question": dict(self.by_question),
+            "answers": [vars(one) for one in self.answers],
+        }
+
+    def lines(self, most: int = 10) -> list[str]:
+        """Returns the scores, and the worst answers, as lines of plain text."""
+        wrong = [one for one in self.answers if one.exact_match < 1]
+        rows = [f"  {one.key}: {one.question} {one.answer!r}, right is {one.target!r}" for one in wrong[:most]]
+        left = [f"  and {len(wrong) - most} more that are wrong"] if len(wrong) > most else []
+        return [
+            f"exact match {self.exact_match:.1%}, token F1 {self.token_f1:.3f} over {len(self.answers)} questions",
+            *(f"  {share:6.1%}  {question}" for question, share in self.by_question.items()),
+            *rows,
+            *left,
+        ]
+
+
+def judge(keys: Sequence[str], questions: Sequence[str], targets: Sequence[str], answers: Sequence[str]) -> Examination:
+    """Compares answers with what is right.
+
+    Args:
+        keys: names of the conversations.
+        questions: what was asked.
+        targets: the right answers.
+        answers: those of the model.
+    """
+    evidence = Evidence(answers=answers, targets=targets)
+    scores = {name: registry.find("metrics", name).score(evidence) for name in ("exact_match", "token_f1")}
+    columns = [scores[name].values.tolist() for name in ("exact_match", "token_f1")]
+    rows = [Answered(*row) for row in zip(keys, questions, targets, answers, *columns, strict=True)]
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        shares.setdefault(row.question, []).append(row.exact_match)
+    return Examination(
+        exact_match=scores["exact_match"].mean(),
+        token_f1=scores["token_f1"].mean(),
+        by_question={question: sum(own) / len(own) for question, own in sorted(shares.items())},
+        answers=tuple(sorted(rows, key=lambda row: (row.exact_match, row.token_f1, row.key))),
+    )
+
+
+def clip_score(pictures: Sequence[Path | Image], captions: Sequence[str], scorers: Scorers) -> float:
+    """Returns the mean CLIPScore of captions, 0 to 2.5: how well a CLIP finds that they fit their pictures."""
+    evidence = Evidence(pictures=pictures, meanings=captions, scorers=scorers)
+    return float(registry.find("metrics", "clip_score").score(evidence).mean())

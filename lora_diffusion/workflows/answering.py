@@ -1,0 +1,98 @@
+"""What a base, with or without adapters, says about pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.errors import DataError, UnsupportedError
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.tuning import use_threads
+from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded
+from lora_diffusion.data import chats, images, preflight
+from lora_diffusion.evaluation.answers import Examination, judge
+from lora_diffusion.workflows._steps import attach, read_adapter
+
+Adapters = Sequence[tuple[Path, float]]
+
+
+def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> dict[Path, str]:
+    """Returns the answer to a question about each picture.
+
+    Args:
+        model: a base that talks about pictures.
+        paths: pictures, and folders of them.
+        question: what is asked of each.
+        adapters: files or folders with their weights; all are applied at once.
+
+    Raises:
+        InputError: the base, an adapter or a picture cannot be used; all faults of pictures are listed at once.
+    """
+    talker = Talker(model, adapters)
+    files = [file for path in paths for file in (preflight.list_pictures(str(path)).files if path.is_dir() else [path])]
+    requests, faults = [], []
+    for file in files:
+        try:
+            requests.append(chats.ask(file, question))
+        except images.PictureError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
+    return dict(zip(files, talker.answer(requests), strict=True))
+
+
+def examine(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapters = ()) -> list[Examination]:
+    """Compares the answers to the first question of each conversation with those that are right.
+
+    Args:
+        model: a base that talks about pictures.
+        data_paths: files and folders, as `data.path` takes them; one result for each.
+        adapters: files or folders with their weights; all are applied at once.
+
+    Raises:
+        InputError: the base, an adapter or the data cannot be used.
+    """
+    talker = Talker(model, adapters)
+    data = [chats.KIND.read(ChatDataConfig(path=str(path)), talker.info) for path in data_paths]
+    results = []
+    for samples in data:
+        pairs = chats.questions(samples)
+        answers = talker.answer([request for request, _ in pairs])
+        asked = [request.prompt for request, _ in pairs]
+        results.append(judge([sample.key for sample in samples], asked, [target for _, target in pairs], answers))
+    return results
+
+
+class Talker:
+    """A base that talks about pictures; it is checked at once, and loaded when it is first asked."""
+
+    def __init__(self, model: ModelOptions, adapters: Adapters = ()) -> None:
+        """Checks base and adapters.
+
+        Raises:
+            InputError: one of them cannot be used.
+        """
+        self._family: Family = registry.find("families", model.family)
+        if self._family.sample_type is not Chat:
+            raise UnsupportedError(f"model.family={model.family} does not talk about pictures; take a base of LLaVA.")
+        info = self._family.check(model)
+        assert isinstance(info, ChatInfo), "a family of conversations describes its base so"
+        self.info = info
+        self._model = model
+        self._states: list[AdapterState] = [read_adapter(path, self._family, model) for path, _ in adapters]
+        self._given = [weight for _, weight in adapters]
+        self._loaded: Loaded | None = None
+        self._weights: dict[str, float] = {}
+
+    def answer(self, requests: Sequence[chats.Request]) -> list[str]:
+        """Returns what it says."""
+        if self._loaded is None:
+            use_threads("auto")
+            self._loaded = self._family.load(self._model, pick_device())
+            self._weights = attach(self._loaded, self._states, self._given)
+        asked = [replace(request, weights=self._weights or None) for request in requests]
+        return [output.text for output in self._family.generate(self._loaded, asked)]
