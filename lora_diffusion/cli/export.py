@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="must apply all of it: comfyui, a1111, forge, kohya or diffusers; default: those it is meant for",
     )
+    parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 
@@ -30,5 +31,7 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion import workflows
 
-    path = workflows.export(args.run_path, args.to, args.output, clients=args.client, overwrite=args.overwrite)
+    path = workflows.export(
+        args.run_path, args.to, args.output, clients=args.client, card=args.card, overwrite=args.overwrite
+    )
     print_result(args, {"file": str(path), "format": args.to}, f"Wrote {path} and read it back: equal.")

@@ -7,18 +7,24 @@ from pathlib import Path
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
-from lora_diffusion.core.files import atomic_path
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import atomic_path, write_text
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows import verification
+from lora_diffusion.workflows import model_card, verification
 from lora_diffusion.workflows._files import check_target
 from lora_diffusion.workflows._steps import read_adapter
 
 
 def export(
-    run_path: Path, format_name: str, output_path: Path, *, clients: Sequence[str] = (), card: bool = False, overwrite: bool = False
+    run_path: Path,
+    format_name: str,
+    output_path: Path,
+    *,
+    clients: Sequence[str] = (),
+    card: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Writes the adapter of a finished run in a format, if the clients of that format would apply all of it.
 
@@ -40,10 +46,16 @@ def export(
     format_: Format = registry.find("formats", format_name)
     source = run.find_adapter(config)
     check_target(output_path, format_, overwrite)
+    card_path = output_path.parent / "README.md"
+    if card and card_path.exists() and not overwrite:
+        raise ConfigError(f"--card: {card_path} exists; write into another folder, or give --overwrite.")
     state = read_adapter(source, family, config.model)
     key_map = family.key_map(format_name, config.model)
     with atomic_path(output_path) as temporary:
         write_verified(state, key_map, format_, temporary, find_dtype(config.output.dtype))
         faults = verification.faults(temporary, format_name, family, config.model, clients)
         verification.require_sound(output_path, faults)
+    if card:
+        package = model_card.collect_exported(output_path, format_name, run)
+        write_text(card_path, model_card.write(package, str(output_path.parent)))
     return output_path

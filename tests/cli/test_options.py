@@ -17,9 +17,10 @@ OPTIONS = {
     "generate": "--config --model --adapter --prompt --negative --seed --steps --guidance --size --output",
     "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --training --metrics "
     "--clip --scorer --seed --negative --steps --guidance --size --cache --assert --output",
-    "export": "run_path --to --output --client --overwrite",
+    "export": "run_path --to --output --client --card --overwrite",
     "inspect": "path",
     "verify": "path --client --base",
+    "push": "source --repo --private --dry-run",
     "metadata": "action",
     "metadata show": "path",
     "metadata edit": "path --set --unset --thumbnail --output",

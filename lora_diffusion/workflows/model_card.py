@@ -1,0 +1,229 @@
+"""The page that a model site shows beside an adapter: what it is, what it draws, how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion import __version__
+from lora_diffusion.core.errors import AdapterFileError, DataError
+from lora_diffusion.core.files import sha256
+from lora_diffusion.core.logs import shown
+from lora_diffusion.evaluation import results
+from lora_diffusion.evaluation.results import Evaluation
+from lora_diffusion.formats import describe_file, detect
+from lora_diffusion.formats.clients import CLIENTS
+from lora_diffusion.training.run_folder import RunFolder
+
+_MOST_PICTURES = 4
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SETTINGS = {
+    "base": "ss_sd_model_name",
+    "trained parts and modules": "ss_network_args",
+    "rank": "ss_network_dim",
+    "alpha": "ss_network_alpha",
+    "pictures per epoch": "ss_num_train_images",
+    "size": "modelspec.resolution",
+    "steps": "ss_steps",
+    "batch size": "ss_total_batch_size",
+    "learning rate": "ss_learning_rate",
+    "learning rate of text encoders": "ss_text_encoder_lr",
+    "schedule": "ss_lr_scheduler",
+    "optimizer": "ss_optimizer",
+    "seed": "ss_seed",
+}
+"""Label -> metadata that tells it."""
+_READS = {"comfyui": "kohya", "a1111": "kohya", "forge": "kohya", "kohya": "kohya"}
+"""Client -> the spelling that it reads; diffusers reads its own and kohya's."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """What belongs together on a model site."""
+
+    files: Mapping[str, Path]
+    """Name there -> file here; adapters first, then pictures."""
+    adapters: Mapping[str, str]
+    """Spelling -> name of the file or folder."""
+    pictures: tuple[str, ...]
+    metadata: Mapping[str, str]
+    variant: str
+    base: str
+    """A hub id, or what else the base is called."""
+    evaluation: Evaluation | None = None
+
+
+def collect(source: Path) -> Package:
+    """Gathers the adapters, pictures and scores of a run, or the one adapter file.
+
+    Raises:
+        InputError: it is neither, the run has not finished, or a file cannot be read.
+    """
+    if not (source / "config.yaml").is_file():
+        return _package({detect(source): source})
+    run = RunFolder(source)
+    config = run.config()
+    run.find_adapter(config)
+    adapters = {
+        name: path
+        for name in config.output.formats
+        for is_folder in (False, True)
+        if (path := run.adapter_path(config, name, is_folder)).exists()
+    }
+    previews = sorted(run.previews_path.glob("step-*.png"))[-1:]
+    return _package(adapters, [*sorted(source.glob("*.png")), *previews], config.model.path, _evaluation(source))
+
+
+def collect_exported(path: Path, format_name: str, run: RunFolder) -> Package:
+    """Gathers one exported file with what its run says of it; pictures stay in the run."""
+    return _package({format_name: path}, (), run.config().model.path, _evaluation(run.path))
+
+
+def write(package: Package, repo: str) -> str:
+    """Returns the page as Markdown with a head in YAML; texts from metadata are made harmless.
+
+    Args:
+        package: what it is about.
+        repo: USER/NAME on the hub, or a folder, from which diffusers loads.
+    """
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["stem"] = lambda name: Path(name).stem
+    template = environment.from_string(resources(__package__).joinpath("model_card.md.j2").read_text("utf-8"))
+    body = template.render(_values(package, repo))
+    head = ModelCardData(**_head(package)).to_yaml()
+    return f"---\n{head}\n---\n\n{body.strip()}\n"
+
+
+def _package(
+    adapters: Mapping[str, Path],
+    pictures: Sequence[Path] = (),
+    base: str | None = None,
+    evaluation: Evaluation | None = None,
+) -> Package:
+    report = describe_file(next(iter(adapters.values())))
+    if not report.num_modules:
+        raise AdapterFileError(f"{report.path} holds no adapter.")
+    shown_pictures = {picture.name: picture for picture in pictures[:_MOST_PICTURES]}
+    contents = {name: path for adapter in adapters.values() for name, path in _contents(adapter).items()}
+    return Package(
+        files={**contents, **shown_pictures},
+        adapters={spelling: path.name for spelling, path in adapters.items()},
+        pictures=tuple(shown_pictures),
+        metadata=report.metadata,
+        variant=report.variant,
+        base=base or report.metadata.get("ss_sd_model_name", "an unknown base"),
+        evaluation=evaluation,
+    )
+
+
+def _contents(path: Path) -> dict[str, Path]:
+    if path.is_file():
+        return {path.name: path}
+    return {str(file.relative_to(path.parent)): file for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _evaluation(run: Path) -> Evaluation | None:
+    """Returns the evaluation in a run, the newest if there are several."""
+    found = sorted(run.rglob("evaluation.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        return results.read(found[-1].parent) if found else None
+    except DataError:
+        return None
+
+
+def _head(package: Package) -> dict[str, Any]:
+    metadata = package.metadata
+    trigger = metadata.get("modelspec.trigger_phrase")
+    widget = [{"text": trigger or " ", "output": {"url": name}} for name in package.pictures]
+    head = {
+        "license": metadata.get("modelspec.license", "").lower() or None,
+        "base_model": package.base if _HUB_ID.fullmatch(package.base) else None,
+        "instance_prompt": trigger,
+        "widget": widget or None,
+    }
+    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", "lora-diffusion"]
+    kept = {key: value for key, value in head.items() if value}
+    return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **kept}
+
+
+def _values(package: Package, repo: str) -> dict[str, Any]:
+    metadata = {key: _code(shown(value, 1000)) for key, value in package.metadata.items()}
+    trigger = metadata.get("modelspec.trigger_phrase", "")
+    clients, others = _clients(package)
+    values = {
+        "title": metadata.get("modelspec.title") or Path(next(iter(package.adapters.values()))).stem,
+        "description": metadata.get("modelspec.description"),
+        "variant": package.variant,
+        "base": package.base,
+        "version": __version__,
+        "pictures": package.pictures,
+        "trigger": trigger,
+        "trigger_code": _code(f" {trigger}" if trigger else ""),
+        "clients": clients,
+        "others": others,
+        "network_module": metadata.get("ss_network_module", "networks.lora"),
+        "base_code": _code(json.dumps(package.base)),
+        "repo_code": _code(json.dumps(repo)),
+        "prompt_code": _code(json.dumps(trigger or "a picture")),
+        "settings": {label: metadata[key].replace("|", "/") for label, key in _SETTINGS.items() if key in metadata},
+        "files": [_file(name, path) for name, path in package.files.items() if name not in package.pictures],
+        "license": metadata.get("modelspec.license"),
+    }
+    return {**values, **_scores(package.evaluation)}
+
+
+def _code(text: str) -> str:
+    """Returns a text that cannot end the code that it stands in."""
+    return text.replace("`", "'").replace("\n", " ")
+
+
+def _file(name: str, path: Path) -> dict[str, Any]:
+    return {"name": name, "num_bytes": f"{path.stat().st_size:,}", "sha256": sha256(path)}
+
+
+def _clients(package: Package) -> tuple[list[dict[str, str]], list[str]]:
+    """Returns the clients that can apply it, each with its file, and the titles of those that cannot apply its kind."""
+    able, others = [], []
+    for client in CLIENTS.values():
+        file = package.adapters.get(_READS.get(client.name, "diffusers")) or package.adapters.get("kohya")
+        reads_kind = {*package.variant.split(" and ")} <= {
+            *client.variants,
+            *([] if client.dora == "ignored" else ["dora"]),
+        }
+        if not reads_kind:
+            others.append(client.title)
+        elif file and (client.name == "diffusers" or "kohya" in package.adapters):
+            able.append({"name": client.name, "title": client.title, "file": _code(file)})
+    return able, others
+
+
+def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {"scores": {}}
+    metrics = [metric.name for metric in evaluation.metrics]
+    rows = {
+        candidate.name: [_interval(evaluation, candidate.name, metric) for metric in metrics]
+        for candidate in evaluation.candidates
+    }
+    return {
+        "scores": rows,
+        "metrics": metrics,
+        "num_prompts": len(evaluation.cases),
+        "scorers": ", ".join(evaluation.scorer.values()) or "no model",
+    }
+
+
+def _interval(evaluation: Evaluation, candidate: str, metric: str) -> str:
+    try:
+        found = evaluation.find(candidate, metric)
+    except KeyError:
+        return ""
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"

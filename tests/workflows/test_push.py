@@ -1,0 +1,118 @@
+"""The model card, and what `push` uploads; nothing here reaches a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
+
+from lora_diffusion.core.errors import ConfigError, RunError
+from lora_diffusion.formats._safetensors import rewrite
+from lora_diffusion.workflows import publishing
+from tests.workflows.conftest import Commands
+
+
+class FakeHub:
+    """Keeps what it is given."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.repos, self.files = error, [], {}
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        if self.error:
+            raise self.error
+        self.repos.append((repo_id, options))
+
+    def create_commit(self, repo_id: str, operations: Any, *, commit_message: str) -> SimpleNamespace:
+        self.files = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+def _head(card: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(card.split("---")[1])
+    return loaded
+
+
+def test_dry_run_of_a_run(command: Commands, trained: Path) -> None:
+    told = json.loads(command.good("push", trained, "--repo", "maria/blorp", "--dry-run", "--json").out)
+    assert told["url"] is None
+    assert {"run.safetensors", "run.diffusers.safetensors", "README.md"} <= told["files"].keys()
+    assert "run.peft/unet/adapter_model.safetensors" in told["files"]
+    assert not any("config.yaml" in name or ".lock" in name for name in told["files"])
+    card = told["card"]
+    assert _head(card)["instance_prompt"] == "sks style"
+    assert "<lora:run:1> sks style" in card
+    assert 'load_lora_weights("maria/blorp", weight_name="run.diffusers.safetensors")' in card
+    for words in (
+        "ComfyUI/models/loras",
+        "**Forge**",
+        "--network_module networks.lora",
+        "| steps | 8 |",
+        "| rank | 4 |",
+    ):
+        assert words in card
+    assert "To maria/blorp would go:" in command.good("push", trained, "--repo", "maria/blorp", "--dry-run").out
+
+
+def test_push_uploads_files_pictures_and_card(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in trained.iterdir():
+        if path.name not in ("before-after.png",):
+            (run / path.name).symlink_to(path)
+    Image.new("RGB", (8, 8)).save(run / "before-after.png")
+    hub = FakeHub()
+    done = publishing.push(run, "maria/blorp", private=True, hub=hub)
+    assert done.url == "https://hub/maria/blorp/commit/1"
+    assert hub.repos == [("maria/blorp", {"private": True, "exist_ok": True})]
+    assert hub.files["README.md"].decode() == done.card
+    assert hub.files["run.safetensors"] == str(run / "run.safetensors")
+    assert "![before-after.png](<before-after.png>)" in done.card
+    assert _head(done.card)["widget"] == [{"text": "sks style", "output": {"url": "before-after.png"}}]
+    assert "Uploaded to https://hub/maria/blorp/commit/1" in done.text()
+
+
+def test_texts_of_strangers_are_harmless(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    texts = {
+        "modelspec.title": "<script>x</script>",
+        "modelspec.trigger_phrase": '"`\n```\nx: [',
+        "modelspec.license": "MIT",
+    }
+    rewrite(trained / "run.safetensors", {**texts, "ss_sd_model_name": "org/base"}, path)
+    card = publishing.push(path, "maria/blorp", dry_run=True).card
+    assert "<script>" not in card
+    head = _head(card)
+    assert (head["license"], head["base_model"], head["instance_prompt"]) == ("mit", "org/base", '"`\n```\nx: [')
+    assert card.split("---\n", 2)[2].count("`" * 3) == 2
+
+
+@pytest.mark.parametrize("repo", ["blorp", "a/b/c", "maria/../x", "maria/blo rp", ""])
+def test_names_that_no_repository_has(repo: str, trained: Path) -> None:
+    with pytest.raises(ConfigError, match="--repo"):
+        publishing.push(trained, repo, hub=FakeHub())
+
+
+def test_hub_that_refuses_and_runs_that_are_not_finished(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"was not uploaded: no network.*hf auth login"):
+        publishing.push(trained, "maria/blorp", hub=FakeHub(OfflineModeIsEnabled("no network")))
+    (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match="has no finished adapter"):
+        publishing.push(tmp_path, "maria/blorp", hub=FakeHub())
+
+
+def test_card_beside_an_export(command: Commands, trained: Path, tmp_path: Path) -> None:
+    arguments = ("export", trained, "--to", "kohya", "--output", tmp_path / "a.safetensors", "--card")
+    command.good(*arguments)
+    card = (tmp_path / "README.md").read_text()
+    assert "<lora:a:1>" in card
+    (tmp_path / "a.safetensors").unlink()
+    outcome = command(*arguments)
+    assert (outcome.code, "README.md exists" in outcome.message) == (2, True)
+    assert not (tmp_path / "a.safetensors").exists()
