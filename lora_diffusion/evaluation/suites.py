@@ -69,7 +69,8 @@ def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequen
         if not own:
             cases.append(_case(len(cases), kind, entry, values, path.stem))
     if faults:
-        raise ConfigError(f"--prompts {path} has {len(faults)} fault(s).", list(dict.fromkeys(faults)))
+        distinct = list(dict.fromkeys(faults))
+        raise ConfigError(f"--prompts {path} has {len(distinct)} fault(s).", distinct)
     return tuple(cases)
 
 

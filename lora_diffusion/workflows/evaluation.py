@@ -102,7 +102,8 @@ def evaluate(question: Question) -> Evaluation:
     info = _info(family, model, question.size, faults)
     entries = _entries(question, run, config, family, model, faults) if info else []
     tried = _tried(entries, question.weights, faults)
-    cases = _cases(question, _candidates.triggers(entries, run, config, family), bool(entries), faults)
+    told = [] if faults else _candidates.triggers(entries, run, config, family)
+    cases = _cases(question, told, faults)
     references = _pictures(question.references, "--references", faults)
     training = _pictures(_training_folder(question, config), "--training", faults)
     scorers = Scorers({"clip": default_clip(model.path), **question.scorers}, device, encode=harness.encode_shared)
@@ -199,8 +200,8 @@ def _tried(entries: Sequence[Entry], weights: Sequence[float], faults: Faults) -
     return tried
 
 
-def _cases(question: Question, told: Sequence[str], is_known: bool, faults: Faults) -> Sequence[Case]:
-    """Returns the cases; `told` are the triggers that the adapters tell, if any adapter could be read."""
+def _cases(question: Question, told: Sequence[str], faults: Faults) -> Sequence[Case]:
+    """Returns the cases; `told` are the triggers that the adapters tell."""
     if not isinstance(question.prompts, str | Path):
         return question.prompts
     triggers = question.triggers or told
@@ -208,8 +209,8 @@ def _cases(question: Question, told: Sequence[str], is_known: bool, faults: Faul
     if len(triggers) > 1 and is_plain and not question.triggers:
         faults.append(f"The adapters have different triggers ({', '.join(triggers)}); give --trigger WORDS.")
     with faults.noted():
-        # Without an adapter that could be read, a missing trigger is a fault that follows from another one.
-        return read_cases(question.prompts, triggers or ([] if is_known else ["trigger"]), question.classes)
+        # Where there are faults, that no adapter told its trigger may follow from them.
+        return read_cases(question.prompts, triggers or (["trigger"] if faults else []), question.classes)
     return ()
 
 

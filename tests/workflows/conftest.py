@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ from PIL import Image
 
 from lora_diffusion.cli.main import main
 
+ROOT = Path(__file__).parents[2]
 SUBJECTS = ("cat", "dog", "heart", "face", "round cat", "red dog")
 SIZES = ((16, 16), (16, 16), (24, 12), (16, 16), (12, 24), (16, 16))
 
@@ -49,6 +56,39 @@ class Commands:
         outcome = self(*arguments)
         assert outcome.code == 0, outcome.err
         return outcome
+
+
+class Killer:
+    """Speaks to tests.workflows.killed."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._in: IO[str] = process.stdin  # type: ignore[assignment]
+        self._out: IO[str] = process.stdout  # type: ignore[assignment]
+
+    def run(self, arguments: list[str], kill: tuple[str, int, float] | None = None, num_processes: int = 1) -> int:
+        order = {"arguments": arguments, "kill": kill, "num_processes": num_processes}
+        self._in.write(json.dumps(order) + "\n")
+        self._in.flush()
+        return int(json.loads(self._out.readline())["code"])
+
+
+@pytest.fixture
+def killer(tmp_path: Path) -> Iterator[Killer]:
+    with (tmp_path / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.workflows.killed"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            yield Killer(process)
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait(30)
 
 
 @pytest.fixture

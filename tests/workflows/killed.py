@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -25,24 +26,44 @@ __all__ = ["diffusers", "torch", "transformers", "workflows"]
 
 
 def serve() -> None:
-    """Answers each line {"arguments", "kill"} with {"code"}, which is -9 for a killed child.
+    """Answers each line {"arguments", "kill", "num_processes"} with {"code"}, which is -9 for a killed child.
 
     "kill" is null, or [pattern, num_lines, delay_s]: the child is killed `delay_s` after a file matches the glob
     pattern and has that many lines.
     """
     for line in sys.stdin:
         order = json.loads(line)
-        print(json.dumps({"code": _run(order["arguments"], order["kill"])}), flush=True)
+        if order["num_processes"] > 1:
+            code = _run_together(order["arguments"], order["num_processes"])
+        else:
+            code = _run(order["arguments"], order["kill"])
+        print(json.dumps({"code": code}), flush=True)
 
 
-def _run(arguments: list[str], kill: tuple[str, int, float] | None) -> int:
+def _start(arguments: list[str], environment: Mapping[str, str]) -> int:
     child = os.fork()
     if child == 0:
         code = 70
         with contextlib.suppress(BaseException):
+            os.environ.update(environment)
             os.dup2(2, 1)
             code = main(arguments)
         os._exit(code)
+    return child
+
+
+def _run_together(arguments: list[str], num_processes: int) -> int:
+    """Runs a command as `accelerate launch` does on the CPU; returns the largest code."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29523", "WORLD_SIZE": str(num_processes)}
+    shared |= {"ACCELERATE_USE_CPU": "true"}
+    children = [
+        _start(arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(num_processes)
+    ]
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+
+
+def _run(arguments: list[str], kill: tuple[str, int, float] | None) -> int:
+    child = _start(arguments, {})
     due = None
     while True:
         done, status = os.waitpid(child, os.WNOHANG)

@@ -8,53 +8,16 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.workflows.conftest import fill_with_pictures
+from tests.workflows.conftest import Killer, fill_with_pictures
 
 NUM_STEPS = 60
 NUM_KILLS = int(os.environ.get("LORA_DIFFUSION_KILLS", "3"))
-ROOT = Path(__file__).parents[2]
-
-
-class Killer:
-    """Speaks to tests.workflows.killed."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._in: IO[str] = process.stdin  # type: ignore[assignment]
-        self._out: IO[str] = process.stdout  # type: ignore[assignment]
-
-    def run(self, arguments: list[str], kill: tuple[str, int, float] | None = None) -> int:
-        self._in.write(json.dumps({"arguments": arguments, "kill": kill}) + "\n")
-        self._in.flush()
-        return int(json.loads(self._out.readline())["code"])
-
-
-@pytest.fixture
-def killer(tmp_path: Path) -> Iterator[Killer]:
-    with (tmp_path / "killed.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.workflows.killed"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            yield Killer(process)
-        finally:
-            process.stdin.close()  # type: ignore[union-attr]
-            process.wait(30)
 
 
 def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,219 @@
+"""`lora-diffusion evaluate` on the tiny base: what it finds, and that nothing but its question decides it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_diffusion.cli.main import main
+from lora_diffusion.evaluation import evaluate, results
+from lora_diffusion.evaluation.results import Evaluation
+from tests.workflows.conftest import Commands, Killer
+
+PROMPTS = """
+subject:
+  - a {trigger} {class}
+  - a red {trigger} {class}
+  - the {class} of {trigger}
+leak:
+  - a blue heart
+"""
+NUM_PICTURES = 4 * 2
+"""Of each candidate: prompts by seeds."""
+
+Ask = Callable[..., Evaluation]
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "mine.yaml"
+    path.write_text(PROMPTS, encoding="utf-8")
+    return path
+
+
+def question(prompts: Path, run: Path, output: Path, *more: object) -> list[str]:
+    asked = ["evaluate", "--prompts", prompts, "--class", "cat", "--clip", "builtin:emoji-clip", "--output", output]
+    asked += ["--references", run.parent / "pictures", "--steps", 2, "--guidance", 3, "--seed", 0, "--seed", 1]
+    return [str(word) for word in (*asked, *more)]
+
+
+@pytest.fixture(scope="module")
+def done(tiny_base: Path, trained: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of the checkpoints of a run, and of its file at two weights; shared, never changed."""
+    output = tmp_path_factory.mktemp("done") / "evaluation"
+    more = ["--run", trained, "--adapter", trained / "run.safetensors", "--weights", "0,1"]
+    assert main(question(prompts, trained, output, *more)) == 0
+    return output
+
+
+def test_compares_checkpoints_files_and_weights_with_the_base(done: Path, trained: Path) -> None:
+    found = results.read(done)
+    names = ["base", "run@0.0", "run@1.0", "step-000008@0.0", "step-000008@1.0"]
+    assert [candidate.name for candidate in found.candidates] == names
+    assert found.candidate("step-000008@1.0").step == 8
+    assert found.candidate("step-000008@1.0").file == str(trained / "checkpoints" / "step-000008")
+    assert found.base.architecture == "stable-diffusion-v1"
+    assert found.scorer == {"clip": "builtin:emoji-clip"}
+    assert [case.prompt for case in found.cases] == [
+        "a sks style cat",
+        "a red sks style cat",
+        "the cat of sks style",
+        "a blue heart",
+    ]
+    assert [case.meaning for case in found.cases][:2] == ["a cat", "a red cat"]
+    measured = {metric.name for metric in found.metrics}
+    assert measured >= {"clip_text", "clip_image", "prior_drift", "prompt_leak", "diversity", "copying"}
+    assert measured.isdisjoint({"dino_image", "aesthetic", "wer"})
+    assert any("references are training pictures" in warning for warning in found.warnings)
+    assert found.find("run@1.0", "prior_drift", "leak").mean > 0
+    assert found.find("base", "prior_drift").mean == pytest.approx(0, abs=1e-6)
+    assert found.find("run@1.0", "clip_text").count == 6
+
+
+def test_pictures_depend_on_what_an_adapter_does_not_on_its_file(done: Path) -> None:
+    """Weight 0 is the base; the last checkpoint is the adapter file that was written in float32."""
+    found = results.read(done)
+    by_candidate = {
+        name: {score.picture for score in found.scores if score.candidate == name and score.picture}
+        for name in (candidate.name for candidate in found.candidates)
+    }
+    assert by_candidate["run@0.0"] == by_candidate["step-000008@0.0"] == by_candidate["base"]
+    assert by_candidate["run@1.0"] == by_candidate["step-000008@1.0"] != by_candidate["base"]
+    assert len(list((done / "pictures").iterdir())) == 2 * NUM_PICTURES
+    assert not any(warning.startswith("clip_text") and "run@0.0" in warning for warning in found.warnings)
+
+
+def test_stopped_continued_and_shared_evaluations_are_equal(
+    killer: Killer, done: Path, trained: Path, prompts: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "killed.log"
+    more = ["--run", str(trained), "--adapter", str(trained / "run.safetensors"), "--weights", "0,1"]
+    stopped, shared = (question(prompts, trained, tmp_path / name, *more) for name in ("stopped", "shared"))
+    assert killer.run(stopped, (f"{tmp_path}/stopped/pictures/*.png", 0, 0.0)) == -9, log.read_text()
+    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped" / "pictures").glob("*.png")}
+    assert 0 < len(there) < 2 * NUM_PICTURES
+    assert not (tmp_path / "stopped" / "evaluation.json").exists()
+    assert killer.run(stopped) == 0, log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert killer.run(shared, num_processes=2) == 0, log.read_text()
+    assert "Drawing 8 of 8 pictures" in log.read_text()
+    for name in ("stopped", "shared"):
+        for file in ("evaluation.json", "scores.csv"):
+            assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
+
+
+class TestAsked:
+    """Small questions, each answered from the pictures of one folder."""
+
+    @pytest.fixture(scope="class")
+    def output(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("asked") / "evaluation"
+
+    @pytest.fixture
+    def ask(self, command: Commands, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> Callable[..., str]:
+        def run(*more: object, code: int = 0) -> str:
+            asked = question(prompts, trained, output, "--model", tiny_base, *more)
+            outcome = command(*asked)
+            assert outcome.code == code, outcome.err
+            return outcome.out + outcome.message
+
+        return run
+
+    def test_compositions_and_json(self, ask: Callable[..., str], trained: Path) -> None:
+        kohya, peft = trained / "run.safetensors", trained / "run.peft"
+        found = json.loads(
+            ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json").split("INFO")[0]
+        )
+        names = [candidate["name"] for candidate in found["candidates"]]
+        assert names == ["base", f"{kohya}:0.25+{peft}:0.75@1.0"]
+        assert found["candidates"][1]["weights"] == {str(kohya): 0.25, str(peft): 0.75}
+        assert found["candidates"][1]["file"] is None
+        assert found["adapters"].keys() == {str(kohya), str(peft)}
+        assert [metric["name"] for metric in found["metrics"]] == ["clip_text"]
+        assert found["failed"] == []
+
+    def test_gates_decide_the_exit_code(self, ask: Callable[..., str], trained: Path) -> None:
+        adapter = ("--adapter", trained / "run.safetensors", "--metrics", "clip_image,clip_text")
+        ask(*adapter, "--assert", "clip_image>=-1", "--assert", "clip_text@run@1.0<=1")
+        said = ask(*adapter, "--assert", "clip_image>=1.5", "--assert", "clip_text@base<=-1", code=1)
+        assert "2 condition(s) of --assert do not hold" in said
+        assert "clip_image>=1.5: run@1.0 has" in said
+        assert "clip_text@base<=-1: base has" in said
+
+    def test_as_a_library(self, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> None:
+        scores = evaluate(
+            str(tiny_base),
+            adapters=[str(trained / "run.safetensors")],
+            prompts=prompts,
+            classes=["cat"],
+            metrics=["clip_text", "diversity"],
+            scorers={"clip": "builtin:emoji-clip"},
+            num_steps=2,
+            guidance=3.0,
+            seeds=[0, 1],
+            output_path=output,
+        )
+        assert list(scores.columns)[:4] == ["candidate", "step", "weight", "case"]
+        means = scores.groupby(["candidate", "metric"]).value.mean()
+        assert set(means.index) == {(name, m) for name in ("base", "run@1.0") for m in ("clip_text", "diversity")}
+        assert scores[scores.metric == "clip_text"].seed.tolist() == [0, 1] * 6
+        assert scores[scores.metric == "diversity"].seed.isna().all()
+        kept = results.read(output)
+        assert means["base", "clip_text"] == pytest.approx(kept.find("base", "clip_text").mean, abs=1e-6)
+
+
+def test_all_faults_are_told_before_the_base_is_loaded(
+    command: Commands, tiny_base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("lora_diffusion.families.sd1.StableDiffusion1.load", refuse)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "0.png").write_text("no picture")
+    asked = ["evaluate", "--model", tiny_base, "--adapter", trained / "run.safetensors", "--adapter", "none:1"]
+    asked += ["--prompts", "dreambooth-object", "--references", bad, "--training", tmp_path / "nowhere"]
+    asked += ["--metrics", "clip_text,clip_imag,dino_image,wer", "--clip", "/no/such/clip", "--seed", -1, "--steps", 0]
+    asked += ["--guidance", 0, "--size", "17x16", "--weights", "1,nan", "--assert", "oops", "--output", bad]
+    outcome = command(*asked)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    for fault in (
+        "there is no file none",
+        "give --class",
+        "0.png",
+        f"--training {tmp_path / 'nowhere'}: there is no picture",
+        'clip_imag\' among the metrics (did you mean "clip_image"',
+        "--metrics dino_image needs",
+        "--scorer dino=NAME",
+        "--metrics wer judges texts",
+        "The CLIP /no/such/clip cannot be loaded",
+        "--seed -1",
+        "--steps 0",
+        "--guidance 0",
+        "--size 17x16",
+        "--weights 1.0,nan",
+        'assert "oops" is no condition',
+        "holds other files",
+    ):
+        assert fault in outcome.message, fault
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--adapter", "x"], "There is no base"),
+        (["--model", "builtin:emoji"], "There is nothing to evaluate"),
+        (["--run", "nowhere"], "is not a run folder"),
+        (["--model", "builtin:emoji", "--scorer", "dino"], "names no scorer"),
+        (["--model", "builtin:emoji", "--weights", "a,b"], "are no numbers"),
+    ],
+)
+def test_missing_parts(command: Commands, prompts: Path, tmp_path: Path, arguments: list[str], reason: str) -> None:
+    outcome = command("evaluate", "--prompts", prompts, "--class", "cat", "--output", tmp_path / "out", *arguments)
+    assert outcome.code == 2
+    assert reason in outcome.message
