@@ -101,7 +101,9 @@ def _tensors(checkpoint: Checkpoint, stack: ExitStack) -> dict[str, tuple[Any, s
 
 
 def _identity(checkpoint: Checkpoint, path: Path, name: str) -> str:
-    return name if checkpoint.path.is_file() else f"{path.parent.name}/{name.removeprefix(_TEXT)}"
+    if checkpoint.path.is_file():
+        return name
+    return (path.relative_to(checkpoint.path).parent / name.removeprefix(_TEXT)).as_posix()
 
 
 def _read(place: tuple[Any, str]) -> Tensor:

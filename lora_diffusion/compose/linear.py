@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lora_diffusion.core import lowrank
-from lora_diffusion.core.delta import delta_weight, without_tucker
+from lora_diffusion.core.delta import change_shape, delta_weight, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
 from lora_diffusion.core.lowrank import Factors, RankRule, Truncated
 from lora_diffusion.core.rng import derive
@@ -158,11 +158,5 @@ def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
 
 def _shapes(terms: Sequence[Term], key: ModuleKey) -> list[str]:
     """Returns the sizes of one module's change if the adapters disagree about it."""
-    found = {_size(term.state.modules[key]) for term in terms if key in term.state.modules}
+    found = {change_shape(term.state.modules[key]) for term in terms if key in term.state.modules}
     return [f"{out}x{width}" for out, width in sorted(found)] if len(found) > 1 else []
-
-
-def _size(adapter: ModuleAdapter) -> tuple[int, int]:
-    shapes = {name: tensor.to("meta") for name, tensor in adapter.tensors.items()}
-    change = delta_weight(replace(adapter, tensors=shapes)).flatten(1)
-    return change.shape[0], change.shape[1]

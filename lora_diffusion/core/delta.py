@@ -54,11 +54,7 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
     try:
         return _delta_weight(without_tucker(adapter), base_weight)
     except (RuntimeError, IndexError, TypeError) as error:
-        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
-        wanted = "" if base_weight is None else f" for a weight of {list(base_weight.shape)}"
-        raise AdapterFileError(
-            f"The tensors of a {adapter.variant} adapter do not fit{wanted}: {shapes}; the file is damaged."
-        ) from error
+        raise _misfit(adapter, base_weight) from error
 
 
 def _delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None) -> Tensor:
@@ -74,6 +70,58 @@ def _delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None) -> Tensor:
     length = norms(changed, AXES[adapter.variant])
     turned: Tensor = tensors["magnitude"].reshape(length.shape) / length * changed
     return turned - weight
+
+
+def change_shape(adapter: ModuleAdapter) -> tuple[int, int]:
+    """Returns outputs, and inputs times the size of the kernel, of the weight that an adapter changes.
+
+    Raises:
+        AdapterFileError: the tensors do not fit each other.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    try:
+        if "down" in shapes:
+            return _lora_shape(shapes)
+        (rows, columns), (more_rows, more_columns) = (_factor_shape(shapes, factor) for factor in ("w1", "w2"))
+    except ValueError as error:
+        raise _misfit(adapter, None) from error
+    if adapter.variant == "lokr":
+        return rows * more_rows, columns * more_columns
+    if (rows, columns) != (more_rows, more_columns):
+        raise _misfit(adapter, None)
+    return rows, columns
+
+
+def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    (outputs, rank, *_), (rows, *inputs) = shapes["up"], shapes["down"]
+    outer, inner, *kernel = shapes.get("mid", (rows, rows))
+    if (rank, rows) != (outer, inner) or math.prod(shapes["up"][2:]) != 1:
+        raise ValueError("up and down are of different ranks")
+    return outputs, math.prod([*inputs, *kernel])
+
+
+def _factor_shape(shapes: Mapping[str, tuple[int, ...]], factor: str) -> tuple[int, int]:
+    if factor in shapes:
+        rows, *columns = shapes[factor]
+        return rows, math.prod(columns)
+    (rows, rank), (rank_too, columns) = shapes[f"{factor}_a"], shapes[f"{factor}_b"]
+    core = shapes.get(f"t{factor[1]}")
+    if core:
+        # With a core, the first factor has the rank first.
+        rank, rows, (outer, inner, *kernel) = rows, rank, core
+        columns *= math.prod(kernel)
+        rank_too = inner if outer == rank and inner == rank_too else -1
+    if rank != rank_too:
+        raise ValueError("the factors are of different ranks")
+    return rows, columns
+
+
+def _misfit(adapter: ModuleAdapter, base_weight: Tensor | None) -> AdapterFileError:
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
+    wanted = "" if base_weight is None else f" for a weight of {list(base_weight.shape)}"
+    return AdapterFileError(
+        f"The tensors of a {adapter.variant} adapter do not fit{wanted}: {shapes}; the file is damaged."
+    )
 
 
 def norms(weight: Tensor, axis: int) -> Tensor:
