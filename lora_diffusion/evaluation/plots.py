@@ -76,8 +76,12 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
         own = [point for point in points if point.kind == kind]
         if own:
             axes.scatter([p.text for p in own], [p.likeness for p in own], **marker, zorder=3)
+    right = max(point.text for point in points)
+    left = min(point.text for point in points)
     for point in _spaced(points):
-        axes.annotate(point.label, (point.text, point.likeness), **_note(7, 5))
+        at_edge = point.text > right - _LABEL_WIDTH * (right - left)
+        side = {"ha": "right", **_note(-7, 5)} if at_edge else _note(7, 5)
+        axes.annotate(point.label, (point.text, point.likeness), **side)
     axes.set(xlabel=labels[0], ylabel=labels[1])
     axes.margins(0.08, 0.1)
     return _svg(figure, "frontier", f"{len(points)} candidates by {labels[0]} and {labels[1]}.")
