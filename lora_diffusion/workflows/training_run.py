@@ -70,6 +70,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     check_output(config.output.formats, variant.stored)
     info = family.check(config.model)
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
+    _check_spellings(family, config)
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
     cache.check(config.cache)
     record.check_thumbnail(config)
@@ -141,6 +142,11 @@ def _batches(items: Sequence[Prepared], family: Family, config: Config) -> Batch
     )
 
 
+def _check_spellings(family: Family, config: Config) -> None:
+    for format_name in config.output.formats:
+        family.key_map(format_name, config.model)
+
+
 def _write(state: AdapterState, family: Family, config: Config, format_name: str, run: RunFolder) -> Path:
     format_: Format = registry.find("formats", format_name)
     path = run.adapter_path(config, format_name, format_.is_folder)
@@ -204,6 +210,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
     plan = make_plan(skeleton, family.parts, config.adapter)
+    _check_spellings(family, config)
     run_folder.check(config, resume=not overwrite, overwrite=overwrite)
     cache.check(config.cache)
     record.check_thumbnail(config)

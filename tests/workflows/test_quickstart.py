@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion import quickstart
 from lora_diffusion.config.shipped import find_shipped
+from lora_diffusion.quickstart import style
 from tests.workflows.conftest import Commands
 
 
@@ -17,7 +17,7 @@ def test_quickstart_leaves_adapter_grid_and_report(
     text = find_shipped("sd1/style").read_text(encoding="utf-8")
     short.write_text(text.replace("max_steps: 250", "max_steps: 12"), encoding="utf-8")
     assert "max_steps: 12" in short.read_text(encoding="utf-8")
-    monkeypatch.setattr(quickstart, "find_shipped", lambda name: short)
+    monkeypatch.setattr(style, "find_shipped", lambda name: short)
     result = json.loads(command.good("quickstart", "--output", tmp_path / "run", "--json").out)
     assert all(Path(result[name]).is_file() for name in ("adapter", "grid", "report"))
     assert len(result["next"]) == 3

@@ -1,4 +1,4 @@
-"""The whole way on the built-in base: train a style, draw before and after, score, report."""
+"""The whole way on the built-in Stable Diffusion: train a style, draw before and after, score, report."""
 
 from __future__ import annotations
 

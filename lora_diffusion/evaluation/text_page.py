@@ -1,0 +1,69 @@
+"""The page that shows what a model writes before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion import __version__
+from lora_diffusion.evaluation import plots
+from lora_diffusion.evaluation.page import Album, write_page
+from lora_diffusion.evaluation.report import Training
+from lora_diffusion.evaluation.sections import columns, row
+
+
+@dataclass(frozen=True)
+class TextPage:
+    """What the page says; the name of a column that holds numbers ends in #."""
+
+    title: str
+    subtitle: str
+    score_names: Sequence[str]
+    scores: Sequence[Sequence[Any]]
+    about: str
+    """What the scores are."""
+    example_names: Sequence[str]
+    examples: Sequence[Sequence[Any]]
+    about_examples: str
+    """How the examples were chosen."""
+
+
+def write_text_page(path: Path, page: TextPage, *, training: Training, next_commands: Sequence[str]) -> None:
+    """Writes one HTML file that needs no other file and no network.
+
+    Args:
+        path: the HTML file.
+        page: scores and examples.
+        training: the run.
+        next_commands: command lines to try.
+    """
+    write_page(
+        path,
+        "texts.html.j2",
+        Album(),
+        {
+            "title": page.title,
+            "subtitle": page.subtitle,
+            "version": __version__,
+            "sections": {
+                "scores": "Scores",
+                "examples": "Examples",
+                "training": "Training",
+                "settings": "Settings",
+                "next": "Next",
+            },
+            "slider": ("", ""),
+            "raw": [],
+            "score_columns": columns(*page.score_names),
+            "scores": [row(cells) for cells in page.scores],
+            "about": page.about,
+            "example_columns": columns(*page.example_names),
+            "examples": [row(cells) for cells in page.examples],
+            "about_examples": page.about_examples,
+            "loss": plots.loss(training.metrics),
+            "facts": {**training.facts, "lora-diffusion": __version__},
+            "next_commands": next_commands,
+        },
+    )

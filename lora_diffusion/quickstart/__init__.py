@@ -1,0 +1,36 @@
+"""The whole way on a built-in base, once for each kind of model: train, compare before and after, report."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+_HOMES = {"style": "style", "whisper": "whisper"}
+"""What is shown -> file of this room, imported only when it is asked for."""
+NAMES = tuple(_HOMES)
+
+
+class Result(Protocol):
+    """What a quickstart left."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+
+    def text(self) -> str:
+        """Returns lines for people."""
+
+
+def quickstart(name: str, output_path: Path, *, overwrite: bool = False) -> Result:
+    """Runs the quickstart of that name.
+
+    Args:
+        name: one of NAMES.
+        output_path: run folder.
+        overwrite: replace an earlier run there.
+
+    Raises:
+        ConfigError: the folder holds another run and `overwrite` is not set.
+    """
+    result: Result = import_module(f"{__name__}.{_HOMES[name]}").quickstart(output_path, overwrite=overwrite)
+    return result

@@ -1,0 +1,134 @@
+"""Whole commands on recordings: train, resume, transcribe, score, and the tools for adapter files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_whisper import save_tiny_whisper, write_recording
+from tests.workflows.conftest import Commands, Outcome
+
+WORDS = ("one", "two three", "four")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_whisper(tmp_path_factory.mktemp("whisper") / "base")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recordings")
+    for index, text in enumerate(WORDS):
+        write_recording(folder / f"{index}.wav", text, seconds=0.3 + 0.1 * index, pitch=200.0 + 100 * index)
+    return folder
+
+
+@pytest.fixture
+def train(command: Commands, base: Path, recordings: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
+    settings = [
+        "model.family=whisper",
+        f"model.path={base}",
+        "model.mask_time_prob=0.2",
+        f"data.path={recordings}",
+        "data.speeds=[1.0, 1.1]",
+        "data.noise_db=[20]",
+        "adapter.rank=2",
+        "adapter.dropout=0.1",
+        "train.learning_rate=1e-2",
+        "train.schedule=constant",
+        "train.batch_size=2",
+        "train.threads=1",
+        "output.dtype=fp32",
+        "output.name=adapter",
+    ]
+
+    def run(name: str, *more: str) -> Outcome:
+        return command("train", *settings, f"output.path={tmp_path / name}", *more)
+
+    return run
+
+
+def test_resume_is_bit_for_bit(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert train("whole", "train.max_steps=5").code == 0
+    assert train("halves", "train.max_steps=3").code == 0
+    assert train("halves", "train.max_steps=5", "--resume").code == 0
+    whole, halves = (
+        load_file(tmp_path / name / "adapter.peft" / "adapter_model.safetensors") for name in ("whole", "halves")
+    )
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "halves")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_files_of_a_run_and_tools(train, command: Commands, base: Path, recordings: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert train("run", "train.max_steps=2", "train.preview_every_steps=1").code == 0
+    run = tmp_path / "run"
+    lines = (run / "previews" / "step-000001.tsv").read_text(encoding="utf-8").split("\n")
+    assert [line.split("\t")[0] for line in lines if "\t" in line] == ["0.wav", "1.wav", "2.wav"]
+
+    def heard(*arguments: object) -> str:
+        file = recordings / "1.wav"
+        texts = json.loads(command.good("transcribe", *arguments, file, "--json").out)
+        assert list(texts) == [str(file)]
+        return str(texts[str(file)])
+
+    adapter = run / "adapter.peft"
+    told = json.loads(command.good("inspect", adapter, "--json").out)
+    assert told["metadata"]["modelspec.architecture"] == "whisper/lora"
+    assert "ss_base_model_version" not in told["metadata"]
+    with_adapter = heard("--model", base, "--adapter", f"{adapter}:1")
+    command.good("compose", f"{adapter}:0.5", f"{adapter}:0.5", "--output", tmp_path / "sum.peft")
+    assert heard("--model", base, "--adapter", f"{tmp_path / 'sum.peft'}:1") == with_adapter
+    command.good("merge", "--model", base, "--adapter", f"{adapter}:1", "--output", tmp_path / "merged")
+    assert heard("--model", tmp_path / "merged") == with_adapter
+    command.good("resize", adapter, tmp_path / "small.peft", "--rank", "1")
+
+
+def test_score(command: Commands, base: Path, recordings: Path) -> None:
+    outcome = command.good("transcribe", "--model", base, "--score", recordings, "--json")
+    (score,) = json.loads(outcome.out).values()
+    assert {one["key"] for one in score["recordings"]} == {"0.wav", "1.wav", "2.wav"}
+    assert [one["wer"] for one in score["recordings"]] == sorted(
+        (one["wer"] for one in score["recordings"]), reverse=True
+    )
+    assert "WER" in command.good("transcribe", "--model", base, "--score", recordings).out
+
+
+def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_path: Path) -> None:
+    write_recording(tmp_path / "long.wav", seconds=2.4)
+    outcome = command.good("transcribe", "--model", base, tmp_path, "--json")
+    assert len(json.loads(outcome.out)) == 1
+    assert "2.4 s long, heard in 3 pieces" in outcome.message or "2.4 s long, heard in 4 pieces" in outcome.message
+
+
+def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
+    outcome = train("dry", "--dry-run", "train.epochs=2", "--json")
+    told = json.loads(outcome.out)
+    assert (told["data"]["num_recordings"], told["data"]["num_words"], told["steps"]) == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.flip=true"], "data.flip: there is no such key"),
+        (["data.speeds=[1.0, 3.0]"], "must be one or more different speeds between 0.5 and 2"),
+        (["adapter.parts=[unet]"], "unet"),
+        (["output.formats=[kohya]"], "Whisper adapters have no spelling kohya; use peft"),
+        (["model.language=fr"], "no token for model.language=fr"),
+        (["train.preview_every_steps=1", "preview.prompts=[nine.wav]"], "no recording nine.wav"),
+    ],
+)
+def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
+    outcome = train("bad", "train.max_steps=1", *overrides)
+    assert outcome.code == 2, outcome.message
+    assert message in outcome.message
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
