@@ -1,13 +1,13 @@
 """Measures work on adapter files of Stable Diffusion XL.
 
-    python scripts/benchmark.py files           # dense decompositions on one module of each shape, scaled by counts
-    python scripts/benchmark.py files --all     # on all 794 modules: an hour or two
+    python scripts/benchmark.py files           # one module of each shape, scaled by counts
+    python scripts/benchmark.py files --all     # all 794 modules: an hour or two
 
 The modules are those that kohya trains in the UNet (722) and in the first text encoder (72), with random factors whose
-size falls like that of trained ones. Ours works on the factors of all modules. The other side does what common tools
-do: it adds up the weight changes, decomposes them with `torch.linalg.svd(change, full_matrices=False)` and keeps the
-leading components. Both compute in float32 files and one thread, and take turns; processor time is compared, since it
-does not depend on what else the machine does. Errors are measured against the sum in float64.
+size falls like that of trained ones. Ours works on the factors. The other side does what common tools do: it adds up
+the weight changes, decomposes them with `torch.linalg.svd(change, full_matrices=False)` and keeps the leading
+components. Both compute in float32 and one thread, and take turns; processor time is compared, since it hardly depends
+on what else the machine does. Errors are measured against the sum in float64.
 
 Converting and inspecting are timed as whole processes, start of Python included.
 """
@@ -107,21 +107,20 @@ def measure(job: Job, shapes: Sequence[Shape], *, every: bool) -> dict[str, floa
     Args:
         job: the work.
         shapes: of all modules.
-        every: whether to decompose all dense changes, not one of each shape.
+        every: whether to work on all modules, not on one of each shape.
     """
     counts = {shape: shapes.count(shape) for shape in shapes}
     result = {"ours_s": 0.0, "dense_s": 0.0, "ours_error": 0.0, "dense_error": 0.0, "excess": -1.0}
-    ours(random_factors((64, 64), job, 0), job.rank)
     for shape, count in counts.items():
-        for index in range(count):
+        num = count if every else 1
+        for index in range(num):
             terms = random_factors(shape, job, index)
-            cost, kept = _timed(ours, terms, job.rank)
-            result["ours_s"] += cost
-            if index and not every:
-                continue
+            # Ours takes milliseconds: once to warm up, and the median of three.
+            costs = [_timed(ours, terms, job.rank) for _ in range(4)]
+            result["ours_s"] += count / num * statistics.median(cost for cost, _ in costs[1:])
             cost, theirs = _timed(dense, terms, job.rank)
-            result["dense_s"] += cost if every else cost * count
-            errors = _errors(terms, (kept, theirs))
+            result["dense_s"] += count / num * cost
+            errors = _errors(terms, (costs[0][1], theirs))
             result["ours_error"] = max(result["ours_error"], errors[0])
             result["dense_error"] = max(result["dense_error"], errors[1])
             result["excess"] = max(result["excess"], errors[0] - errors[1])
@@ -191,7 +190,7 @@ def _run(arguments: Sequence[str]) -> tuple[float, float]:
 def add_parser(commands: Any) -> None:
     """Adds `files` to the command line of the benchmark."""
     parser = commands.add_parser("files", help="merging, resizing, converting and inspecting adapter files")
-    parser.add_argument("--all", action="store_true", help="decompose every dense change, not one of each shape")
+    parser.add_argument("--all", action="store_true", help="work on every module, not on one of each shape")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 

@@ -17,6 +17,7 @@ from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.lowrank import RankRule
 from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.formats import clients, detect
 from lora_diffusion.formats.verified import write_verified
@@ -110,12 +111,13 @@ def compose(
     if len({family.name for family in families}) > 1:
         kinds = [f"{name} is for {family.name}" for name, family in zip(names, families, strict=True)]
         raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", kinds)
-    made = add(terms, rule, _kernels(families[0]))
+    with one_thread():
+        made, met = add(terms, rule, _kernels(families[0])), overlaps(terms)
     dtype = common_dtype([path for path, _ in adapters]) if dtype == "auto" else dtype
     _write(made, sources, families[0], format_, output_path, dtype)
     found = keys(terms)
     missing = {term.name: len(found) - len(term.state.modules) for term in terms}
-    return Composition(output_path, made, dtype, tuple(overlaps(terms)), missing)
+    return Composition(output_path, made, dtype, tuple(met), missing)
 
 
 def resize(
@@ -139,7 +141,8 @@ def resize(
     check_target(output_path, format_, overwrite)
     family, state = read_alone(input_path)
     term = Term(input_path.name, state, dict.fromkeys(state.parts(), 1.0))
-    made = add([term], rule, _kernels(family))
+    with one_thread():
+        made = add([term], rule, _kernels(family))
     dtype = common_dtype([input_path]) if dtype == "auto" else dtype
     _write(made, [_source(input_path, term)], family, format_, output_path, dtype)
     return Composition(output_path, made, dtype, (), {})
