@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.adapters._engines import LAYERS, engine_of
 from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
-from lora_diffusion.core.delta import delta_weight, without_tucker
+from lora_diffusion.core.delta import AXES, change_shape, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, RunError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 
@@ -97,8 +98,8 @@ def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapt
     base = module.get_base_layer() if isinstance(module, LAYERS) else module
     if not isinstance(base, nn.Linear) and not (isinstance(base, nn.Conv2d) and base.groups == 1):
         return f"{key.part}/{key.path}: a {type(base).__name__} cannot hold an adapter"
-    weight = torch.empty(_shape(base), device="meta")
-    fault = _wrong_factor(adapter, weight.shape) or _wrong_change(adapter, weight)
+    shape = _shape(base)
+    fault = _wrong_factor(adapter, shape) or _wrong_change(adapter, shape)
     return fault and f"{key.part}/{key.path}: {fault}"
 
 
@@ -109,28 +110,28 @@ def _shape(base: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
     return (base.out_channels, base.in_channels, *base.kernel_size)
 
 
-def _wrong_factor(adapter: ModuleAdapter, shape: torch.Size) -> str | None:
-    plain = without_tucker(_on_meta(adapter)).tensors
-    if "down" not in plain:
+def _wrong_factor(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
+    if "down" not in adapter.tensors or "mid" in adapter.tensors:
         return None
     expected = {"down": (adapter.rank, *shape[1:]), "up": (shape[0], adapter.rank, *(1,) * (len(shape) - 2))}
     for tensor, wanted in expected.items():
-        own = tuple(plain[tensor].shape)
+        own = tuple(adapter.tensors[tensor].shape)
         if _bare(own) != _bare(wanted):
             return f"{tensor} is {list(own)}, the base needs {list(wanted)}"
     return None
 
 
-def _wrong_change(adapter: ModuleAdapter, weight: Tensor) -> str | None:
+def _wrong_change(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
     try:
-        delta_weight(_on_meta(adapter), weight)
+        found = change_shape(adapter)
     except AdapterFileError as error:
         return str(error)
+    if found != (shape[0], math.prod(shape[1:])):
+        return f"its change is {list(found)}, the base has {list(shape)}"
+    magnitude = adapter.tensors.get("magnitude")
+    if magnitude is not None and magnitude.numel() != shape[AXES[adapter.variant]]:
+        return f"magnitude is {list(magnitude.shape)}, the base has {list(shape)}"
     return None
-
-
-def _on_meta(adapter: ModuleAdapter) -> ModuleAdapter:
-    return replace(adapter, tensors={name: tensor.to("meta") for name, tensor in adapter.tensors.items()})
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:

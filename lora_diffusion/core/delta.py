@@ -102,16 +102,16 @@ def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 def _factor_shape(shapes: Mapping[str, tuple[int, ...]], factor: str) -> tuple[int, int]:
     if factor in shapes:
-        rows, *columns = shapes[factor]
-        return rows, math.prod(columns)
+        return shapes[factor][0], math.prod(shapes[factor][1:])
     (rows, rank), (rank_too, columns) = shapes[f"{factor}_a"], shapes[f"{factor}_b"]
     core = shapes.get(f"t{factor[1]}")
     if core:
         # With a core, the first factor has the rank first.
-        rank, rows, (outer, inner, *kernel) = rows, rank, core
-        columns *= math.prod(kernel)
-        rank_too = inner if outer == rank and inner == rank_too else -1
-    if rank != rank_too:
+        rank, rows = rows, rank
+        if core[:2] != (rank, rank_too):
+            raise ValueError("the core is of another rank")
+        columns *= math.prod(core[2:])
+    elif rank != rank_too:
         raise ValueError("the factors are of different ranks")
     return rows, columns
 

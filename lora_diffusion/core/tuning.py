@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,19 @@ def use_threads(setting: str, record_path: Path | None = None) -> int:
         candidates = {str(count): partial(_run_layers, count, *probe) for count in counts}
         torch.set_num_threads(int(measured_choice("threads", candidates, record_path)))
     return torch.get_num_threads()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the context torch computes on one thread: thousands of small tensors only wait for a second one."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def use_channels_last(networks: Iterable[nn.Module], device: torch.device) -> None:

@@ -92,7 +92,8 @@ def _check_start(path: Path, start: bytes, length: int, num_bytes: int) -> None:
     if is_pickle(path):
         raise AdapterFileError(
             f"{path} is a pickle, and reading one can run code that its author put there. Ask for a .safetensors file, "
-            f"or convert it without running any: lora-diffusion convert {path.name} NEW.safetensors --from-pickle."
+            "or convert it without running any: "
+            f"lora-diffusion convert {path.name} NEW.safetensors --to kohya --from-pickle."
         )
     if start.startswith(b"version "):
         raise AdapterFileError(f"{path} is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'.")

@@ -27,6 +27,16 @@ def check_holds(format_: Format, variants: Iterable[str]) -> None:
             )
 
 
+def check_output(format_names: Iterable[str], variant: str) -> None:
+    """Checks that all formats that a run is to write can hold what it trains.
+
+    Raises:
+        UnsupportedError: see `check_holds`.
+    """
+    for name in format_names:
+        check_holds(_find(name), [variant])
+
+
 def _find(name: str) -> Format:
     format_: Format = registry.find("formats", name)
     return format_

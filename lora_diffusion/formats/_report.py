@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.delta import delta_norm, delta_weight
+from lora_diffusion.core.delta import change_shape, delta_norm
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.core.types import ModuleAdapter
@@ -158,20 +159,15 @@ def _module(
         alpha = float(own.pop("alpha").float().mean())
     # What a magnitude does depends on the base; the change before it is known.
     plain = {tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude")}
-    num_weights = 0 if len(group.kinds) != 1 or group.lacking else _num_weights(next(iter(group.kinds)), plain)
-    if not num_weights:
+    if len(group.kinds) != 1 or group.lacking:
         return _Module(name, group, None, alpha)
     adapter = ModuleAdapter(next(iter(group.kinds)), plain, 1.0)
-    adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
-    return _Module(name, group, adapter, alpha, num_weights)
-
-
-def _num_weights(variant: str, tensors: Mapping[str, Tensor]) -> int:
-    """Returns the size of the change, or 0 where the tensors do not fit each other."""
     try:
-        return delta_weight(ModuleAdapter(variant, {n: t.to("meta") for n, t in tensors.items()}, 1.0)).numel()
-    except (AdapterFileError, ZeroDivisionError):
-        return 0
+        num_weights = math.prod(change_shape(adapter))
+    except AdapterFileError:
+        return _Module(name, group, None, alpha)
+    adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
+    return _Module(name, group, adapter if num_weights else None, alpha, num_weights)
 
 
 def _part(name: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 
@@ -183,18 +183,13 @@ def read_modules(
 def _adapter(name: str, kind: str, tensors: dict[str, Tensor], alpha: float | None, source: Path) -> ModuleAdapter:
     variant = kind
     if kind == "lora":
-        _check_factors(name, tensors, source)
         variant, tensors = _with_magnitude(name, tensors, source)
     adapter = ModuleAdapter(variant, tensors, 0.0)
-    if kind != "lora" or "mid" in tensors:
-        _check_change(name, adapter, source)
-    return ModuleAdapter(variant, tensors, float(adapter.rank) if alpha is None else alpha)
-
-
-def _check_factors(name: str, tensors: Mapping[str, Tensor], source: Path) -> None:
-    down, up = tensors["down"], tensors["up"]
-    if down.dim() not in (2, 4) or up.dim() not in (2, 4) or up.shape[1] != down.shape[0]:
-        raise AdapterFileError(f"{source}: {name} has factors {list(up.shape)} and {list(down.shape)} that do not fit.")
+    try:
+        change_shape(adapter)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{source}: {name}. {error}") from error
+    return replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
 
 
 def _with_magnitude(name: str, tensors: dict[str, Tensor], source: Path) -> tuple[str, dict[str, Tensor]]:
@@ -213,15 +208,6 @@ def _with_magnitude(name: str, tensors: dict[str, Tensor], source: Path) -> tupl
         )
     shape = (1, inputs, *ones) if is_row else (outputs, 1, *ones)
     return "dora" if is_row else "dora_out", {**tensors, "magnitude": magnitude.reshape(shape)}
-
-
-def _check_change(name: str, adapter: ModuleAdapter, source: Path) -> None:
-    meta = ModuleAdapter(adapter.variant, {n: tensor.to("meta") for n, tensor in adapter.tensors.items()}, 1.0)
-    plain = "lora" if adapter.variant.startswith("dora") else adapter.variant
-    try:
-        delta_weight(ModuleAdapter(plain, meta.tensors, 1.0))
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{source}: {name} is no whole adapter. {error}") from error
 
 
 def _refuse_incomplete(groups: Mapping[str, Group], source: Path) -> None:

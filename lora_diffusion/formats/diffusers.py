@@ -19,6 +19,7 @@ from lora_diffusion.formats._lora_config import check_config, find_alpha, write_
 from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
 from lora_diffusion.formats._portable import complete_attention
 from lora_diffusion.formats._spelling import PEFT_PREFIX, group_names, read_modules, split_name
+from lora_diffusion.formats.metadata import without_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class _Diffusers:
             for part, adapters in parts.items()
             for field, value in write_config(adapters).items()
         }
-        metadata = {**state.metadata, "format": "pt", _CONFIG_KEY: json.dumps(configs)}
+        metadata = {**without_hashes(state.metadata), "format": "pt", _CONFIG_KEY: json.dumps(configs)}
         _safetensors.save(tensors, metadata, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:

@@ -17,7 +17,7 @@ from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._portable import complete_attention, share_alpha
 from lora_diffusion.formats._spelling import KOHYA, group_names, read_modules, split_name, unread_kind
-from lora_diffusion.formats.metadata import hashes
+from lora_diffusion.formats.metadata import hashes, without_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class _Kohya:
                     tensors[f"{name}{suffix}"] = _safetensors.cast(name, adapter.tensors[tensor], dtype)
             # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
             tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
-        told = {key: value for key, value in state.metadata.items() if not key.startswith("sshs_")}
+        told = without_hashes(state.metadata)
         _safetensors.save(tensors, {**told, **hashes(tensors, told)}, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:

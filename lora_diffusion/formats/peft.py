@@ -27,6 +27,7 @@ from lora_diffusion.formats._lora_config import (
 )
 from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
 from lora_diffusion.formats._spelling import PEFT_PREFIX, read_modules, split_name
+from lora_diffusion.formats.metadata import without_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ class _Peft:
                 tensors: dict[str, Tensor] = {}
                 for name, adapter in adapters.items():
                     tensors |= peft_tensors(PEFT_PREFIX + name, adapter, dtype)
-                _safetensors.save(tensors, {**state.metadata, "format": "pt"}, folder / part / _TENSORS)
+                _safetensors.save(tensors, {**without_hashes(state.metadata), "format": "pt"}, folder / part / _TENSORS)
                 write_json(folder / part / _CONFIG, _record(adapters))
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:

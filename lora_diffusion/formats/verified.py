@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from lora_diffusion.core.types import AdapterState, ModuleAdapter
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,20 @@ def write_exactly(state: AdapterState, key_map: KeyMap, format_: Format, path: P
     again = format_.read(path, key_map)
     faults = [f"{key.part}/{key.path}: is missing" for key in state.modules if key not in again.modules]
     faults += [f"{key.part}/{key.path}: was not written" for key in again.modules if key not in state.modules]
-    squares = [0.0, 0.0]
+    lost = whole = 0.0
     for key, adapter in state:
         if key in again.modules:
-            fault = _difference(adapter, again.modules[key], dtype)
+            rounded = {name: tensor.to(dtype).float() for name, tensor in adapter.tensors.items()}
+            fault = _difference(adapter, rounded, again.modules[key])
             faults += [f"{key.part}/{key.path}: {fault}"] if fault else []
-            _add_squares(squares, adapter, dtype)
+            lost += _squares(tensor.float() - rounded[name] for name, tensor in adapter.tensors.items())
+            whole += _squares(rounded.values())
     if faults:
         raise VerificationError(f"{path} does not hold what was to be written; do not use it.", faults[:10])
-    return Written(path, math.sqrt(squares[0] / squares[1]) if squares[1] else 0.0)
+    return Written(path, math.sqrt(lost / whole) if whole else 0.0)
 
 
-def _difference(told: ModuleAdapter, found: ModuleAdapter, dtype: torch.dtype) -> str:
+def _difference(told: ModuleAdapter, rounded: Mapping[str, Tensor], found: ModuleAdapter) -> str:
     import torch
 
     if (found.variant, found.tensors.keys()) != (told.variant, told.tensors.keys()):
@@ -75,12 +79,9 @@ def _difference(told: ModuleAdapter, found: ModuleAdapter, dtype: torch.dtype) -
     # An alpha is kept as float32.
     if not math.isclose(found.scale, told.scale, rel_tol=1e-6):
         return f"its scale became {found.scale:g} instead of {told.scale:g}"
-    changed = [n for n, tensor in told.tensors.items() if not torch.equal(tensor.to(dtype).float(), found.tensors[n])]
+    changed = [name for name, tensor in rounded.items() if not torch.equal(tensor, found.tensors[name])]
     return f"the numbers of {', '.join(changed)} differ" if changed else ""
 
 
-def _add_squares(squares: list[float], adapter: ModuleAdapter, dtype: torch.dtype) -> None:
-    for tensor in adapter.tensors.values():
-        wide = tensor.float()
-        squares[0] += float((wide - wide.to(dtype).float()).square().sum())
-        squares[1] += float(wide.square().sum())
+def _squares(tensors: Iterable[Tensor]) -> float:
+    return sum(float(tensor.flatten().dot(tensor.flatten())) for tensor in tensors)

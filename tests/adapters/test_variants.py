@@ -19,7 +19,7 @@ from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import rng
-from lora_diffusion.core.delta import delta_norm, delta_weight, kronecker_split, without_tucker
+from lora_diffusion.core.delta import change_shape, delta_norm, delta_weight, kronecker_split, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from tests.tiny_adapters import PARTS, answers, random_state, same, tiny_loaded
@@ -102,6 +102,7 @@ def test_layer_answers_with_the_changed_weight(variant: str) -> None:
             base = layer.get_base_layer()
             change = strength * delta_weight(adapter, base.weight)
             assert change.shape == base.weight.shape
+            assert change_shape(adapter) == tuple(change.flatten(1).shape)
             size = (2, base.weight.shape[1], 6, 6) if base.weight.dim() == 4 else (5, base.weight.shape[1])
             x = torch.randn(size, generator=torch.Generator().manual_seed(1))
             changed = base._conv_forward(x, change, None) if base.weight.dim() == 4 else x @ change.T
@@ -234,6 +235,7 @@ def test_tucker_cores_are_read(variant: str) -> None:
     weight = loaded.parts["unet"].get_submodule(key.path).weight.data
     torch.testing.assert_close(delta_weight(adapter, weight).double(), 0.5 * expected, rtol=1e-4, atol=1e-6)
     assert delta_norm(adapter) == pytest.approx(float(delta_weight(adapter, weight).norm()), rel=1e-4)
+    assert change_shape(adapter) == (64, 64 * 9)
     load_state(loaded, AdapterState({key: adapter}), "tucker")
     assert same(read_state(loaded, "tucker"), AdapterState({key: without_tucker(adapter)}))
     merged = tiny_loaded()
@@ -297,6 +299,6 @@ def test_tensors_of_another_size_are_refused_with_the_reason() -> None:
         load_state(loaded, AdapterState({**state.modules, key: wrong}), "bad")
     dora = state_of("dora")
     short = replace(dora.modules[key], tensors={**dora.modules[key].tensors, "magnitude": torch.ones(1, 5)})
-    with pytest.raises(AdapterFileError, match=r"magnitude \[1, 5\]"):
+    with pytest.raises(AdapterFileError, match=r"magnitude is \[1, 5\]"):
         load_state(loaded, AdapterState({key: short}), "bad")
     assert loaded.adapters is None
