@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.plan import plan as make_plan
+from lora_diffusion.adapters.soundness import check_sizes
 from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
@@ -22,6 +23,7 @@ def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterStat
     format_: Format = registry.find("formats", detect(path))
     state = format_.read(path, family.key_map(format_.name, model))
     check_fit(state, family.skeleton(model), str(path))
+    check_sizes(state, str(path))
     return state
 
 
