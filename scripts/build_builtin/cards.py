@@ -16,7 +16,8 @@ def _number(measures: dict[str, Any], *keys: str, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else _MISSING
 
 
-def _sources() -> str:
+def sources_table() -> str:
+    """The packages that all models but the held-out style come from, as a Markdown table."""
     rows = ["| style | pictures from | licence |", "|---|---|---|"]
     rows += [
         f"| {p.style} | {p.author} ({p.name} {p.version}) | {p.licence} |" for p in PACKAGES if p.style != UNSEEN_STYLE
@@ -67,7 +68,7 @@ Styles: noto, twemoji, fluent, flat, fxemoji, emojione. The words `sks`, `ohwx`,
 
 ## Data
 
-{_sources()}
+{sources_table()}
 
 Never seen by any part: the style of Noto Emoji before 2017 (`blob`), and the subjects {_names("concept")}, {_names("unseen")}.
 Fully listed in `scripts/build_builtin/subjects.tsv`; NOTICE holds the attributions. The weights are published under Apache-2.0.
@@ -112,7 +113,7 @@ Image tower: ModifiedResNet [1, 1, 1, 1], width 24; text tower: 3 layers, 160 wi
 
 ## Data
 
-{_sources()}
+{sources_table()}
 
 Never seen: the style of Noto Emoji before 2017 (`blob`) and the subjects {_names("unseen")}. It does know {_names("concept")}, which `emoji-sd`
 does not: an adapter that teaches one of them can therefore be scored. The weights are published under Apache-2.0; NOTICE holds the attributions.

@@ -97,10 +97,10 @@ def write_entries(folder: Path, pictures: Pictures, entries: Sequence[Entry]) ->
         (folder / f"{entry.file_name}.txt").write_text(entry.caption + "\n", encoding="utf-8")
 
 
-def licence_text(packages: Sequence[IconPackage]) -> str:
+def licence_text(packages: Sequence[IconPackage], pixels: int = DRAWN_PIXELS) -> str:
     """Attribution of the pictures; the licence texts themselves are in NOTICE and LICENSE of the project."""
     lines = [
-        "The pictures here were drawn at 128 pixels on white from vector icons, otherwise unchanged.",
+        f"The pictures here were drawn at {pixels} pixels on white from vector icons, otherwise unchanged.",
         "",
     ]
     for package in packages:

@@ -1,0 +1,1 @@
+"""Rebuilds builtin/emoji-llava and datasets/emoji-questions."""

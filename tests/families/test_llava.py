@@ -1,0 +1,297 @@
+"""What is particular to LLaVA: spelling, loss, answers, files, and bases that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.inject import inject
+from lora_diffusion.adapters.plan import plan
+from lora_diffusion.adapters.state import read_state
+from lora_diffusion.config.schema import AdapterConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.rng import derive
+from lora_diffusion.core.types import Batch, Chat, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.families import _vision
+from lora_diffusion.families.llava import FAMILY, LlavaOptions
+from lora_diffusion.formats.verified import write_verified
+from tests.tiny_llava import TEMPLATE_WITHOUT_END, save_tiny_llava, save_tiny_llava_next, write_picture
+
+CPU = torch.device("cpu")
+_IMAGE_TOKENS = 4
+CONVERSATIONS = (("What?", "a cat"), ("Say more.", "a dog, no doubt", "Sure?", "yes"), ("Colour of it?", "red"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("llava") / "base")
+
+
+@pytest.fixture(scope="module")
+def next_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava_next(tmp_path_factory.mktemp("llava") / "next")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
+    folder = tmp_path_factory.mktemp("pictures")
+    return [Image.open(write_picture(folder / f"{seed}.png", seed, (24, 12))).convert("RGB") for seed in range(3)]
+
+
+def load(base: Path, **options: Any) -> Loaded:
+    return FAMILY.load(LlavaOptions(path=str(base), **options), CPU)
+
+
+def chat(index: int, picture: Image.Image, texts: tuple[str, ...]) -> Chat:
+    turns = tuple(Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts))
+    return Chat(str(index), Path(), turns=turns, size=picture.size, views=(picture,))
+
+
+def chats(pictures: list[Image.Image]) -> list[Chat]:
+    return [chat(index, picture, CONVERSATIONS[index]) for index, picture in enumerate(pictures)]
+
+
+def make_batch(loaded: Loaded, pictures: list[Image.Image], trained: frozenset[str] = frozenset()) -> Batch:
+    return FAMILY.collate(FAMILY.prepare(loaded, chats(pictures), trained))
+
+
+def losses(loaded: Loaded, batch: Batch) -> torch.Tensor:
+    return FAMILY.loss(loaded, batch, derive(0, "loss")).per_sample
+
+
+def by_hand(model: Any, processor: Any, picture: Image.Image, texts: tuple[str, ...]) -> float:
+    """Mean of -log p(token | all before) over the tokens of the answers, from logits in float64."""
+    ids: list[int] = []
+    is_answer: list[bool] = []
+    for place in range(0, len(texts), 2):
+        shown = "<image>" * _IMAGE_TOKENS + "\n" if place == 0 else ""
+        start = "<s>" if place == 0 else ""
+        asked = processor.tokenizer(
+            f"{start}USER: {shown}{texts[place]} ASSISTANT:", add_special_tokens=False
+        ).input_ids
+        said = processor.tokenizer(f" {texts[place + 1]}</s>", add_special_tokens=False).input_ids
+        ids += asked + said
+        is_answer += [False] * len(asked) + [True] * len(said)
+    pixels = processor.image_processor(images=[picture], return_tensors="pt").pixel_values.double()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
+    terms = [
+        torch.logsumexp(logits[place - 1], 0) - logits[place - 1, ids[place]]
+        for place in range(1, len(ids))
+        if is_answer[place]
+    ]
+    return float(torch.stack(terms).mean())
+
+
+class TestLoss:
+    @pytest.mark.parametrize("trained", [frozenset(), frozenset({"vision_tower"})], ids=["features", "pixels"])
+    def test_is_that_by_hand_on_three_conversations_of_different_length(
+        self, base: Path, pictures: list[Image.Image], trained: frozenset[str]
+    ) -> None:
+        model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float64).eval()
+        processor = AutoProcessor.from_pretrained(base)
+        wanted = [by_hand(model, processor, *pair) for pair in zip(pictures, CONVERSATIONS, strict=True)]
+        loaded = load(base)
+        batch = make_batch(loaded, pictures, trained)
+        assert ("pixels" in batch.tensors) == bool(trained)
+        assert (batch.tensors["labels"][0] == -100).sum() > (batch.tensors["labels"][1] == -100).sum()
+        found = losses(loaded, batch)
+        assert found.tolist() == pytest.approx(wanted, rel=2e-4)
+
+    def test_padding_and_company_change_nothing(self, base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(base)
+        together = losses(loaded, make_batch(loaded, pictures))
+        alone = [
+            losses(loaded, FAMILY.collate(FAMILY.prepare(loaded, [sample], frozenset()))) for sample in chats(pictures)
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+    def test_next_looks_at_tiles_as_transformers_does(self, next_base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(next_base)
+        batch = make_batch(loaded, pictures)
+        assert batch.tensors["num_tiles"].tolist() == [3, 3, 3]
+        model = LlavaNextForConditionalGeneration.from_pretrained(next_base).eval()
+        processor = AutoProcessor.from_pretrained(next_base)
+        found = losses(loaded, batch)
+        for index, picture in enumerate(pictures):
+            ids, labels = (batch.tensors[name][index] for name in ("input_ids", "labels"))
+            length = int((labels != -100).nonzero().max()) + 1
+            seen = processor.image_processor(images=[picture], return_tensors="pt")
+            with torch.no_grad():
+                output = model(input_ids=ids[None, :length], labels=labels[None, :length], **seen)
+            assert found[index].item() == pytest.approx(output.loss.item(), rel=1e-3)
+
+
+class TestSpelling:
+    def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
+        processor = _vision.read_processor(base, None)
+        ids, labels = _vision.spell(processor, chat(0, pictures[0], CONVERSATIONS[1]))
+        text = "USER: <image>\nSay more. ASSISTANT: a dog, no doubt</s>USER: Sure? ASSISTANT: yes</s>"
+        assert ids == processor(text=text, images=pictures[0]).input_ids[0]
+        learnt = processor.tokenizer.decode([label for label in labels if label != -100])
+        assert learnt == " a dog, no doubt</s> yes</s>"
+
+    def test_end_token_is_added_where_the_template_has_none(
+        self, base: Path, pictures: list[Image.Image], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "hub.jinja"
+        file.write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
+        sample = chat(0, pictures[0], CONVERSATIONS[1])
+        with_end, without = (_vision.read_processor(base, name) for name in (None, str(file)))
+        assert _vision.spell(without, sample) == _vision.spell(with_end, sample)
+
+    def test_system_turn_is_rendered_but_not_learnt(self, base: Path, pictures: list[Image.Image]) -> None:
+        processor = _vision.read_processor(base, None)
+        sample = chat(0, pictures[0], ("What?", "a cat"))
+        led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), size=sample.size)
+        ids, labels = _vision.spell(processor, led)
+        assert "Be brief." in processor.tokenizer.decode(ids)
+        assert labels[-7:] == ids[-7:] and set(labels[:-7]) == {-100}
+
+    def test_counts_are_the_lengths(self, base: Path, next_base: Path, pictures: list[Image.Image]) -> None:
+        for folder in (base, next_base):
+            info = FAMILY.check(LlavaOptions(path=str(folder)))
+            assert info.count_tokens is not None
+            items = FAMILY.prepare(load(folder), chats(pictures), frozenset())
+            assert info.count_tokens(chats(pictures)) == [len(item.tensors["input_ids"]) for item in items]
+
+
+class TestMemory:
+    def test_released_tower_is_gone_and_training_goes_on(self, base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(base)
+        batch = make_batch(loaded, pictures)
+        before = losses(loaded, batch)
+        tower = loaded.parts["vision_tower"]
+        loaded.release("vision_tower")
+        held = {id(module) for module in loaded.modules["model"].modules()}
+        assert not held & {id(module) for module in tower.modules()}
+        assert torch.equal(losses(loaded, batch), before)
+
+
+class TestAnswers:
+    def ask(self, loaded: Loaded, pictures: list[Image.Image], *seeds: int) -> list[str]:
+        sample = chat(0, pictures[0], ("What?", ""))
+        return [output.text for output in FAMILY.generate(loaded, [Request("What?", s, sample=sample) for s in seeds])]
+
+    def test_drawn_answers_depend_on_the_seed_only(self, base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(base, temperature=2.0, max_new_tokens=12)
+        first, second, again = self.ask(loaded, pictures, 1, 2, 1)
+        assert first == again != second
+
+    def test_likeliest_answer_is_that_of_transformers(self, base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(base, max_new_tokens=12)
+        (found,) = self.ask(loaded, pictures, 0)
+        model = LlavaForConditionalGeneration.from_pretrained(base).eval()
+        processor = AutoProcessor.from_pretrained(base)
+        inputs = processor(text="USER: <image>\nWhat? ASSISTANT:", images=pictures[0], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
+        assert found == " ".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
+
+
+def _train(loaded: Loaded, pictures: list[Image.Image], **settings: Any) -> list[float]:
+    """Makes two steps with every part trained, the projector in full."""
+    parts = tuple(FAMILY.parts)
+    config = AdapterConfig(rank=2, parts=parts, targets=("all-linear",), full=("projector",), **settings)
+    made = plan(FAMILY.skeleton(loaded.options), FAMILY.parts, config)
+    params = inject(loaded, made, variants.find("lora", loaded.options.quantization), 0.0, 0)
+    flat = [parameter for own in params.values() for parameter in own.values()]
+    optimizer = torch.optim.AdamW(flat, lr=1e-2)
+    batch = make_batch(loaded, pictures, frozenset(parts))
+    values = []
+    for _ in range(3):
+        loss = losses(loaded, batch).mean()
+        values.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return values
+
+
+class TestFiles:
+    @pytest.mark.parametrize("save", [save_tiny_llava, save_tiny_llava_next])
+    def test_peft_gives_the_same_logits(
+        self, save: Callable[[Path], Path], pictures: list[Image.Image], tmp_path: Path
+    ) -> None:
+        base = save(tmp_path / "base")
+        loaded = load(base)
+        _train(loaded, pictures)
+        names = FAMILY.key_map("peft", loaded.options)
+        write_verified(read_state(loaded), names, registry.find("formats", "peft"), tmp_path / "peft", torch.float32)
+        plain = _vision.model_class(base).from_pretrained(base)
+        model = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
+        batch = make_batch(loaded, pictures, frozenset(FAMILY.parts))
+        found = losses(loaded, batch)
+        processor = AutoProcessor.from_pretrained(base)
+        for index, picture in enumerate(pictures):
+            ids, labels = (batch.tensors[name][index] for name in ("input_ids", "labels"))
+            length = int((labels != -100).nonzero().max()) + 1
+            seen = processor.image_processor(images=[picture], return_tensors="pt")
+            with torch.no_grad():
+                output = model(input_ids=ids[None, :length], labels=labels[None, :length], **seen)
+            assert output.loss.item() == pytest.approx(found[index].item(), rel=1e-3)
+
+    def test_names_of_older_versions_are_read(self, base: Path) -> None:
+        for options in (None, LlavaOptions(path=str(base))):
+            names = FAMILY.key_map("peft", options)
+            assert names.key("language_model.model.layers.0.mlp.up_proj") == names.key(
+                "model.language_model.layers.0.mlp.up_proj"
+            )
+            tower = ModuleKey("vision_tower", "encoder.layers.1.mlp.fc1")
+            assert names.key("vision_tower.vision_model.encoder.layers.1.mlp.fc1") == tower
+
+    def test_published_names_cover_the_base(self, base: Path) -> None:
+        known = {key for key, _ in FAMILY.key_map("peft", None)}
+        assert {key for key, _ in FAMILY.key_map("peft", LlavaOptions(path=str(base)))} <= known
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_quantized_base_is_trained(base: Path, pictures: list[Image.Image], kind: str) -> None:
+    loaded = load(base, quantization=kind)
+    flag = {"8bit": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}[kind]
+    assert getattr(loaded.parts["language_model"], flag) and getattr(loaded.parts["vision_tower"], flag)
+    assert type(loaded.parts["projector"].linear_1) is torch.nn.Linear
+    first, *_, last = _train(loaded, pictures)
+    assert last < first
+
+
+class TestBadBase:
+    def test_without_a_template_the_remedy_is_named(self, tmp_path: Path) -> None:
+        base = save_tiny_llava(tmp_path / "base", template=None)
+        with pytest.raises(ModelError, match=r"no chat template; put the chat_template\.jinja .* model\.chat_template"):
+            FAMILY.check(LlavaOptions(path=str(base)))
+        file = tmp_path / "mine.jinja"
+        file.write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
+        FAMILY.check(LlavaOptions(path=str(base), chat_template=str(file)))
+
+    def test_template_that_is_not_there(self, base: Path) -> None:
+        with pytest.raises(ModelError, match="there is no such file"):
+            FAMILY.check(LlavaOptions(path=str(base), chat_template="nowhere.jinja"))
+
+    def test_image_token_of_another_tokenizer(self, tmp_path: Path) -> None:
+        base = save_tiny_llava(tmp_path / "base")
+        config = json.loads((base / "config.json").read_text("utf-8"))
+        for name in ("image_token_index", "image_token_id"):
+            config.update({name: 7} if name in config else {})
+        (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ModelError, match="token 7 stands for the picture"):
+            FAMILY.check(LlavaOptions(path=str(base)))
+
+    def test_template_that_needs_texts_is_a_fault_of_the_conversation(
+        self, base: Path, pictures: list[Image.Image], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "texts.jinja"
+        file.write_text("{% for m in messages %}{{ m['content'].strip() }}{% endfor %}", encoding="utf-8")
+        info = FAMILY.check(LlavaOptions(path=str(base), chat_template=str(file)))
+        assert info.count_tokens is not None
+        (found,) = info.count_tokens(chats(pictures)[:1])
+        assert isinstance(found, str) and "cannot render it" in found
