@@ -28,7 +28,7 @@ style `{UNSEEN_STYLE}` (Noto Emoji before 2017), nor said its name.
 
 | folder | pictures | conversations |
 |---|---|---|
-| `train` | {NUM_NEW_TRAINING} of the new style, {NUM_KNOWN_TRAINING} of six known ones | one of each, with four questions |
+| `train` | {NUM_NEW_TRAINING} of the new style, {NUM_KNOWN_TRAINING} of known ones | one of each, with four questions |
 | `new` | {NUM_NEW_TESTS} of the new style, other subjects | four of each, with one question: to test |
 | `known` | {NUM_KNOWN_TESTS} others of the known styles | the same: to test that nothing is forgotten |
 

@@ -1,0 +1,198 @@
+"""Conversations about pictures, in the layouts that people have, and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
+from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.types import Chat, ChatInfo, Turn
+from lora_diffusion.data.chats import KIND, questions
+from tests.tiny_llava import entry, write_chats, write_picture
+
+_PICTURE_TOKENS = 4
+
+
+def _count(samples: Sequence[Chat]) -> list[int | str]:
+    return [_PICTURE_TOKENS + sum(len(turn.text.split()) for turn in sample.turns) for sample in samples]
+
+
+INFO = ChatInfo(source="tiny base", max_tokens=40, count_tokens=_count)
+TURNS = (Turn("user", "What is it?"), Turn("assistant", "a cat"))
+LAYOUTS = {
+    "LLaVA": {"image": "a.png", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}]},
+    "image behind the text": {"image": "a.png", "conversations": [
+        {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a cat"}]},
+    "ShareGPT": {"images": ["a.png"], "conversations": [
+        {"from": "user", "value": "<image>What is it?"}, {"from": "assistant", "value": "a cat"}]},
+    "messages": {"image": "a.png", "messages": [
+        {"role": "user", "content": "<image> What is it?"}, {"role": "assistant", "content": "a cat"}]},
+    "parts": {"messages": [
+        {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]},
+}  # fmt: skip
+
+
+def _read(path: Path, **settings: Any) -> list[Chat]:
+    return KIND.read(ChatDataConfig(path=str(path), **settings), INFO)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("ending", ["json", "jsonl"])
+    def test_one_meaning(self, tmp_path: Path, layout: str, ending: str) -> None:
+        write_picture(tmp_path / "a.png", size=(30, 20))
+        text = json.dumps(LAYOUTS[layout] if ending == "jsonl" else [LAYOUTS[layout]])
+        (tmp_path / f"chats.{ending}").write_text(text, encoding="utf-8")
+        for path in (tmp_path, tmp_path / f"chats.{ending}"):
+            (sample,) = _read(path)
+            assert sample.turns == TURNS
+            assert (sample.path, sample.size, sample.num_tokens, sample.group) == (
+                tmp_path / "a.png",
+                (30, 20),
+                _PICTURE_TOKENS + 5,
+                "32",
+            )
+
+    @pytest.mark.parametrize("is_list", [False, True])
+    def test_saved_data_set(self, tmp_path: Path, is_list: bool) -> None:
+        datasets = pytest.importorskip("datasets")
+        picture = str(write_picture(tmp_path / "a.png", size=(30, 20)))
+        feature = datasets.Image()
+        name, cell = ("images", [picture]) if is_list else ("image", picture)
+        messages = LAYOUTS["messages"]["messages"]
+        table = datasets.Dataset.from_dict({name: [cell, cell], "messages": [messages, messages]})
+        table.cast_column(name, datasets.List(feature) if is_list else feature).save_to_disk(tmp_path / "saved")
+        samples = _read(tmp_path / "saved")
+        assert [sample.key for sample in samples] == ["row 0", "row 1"]
+        assert samples[0].turns == TURNS
+        assert KIND.open(samples[1], ChatDataConfig()).views[0].size == (30, 20)
+        assert KIND.identity(samples[0], ChatDataConfig()) == KIND.identity(samples[1], ChatDataConfig())
+
+    def test_pictures_in_another_folder(self, tmp_path: Path) -> None:
+        write_picture(tmp_path / "pictures" / "a.png")
+        path = write_chats(tmp_path / "texts", [LAYOUTS["LLaVA"]])
+        assert len(_read(path, images=str(tmp_path / "pictures"))) == 1
+
+
+def _faulty(first: str, *rest: str) -> dict[str, Any]:
+    made = entry("a.png", first, *rest)
+    made["conversations"][0]["value"] = first
+    return made
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "no image token": (_faulty("What?", "a cat"), "has no <image> in any turn"),
+    "two image tokens": (_faulty("<image><image>What?", "a cat"), "has 2 times <image>"),
+    "late image token": (_faulty("What?", "a cat", "<image>And?", "a dog"), "has <image> in a later turn"),
+    "missing picture": (entry("b.png", "What?", "a cat"), "there is no picture b.png"),
+    "no picture named": ({"conversations": LAYOUTS["LLaVA"]["conversations"]}, "names no picture"),
+    "two pictures": ({**LAYOUTS["ShareGPT"], "images": ["a.png", "a.png"]}, "names 2 pictures"),
+    "two questions": (
+        {"image": "a.png", "conversations": [{"from": "human", "value": "<image>a"}, {"from": "human", "value": "b"}]},
+        "turn 2 is the user's, where the assistant's is due",
+    ),
+    "answer first": (
+        {"image": "a.png", "conversations": [{"from": "gpt", "value": "<image>a"}, {"from": "human", "value": "b"}]},
+        "turn 1 is the assistant's, where the user's is due",
+    ),
+    "unknown role": (
+        {"image": "a.png", "conversations": [{"from": "tool", "value": "<image>a"}]},
+        "turn 1 is said by 'tool'",
+    ),
+    "no answer": (entry("a.png", "What?"), "ends without an answer"),
+    "empty answer": (entry("a.png", "What?", " \n"), "has an empty answer (turn 2)"),
+    "no turns": ({"image": "a.png"}, "has no list of turns"),
+    "no object": ("text", "is no object"),
+    "corrupt picture": (entry("broken.png", "What?", "a cat"), "its picture broken.png cannot be decoded"),
+    "empty picture": (entry("empty.png", "What?", "a cat"), "its picture empty.png is empty (0 bytes)"),
+    "too long": (entry("a.png", "word " * 50, "a cat"), "has 56 tokens, those of its picture counted, and at most 40"),
+}
+
+
+class TestFaults:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        whole = write_picture(tmp_path / "a.png").read_bytes()
+        (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "empty.png").write_bytes(b"")
+        return tmp_path
+
+    @pytest.mark.parametrize("fault", FAULTS)
+    def test_each_is_told(self, folder: Path, fault: str) -> None:
+        wrong, message = FAULTS[fault]
+        write_chats(folder, [LAYOUTS["LLaVA"], wrong])
+        with pytest.raises(DataError) as caught:
+            _read(folder)
+        (told,) = caught.value.faults
+        assert told.startswith("chats.json, entry 2: ")
+        assert message in told
+
+    def test_all_are_told_at_once_in_one_line_each(self, folder: Path) -> None:
+        write_chats(folder, [wrong for wrong, _ in FAULTS.values()])
+        (folder / "more.jsonl").write_text('{"image": \n', encoding="utf-8")
+        with pytest.raises(DataError) as caught:
+            _read(folder)
+        assert len(caught.value.faults) == len(FAULTS) + 1
+        assert not any("\n" in fault for fault in caught.value.faults)
+        assert any(fault.startswith("more.jsonl, line 1: is not JSON") for fault in caught.value.faults)
+
+    def test_too_long_ones_are_skipped_if_asked(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_chats(folder, [LAYOUTS["LLaVA"], FAULTS["too long"][0]])
+        with caplog.at_level("WARNING"):
+            assert len(_read(folder, too_long="skip")) == 1
+        assert "Left out conversations of more than 40 tokens: 1" in caplog.text
+        with pytest.raises(DataError, match="no conversation is left"):
+            _read(folder, too_long="skip", max_tokens=3)
+
+    def test_bad_pictures_are_skipped_if_asked(self, folder: Path) -> None:
+        write_chats(folder, [LAYOUTS["LLaVA"], FAULTS["corrupt picture"][0]])
+        assert len(_read(folder, skip_bad=True)) == 1
+
+    def test_what_the_template_refuses(self, folder: Path) -> None:
+        write_chats(folder, [LAYOUTS["LLaVA"]])
+        info = ChatInfo(count_tokens=lambda samples: ["the chat template cannot render it."])
+        with pytest.raises(DataError, match=r"entry 1: the chat template cannot render it\."):
+            KIND.read(ChatDataConfig(path=str(folder)), info)
+
+
+class TestSamples:
+    def test_zooms_are_views_of_one_size(self, tmp_path: Path) -> None:
+        write_picture(tmp_path / "a.png", size=(40, 20))
+        write_chats(tmp_path, [LAYOUTS["LLaVA"]])
+        config = ChatDataConfig(path=str(tmp_path), zooms=(1.0, 2.0, 0.5))
+        (sample,) = KIND.read(config, INFO)
+        whole, near, far = (np.asarray(view) for view in KIND.open(sample, config).views)
+        assert whole.shape == near.shape == far.shape == (20, 40, 3)
+        assert (far[0] == 255).all() and (far[:, 0] == 255).all()
+        middle = whole[5:15, 10:30]
+        assert np.abs(near[::2, ::2].astype(int) - middle).mean() < 40
+        assert KIND.identity(sample, config) != KIND.identity(sample, ChatDataConfig())
+
+    def test_report_previews_and_questions(self, tmp_path: Path) -> None:
+        for name in ("a.png", "b.png"):
+            write_picture(tmp_path / name)
+        write_chats(tmp_path, [entry("a.png", "What?", "red", "Why?", "so"), entry("b.png", "Which?", "red")])
+        samples = _read(tmp_path)
+        report = KIND.describe(samples)
+        assert (report.num_conversations, report.num_pictures, report.num_answers) == (2, 2, 3)
+        assert report.commonest_answers[0] == ("red", 2)
+        assert report.longest == ("chats.json, entry 1", _PICTURE_TOKENS + 4)
+        asked = KIND.previews(samples, PreviewConfig())
+        assert [(request.prompt, request.sample.path.name) for request in asked] == [  # type: ignore[union-attr]
+            ("What?", "a.png"),
+            ("Which?", "b.png"),
+        ]
+        assert len(KIND.previews(samples, PreviewConfig(prompts=("x", "y"), seeds=(0, 1)))) == 8
+        assert [(request.prompt, answer) for request, answer in questions(samples)] == [
+            ("What?", "red"),
+            ("Which?", "red"),
+        ]
+        assert KIND.largest(samples) == (_PICTURE_TOKENS + 4, 1)
