@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from lora_diffusion.formats import _client_checks as shared
 from lora_diffusion.formats import _client_rules as rules
+from lora_diffusion.formats._client_file import FileModule
 from lora_diffusion.formats._client_rules import HIDDEN, LOST, Client, Fate
 from lora_diffusion.formats._safetensors import content_hash
 from lora_diffusion.formats._trial import Trial
@@ -176,6 +177,18 @@ def _drop_ldm_names(trial: Trial) -> None:
         trial.suffer("two spellings", fate, "module(s) in LDM spelling beside others in diffusers'", remedy, ldm)
 
 
+def _misplace_upsampler(trial: Trial) -> None:
+    """Loses an upsampler behind a block without attention, whose LDM number diffusers takes for an attention's."""
+    names = [
+        module.name
+        for module in trial.applied()
+        if module.spelling == "lora_unet_ ldm" and module.key and re.search(r"upsamplers", module.key.path)
+        if module.name.endswith("_1_conv")
+    ]
+    what = "upsampler(s) behind a block without attention, in LDM spelling"
+    trial.suffer("misplaced", trial.client.fates["unknown"], what, _CONVERT.format("diffusers"), names)
+
+
 def _refuse_unmatched_part(trial: Trial) -> None:
     """Stops where a network has an adapter, but none of its modules is found, as diffusers does."""
     unet = [module for module in trial.file.modules if module.name.startswith(("lora_unet_", "unet."))]
@@ -200,11 +213,19 @@ def _share_alphas(trial: Trial) -> None:
             continue
         commonest = counted.most_common(1)[0][0]
         for module in own:
-            is_shared = part != "unet" or bool(re.search(r"attn[12]", module.name)) or module.alpha is None
-            if is_shared and module.rank and module.scale:
+            if module.rank and module.scale and (module.alpha is None or _takes_commonest(module)):
                 factors[module.name] = commonest / module.rank / module.scale
-    what = "an alpha other than the commonest, which diffusers gives to all attention and text encoders"
+    what = "an alpha other than the commonest, which diffusers gives to attention and text encoders"
     shared.report_scales(trial, factors, "alphas differ", what)
+
+
+def _takes_commonest(module: FileModule) -> bool:
+    """Says whether diffusers spells a module's own alpha so that PEFT does not find it."""
+    assert module.key, "an applied module is one of the base"
+    if module.key.part == "unet":
+        return bool(re.search(r"\.attn[12]\.", module.key.path))
+    # It looks for text_model.encoder..., which CLIPTextModel of transformers 5.6 does not have any more.
+    return ".mlp." not in module.key.path or not module.key.path.startswith("text_model.")
 
 
 def _infer_text_encoder(trial: Trial) -> None:
@@ -262,8 +283,8 @@ CHECKS: Mapping[Client, tuple[Callable[[Trial], None], ...]] = {
     ),
     rules.KOHYA: (shared.find_lost, *_COMMON, shared.find_ignored_record),
     rules.DIFFUSERS: (
-        *(shared.find_lost, _refuse_record_beside_alphas, _drop_ldm_names, _refuse_unmatched_part),
-        *(_infer_text_encoder, *_COMMON, _share_alphas),
+        *(shared.find_lost, _refuse_record_beside_alphas, _drop_ldm_names, _misplace_upsampler),
+        *(_refuse_unmatched_part, _infer_text_encoder, *_COMMON, _share_alphas),
     ),
     rules.DIFFUSERS_DOTTED: (
         *(_take_for_own, _refuse_names_without_lora, shared.find_lost, _read_first_style, _refuse_unmatched_part),

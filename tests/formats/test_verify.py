@@ -6,12 +6,13 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,7 @@ from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.families._names import key_map
 from lora_diffusion.formats import clients
 from lora_diffusion.formats.clients import Base, Verdict
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 from tests.tiny_adapters import random_state, tiny_loaded
 
 Tensors = dict[str, Tensor]
@@ -32,16 +33,19 @@ _Q = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 _METADATA = {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.architecture": "stable-diffusion-v1/lora"}
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    parts = tiny_loaded().parts
+def _base_of(parts: Mapping[str, torch.nn.Module], family: str) -> Base:
     shapes = {
         ModuleKey(part, path): tuple(module.weight.shape)
         for part, network in parts.items()
         for path, module in network.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     }
-    return Base("sd1", shapes, [key_map(name, parts, "sd1") for name in _FORMATS])
+    return Base(family, shapes, [key_map(name, parts, family) for name in _FORMATS])
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return _base_of(tiny_loaded().parts, "sd1")
 
 
 @pytest.fixture(scope="module")
@@ -256,49 +260,78 @@ def test_fault_is_found_for_each_client(fault: str, faulty: Path, base: Base) ->
             assert verdict.largest_difference > 0.05
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> StableDiffusionPipeline:
-    return tiny_pipeline()
-
-
-def _real_changes(pipeline: StableDiffusionPipeline, path: Path) -> dict[str, Tensor] | None:
+def _real_changes(pipeline: Any, path: Path) -> dict[ModuleKey, Tensor] | None:
     """Returns the change of each module that diffusers really makes, or None if it refuses the file."""
     pipeline = copy.deepcopy(pipeline)
     try:
         pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="x")
-    except (ValueError, KeyError, RuntimeError):
+    except (ValueError, KeyError, RuntimeError, IndexError):
         return None
-    changes = {}
-    for part in ("unet", "text_encoder"):
-        for name, module in getattr(pipeline, part).named_modules():
-            # A layer on the meta device was made for the name, but got no numbers.
-            if isinstance(module, LoraLayer) and "x" in module.lora_A and not module.lora_A["x"].weight.is_meta:
-                changes[f"{part}/{name}"] = module.get_delta_weight("x").detach()
-    return changes
+    return {
+        ModuleKey(part, name): module.get_delta_weight("x").detach()
+        for part in ("unet", "text_encoder", "text_encoder_2")
+        for name, module in getattr(pipeline, part, torch.nn.Identity()).named_modules()
+        # A layer on the meta device was made for the name, but got no numbers.
+        if isinstance(module, LoraLayer) and "x" in module.lora_A and not module.lora_A["x"].weight.is_meta
+    }
 
 
-def test_diffusers_does_what_the_rules_say(faulty: Path, base: Base, pipeline: StableDiffusionPipeline) -> None:
+def _assert_diffusers_does_what_the_rules_say(pipeline: Any, path: Path, base: Base) -> None:
     """For every module, what diffusers adds is the factor that the rules tell, times what the file says."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    verdict = only(faulty, base, "diffusers")
-    real = _real_changes(pipeline, faulty)
-    file = clients.read_file(faulty, base)
-    told = {module.name: verdict.factors[module.name] for module in file.modules}
+    verdict, real = only(path, base, "diffusers"), _real_changes(pipeline, path)
     if real is None:
-        assert set(told.values()) == {0.0}, verdict.lines()
+        assert set(verdict.factors.values()) == {0.0}, verdict.lines()
         return
-    for module in file.modules:
-        if not module.key or not module.is_whole or module.variant != "lora":
+    assert verdict.num_applied or not real
+    for module in clients.read_file(path, base).modules:
+        # Without its magnitude a DoRA is its factors.
+        factor = 1.0 if verdict.factors[module.name] is None else verdict.factors[module.name]
+        if not module.key or not module.is_whole or module.variant != "lora" or not math.isfinite(factor):
             continue
-        down, up = module.roles["down"].float(), module.roles["up"].float()
-        own = module.scale * (up.flatten(1) @ down.flatten(1))
-        change = real.get(f"{module.key.part}/{module.key.path}", torch.zeros_like(own)).flatten(1)
-        factor = told[module.name]
-        if factor is None:  # a magnitude is left out, the factors stay
-            factor = 1.0
-        if not math.isfinite(factor):
-            continue
+        own = module.scale * (module.roles["up"].float().flatten(1) @ module.roles["down"].float().flatten(1))
+        change = real.get(module.key, torch.zeros_like(own)).flatten(1)
         assert torch.allclose(change, factor * own, rtol=1e-4, atol=1e-6), (module.name, factor)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return tiny_pipeline()
+
+
+def test_diffusers_does_what_the_rules_say(faulty: Path, base: Base, pipeline: Any) -> None:
+    _assert_diffusers_does_what_the_rules_say(pipeline, faulty, base)
+
+
+_SDXL_FILES: dict[str, tuple[Callable[[Base, ModuleKey], str], Callable[[ModuleKey], float]]] = {
+    "ldm names": (lambda base, key: base.names[0].name(key), lambda key: 1.0),
+    "diffusers' names": (lambda base, key: _in_diffusers_blocks(key), lambda key: 1.0),
+    "both": (
+        lambda base, key: base.names[0].name(key) if "mid" in key.path else _in_diffusers_blocks(key),
+        lambda key: 1.0,
+    ),
+    "uneven alphas": (lambda base, key: base.names[0].name(key), lambda key: 2.0 if "fc1" in key.path else 1.0),
+    "te2 without text_model": (
+        lambda base, key: base.names[0].name(key).replace("te2_text_model", "te2"),
+        lambda key: 1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _SDXL_FILES)
+def test_diffusers_does_with_sdxl_what_the_rules_say(kind: str, tmp_path: Path, sdxl_pipeline: Any) -> None:
+    parts = {name: getattr(sdxl_pipeline, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    base = _base_of(parts, "sdxl")
+    usual = re.compile(r".*(attn[12]?\.|\.ff\.|proj_in|mlp|conv1|samplers).*")
+    keys = [key for key in base.shapes if usual.fullmatch(key.path)]
+    spell, alpha = _SDXL_FILES[kind]
+    path = _sdxl_file(tmp_path / "a.safetensors", base, lambda key: spell(base, key), tuple(keys), alpha)
+    _assert_diffusers_does_what_the_rules_say(sdxl_pipeline, path, base)
+
+
+@pytest.fixture(scope="module")
+def sdxl_pipeline() -> Any:
+    return tiny_sdxl_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -318,13 +351,19 @@ _SDXL_MODULES = (
 )
 
 
-def _sdxl_file(path: Path, base: Base, spell: Callable[[ModuleKey], str], keys: tuple[ModuleKey, ...]) -> Path:
+def _sdxl_file(
+    path: Path,
+    base: Base,
+    spell: Callable[[ModuleKey], str],
+    keys: tuple[ModuleKey, ...],
+    alpha: Callable[[ModuleKey], float] = lambda key: 1.0,
+) -> Path:
     tensors = {}
     for key in keys:
         weight = base.shapes[key]
         tensors[f"{spell(key)}.lora_down.weight"] = torch.ones(1, *weight[1:])
         tensors[f"{spell(key)}.lora_up.weight"] = torch.ones(weight[0], 1, *(1,) * (len(weight) - 2))
-        tensors[f"{spell(key)}.alpha"] = torch.tensor(1.0)
+        tensors[f"{spell(key)}.alpha"] = torch.tensor(alpha(key))
     save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"})
     return path
 
