@@ -175,6 +175,8 @@ class Studio:
         wanted = tuple(source.name for source, _ in parts)
         if wanted != self.attached:
             remove(self.loaded)
+            # What the text encoder gave for a prompt without these adapters.
+            self.loaded.text_cache.clear()
             attach(self.loaded, [source.read() for source, _ in parts], [1.0] * len(parts))
             self.attached = wanted
         return {name: f"adapter{index}" for index, name in enumerate(wanted)}

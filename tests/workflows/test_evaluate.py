@@ -105,12 +105,13 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
             assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
 
 
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("asked") / "evaluation"
+
+
 class TestAsked:
     """Small questions, each answered from the pictures of one folder."""
-
-    @pytest.fixture(scope="class")
-    def output(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("asked") / "evaluation"
 
     @pytest.fixture
     def ask(self, command: Commands, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> Callable[..., str]:
