@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_diffusion.compose.checkpoint import Checkpoint, opened
+from lora_diffusion.compose.checkpoint import Checkpoint
 from lora_diffusion.compose.linear import Sum, as_lora
+from lora_diffusion.compose.tensor_file import TensorFile
 from lora_diffusion.core import lowrank
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.lowrank import RankRule
@@ -50,15 +50,14 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
         ModelError: a module is missing or of another shape in one of them, or nothing differs.
     """
     kept, num_equal, misfits = {}, 0, []
-    with base.reading() as before, tuned.reading() as after:
-        for key in keys:
-            old, new = before(key), after(key)
-            if old.shape != new.shape:
-                misfits.append(f"{key.part}/{key.path}: {list(old.shape)} and {list(new.shape)}")
-            elif not misfits and (change := new - old).any():
-                kept[key] = lowrank.truncate_dense(change, rule, derive(seed, "sketch", key.part, key.path))
-            else:
-                num_equal += 1
+    for key in keys:
+        old, new = base.read(key), tuned.read(key)
+        if old.shape != new.shape:
+            misfits.append(f"{key.part}/{key.path}: {list(old.shape)} and {list(new.shape)}")
+        elif not misfits and (change := new - old).any():
+            kept[key] = lowrank.truncate_dense(change, rule, derive(seed, "sketch", key.part, key.path))
+        else:
+            num_equal += 1
     if misfits:
         raise ModelError(
             f"{base.path} and {tuned.path} are not of one kind: {len(misfits)} modules have other shapes.",
@@ -80,23 +79,21 @@ def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> t
     if base.path.is_file() != tuned.path.is_file():
         return None
     looked_at = {_identity(base, place.file, place.name) for key in keys for place in base.places(key)}
-    with ExitStack() as stack:
-        old, new = (_tensors(checkpoint, stack) for checkpoint in (base, tuned))
-        names = [name for name in {**old, **new} if name not in looked_at]
-        return tuple(
-            name
-            for name in names
-            if name not in old or name not in new or not torch.equal(_read(old[name]), _read(new[name]))
-        )
+    old, new = _tensors(base), _tensors(tuned)
+    names = [name for name in {**old, **new} if name not in looked_at]
+    return tuple(
+        name
+        for name in names
+        if name not in old or name not in new or not torch.equal(_read(*old[name]), _read(*new[name]))
+    )
 
 
-def _tensors(checkpoint: Checkpoint, stack: ExitStack) -> dict[str, tuple[Any, str]]:
+def _tensors(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
     """Returns the tensors of a checkpoint by a name that does not depend on the names of its files."""
-    files = {path: stack.enter_context(opened(path)) for path in checkpoint.files}
-    found: dict[str, tuple[Any, str]] = {}
-    for path, names in checkpoint.files.items():
-        for name in sorted(names):
-            found.setdefault(_identity(checkpoint, path, name), (files[path], name))
+    found: dict[str, tuple[TensorFile, str]] = {}
+    for path, file in checkpoint.files.items():
+        for name in file.tensors:
+            found.setdefault(_identity(checkpoint, path, name), (file, name))
     return found
 
 
@@ -106,7 +103,7 @@ def _identity(checkpoint: Checkpoint, path: Path, name: str) -> str:
     return (path.relative_to(checkpoint.path).parent / name.removeprefix(_TEXT)).as_posix()
 
 
-def _read(place: tuple[Any, str]) -> Tensor:
+def _read(file: TensorFile, name: str) -> Tensor:
     # Number types may differ between the two; a copy in another type is no change.
-    tensor: Tensor = place[0].get_tensor(place[1])
+    tensor = file.read(name)
     return tensor.float() if tensor.is_floating_point() else tensor

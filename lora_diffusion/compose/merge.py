@@ -5,22 +5,14 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diffusion.compose.checkpoint import (
-    Change,
-    Checkpoint,
-    Place,
-    check_space,
-    opened,
-    rewrite,
-    size_after,
-    verify,
-)
+from lora_diffusion.compose.checkpoint import Checkpoint, Place, check_space
 from lora_diffusion.compose.linear import Term, keys
+from lora_diffusion.compose.tensor_file import Change, TensorFile
 from lora_diffusion.core.delta import delta_weight
 from lora_diffusion.core.errors import UnsupportedError, VerificationError
 from lora_diffusion.core.files import atomic_path, write_json
@@ -33,7 +25,6 @@ if TYPE_CHECKING:
 
 _WEIGHT_SUFFIXES = frozenset((".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"))
 _INDEX = ".safetensors.index.json"
-_FLOATING = ("F64", "F32", "F16", "BF16")
 _SHOWN = 10
 
 
@@ -73,22 +64,27 @@ def merge(
     """
     changes = _changes(checkpoint, terms)
     jobs = {checkpoint.path: Path()} if checkpoint.path.is_file() else _folder_jobs(checkpoint)
-    rewritten = {file for file in jobs if file.suffix == ".safetensors" and (file in changes or dtype)}
-    check_space(path, sum(size_after(file, dtype) if file in rewritten else file.stat().st_size for file in jobs))
+    rewritten = {
+        file: checkpoint.files.get(file) or TensorFile(file)
+        for file in jobs
+        if file.suffix == ".safetensors" and (file in changes or dtype)
+    }
+    copied = [file.stat().st_size for file in jobs if file not in rewritten]
+    check_space(path, sum(copied) + sum(source.size_as(dtype) for source in rewritten.values()))
     with atomic_path(path) as temporary:
         for file, relative in jobs.items():
             target = temporary / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in rewritten:
                 own = changes.get(file, {})
-                rewrite(file, target, own, dtype, told if own else {})
-                verify(file, target, own, dtype)
+                rewritten[file].rewrite(target, own, dtype, told if own else {})
+                rewritten[file].verify(target, own, dtype)
             else:
                 _copy(file, target)
         if dtype:
             _correct_indices(temporary)
     num_changed = sum(map(len, changes.values()))
-    num_kept = sum(_num_tensors(file) for file in rewritten) - num_changed
+    num_kept = sum(len(source.tensors) for source in rewritten.values()) - num_changed
     return Merged(path, len(keys(terms)), num_changed, num_kept)
 
 
@@ -99,7 +95,7 @@ def _changes(checkpoint: Checkpoint, terms: Sequence[Term]) -> dict[Path, dict[s
         for place in checkpoint.places(key):
             pieces.setdefault(place.file, {}).setdefault(place.name, []).append((place, key))
     for file, names in pieces.items():
-        _check_floating(file, list(names))
+        _check_floating(checkpoint.files[file], names)
     return {file: {name: _change(own, terms) for name, own in names.items()} for file, names in pieces.items()}
 
 
@@ -119,15 +115,20 @@ def _change(pieces: Sequence[tuple[Place, ModuleKey]], terms: Sequence[Term]) ->
     return change
 
 
-def _check_floating(path: Path, names: Sequence[str]) -> None:
-    with opened(path) as file:
-        wrong = [f"{name} is {dtype}" for name in names if (dtype := file.get_slice(name).get_dtype()) not in _FLOATING]
+def _check_floating(file: TensorFile, names: Iterable[str]) -> None:
+    dtypes = {name: file.tensors[name].dtype for name in names}
+    wrong = [f"{name} is {dtype}" for name, dtype in dtypes.items() if not _is_plain(dtype)]
     if wrong:
         raise UnsupportedError(
-            f"{path} stores {len(wrong)} of the weights quantized, and merging would round the adapter away; merge "
-            "into the checkpoint that was quantized, then quantize the result.",
+            f"{file.path} stores {len(wrong)} of the weights quantized, and merging would round the adapter away; "
+            "merge into the checkpoint that was quantized, then quantize the result.",
             wrong[:_SHOWN],
         )
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    # Floating-point numbers of 8 bits are a kind of quantization: they come with scales, or have lost what those hold.
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _folder_jobs(checkpoint: Checkpoint) -> dict[Path, Path]:
@@ -166,10 +167,5 @@ def _correct_indices(folder: Path) -> None:
     for path in folder.rglob(f"*{_INDEX}"):
         index = json.loads(path.read_text(encoding="utf-8"))
         shards = {path.parent / name for name in index.get("weight_map", {}).values()}
-        index.setdefault("metadata", {})["total_size"] = sum(size_after(shard, None) for shard in shards)
+        index.setdefault("metadata", {})["total_size"] = sum(TensorFile(shard).size_as(None) for shard in shards)
         write_json(path, index)
-
-
-def _num_tensors(path: Path) -> int:
-    with opened(path) as file:
-        return len(file.keys())

@@ -132,7 +132,9 @@ def inner(first: Factors, second: Factors) -> float:
 
 def norm(factors: Factors) -> float:
     """Returns the Frobenius norm of a change."""
-    return math.sqrt(max(0.0, inner(factors, factors)))
+    down, up = factors.down.flatten(1).double(), factors.up.flatten(1).double()
+    square = float(((down @ down.T) * (up.T @ up)).sum())
+    return abs(factors.scale) * math.sqrt(max(0.0, square))
 
 
 def delta_norm(down: Tensor, up: Tensor, scale: float) -> float:

@@ -10,6 +10,7 @@ from lora_diffusion.compose.checkpoint import Checkpoint
 from lora_diffusion.compose.extract import extract
 from lora_diffusion.compose.linear import Term
 from lora_diffusion.compose.merge import merge
+from lora_diffusion.compose.tensor_file import TensorFile
 from lora_diffusion.core.delta import delta_weight
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.lowrank import AtRank, ByEnergy
@@ -87,6 +88,6 @@ def test_nothing_and_misfits(state: AdapterState, tiny_base: Path, tmp_path: Pat
     wide = torch.cat([tensors[f"{key.path}.weight"]] * 2)
     save_file({**tensors, f"{key.path}.weight": wide}, file, {"format": "pt"})
     names = opened(tiny_base).names
-    other = Checkpoint(base, {file: frozenset(tensors)}, names)
+    other = Checkpoint(base, {file: TensorFile(file)}, names)
     with pytest.raises(ModelError, match="1 modules have other shapes"):
         extract(opened(tiny_base), other, [key], AtRank(1), seed=0)

@@ -133,7 +133,7 @@ def test_quantized_weights_are_refused_before_writing(tiny_base: Path, tmp_path:
     save_file({**tensors, name: tensors[name].to(torch.uint8)}, file, {"format": "pt"})
     with pytest.raises(UnsupportedError, match=r"1 of the weights quantized.*merge into the checkpoint") as caught:
         merge(opened(base), [Term("a", state, WEIGHTS)], tmp_path / "out", None, {})
-    assert caught.value.faults == (f"{name} is U8",)
+    assert caught.value.faults == (f"{name} is torch.uint8",)
     assert not (tmp_path / "out").exists()
 
 
