@@ -66,11 +66,15 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """Returns lines for people."""
-        difference = self.largest_difference
-        told = "which depends on the base" if difference is None else f"at most {difference:.2g} of it"
-        applied = f"applies {self.num_applied} of {self.num_modules} modules"
-        lines = [f"{self.title}: {applied}; difference from our change: {told}"]
+        applied = f"{self.title} applies {self.num_applied} of {self.num_modules} modules"
+        lines = [f"{applied}; largest difference of a change: {_share(self.largest_difference)}"]
         return lines + [line for problem in self.problems for line in problem.lines()]
+
+
+def _share(difference: float | None) -> str:
+    if difference is None:
+        return "depends on the base"
+    return "numbers overflow" if difference == math.inf else f"{100 * difference:.2g} %"
 
 
 @dataclass

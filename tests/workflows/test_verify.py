@@ -62,4 +62,4 @@ def test_training_only_warns(caplog: pytest.LogCaptureFixture) -> None:
     logger.propagate = True
     with caplog.at_level(logging.WARNING, logger="lora_diffusion"):
         verification.warn(Path("runs/a.safetensors"), ["ComfyUI: 2 modules. Do this"])
-    assert caplog.messages == ["a.safetensors: ComfyUI: 2 modules. Do this"]
+    assert set(caplog.messages) == {"a.safetensors: ComfyUI: 2 modules. Do this"}
