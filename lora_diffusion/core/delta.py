@@ -83,7 +83,7 @@ def change_shape(adapter: ModuleAdapter) -> tuple[int, int]:
         if "down" in shapes:
             return _lora_shape(shapes)
         (rows, columns), (more_rows, more_columns) = (_factor_shape(shapes, factor) for factor in ("w1", "w2"))
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise _misfit(adapter, None) from error
     if adapter.variant == "lokr":
         return rows * more_rows, columns * more_columns
