@@ -45,6 +45,14 @@ class KeyMap:
         """Says whether a file name or an alias is known."""
         return name in self._keys
 
+    def spellings(self) -> dict[ModuleKey, tuple[str, ...]]:
+        """Returns all names of each module, the one that is written first."""
+        found = {key: [name] for key, name in self}
+        for name, key in self._keys.items():
+            if name != self._names.get(key):
+                found.setdefault(key, []).append(name)
+        return {key: tuple(names) for key, names in found.items()}
+
     def name(self, key: ModuleKey) -> str:
         """Returns the file name of a module.
 

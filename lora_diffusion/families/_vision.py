@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -403,7 +404,7 @@ def answer(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
     if requests[0].weights is not None:
         assert loaded.adapters is not None, "a request gives adapter weights, but no adapter was loaded"
         loaded.adapters.set_weights(requests[0].weights)
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(loaded.parts["language_model"]):
         rows = [_embed_question(loaded, request) for request in requests]
         embedded = pad_sequence(rows, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True, padding_side="left")
@@ -422,6 +423,17 @@ def answer(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
                 pad_token_id=processor.tokenizer.eos_token_id,
             )
     return [" ".join(text.split()) for text in processor.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Keeps a network that recomputes activations while it is trained from doing so, which rules out its key cache."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def _embed_question(loaded: Loaded, request: Request) -> Tensor:

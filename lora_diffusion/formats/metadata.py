@@ -34,7 +34,9 @@ _BASES: Mapping[str, _Base] = {
     "stable-diffusion-v1": _Base("sd_v1", False, "diffusers"),
     "stable-diffusion-v2-512": _Base("sd_v2", True, "diffusers"),
     "stable-diffusion-v2-768-v": _Base("sd_v2_v", True, "diffusers"),
-    "whisper": _Base("", False, "https://github.com/huggingface/transformers"),
+    **dict.fromkeys(
+        ("whisper", "llava", "llava-next"), _Base("", False, "https://github.com/huggingface/transformers")
+    ),
     "stable-diffusion-xl-v1-base": _Base("sdxl_base_v1-0", False, "https://github.com/Stability-AI/generative-models"),
 }
 

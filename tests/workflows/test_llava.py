@@ -1,0 +1,236 @@
+"""Whole commands on pictures and questions: train, resume, ask, score, caption, check, and the tools for files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from lora_diffusion.families.llava import Llava
+from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
+from tests.workflows.conftest import Commands, Outcome
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava(tmp_path_factory.mktemp("llava") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chats")
+    names = [write_picture(folder / f"{index}.png", index).name for index in range(3)]
+    texts = (("What?", "a cat"), ("What?", "a dog", "Sure?", "yes"), ("Colour?", "red"))
+    write_chats(folder, [entry(name, *own) for name, own in zip(names, texts, strict=True)])
+    return folder
+
+
+@pytest.fixture
+def train(command: Commands, base: Path, data: Path, tmp_path: Path) -> Train:
+    settings = [
+        "model.family=llava",
+        f"model.path={base}",
+        "model.max_new_tokens=8",
+        f"data.path={data}",
+        "data.zooms=[1.0, 0.9]",
+        "adapter.rank=2",
+        "adapter.dropout=0.1",
+        "adapter.parts=[language_model, projector]",
+        "adapter.full=[projector]",
+        "train.learning_rate=1e-2",
+        "train.part_learning_rates=[projector=1e-3]",
+        "train.schedule=constant",
+        "train.batch_size=2",
+        "train.gradient_checkpointing=true",
+        "train.threads=1",
+        "output.dtype=fp32",
+        "output.name=adapter",
+    ]
+    return lambda name, *more: command("train", *settings, f"output.path={tmp_path / name}", *more)
+
+
+def test_resume_is_bit_for_bit(train: Train, tmp_path: Path) -> None:
+    assert train("whole", "train.max_steps=5").code == 0
+    assert train("halves", "train.max_steps=3").code == 0
+    assert train("halves", "train.max_steps=5", "--resume").code == 0
+    whole, halves = (
+        load_file(tmp_path / name / "adapter.peft" / "adapter_model.safetensors") for name in ("whole", "halves")
+    )
+    assert any("multi_modal_projector" in name for name in whole)
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "halves")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_files_of_a_run_and_tools(train: Train, command: Commands, base: Path, data: Path, tmp_path: Path) -> None:
+    outcome = train("run", "train.max_steps=2", "train.preview_every_steps=1", "adapter.parts=[language_model]",
+                    "adapter.full=[]", "train.part_learning_rates=[]")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "run"
+    lines = (run / "previews" / "step-000001.tsv").read_text(encoding="utf-8").splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["What?", "What?", "Colour?"]
+
+    def said(*arguments: object) -> str:
+        file = data / "1.png"
+        texts = json.loads(command.good("ask", *arguments, "--question", "What?", file, "--json").out)
+        assert list(texts) == [str(file)]
+        return str(texts[str(file)])
+
+    adapter = run / "adapter.peft"
+    told = json.loads(command.good("inspect", adapter, "--json").out)
+    assert told["metadata"]["modelspec.architecture"] == "llava/lora"
+    with_adapter = said("--model", base, "--adapter", f"{adapter}:1")
+    command.good("compose", f"{adapter}:0.5", f"{adapter}:0.5", "--output", tmp_path / "sum.peft")
+    assert said("--model", base, "--adapter", f"{tmp_path / 'sum.peft'}:1") == with_adapter
+    command.good("merge", "--model", base, "--adapter", f"{adapter}:1", "--output", tmp_path / "merged")
+    assert said("--model", tmp_path / "merged") == with_adapter
+    before, after = (
+        LlavaForConditionalGeneration.from_pretrained(path).state_dict() for path in (base, tmp_path / "merged")
+    )
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and all("language_model.layers" in name for name in changed)
+    command.good("resize", adapter, tmp_path / "small.peft", "--rank", "1")
+
+
+def test_score(command: Commands, base: Path, data: Path) -> None:
+    told = json.loads(command.good("ask", "--model", base, "--score", data, "--json").out)[str(data)]
+    assert [one["target"] for one in sorted(told["answers"], key=lambda one: one["key"])] == ["a cat", "a dog", "red"]
+    assert set(told["by_question"]) == {"What?", "Colour?"}
+    assert 0 <= told["exact_match"] <= told["token_f1"] <= 1
+    assert "exact match" in command.good("ask", "--model", base, "--score", data / "chats.json").out
+
+
+class TestCaption:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for index, name in enumerate(("a", "b", "in/c-d")):
+            write_picture(tmp_path / "pictures" / f"{name}.png", index)
+        return tmp_path / "pictures"
+
+    @pytest.fixture(autouse=True)
+    def _echo(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # A random base may say nothing; what is asked is enough to see what is written where.
+        real = Llava.generate
+
+        def generate(self: Llava, loaded, requests):  # type: ignore[no-untyped-def]
+            from dataclasses import replace
+
+            return [replace(output, text=output.request.prompt) for output in real(self, loaded, requests)]
+
+        monkeypatch.setattr(Llava, "generate", generate)
+
+    def test_writes_what_is_missing_and_never_over_a_caption(self, command: Commands, base: Path, folder: Path) -> None:
+        (folder / "a.txt").write_text("mine\n", encoding="utf-8")
+        (folder / "b.caption").write_text("mine too\n", encoding="utf-8")
+        arguments = (
+            "data",
+            "caption",
+            folder,
+            "--model",
+            base,
+            "--prompt",
+            "Say {name} of {folder}.",
+            "--trigger",
+            "sks",
+        )
+        told = json.loads(command.good(*arguments, "--json").out)
+        assert told["written"] == {str(folder / "in" / "c-d.txt"): "sks, Say c d of in."}
+        assert (folder / "in" / "c-d.txt").read_text(encoding="utf-8") == "sks, Say c d of in.\n"
+        assert told["kept"] == [str(folder / "a.png"), str(folder / "b.png")]
+        assert (folder / "a.txt").read_text(encoding="utf-8") == "mine\n"
+        assert not (folder / "b.txt").exists()
+        assert "Wrote 0 captions; 3 pictures had one" in command.good(*arguments).out
+
+    def test_overwrites_if_asked(self, command: Commands, base: Path, folder: Path) -> None:
+        (folder / "a.txt").write_text("mine\n", encoding="utf-8")
+        command.good("data", "caption", folder, "--model", base, "--overwrite")
+        texts = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*.txt")}
+        assert texts == dict.fromkeys(("a.txt", "b.txt", "c-d.txt"), "Describe the picture.\n")
+
+    def test_adds_no_trigger_that_is_there(self, command: Commands, base: Path, folder: Path) -> None:
+        command.good("data", "caption", folder, "--model", base, "--prompt", "a sks cat", "--trigger", "sks")
+        assert (folder / "a.txt").read_text(encoding="utf-8") == "a sks cat\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--prompt", "{title}"), "holds {title}; it may hold {name} and {folder}"),
+            (("--prompt", "{"), "a brace without its pair"),
+            (("--ending", ".json"), "--ending .json: captions are found in files that end in .txt or .caption"),
+            (("--model", "builtin:emoji"), "there is no such built-in base of this family"),
+            (("--overwrite",), "b.png: its caption is not in b.txt; remove the other one first."),
+        ],
+    )
+    def test_bad_input_writes_nothing(
+        self, command: Commands, base: Path, folder: Path, arguments: tuple[str, ...], message: str
+    ) -> None:
+        (folder / "b.caption").write_text("mine\n", encoding="utf-8")
+        model = () if "--model" in arguments else ("--model", base)
+        outcome = command("data", "caption", folder, *model, *arguments)
+        assert outcome.code == 2
+        assert message in outcome.message
+        assert not list(folder.rglob("*.txt"))
+
+    def test_unreadable_and_twin_pictures_are_told_at_once(self, command: Commands, base: Path, folder: Path) -> None:
+        (folder / "bad.png").write_bytes(b"no picture")
+        write_picture(folder / "a.bmp")
+        outcome = command("data", "caption", folder, "--model", base)
+        assert outcome.code == 2
+        assert "bad.png: is no png" in outcome.message
+        assert "a.bmp and a.png would share a caption file" in outcome.message
+
+
+class TestCheck:
+    def test_conversations(self, command: Commands, base: Path, data: Path) -> None:
+        arguments = ("model.family=llava", f"model.path={base}")
+        told = json.loads(command.good("data", "check", data, *arguments, "--json").out)
+        assert (told["num_conversations"], told["num_answers"]) == (3, 4)
+        assert "No faults." in command.good("data", "check", data, *arguments).out
+
+    def test_pictures(self, command: Commands, pictures: Path) -> None:
+        assert "Pictures:" in command.good("data", "check", pictures).out
+
+    def test_faults(self, command: Commands, tmp_path: Path) -> None:
+        write_picture(tmp_path / "a.png")
+        outcome = command("data", "check", tmp_path)
+        assert outcome.code == 2
+        assert "None of the 1 pictures has a caption" in outcome.message
+        assert command("data", "check", tmp_path, "data.captions=optional").code == 0
+        assert command("data", "check").code == 2
+
+
+def test_dry_run(train: Train) -> None:
+    outcome = train("dry", "--dry-run", "train.epochs=2", "--json")
+    assert outcome.code == 0, outcome.err
+    told = json.loads(outcome.out)
+    assert (told["data"]["num_pictures"], told["steps"]) == (3, 4)
+    assert {module["part"] for module in told["plan"]["modules"] if module["identity"]} == {"projector"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.flip=true"], "data.flip: there is no such key"),
+        (["data.zooms=[3.0]"], "must be one or more different scales between 0.5 and 2"),
+        (["adapter.full=[vision_tower]"], "adapter.full asks for vision_tower, which is not trained"),
+        (["train.part_learning_rates=[unet=1]"], "'unet=1' does not name one of adapter.parts and a rate"),
+        (["output.formats=[kohya]"], "LLaVA adapters have no spelling kohya; use peft"),
+        (["data.max_tokens=9"], "and at most 9 are allowed"),
+    ],
+)
+def test_bad_settings(train: Train, tmp_path: Path, overrides: list[str], message: str) -> None:
+    outcome = train("bad", "train.max_steps=1", *overrides)
+    assert outcome.code == 2, outcome.message
+    assert message in outcome.message
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
