@@ -1,6 +1,6 @@
-"""Measures what the program costs: `train` a training step, `files` work on adapter files (see benchmark_files.py).
+"""Measures what the program costs: `train` a training step, `files` work on adapter files, `evaluate` scoring.
 
-A training step is compared with the plain diffusers and PEFT loop and with the floor.
+The last two are in benchmark_files.py and benchmark_evaluate.py. A training step is compared with the plain diffusers and PEFT loop and with the floor.
 
     python scripts/benchmark.py train                          # Stable Diffusion 1.5, bf16 weights, 512 pixels, rank 16
     python scripts/benchmark.py train --size small --dtype fp32
@@ -314,7 +314,7 @@ def main() -> None:
     """Runs the benchmark that the command line names."""
     # Run as a file, Python finds what lies beside it but not the folder that it lies in.
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from scripts import benchmark_files
+    from scripts import benchmark_evaluate, benchmark_files
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -327,6 +327,7 @@ def main() -> None:
     train.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     train.add_argument("--json", action="store_true")
     train.set_defaults(run=run_train)
+    benchmark_evaluate.add_parser(commands)
     benchmark_files.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -7,12 +7,19 @@ Both arms read the same PNG files, score them with the same CLIP in batches of t
 
     ours            evaluation.metrics.clip_text
     torchmetrics    CLIPScore, which gets the pictures as uint8 tensors
+
+Then an evaluation of one adapter on the built-in base, of which the time that is neither drawing nor CLIP is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +37,7 @@ from lora_diffusion.evaluation.scorers import Scorers
 
 _SIDES = (64, 64, 64, 96)
 """Most pictures have the size that the CLIP wants, as generated ones have; some must be scaled."""
+_SETS = ("blob-style", "octopus")
 TARGETS = {"torchmetrics / ours": 1.5, "share outside": 0.05}
 
 
@@ -94,7 +102,7 @@ def make_pictures(folder: Path, num: int, sides: Sequence[int] = _SIDES) -> tupl
     """Writes crops of the sample sets as PNG; returns the files and what each shows."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    samples = sorted(shipped_path("datasets").rglob("*.png"))
+    samples = [path for name in _SETS for path in sorted((shipped_path("datasets") / name).rglob("*.png"))]
     paths, texts = [], []
     for index in range(num):
         source = samples[index % len(samples)]
@@ -129,3 +137,125 @@ def score_torchmetrics(
                 images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
         metric.update(images, list(texts[start : start + BATCH]))
     return metric.compute().item() / 100
+
+
+def compare(num: int, repeats: int) -> dict[str, Any]:
+    """Returns medians of wall and CPU seconds of both arms, their ratios, and how far the scores are apart."""
+    clip, parts = load_clip(), torchmetrics_clip()
+    arms: dict[str, Callable[[Sequence[Path], Sequence[str]], float]] = {
+        "ours": lambda paths, texts: score_ours(clip, paths, texts),
+        "torchmetrics": lambda paths, texts: score_torchmetrics(parts, paths, texts),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    scores: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths, texts = make_pictures(Path(folder), num)
+        for arm in arms.values():
+            arm(paths[:BATCH], texts[:BATCH])  # to warm up
+        for _ in range(repeats):
+            for name, arm in arms.items():
+                started, cpu_started = time.perf_counter(), time.process_time()
+                scores[name] = arm(paths, texts)
+                seconds[name].append((time.perf_counter() - started, time.process_time() - cpu_started))
+    medians = {
+        name: dict(zip(("wall_s", "cpu_s"), map(statistics.median, zip(*rows, strict=True)), strict=True))
+        for name, rows in seconds.items()
+    }
+    ratio = {key: medians["torchmetrics"][key] / medians["ours"][key] for key in medians["ours"]}
+    difference = abs(scores["ours"] - scores["torchmetrics"])
+    setting = {"pictures": num, "texts": len(set(texts)), "threads": torch.get_num_threads(), "clip": clip.name}
+    return {"setting": setting, "arms": medians, "torchmetrics / ours": ratio, "score difference": difference}
+
+
+def measure_overhead(num_seeds: int) -> dict[str, float]:
+    """Returns the CPU seconds of an evaluation on the built-in base: drawing, CLIP, loading the base, and all else."""
+    from lora_diffusion import workflows
+    from lora_diffusion.config.load import load
+    from lora_diffusion.families.sd1 import FAMILY
+
+    spent = dict.fromkeys(("drawing", "CLIP", "loading"), 0.0)
+    faces = shipped_path("datasets") / "blob-style"
+    with tempfile.TemporaryDirectory() as folder:
+        question = workflows.Question(
+            output_path=Path(folder) / "evaluation",
+            prompts="emoji-style",
+            model=load(None, ["model.path=builtin:emoji"], required=False).model,
+            adapters=[str(_untrained_adapter(Path(folder)))],
+            triggers=["blob style"],
+            seeds=range(num_seeds),
+            references=faces / "references",
+            training=faces / "train",
+        )
+        clip = type(load_clip().model)  # imports what a first evaluation in a process imports
+        started = time.process_time()
+        with (
+            _timed(type(FAMILY), "generate", spent, "drawing"),
+            _timed(type(FAMILY), "load", spent, "loading"),
+            _timed(clip, "encode_image", spent, "CLIP"),
+            _timed(clip, "encode_text", spent, "CLIP"),
+        ):
+            evaluation = workflows.evaluate(question)
+        total = time.process_time() - started
+    pictures = len({score.picture for score in evaluation.scores if score.picture})
+    rest = total - sum(spent.values())
+    return {"pictures": pictures, **spent, "all else": rest, "total": total, "share outside": rest / total}
+
+
+@contextmanager
+def _timed(owner: Any, name: str, spent: dict[str, float], key: str) -> Iterator[None]:
+    """Adds the CPU seconds in a method of a class to `spent[key]`."""
+    original = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[key] += time.process_time() - started
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _untrained_adapter(folder: Path) -> Path:
+    """Writes an adapter that changes little, without a training run."""
+    from lora_diffusion import workflows
+    from lora_diffusion.config.load import load
+    from lora_diffusion.config.shipped import find_shipped
+
+    faces = shipped_path("datasets") / "blob-style" / "train"
+    overrides = [f"data.path={faces}", f"output.path={folder / 'run'}", "train.max_steps=1", "train.warmup_steps=0"]
+    return workflows.train(load(find_shipped("sd1/style"), overrides)).files[0]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `evaluate` to the benchmarks."""
+    parser = commands.add_parser("evaluate", help="scoring, and what an evaluation costs besides it")
+    parser.add_argument("--num", type=int, default=2000, help="pictures to score")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each arm")
+    parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt of the evaluation")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures and prints."""
+    from lora_diffusion.core.tuning import use_threads
+
+    use_threads("auto")
+    result = compare(arguments.num, arguments.repeats) | {"evaluation": measure_overhead(arguments.seeds)}
+    print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
+
+
+def print_report(result: dict[str, Any]) -> None:
+    """Prints the tables for people."""
+    print(" ".join(f"{name}={value}" for name, value in result["setting"].items()))
+    print(f"{'':24}{'wall s':>10}{'CPU s':>10}")
+    for name, values in [*result["arms"].items(), ("torchmetrics / ours", result["torchmetrics / ours"])]:
+        print(f"{name:24}{values['wall_s']:10.2f}{values['cpu_s']:10.2f}")
+    print(f"at least {TARGETS['torchmetrics / ours']}; mean scores differ by {result['score difference']:.1e}")
+    print("Evaluation, CPU s: " + ", ".join(f"{name} {value:.3g}" for name, value in result["evaluation"].items()))
+    print(f"share outside of drawing, CLIP and loading at most {TARGETS['share outside']}")

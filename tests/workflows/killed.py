@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
+import open_clip
 import torch
 import transformers
 
 from lora_diffusion import workflows
 from lora_diffusion.cli.main import main
 
-__all__ = ["diffusers", "torch", "transformers", "workflows"]
+__all__ = ["diffusers", "open_clip", "torch", "transformers", "workflows"]
 
 
 def serve() -> None:
