@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "training": {"core", "config", "data", "adapters", "formats"},
     "compose": {"core", "config", "adapters", "formats"},
     "evaluation": {"core", "config", "data"},
-    "workflows": {"core", "config", "data", "adapters", "formats", "training", "compose", "evaluation"},
+    "workflows": {"core", "config", "data", "quantize", "adapters", "formats", "training", "compose", "evaluation"},
     "quickstart": {"core", "config", "data", "evaluation", "workflows"},
     "cli": {"core", "config", "workflows", "quickstart"},
 }

@@ -189,7 +189,7 @@ def _check(layer: Any, key: ModuleKey, slot: Slot, name: str) -> None:
         )
     base = type(layer.get_base_layer())
     # PEFT has layers of its own for quantized linear layers; its layer for convolutions only calls them.
-    if issubclass(base, nn.Linear) and base is not nn.Linear and type(layer).__name__ != base.__name__:
+    if base.__module__.startswith("bitsandbytes") and type(layer).__name__ != base.__name__:
         raise RunError(
             f"PEFT gave {key.part}/{key.path}, which is a {base.__name__}, the layer for unquantized weights. The base "
             "must be loaded with its quantization flags set; set model.quantization=none to go on without."

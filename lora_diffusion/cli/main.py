@@ -14,6 +14,7 @@ from lora_diffusion.cli import (
     config,
     convert,
     data,
+    estimate,
     evaluate,
     export,
     extract,
@@ -35,6 +36,7 @@ from lora_diffusion.core.errors import LoraDiffusionError
 _COMMANDS = (
     quickstart,
     train,
+    estimate,
     generate,
     transcribe,
     ask,

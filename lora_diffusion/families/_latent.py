@@ -177,4 +177,4 @@ def example(
             sizes = torch.empty(batch_size, 6)
             called["added_cond_kwargs"] = {"text_embeds": torch.empty(batch_size, width), "time_ids": sizes}
         ids = {"input_ids": torch.zeros(batch_size, length, dtype=torch.int64)}
-    return {"unet": called, **{name: ids for name in towers if name in trained}}
+    return {**{name: ids for name in towers if name in trained}, "unet": called}

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.config.schema import TrainConfig
+from lora_diffusion.core.device import compute_dtype
 from lora_diffusion.core.products import fast_products
-
-_OPTIMIZER_COPIES = 4
-"""float32 numbers for each adapter parameter: itself, its gradient and AdamW's two moments."""
+from lora_diffusion.training.optim import Params, state_bytes
+from lora_diffusion.training.rehearsal import take_step
 
 
 @dataclass(frozen=True)
@@ -24,49 +24,72 @@ class MemoryEstimate:
     """Bytes at the peak of a training step, framework not counted."""
 
     weights_bytes: int
+    """Frozen weights as they are stored, with the constants of their quantization."""
     adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
     activation_bytes: int
+    """All that lives at the peak of the forward and backward pass besides gradients."""
 
     @property
     def total_bytes(self) -> int:
         """Sum of all."""
-        return self.weights_bytes + self.adapter_bytes + self.activation_bytes
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Returns name for people -> bytes."""
+        return {
+            "frozen weights": self.weights_bytes,
+            "adapter": self.adapter_bytes,
+            "gradients": self.gradient_bytes,
+            "optimizer": self.optimizer_bytes,
+            "activations": self.activation_bytes,
+        }
 
     def line(self) -> str:
         """Returns one line for people."""
-        parts = (
-            ("frozen weights", self.weights_bytes),
-            ("adapter, gradients and optimizer", self.adapter_bytes),
-            ("activations", self.activation_bytes),
-        )
-        return f"memory  about {_gigabytes(self.total_bytes)}: " + ", ".join(f"{n} {_gigabytes(b)}" for n, b in parts)
+        parts = ", ".join(f"{name} {_gigabytes(count)}" for name, count in self.parts().items())
+        return f"memory  about {_gigabytes(self.total_bytes)} for a step: {parts}"
 
 
 def estimate(
     parts: Mapping[str, nn.Module],
     examples: Mapping[str, Mapping[str, Any]],
-    plan: InjectionPlan,
+    params: Params,
+    config: TrainConfig,
+    *,
+    weights_bytes: int,
     dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    gradient_checkpointing: bool,
+    device: torch.device,
 ) -> MemoryEstimate:
-    """Estimates the peak of a training step.
+    """Estimates the peak of a training step from shapes: the step is rehearsed without numbers.
 
     Args:
-        parts: networks on the meta device.
-        examples: part -> keyword arguments of one call, on the meta device; parts without one are released.
-        plan: what is trained.
-        dtype: number type of the frozen weights.
-        compute_dtype: number type of activations.
-        gradient_checkpointing: keep only the inputs of blocks; estimated as a fifth of all activations.
+        parts: networks on the meta device with their adapters; afterwards they cannot be used.
+        examples: part -> keyword arguments of one call on the meta device; parts without one are released.
+        params: of the adapters.
+        config: gives precision, checkpointing and optimizer.
+        weights_bytes: of the frozen weights as they are stored.
+        dtype: number type of the frozen weights that are not quantized.
+        device: where the run will be.
     """
-    weights = sum(parameter.numel() for name in examples for parameter in parts[name].parameters())
-    activations = sum(_saved_numbers(parts[name], kwargs) for name, kwargs in examples.items())
-    share = 0.2 if gradient_checkpointing else 1.0
+    counts = [parameter.numel() for own in params.values() for parameter in own.values()]
+    precision = compute_dtype(config.precision, device)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with fast_products(device), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            yield
+
+    set_up = checkpoint_activations if config.gradient_checkpointing else None
+    peak = take_step(parts, examples, device, dtype, context, set_up)
+    gradients = 4 * sum(counts)
     return MemoryEstimate(
-        weights_bytes=weights * dtype.itemsize,
-        adapter_bytes=plan.num_parameters * 4 * _OPTIMIZER_COPIES,
-        activation_bytes=int(activations * compute_dtype.itemsize * share),
+        weights_bytes=weights_bytes,
+        adapter_bytes=4 * sum(counts),
+        gradient_bytes=gradients,
+        optimizer_bytes=sum(state_bytes(config.optimizer, count) for count in counts),
+        activation_bytes=max(peak - gradients, 0),
     )
 
 
@@ -91,30 +114,6 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
 def _recompute_contexts(device: torch.device) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Returns contexts for the first pass and for its repetition, to which the trainer's context does not reach."""
     return nullcontext(), fast_products(device)
-
-
-def _saved_numbers(network: nn.Module, kwargs: Mapping[str, Any]) -> int:
-    """Counts the numbers that autograd keeps for the backward pass to the inputs."""
-    network.requires_grad_(False)
-    inputs = {name: _with_gradient(value) for name, value in kwargs.items()}
-    if not any(isinstance(value, Tensor) and value.requires_grad for value in inputs.values()):
-        next(network.parameters()).requires_grad_()  # token ids carry no gradient, their embeddings do
-    weights = {id(parameter) for parameter in network.parameters()}
-    saved: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if id(tensor) not in weights and not isinstance(tensor, nn.Parameter):
-            saved.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = network(**inputs)
-    del output
-    return sum(tensor.untyped_storage().nbytes() // tensor.dtype.itemsize for tensor in saved.values())
-
-
-def _with_gradient(value: Any) -> Any:
-    return value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _gigabytes(num_bytes: int) -> str:

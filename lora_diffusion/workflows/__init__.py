@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.conversion import Conversion as Conversion
     from lora_diffusion.workflows.conversion import convert as convert
     from lora_diffusion.workflows.data_check import check_data as check_data
+    from lora_diffusion.workflows.estimation import Estimate as Estimate
+    from lora_diffusion.workflows.estimation import estimate as estimate
     from lora_diffusion.workflows.evaluation import Question as Question
     from lora_diffusion.workflows.evaluation import evaluate as evaluate
     from lora_diffusion.workflows.evaluation import evaluate_as_table as evaluate_as_table
@@ -57,6 +59,7 @@ _HOMES = {
     "comparison": ("compare",),
     "composition": ("Composition", "compose", "resize"),
     "conversion": ("Conversion", "convert"),
+    "estimation": ("Estimate", "estimate"),
     "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
     "metadata_texts": ("edit_metadata", "metadata_lines", "show_metadata", "strip_metadata"),
     "inspection": ("inspect",),

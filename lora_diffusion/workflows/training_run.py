@@ -16,7 +16,7 @@ from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
-from lora_diffusion.core.device import compute_dtype, find_dtype, frozen_dtype, pick_device, process_group
+from lora_diffusion.core.device import find_dtype, pick_device, process_group
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
@@ -34,6 +34,7 @@ from lora_diffusion.training.trainer import Trainer, total_steps
 from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows import verification
 from lora_diffusion.workflows._previews import SAVERS
+from lora_diffusion.workflows.estimation import step_memory
 from lora_diffusion.workflows.selection import Selection, select
 
 
@@ -215,17 +216,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     cache.check(config.cache)
     record.check_thumbnail(config)
     samples = kind.read(config.data, info)
-    trained = frozenset(config.adapter.parts)
-    example = family.example(config.model, trained, config.train.batch_size, kind.largest(samples))
-    device = pick_device()
-    estimate = memory.estimate(
-        skeleton,
-        example,
-        plan,
-        frozen_dtype(config.model.dtype, device),
-        compute_dtype(config.train.precision, device),
-        config.train.gradient_checkpointing,
-    )
+    needed = step_memory(config, family, info, skeleton, plan, kind.largest(samples))
     stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
     num_steps_per_epoch = _batches(stubs, family, config).num_steps_per_epoch
-    return Outlook(kind.describe(samples), plan, estimate, total_steps(config.train, num_steps_per_epoch))
+    return Outlook(kind.describe(samples), plan, needed, total_steps(config.train, num_steps_per_epoch))

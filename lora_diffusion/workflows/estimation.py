@@ -1,0 +1,94 @@
+"""How much memory a training run will need, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.inject import inject
+from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.adapters.plan import plan as make_plan
+from lora_diffusion.config.schema import Config, PictureDataConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import frozen_dtype, pick_device
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.types import BaseInfo, Loaded
+from lora_diffusion.data.kinds import KINDS
+from lora_diffusion.quantize import chosen, weight_bytes
+from lora_diffusion.training import memory, optim
+from lora_diffusion.training.rehearsal import stand_in
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training step would need."""
+
+    plan: InjectionPlan
+    memory: memory.MemoryEstimate
+    size: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        total = {"total_bytes": self.memory.total_bytes}
+        return {"trained_parameters": self.plan.num_parameters, "size": self.size, **vars(self.memory), **total}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return "\n".join([*self.plan.lines(), self.memory.line()])
+
+
+def estimate(config: Config) -> Estimate:
+    """Predicts the peak memory of a training step from shapes alone; loads no weights.
+
+    Pictures are taken to fill `data.resolution`; of other data the longest sample is looked up.
+
+    Raises:
+        InputError: the run could not start.
+    """
+    family: Family = registry.find("families", config.model.family)
+    variants.find(config.adapter.variant, config.model.quantization)
+    optim.check(config.train, pick_device())
+    info = family.check(config.model)
+    skeleton = family.skeleton(config.model)
+    plan = make_plan(skeleton, family.parts, config.adapter)
+    size = _size(config, family, info)
+    return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)
+
+
+def step_memory(
+    config: Config,
+    family: Family,
+    info: BaseInfo,
+    skeleton: Mapping[str, nn.Module],
+    plan: InjectionPlan,
+    size: tuple[int, int],
+) -> memory.MemoryEstimate:
+    """Rehearses a step on samples of a size; the skeleton cannot be used afterwards."""
+    device, trained = pick_device(), frozenset(config.adapter.parts)
+    dtype, kind = frozen_dtype(config.model.dtype, device), config.model.quantization
+    examples = family.example(config.model, trained, config.train.batch_size, size)
+    parts = {name: skeleton[name] for name in examples}
+    weights = sum(weight_bytes(network, kind, dtype) for network in parts.values())
+    for network in parts.values():
+        stand_in(network, [path for path, _ in chosen(network, kind)])
+    variant = variants.find(config.adapter.variant, kind)
+    loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
+    params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
+    return memory.estimate(
+        loaded.parts, examples, params, config.train, weights_bytes=weights, dtype=dtype, device=device
+    )
+
+
+def _size(config: Config, family: Family, info: BaseInfo) -> tuple[int, int]:
+    if isinstance(config.data, PictureDataConfig):
+        side = config.data.resolution or info.resolution
+        return side, side
+    kind = KINDS[family.sample_type]
+    return kind.largest(kind.read(config.data, info))

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_diffusion import workflows
+from lora_diffusion.cli.main import main
+from lora_diffusion.config.load import load
+from tests.tiny import save_tiny_sdxl_pipeline
+
+
+def estimate(base: Path, *overrides: str) -> Any:
+    values = [f"model.path={base}", "data.path=unused", "output.path=unused", "adapter.rank=4", "train.precision=fp32"]
+    return workflows.estimate(load(None, [*values, "model.dtype=fp32", *overrides]))
+
+
+def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
+    found = estimate(tiny_base, "adapter.rank=2")
+    numbers = found.plan.num_parameters
+    assert found.memory.adapter_bytes == found.memory.gradient_bytes == 4 * numbers
+    assert found.memory.optimizer_bytes == 8 * numbers
+    assert found.memory.weights_bytes == 4 * found.plan.part_sizes["unet"]
+    assert found.memory.total_bytes == sum(found.memory.parts().values())
+    assert found.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part", "factor"),
+    [
+        (["model.dtype=bf16"], "frozen weights", (0.5, 0.5)),
+        (["model.quantization=8bit"], "frozen weights", (0.3, 0.9)),
+        (["model.quantization=nf4"], "frozen weights", (0.1, 0.3)),
+        (["train.batch_size=4"], "activations", (3.0, 4.3)),
+        (["data.resolution=32"], "activations", (3.0, 4.5)),
+        (["train.gradient_checkpointing=true"], "activations", (0.3, 0.9)),
+        (["adapter.rank=8"], "adapter", (2.0, 2.0)),
+    ],
+)
+def test_settings_change_what_they_should(
+    tiny_base: Path, overrides: list[str], part: str, factor: tuple[float, float]
+) -> None:
+    plain, changed = estimate(tiny_base).memory.parts(), estimate(tiny_base, *overrides).memory.parts()
+    assert factor[0] * plain[part] <= changed[part] <= factor[1] * plain[part]
+
+
+def test_trained_towers_count(tmp_path: Path) -> None:
+    base = save_tiny_sdxl_pipeline(tmp_path / "base")
+    alone, both = (
+        estimate(base, "model.family=sdxl", f"adapter.parts={parts}").memory
+        for parts in ("[unet]", "[unet, text_encoder, text_encoder_2]")
+    )
+    assert both.weights_bytes > alone.weights_bytes
+    assert both.activation_bytes > alone.activation_bytes
+
+
+def test_command_prints_json(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = [f"model.path={tiny_base}", "data.path=unused", "output.path=unused"]
+    assert main(["estimate", *values, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["total_bytes"] == sum(value for key, value in printed.items() if key.endswith("_bytes")) / 2
