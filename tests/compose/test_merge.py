@@ -15,12 +15,13 @@ from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.compose.linear import Term
 from lora_diffusion.compose.merge import merge
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import AdapterState, Loaded
+from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
 from tests.adapters.test_variants import state_of
 from tests.families.ldm import save_single_file, sd1_shaped_pipeline
-from tests.tiny import tiny_pipeline
+from tests.tiny import save_tiny_sdxl_pipeline, tiny_pipeline
 from tests.tiny_adapters import answers, random_state, tiny_loaded
 
 WEIGHTS = {"unet": 0.7, "text_encoder": -0.4}
@@ -157,3 +158,51 @@ def test_single_file_is_merged_like_its_folder(tmp_path: Path) -> None:
                 change = WEIGHTS[part] * (adapter.tensors["up"].flatten(1) @ adapter.tensors["down"].flatten(1)) / 2
                 weight = expected[f"{key.path}.base_layer.weight"]
                 assert torch.allclose(found[f"{key.path}.weight"], weight + change.reshape(weight.shape), atol=1e-6)
+
+
+def test_fused_attention_of_sdxl_gets_its_third(tmp_path: Path) -> None:
+    names = registry.find("families", "sdxl").key_map("ldm", None)
+    layer = "text_model.encoder.layers.0.self_attn."
+    keys = {matrix: ModuleKey("text_encoder_2", f"{layer}{matrix}_proj") for matrix in ("q", "v", "out")}
+    block = "conditioner.embedders.1.model.transformer.resblocks.0.attn."
+    path, rng = tmp_path / "xl.safetensors", torch.Generator().manual_seed(0)
+    before = {
+        f"{block}in_proj_weight": torch.randn(24, 8, generator=rng),
+        f"{block}in_proj_bias": torch.randn(24, generator=rng),
+        f"{block}out_proj.weight": torch.randn(8, 8, generator=rng),
+    }
+    save_file(before, path)
+    factors = {key: (torch.randn(2, 8, generator=rng), torch.randn(8, 2, generator=rng)) for key in keys.values()}
+    state = AdapterState({key: ModuleAdapter("lora", {"down": d, "up": u}, 2.0) for key, (d, u) in factors.items()})
+    term = Term("a", state, {"text_encoder_2": 0.5})
+    done = merge(open_checkpoint(path, ["unet"], names), [term], tmp_path / "out.safetensors", None, {})
+    assert (done.num_modules, done.num_changed, done.num_kept) == (3, 2, 1)
+    after = load_file(tmp_path / "out.safetensors")
+    changes = {matrix: 0.5 * factors[key][1] @ factors[key][0] for matrix, key in keys.items()}
+    wanted = torch.cat([changes["q"], torch.zeros(8, 8), changes["v"]])
+    assert torch.allclose(after[f"{block}in_proj_weight"] - before[f"{block}in_proj_weight"], wanted, atol=1e-6)
+    assert torch.allclose(
+        after[f"{block}out_proj.weight"] - before[f"{block}out_proj.weight"], changes["out"], atol=1e-6
+    )
+    assert torch.equal(after[f"{block}in_proj_bias"], before[f"{block}in_proj_bias"])
+
+
+def test_all_three_networks_of_sdxl(tmp_path: Path) -> None:
+    family = registry.find("families", "sdxl")
+    options = family.options_type(path=str(save_tiny_sdxl_pipeline(tmp_path / "xl")))
+    keys = [key for key, _ in family.key_map("peft", options) if key.path.endswith(("to_q", "v_proj", "proj_in"))]
+    base = family.load(options, torch.device("cpu")).parts
+    rng = torch.Generator().manual_seed(0)
+    modules, wanted = {}, {}
+    for key in keys:
+        weight = base[key.part].get_submodule(key.path).weight
+        down, up = torch.randn(2, weight.shape[1], generator=rng), torch.randn(weight.shape[0], 2, generator=rng)
+        modules[key] = ModuleAdapter("lora", {"down": down, "up": up}, 2.0)
+        wanted[key] = weight + 0.5 * up @ down
+    term = Term("a", AdapterState(modules), dict.fromkeys(family.parts, 0.5))
+    checkpoint = open_checkpoint(tmp_path / "xl", family.parts, family.key_map("peft", options))
+    merge(checkpoint, [term], tmp_path / "out", None, {})
+    merged = family.load(family.options_type(path=str(tmp_path / "out")), torch.device("cpu")).parts
+    assert {key.part for key in keys} == set(family.parts)
+    for key in keys:
+        assert torch.allclose(merged[key.part].get_submodule(key.path).weight, wanted[key], atol=1e-6)
