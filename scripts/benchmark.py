@@ -1,6 +1,7 @@
 """Measures what the program costs: `train` a training step, `files` work on adapter files, `evaluate` scoring.
 
-The last two are in benchmark_files.py and benchmark_evaluate.py. A training step is compared with the plain diffusers and PEFT loop and with the floor.
+The last two are in benchmark_files.py and benchmark_evaluate.py. A training step is compared with the plain diffusers
+and PEFT loop and with the floor.
 
     python scripts/benchmark.py train                          # Stable Diffusion 1.5, bf16 weights, 512 pixels, rank 16
     python scripts/benchmark.py train --size small --dtype fp32

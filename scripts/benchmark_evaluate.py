@@ -236,7 +236,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="scoring, and what an evaluation costs besides it")
     parser.add_argument("--num", type=int, default=2000, help="pictures to score")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each arm")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt of the evaluation")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt of the evaluation")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 
