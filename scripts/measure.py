@@ -2,6 +2,7 @@
 
 python scripts/measure.py style      the blob style on faces that were not trained on
 python scripts/measure.py concept    the octopus as a rare word
+python scripts/measure.py whisper --seeds 0 1 2    the accent and the words of datasets/spoken-digits
 python scripts/measure.py folder --train DIR --references DIR    configs/sd1/style.yaml untouched on any folder
 """
 
@@ -24,6 +25,7 @@ from lora_diffusion.core.types import Request
 from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
 from lora_diffusion.evaluation.clip import load_clip
 from lora_diffusion.evaluation.pictures import grid, save_image
+from lora_diffusion.quickstart import whisper
 
 _RARE = "zwx"
 _CONCEPT = [
@@ -36,7 +38,7 @@ _CONCEPT = [
 def main() -> None:
     """Trains once for each seed, compares, and prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["style", "concept", "folder"])
+    parser.add_argument("task", choices=["style", "concept", "folder", "whisper"])
     parser.add_argument("--train", type=Path, help="captioned pictures to train on")
     parser.add_argument("--references", type=Path, help="captioned pictures of the same style, of other subjects")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
@@ -45,6 +47,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the config")
     args = parser.parse_args()
     logs.set_up()
+    if args.task == "whisper":
+        _measure_whisper(args.seeds, args.output, args.set)
+        return
     name = "concept" if args.task == "concept" else "style"
     data = shipped_path("datasets") / ("octopus" if args.task == "concept" else "blob-style")
     train, references = args.train or data / "train", args.references or data / "references"
@@ -58,6 +63,24 @@ def main() -> None:
         comparison = workflows.compare(config, result.files[0], references, Request("", 0), cases, draws)
         _print_table(f"{args.task}, seed {seed}, {comparison.scorer}", comparison)
         _save_grid(comparison, output / "measured.png", args.draws)
+
+
+def _measure_whisper(seeds: Sequence[int], output: Path, changes: Sequence[str]) -> None:
+    """Prints one row for each seed and set of recordings, as soon as it is known."""
+    data = shipped_path("datasets") / "spoken-digits" / "train"
+    print("\n| seed | recordings | WER before | WER after | CER before | CER after |\n|---|---|---|---|---|---|")
+    for seed in seeds:
+        overrides = [
+            f"data.path={data}",
+            f"output.path={output / f'whisper-seed{seed}'}",
+            f"train.seed={seed}",
+            *changes,
+        ]
+        config = load(find_shipped("whisper/digits"), overrides)
+        result = workflows.train(config, overwrite=True)
+        for name, (before, after) in whisper.compare(config, result.files[0]).items():
+            rates = (before.wer, after.wer, before.cer, after.cer)
+            print(f"| {seed} | {name} | {' | '.join(f'{rate:.1%}' for rate in rates)} |", flush=True)
 
 
 def _print_table(title: str, comparison: Comparison) -> None:

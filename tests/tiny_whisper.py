@@ -85,3 +85,32 @@ def write_recording(path: Path, text: str | None = None, **kwargs: float) -> Pat
     if text is not None:
         path.with_suffix(".txt").write_text(text, encoding="utf-8")
     return path
+
+
+_SHAPES = {  # width, layers, heads, mel bands, vocabulary, weights that openai/whisper-* has
+    "tiny": (384, 4, 6, 80, 51865, 37_760_640),
+    "base": (512, 6, 8, 80, 51865, 72_593_920),
+    "small": (768, 12, 12, 80, 51865, 241_734_912),
+    "medium": (1024, 24, 16, 80, 51865, 763_857_920),
+    "large-v3": (1280, 32, 20, 128, 51866, 1_543_490_560),
+}
+
+
+def published_parts(name: str) -> dict[str, torch.nn.Module]:
+    """Returns encoder and decoder of a published size on the meta device."""
+    width, layers, heads, bands, vocabulary, num_weights = _SHAPES[name]
+    config = WhisperConfig(
+        vocab_size=vocabulary,
+        num_mel_bins=bands,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+    )
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    assert sum(parameter.numel() for parameter in model.model.parameters()) == num_weights
+    return {"encoder": model.model.encoder, "decoder": model.model.decoder}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -212,6 +213,18 @@ def _numpy_seeded(seed: int) -> Iterator[None]:
         np.random.set_state(state)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from warning of the arguments that its own search hands on."""
+    logger = logging.getLogger("transformers.generation")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
     """Returns what is said in recordings of requests with equal adapter weights."""
     import torch
@@ -224,9 +237,11 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
     samples = [request.sample for request in requests]
     heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]  # type: ignore[union-attr]
     asked = {"language": options.language, "task": options.task} if loaded.info.languages else {}  # type: ignore[attr-defined]
-    with torch.no_grad():
+    features = torch.cat(heard).to(loaded.device, model.dtype)
+    with torch.no_grad(), _quiet():
         ids = model.generate(
-            torch.cat(heard).to(loaded.device, model.dtype),
+            features,
+            attention_mask=features.new_ones(features.shape[0], features.shape[2]).long(),
             return_timestamps=options.timestamps,
             do_sample=False,
             num_beams=1,

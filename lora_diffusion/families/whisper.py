@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _BUILTIN = {"digits": "digits-whisper"}
 _PREFIXES = {"encoder": "model.encoder.", "decoder": "model.decoder."}
-_MAX_BATCH = 8
+_MAX_BATCH = 16
 """Recordings transcribed at once."""
 _IGNORED = -100
 """What transformers puts for labels that have no loss."""

@@ -13,19 +13,15 @@ from lora_diffusion.config.load import load
 from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.families._sources import build_skeleton
+from tests.families import full_size
+from tests.tiny_whisper import published_parts
 
-SD15 = {
-    "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "vocab_size": 49408,
-    },
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd1", 859_520_964),
+    "stabilityai/stable-diffusion-2-1": ("sd2", 865_910_724),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", 2_567_463_684),
 }
-"""The sizes of Stable Diffusion 1.5; all else is the default of diffusers and transformers."""
+"""Hub id -> family, and the number of parameters of its published UNet, by which we know that its shape is right."""
 
 SUITES = sorted(shipped_path("configs").glob("evaluate/*.yaml"))
 FILES = sorted(set(shipped_path("configs").rglob("*.yaml")) - set(SUITES))
@@ -47,8 +43,9 @@ class TestConfigs:
             for key, value in values.items():
                 kept = getattr(getattr(default, section), key)
                 same = value == (list(kept) if isinstance(kept, tuple) else kept)
-                # Sizes that people change first may be spelled out.
-                assert not same or key in ("rank", "targets", "batch_size", "learning_rate"), f"{section}.{key}"
+                # Sizes that people change first may be spelled out, and the family decides the defaults.
+                spelled = ("family", "rank", "targets", "batch_size", "learning_rate")
+                assert not same or key in spelled, f"{section}.{key}"
 
     def test_says_how_it_is_run(self, path: Path) -> None:
         first, second = path.read_text("utf-8").splitlines()[:2]
@@ -61,11 +58,13 @@ class TestConfigs:
         variants.find(config.adapter.variant, config.model.quantization)
         if config.model.path.startswith("builtin:"):
             skeleton = family.skeleton(config.model)
+        elif config.model.path.startswith("openai/whisper-"):
+            skeleton = published_parts(config.model.path.removeprefix("openai/whisper-"))
         else:
-            assert config.model.path.startswith("stable-diffusion-v1-5/"), "give the sizes of this base too"
-            skeleton = build_skeleton(SD15)
-            # 859,520,964 is the size of the published UNet, so this is its shape.
-            assert sum(parameter.numel() for parameter in skeleton["unet"].parameters()) == 859_520_964
+            name, size = PUBLISHED[config.model.path]
+            assert name == config.model.family
+            skeleton = full_size.skeleton(name)
+            assert sum(parameter.numel() for parameter in skeleton["unet"].parameters()) == size
         made = plan(skeleton, family.parts, config.adapter)
         assert {module.part for module in made.modules} == set(config.adapter.parts)
         assert made.num_parameters > 10_000
@@ -74,5 +73,5 @@ class TestConfigs:
         data = Path(load(path).data.path)
         if data.parts[0] == "datasets":
             folder = shipped_path("datasets").joinpath(*data.parts[1:])
-            assert len(list(folder.glob("*.png"))) > 3
+            assert len([*folder.glob("*.png"), *folder.glob("*.flac")]) > 3
             assert (folder.parent / "LICENSE").is_file()
