@@ -98,7 +98,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         hooks = [*_prepare_previews(config, family, loaded, samples, run)]
         hooks += judging.prepare_early_stop(config, family, loaded, samples, run)
         measured = judging.prepare_pictures(config, family, loaded, samples)
-        loaded.release(*(loaded.encoders - trained - (loaded.decoders if hooks else frozenset())))
+        loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
 
         params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
         if config.train.gradient_checkpointing:
@@ -170,9 +170,14 @@ def _prepare_previews(
         save(family.generate(loaded, requests), config.preview, run.previews_path / f"step-{step:06d}")
 
     draw(0)
-    if "text_encoder" in config.adapter.parts:
+    if loaded.encoders & set(config.adapter.parts):
         loaded.text_cache.clear()
     return [PreviewHook(every, draw)]
+
+
+def _needed_to_show(loaded: Loaded, trained: frozenset[str]) -> frozenset[str]:
+    """Names what previews need besides what is trained; if one encoder is trained, prompts are encoded anew by all."""
+    return loaded.encoders if loaded.encoders & trained else loaded.decoders
 
 
 @dataclass(frozen=True)
