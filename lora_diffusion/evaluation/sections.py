@@ -280,7 +280,7 @@ def grids(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
     if len(others) > 1:
         title = f"Pictures over {'checkpoints' if shown.step is not None else 'candidates'}, weight {shown.weight:g}"
         made.append(_grid(findings, shots, title, others, _stem_label))
-    return made
+    return [grid for grid in made if grid["rows"]]
 
 
 def _grid(
@@ -294,18 +294,21 @@ def _grid(
         found = [shots.find(BASE, case, findings.seed, "base")]
         found += [shots.find(candidate.name, case, findings.seed, name(candidate)) for candidate in own]
         kind = "does not ask for what was trained" if case.kind in PLAIN_KINDS else ""
-        rows.append({"prompt": case.prompt, "kind": kind, "shots": [shot for shot in found if shot]})
+        if any(found):
+            rows.append({"prompt": case.prompt, "kind": kind, "shots": [shot for shot in found if shot]})
     left_out = len(findings.evaluation.cases) - len(shown)
     more = f" {left_out} more prompts are in {findings.folder.name}/pictures." if left_out else ""
     note = f"Each row is one prompt, drawn from the same noise (seed {findings.seed}).{more}"
     return {"title": title, "note": note, "rows": rows}
 
 
-def prompts(findings: Findings, shots: Shots) -> dict[str, Any]:
+def prompts(findings: Findings, shots: Shots) -> dict[str, Any] | None:
     """Returns the scores of each prompt, and the best and the worst pictures of the shown candidate."""
     table, name = findings.table, findings.shown.name
     likeness = findings.choice.likeness_metric if findings.choice else "clip_image"
     metrics = [metric for metric in (likeness, TEXT) if table.has(metric)]
+    if not metrics:
+        return None
     rows = []
     for case in findings.asked():
         cells: list[Any] = [case.prompt]

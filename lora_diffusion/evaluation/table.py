@@ -71,7 +71,7 @@ def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, c
         cases: index of a case in `one` -> index of the case with the same prompt in `other`.
     """
     own, against = one.values(candidates[0], metric), other.values(candidates[1], metric)
-    shared = {
+    shared: dict[Draw, float] = {
         (case, seed): value - against[cases[case], seed]
         for (case, seed), value in own.items()
         if case is not None and case in cases and (cases[case], seed) in against

@@ -131,7 +131,7 @@ def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
     rows = []
     for cases in (*asked, *plain):
         for seed in seeds:
-            shots = []
+            shots: list[Shot] = []
             for (name, findings), case in zip(shown.items(), cases, strict=True):
                 file = pictures[name].get((findings.shown.name, case.index, seed))
                 path = findings.folder / file if file else None

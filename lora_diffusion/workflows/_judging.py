@@ -76,7 +76,7 @@ def prepare_early_stop(
 
 
 def _references(config: Config) -> list[Path]:
-    folder = Path(config.evaluate.references).expanduser()
+    folder = Path(str(config.evaluate.references)).expanduser()
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.ENDINGS)
     if not found:
         raise ConfigError(f"evaluate.references={folder}: there is no picture; give a folder that holds some.")

@@ -49,7 +49,7 @@ def report(paths: list[Path], output_path: Path | None = None) -> tuple[Path, ..
         title=f"{'Evaluation of' if findings else 'Training of'} {_name(path)}",
         findings=findings,
         training=training,
-        chosen_file=selection and str(selection.file),
+        chosen_file=str(selection.file) if selection else None,
     )
 
 

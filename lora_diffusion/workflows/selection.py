@@ -206,7 +206,7 @@ def _write(
     """Writes the marked file, then what was chosen, then the link."""
     family: Family = registry.find("families", config.model.family)
     finished = read_adapter(final, family, config.model)
-    is_final = finished.metadata.get("ss_steps") == str(choice.candidate.step)
+    is_final = final.is_file() and finished.metadata.get("ss_steps") == str(choice.candidate.step)
     name = final.name if is_final else f"{run.name(config)}-{checkpoint.name}.safetensors"
     state = finished if is_final else read_checkpoint(checkpoint, config, family)
     told = {**finished.metadata, **(marks(choice, evaluation))}

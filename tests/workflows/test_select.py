@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lora_diffusion.cli.main import main
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
+from lora_diffusion.formats.metadata import hashes
 from tests.workflows.conftest import Commands, fill_with_pictures
 
 CLIP = "builtin:emoji-clip"
@@ -89,9 +90,11 @@ def test_marked_file_holds_the_checkpoint_as_it_was(
     assert len(tensors) == 3 * len(raw) / 2
     downs = sorted(float(tensor.float().sum()) for name, tensor in tensors.items() if "lora_down" in name)
     assert downs == pytest.approx(sorted(float(v.half().float().sum()) for n, v in raw.items() if n.endswith("down")))
+    with safe_open(file, "pt") as opened:
+        told = opened.metadata()
+    assert {**told, **hashes(tensors, told)} == told
     if step == 4:
         assert all(torch.equal(tensor, before[file][name]) for name, tensor in tensors.items())
-        assert command.good("inspect", file, "--json").out
     assert json.loads(command.good("inspect", file, "--json").out)["problems"] == []
 
 
