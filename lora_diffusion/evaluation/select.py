@@ -174,13 +174,18 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
       picture altogether is drawn.
     - prompt_leak: half of what real pictures exceed the base by in likeness. Beyond it the concept is drawn rather than
       not where nobody asked for it.
+
+    Raises:
+        ConfigError: the user gave a limit for a metric that was not measured.
     """
     table = Table(evaluation)
     found = []
-    for metric in ("copying", "prior_drift", "prompt_leak"):
-        if not table.has(metric):
-            continue
+    for metric in _DEFAULTS:
         given = getattr(preference, metric)
+        if not table.has(metric):
+            if given is not None:
+                raise ConfigError(f"The evaluation has no scores of {metric}, so they cannot be kept to {given:g}.")
+            continue
         if given is not None:
             found.append(Limit(metric, given, "as asked for", is_given=True))
         elif default := _DEFAULTS[metric](evaluation, table):

@@ -121,6 +121,9 @@ def test_default_limits_come_from_base_and_real_pictures() -> None:
     found = {limit.metric: limit.value for limit in limits(made, Preference())}
     assert found == {"copying": 0.6, "prior_drift": pytest.approx(0.2), "prompt_leak": pytest.approx(0.25)}
     without = limits(dataclasses.replace(made, real={}), Preference(prior_drift=0.05))
+    unmeasured = [score for score in made.scores if score.metric != "prior_drift"]
+    with pytest.raises(ConfigError, match="no scores of prior_drift"):
+        limits(dataclasses.replace(made, scores=unmeasured), Preference(prior_drift=0.05))
     assert {limit.metric: limit.value for limit in without} == {"copying": pytest.approx(0.7), "prior_drift": 0.05}
 
 
