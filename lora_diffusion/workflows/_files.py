@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_diffusion.core import registry
-from lora_diffusion.core.errors import AdapterFileError, ConfigError
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, InputError, UnsupportedError
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
@@ -43,14 +43,15 @@ def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, Adap
     """
     format_: Format = registry.find("formats", detect(path))
     guess = family_name or _guess(path)
-    faults = []
+    faults: list[InputError] = []
     for name in [guess] if guess else registry.available("families"):
         family: Family = registry.find("families", name)
         try:
             return family, format_.read(path, family.key_map(format_.name, None))
-        except AdapterFileError as error:
+        except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
-    raise faults[0]
+    # A family without names for the format says less than one that misses a module.
+    raise next((fault for fault in faults if isinstance(fault, AdapterFileError)), faults[0])
 
 
 def _guess(path: Path) -> str | None:
