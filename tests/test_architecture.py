@@ -35,6 +35,10 @@ ARROWS: dict[str, set[str]] = {
 }
 """Room -> rooms that it may import; families, formats and metrics are otherwise reached through core.registry."""
 
+DOORS = {"evaluation/__init__.py": ["lora_diffusion.workflows"]}
+"""File -> what it imports against the arrows, by `import_module` and only when it is called. `evaluation.evaluate` is where
+people look for the workflow of that name; nothing in the room calls it."""
+
 
 def imports(source: str) -> Iterator[str]:
     """Yields every module of ours that a source imports, at the top or inside a function."""
@@ -86,6 +90,16 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 )
 def test_planted_imports_are_found(room: str, source: str) -> None:
     assert len(forbidden(room, source)) == 1
+
+
+def test_what_is_imported_by_its_name_is_a_door() -> None:
+    found: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_call = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+            if is_call and isinstance(node.args[0], ast.Constant) and "lora_diffusion" in str(node.args[0].value):
+                found.setdefault(path.relative_to(PACKAGE).as_posix(), []).append(str(node.args[0].value))
+    assert found == DOORS
 
 
 def test_only_adapters_touches_peft() -> None:
