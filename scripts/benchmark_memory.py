@@ -1,0 +1,339 @@
+"""Measures what training needs in memory, and how well `lora-diffusion estimate` foresees it.
+
+    python scripts/benchmark.py memory                       # full size: needs 12 GB and half an hour on two cores
+    python scripts/benchmark.py memory --cases sd1-nf4 sd1-bf16
+
+Networks have the published sizes and random weights. Each case runs in a process of its own, one after the other, at
+small pictures, so that weights weigh most. The peak is that of the process while it makes two steps, less what it took
+before the networks were built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+_CROSS, _UP_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+BASES: dict[str, dict[str, Any]] = {
+    "sd1": {
+        # stable-diffusion-v1-5, unet/config.json and text_encoder/config.json
+        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        "text_encoder": _CLIP_L,
+    },
+    "sdxl": {
+        # stable-diffusion-xl-base-1.0
+        "unet": {
+            "sample_size": 128,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", _CROSS, _CROSS],
+            "up_block_types": [_UP_CROSS, _UP_CROSS, "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _CLIP_G | {"hidden_act": "gelu", "projection_dim": 1280},
+    },
+}
+_TEXT_LENGTH = 77
+LARGEST_SHARE_OF_FULL, LARGEST_SHARE_OF_BF16, LARGEST_ERROR = 1 / 3, 0.30, 0.15
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training setting."""
+
+    family: str
+    quantization: str = "none"
+    gradient_checkpointing: bool = False
+    trains_text: bool = False
+    is_full: bool = False
+    """Every weight of the UNet is trained instead of an adapter."""
+
+
+CASES: Mapping[str, Case] = {
+    "sd1-bf16": Case("sd1"),
+    "sd1-bf16-text-checkpointed": Case("sd1", gradient_checkpointing=True, trains_text=True),
+    "sd1-8bit": Case("sd1", "8bit"),
+    "sd1-nf4-checkpointed": Case("sd1", "nf4", gradient_checkpointing=True),
+    "sdxl-bf16-checkpointed": Case("sdxl", gradient_checkpointing=True),
+    "sdxl-nf4-text": Case("sdxl", "nf4", trains_text=True),
+}
+_FULL = "sd1-full"
+
+
+def config_of(case: Case, pixels: int) -> Any:
+    """Returns the config that the case stands for: rank 16 on attention, AdamW, bf16."""
+    from lora_diffusion.config.load import load
+
+    parts = list(BASES[case.family]) if case.trains_text else ["unet"]
+    values = {
+        "model.family": case.family,
+        "model.path": "random",
+        "model.quantization": case.quantization,
+        "model.dtype": "bf16",
+        "data.path": "random",
+        "data.resolution": pixels,
+        "adapter.parts": f"[{','.join(parts)}]",
+        "train.precision": "bf16",
+        "train.gradient_checkpointing": str(case.gradient_checkpointing).lower(),
+        "output.path": "unused",
+    }
+    return load(None, [f"{key}={value}" for key, value in values.items()])
+
+
+def skeleton_of(family: str) -> dict[str, Any]:
+    """Returns the networks of a published base on the meta device."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers.utils import logging
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    logging.set_verbosity_error()
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device("meta"):
+        return {
+            name: UNet2DConditionModel(**sizes)
+            if name == "unet"
+            else kinds[name](CLIPTextConfig(vocab_size=49408, **sizes))
+            for name, sizes in BASES[family].items()
+        }
+
+
+def info_of(family: str) -> Any:
+    """Returns what would be known of the base."""
+    from lora_diffusion.core.types import BaseInfo
+
+    return BaseInfo(512, 64 if family == "sd1" else 32, "random", "epsilon", "random")
+
+
+def estimated(case: Case, pixels: int) -> dict[str, int]:
+    """Returns what `lora-diffusion estimate` would say."""
+    from lora_diffusion.adapters.plan import plan
+    from lora_diffusion.core import registry
+    from lora_diffusion.families import _latent
+    from lora_diffusion.workflows.estimation import step_memory
+
+    config, family = config_of(case, pixels), registry.find("families", case.family)
+    skeleton, info = skeleton_of(case.family), info_of(case.family)
+
+    def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
+        del options
+        return _latent.example(skeleton, info, trained, batch_size, size)
+
+    made = plan(skeleton, family.parts, config.adapter)
+    told = step_memory(config, SimpleNamespace(example=example), info, skeleton, made, (pixels, pixels))  # type: ignore[arg-type]
+    return {**told.parts(), "total": told.total_bytes}
+
+
+def measured(case: Case, pixels: int) -> dict[str, int]:
+    """Returns the peak of two steps and the bytes of the UNet's frozen weights."""
+    import torch
+
+    from lora_diffusion.core.tuning import use_channels_last
+    from lora_diffusion.training.trainer import Trainer
+
+    torch.set_num_threads(2)
+    _warm_up()
+    before = _status("VmRSS")
+    config = config_of(case, pixels)
+    loaded = _load(case, config)
+    weights = sum(_bytes(tensor) for tensor in _tensors(loaded.parts["unet"]))
+    use_channels_last(loaded.parts.values(), loaded.device)
+    params, loss = _trained(case, config, loaded)
+    trainer = Trainer(config.train, params, loss, Path(tempfile.mkdtemp()))
+    batch = _batch(case, loaded, pixels // 8)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    for step in (1, 2):
+        trainer.take_step(step, (batch,))
+    return {"peak": _status("VmHWM") - before, "weights": weights}
+
+
+def _warm_up() -> None:
+    """Loads what every case loads, and the thread pools."""
+    import bitsandbytes
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    del bitsandbytes, UNet2DConditionModel, CLIPTextModel
+    x = torch.randn(256, 256, requires_grad=True)
+    (x @ x).sum().backward()
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _load(case: Case, config: Any) -> Any:
+    import torch
+
+    from lora_diffusion.core.types import Loaded
+    from lora_diffusion.diffusion.noise import NoiseSchedule
+    from lora_diffusion.diffusion.prediction import find_prediction
+    from lora_diffusion.quantize import quantize
+
+    device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
+    parts = {name: part for name, part in skeleton_of(case.family).items() if name in config.adapter.parts}
+    for network in parts.values():
+        network.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
+        for name, parameter in network.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=rng)
+            else:
+                parameter.fill_(float(name.endswith("weight")))
+        for name, buffer in network.named_buffers():
+            buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) if "ids" in name else torch.zeros(()))
+        quantize(network, config.model.quantization, device)
+    modules = {
+        "schedule": NoiseSchedule(torch.linspace(0.999, 0.005, 1000)),
+        "prediction": find_prediction("epsilon"),
+        "scaling_factor": 0.18215,
+    }
+    return Loaded(parts, modules, config.model, device, info_of(case.family))
+
+
+def _trained(case: Case, config: Any, loaded: Any) -> tuple[Any, Any]:
+    from lora_diffusion.adapters import variants
+    from lora_diffusion.adapters.inject import inject
+    from lora_diffusion.adapters.plan import plan
+    from lora_diffusion.core import registry
+    from lora_diffusion.training import memory
+
+    family = registry.find("families", case.family)
+    if case.is_full:
+        unet = loaded.parts["unet"].requires_grad_()
+        return {"unet": dict(unet.named_parameters())}, partial(family.loss, loaded)
+    variant = variants.find("lora", case.quantization)
+    made = plan(skeleton_of(case.family), family.parts, config.adapter)
+    params = inject(loaded, made, variant, 0.0, 0)
+    if case.gradient_checkpointing:
+        memory.checkpoint_activations(loaded.parts)
+    return params, partial(family.loss, loaded)
+
+
+def _batch(case: Case, loaded: Any, side: int) -> Any:
+    import torch
+
+    from lora_diffusion.core.types import Prepared
+    from lora_diffusion.families import _objective
+
+    del loaded
+    columns: dict[str, Any] = {}
+    if case.family == "sdxl":
+        columns = {
+            "text_2": torch.randn(1, _TEXT_LENGTH, 1280),
+            "summary": torch.randn(1, 1280),
+            "shown": torch.ones(1),
+        }
+    columns = {"text": torch.randn(1, _TEXT_LENGTH, 768), **columns}
+    if case.trains_text:
+        ids = torch.full((1, _TEXT_LENGTH), 49407)
+        columns = {
+            name: ids if name.startswith("text") else value for name, value in columns.items() if name != "summary"
+        }
+    tensors = {"moments": torch.randn(1, 8, side, side), **columns}
+    tensors |= {f"{name}_empty": value for name, value in columns.items()}
+    if case.family == "sdxl":
+        tensors["time_ids"] = torch.ones(1, 6)
+    return _objective.collate([Prepared("random", tensors, "")])
+
+
+def _tensors(network: Any) -> list[Any]:
+    found = list(network.parameters())
+    for module in network.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            found += [state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
+    return found
+
+
+def _bytes(tensor: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _answer(connection: Any, function: Any, case: Case, pixels: int) -> None:
+    connection.send(function(case, pixels))
+
+
+def _alone(function: Any, case: Case, pixels: int) -> Any:
+    """Calls a function in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=_answer, args=(theirs, function, case, pixels))
+    worker.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return None
+    finally:
+        worker.join()
+
+
+def measure(names: list[str], pixels: int) -> dict[str, Any]:
+    """Returns measured and estimated bytes of each case; what the machine has no memory for is null."""
+    rows = {}
+    for name in names:
+        case = replace(CASES["sd1-bf16"], is_full=True) if name == _FULL else CASES[name]
+        told = None if case.is_full else _alone(estimated, case, pixels)
+        rows[name] = {"measured": _alone(measured, case, pixels), "estimated": told}
+        print(name, rows[name], file=sys.stderr, flush=True)
+    return {"pixels": pixels, "cases": rows}
+
+
+def print_report(result: dict[str, Any]) -> None:
+    """Prints the table for people."""
+    print(
+        f"pixels={result['pixels']}\n\n| case | measured GB | estimated GB | estimated / measured |\n|---|---|---|---|"
+    )
+    for name, row in result["cases"].items():
+        peak, told = row["measured"] and row["measured"]["peak"], row["estimated"] and row["estimated"]["total"]
+        ratio = f"{told / peak:.2f}" if told and peak else ""
+        print(f"| {name} | {_gb(peak)} | {_gb(told)} | {ratio} |")
+    full, lora = (result["cases"].get(name, {}).get("measured") for name in (_FULL, "sd1-bf16"))
+    nf4 = result["cases"].get("sd1-nf4-checkpointed", {}).get("measured")
+    if full and lora:
+        print(f"\nLoRA / full fine-tuning: {lora['peak'] / full['peak']:.3f}   at most {LARGEST_SHARE_OF_FULL:.3f}")
+    if nf4 and lora:
+        print(f"UNet in NF4 / bf16: {nf4['weights'] / lora['weights']:.3f}   at most {LARGEST_SHARE_OF_BF16:.3f}")
+
+
+def _gb(count: int | None) -> str:
+    return f"{count / 1e9:.2f}" if count else ""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures and prints."""
+    result = measure(arguments.cases, arguments.pixels)
+    print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command `memory`."""
+    parser = commands.add_parser("memory", help="peak memory of training, measured and estimated")
+    names = [*CASES, _FULL]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)
