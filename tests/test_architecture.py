@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
 """Room -> rooms that it may import; families, formats and metrics are otherwise reached through core.registry."""
 
 DOORS = {"evaluation/__init__.py": ["lora_diffusion.workflows"]}
-"""File -> what it imports against the arrows, by `import_module` and only when it is called. `evaluation.evaluate` is where
+"""File -> what it imports against the arrows, by `import_module` and only when called. `evaluation.evaluate` is where
 people look for the workflow of that name; nothing in the room calls it."""
 
 

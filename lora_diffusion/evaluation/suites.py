@@ -62,7 +62,7 @@ def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequen
     values = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
     values |= {f"class{i or ''}": word for i, word in _numbered(classes)}
     faults: list[str] = []
-    cases = []
+    cases: list[Case] = []
     for kind, entry in _entries(path, faults):
         own = [fault for text in entry.values() for fault in _faults(text, values)]
         faults += own

@@ -18,7 +18,7 @@ from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family, Metric
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import BaseInfo
+from lora_diffusion.core.types import BaseInfo, ImageText
 from lora_diffusion.data import images
 from lora_diffusion.evaluation import gates, harness
 from lora_diffusion.evaluation.clip import default_clip, is_own_encoder
@@ -30,6 +30,7 @@ from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _candidates
 from lora_diffusion.workflows._candidates import Entry, Studio
 from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._steps import find_family
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,9 +97,8 @@ def evaluate(question: Question) -> Evaluation:
     config = _config_of(run, faults)
     model = question.model or (config.model if config else None)
     if model is None:
-        faults.append("There is no base; give --model, --config or --run.")
-        faults.stop("evaluate")
-    family: Family = registry.find("families", model.family)
+        raise ConfigError("\n".join(faults or ["There is no base; give --model, --config or --run."]))
+    family = find_family(model, ImageText)
     info = _info(family, model, question.size, faults)
     entries = _entries(question, run, config, family, model, faults) if info else []
     tried = _tried(entries, question.weights, faults)
@@ -146,9 +146,8 @@ def evaluate_as_table(model: str | ModelOptions | None = None, **question: Any) 
         model: the base, by its path or as options; None takes that of `run`.
         question: fields of Question.
     """
-    if isinstance(model, str):
-        model = load(None, [f"model.path={model}"], required=False).model
-    return evaluate(Question(model=model, **question)).table()
+    options = load(None, [f"model.path={model}"], required=False).model if isinstance(model, str) else model
+    return evaluate(Question(model=options, **question)).table()
 
 
 def _config_of(run: RunFolder | None, faults: Faults) -> Config | None:

@@ -18,6 +18,7 @@ class ErrorRate(Defaults):
     judges = "answers"
     needs = frozenset({"answers", "targets"})
     scorers = ()
+    name: ClassVar[str]
     counter: ClassVar[str]
     """The function of jiwer that counts."""
 
