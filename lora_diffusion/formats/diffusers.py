@@ -60,7 +60,9 @@ class _Diffusers:
         parts: dict[str, dict[str, ModuleAdapter]] = {}
         for key, adapter in state:
             name = key_map.name(key)
-            tensors |= peft_tensors(name, adapter, dtype)
+            own = peft_tensors(name, adapter, dtype)
+            # transformers loads the text encoders, and wants the whole name.
+            tensors |= {full + _whole(full) if key.part != "unet" else full: tensor for full, tensor in own.items()}
             parts.setdefault(key.part, {})[name.removeprefix(f"{key.part}.")] = adapter
         for part, adapters in parts.items():
             check_one_kind(part, adapters.values())
@@ -93,6 +95,10 @@ class _Diffusers:
             )
 
         return AdapterState(read_modules(tensors, key_map, alpha_of, path), metadata)
+
+
+def _whole(name: str) -> str:
+    return ".weight" if name.endswith(".lora_magnitude_vector") else ""
 
 
 def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,257 @@
+"""What was trained is written, read and converted through every format that can hold it without losing a bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+
+from lora_diffusion.adapters.state import load_state
+from lora_diffusion.adapters.variants import VARIANTS
+from lora_diffusion.core import registry
+from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.families._names import key_map
+from lora_diffusion.formats import check_output, describe_file, detect
+from lora_diffusion.formats.verified import write_exactly, write_verified
+from tests.families.full_size import skeleton
+from tests.formats.trained import FAMILIES, PIPELINES, answers, bare, names_of, parts_of, trained
+from tests.tiny_adapters import same
+
+FORMATS = ("kohya", "diffusers", "peft")
+HOLDING = {
+    "lora": FORMATS,
+    "rslora": FORMATS,
+    "locon": FORMATS,
+    "dora": ("kohya",),
+    "dora_out": ("diffusers", "peft"),
+    "loha": ("kohya", "peft"),
+    "lokr": ("kohya", "peft"),
+}
+_DTYPES = {torch.float32: 1e-9, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""Number type -> what rounding to it changes at most."""
+# float32, a few layers deep; other programs add the change in another order than we do.
+_CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+def _part(state: AdapterState, part: str) -> AdapterState:
+    return replace(state, modules={key: own for key, own in state.modules.items() if key.part.startswith(part)})
+
+
+def _rounded(state: AdapterState, dtype: torch.dtype) -> AdapterState:
+    return replace(
+        state,
+        modules={
+            key: ModuleAdapter(own.variant, {n: t.to(dtype).float() for n, t in own.tensors.items()}, own.alpha)
+            for key, own in state
+        },
+    )
+
+
+def _expected(state: AdapterState, family: str) -> dict[str, torch.Tensor]:
+    loaded = bare(parts_of(PIPELINES[family]()))
+    load_state(loaded, state, "ours")
+    with torch.no_grad():
+        return answers(loaded.parts)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family: str, variant: str, part: str, tmp_path: Path) -> None:
+    state = _part(trained(family, variant), part)
+    assert {adapter.variant for _, adapter in state} == {VARIANTS[variant].stored}
+    for dtype in _DTYPES if family == "sd1" else (torch.float32,):
+        expected = _rounded(state, dtype)
+        for start in HOLDING[variant]:
+            # Through the other formats and back; the chains from all formats hold every pair.
+            chain = [start, *(other for other in HOLDING[variant] if other != start), start]
+            found = state
+            for number, name in enumerate(chain):
+                path, names = tmp_path / f"{dtype}{start}{number}".replace(".", ""), names_of(name, family)
+                written = write_exactly(found, names, registry.find("formats", name), path, dtype)
+                assert (written.rounding == 0) == (number > 0 or dtype == torch.float32)
+                assert written.rounding < _DTYPES[dtype]
+                assert detect(path) == name
+                found = registry.find("formats", name).read(path, names)
+                assert _same(found, expected)
+                assert {key: found.metadata[key] for key in state.metadata} == state.metadata
+
+
+def _same(found: AdapterState, expected: AdapterState) -> bool:
+    # An alpha that float32 does not hold, as sqrt(3) times one, comes back as the nearest that it does.
+    alphas = {key: adapter.alpha for key, adapter in expected}
+    assert all(math.isclose(adapter.alpha, alphas[key], rel_tol=1e-7) for key, adapter in found)
+    moved = {key: replace(adapter, alpha=alphas[key]) for key, adapter in found}
+    return same(AdapterState(moved), expected) and all(
+        adapter.variant == expected.modules[key].variant for key, adapter in found
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_formats_refuse_what_they_cannot_hold(variant: str, tmp_path: Path) -> None:
+    for name in FORMATS:
+        if name not in HOLDING[variant]:
+            with pytest.raises(
+                UnsupportedError, match=f"The {name} spelling cannot hold.*Formats that can: "
+            ) as caught:
+                write_verified(
+                    trained("sd1", variant), names_of(name, "sd1"), registry.find("formats", name), tmp_path / "x",
+                    torch.float32,
+                )  # fmt: skip
+            assert str(caught.value).rsplit(": ", 1)[1] == ", ".join(sorted(HOLDING[variant])) + "."
+            with pytest.raises(UnsupportedError):
+                check_output([name], VARIANTS[variant].stored)
+    assert not list(tmp_path.iterdir())
+    check_output(HOLDING[variant], VARIANTS[variant].stored)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("variant", "name"), [("locon", "kohya"), ("rslora", "diffusers"), ("dora_out", "diffusers")])
+def test_diffusers_loads_every_key(
+    family: str, variant: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = trained(family, variant)
+    write_verified(
+        state, names_of(name, family), registry.find("formats", name), tmp_path / "a.safetensors", torch.float32
+    )
+    pipeline = PIPELINES[family]()
+    logging.getLogger("diffusers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    assert not [record.message for record in caplog.records if record.name.startswith("diffusers")]
+    parts = parts_of(pipeline)
+    for part, network in parts.items():
+        adapted = {path for path, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+        assert adapted == {key.path for key in state.modules if key.part == part}
+    expected, base = _expected(state, family), answers(parts_of(PIPELINES[family]()))
+    with torch.no_grad():
+        for part, answer in answers(parts).items():
+            torch.testing.assert_close(answer, expected[part], **_CLOSE)
+            assert not torch.allclose(answer, base[part], atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "variant"), [("sd1", "loha"), ("sd2", "lokr"), ("sdxl", "dora_out")])
+def test_peft_loads_each_part(family: str, variant: str, tmp_path: Path) -> None:
+    state = trained(family, variant)
+    write_verified(state, names_of("peft", family), registry.find("formats", "peft"), tmp_path / "p", torch.float32)
+    parts = parts_of(PIPELINES[family]())
+    for part, network in parts.items():
+        parts[part] = PeftModel.from_pretrained(network, tmp_path / "p" / part).get_base_model()
+    with torch.no_grad():
+        for part, answer in answers(parts).items():
+            torch.testing.assert_close(answer, _expected(state, family)[part], **_CLOSE)
+
+
+@pytest.mark.parametrize("factor", [-1, 4])
+def test_peft_holds_lokr_of_any_one_factor(factor: int, tmp_path: Path) -> None:
+    state = trained("sd1", "lokr", lokr_factor=factor, rank=4)
+    kinds = {(frozenset(adapter.tensors), adapter.scale) for _, adapter in state}
+    assert kinds == {(frozenset({"w1", "w2_a", "w2_b"}), 0.5), (frozenset({"w1", "w2"}), 1.0)}
+    peft, names = registry.find("formats", "peft"), names_of("peft", "sd1")
+    write_exactly(state, names, peft, tmp_path / "p", torch.float32)
+    assert _same(peft.read(tmp_path / "p", names), state)
+    key, adapter = next((key, own) for key, own in state if "w2_a" in own.tensors)
+    mixed = {**state.modules, key: replace(adapter, tensors={"w1": torch.ones(1, 1), "w2": torch.ones(32, 32)})}
+    with pytest.raises(UnsupportedError, match="works out the sizes"):
+        peft.write(AdapterState(mixed), names, tmp_path / "q", torch.float32)
+
+
+def test_only_kohya_holds_several_kinds_in_one_part(tmp_path: Path) -> None:
+    kinds = [trained("sd1", kind) for kind in ("lora", "dora", "loha", "lokr")]
+    mixed = AdapterState({key: kinds[index % 4].modules[key] for index, key in enumerate(kinds[0].modules)})
+    kohya = registry.find("formats", "kohya")
+    write_verified(mixed, names_of("kohya", "sd1"), kohya, tmp_path / "a.safetensors", torch.float32)
+    assert same(kohya.read(tmp_path / "a.safetensors", names_of("kohya", "sd1")), mixed)
+    assert set(describe_file(tmp_path / "a.safetensors").variant.split(" and ")) == {"lora", "dora", "loha", "lokr"}
+    several = AdapterState({key: kinds[index % 2 * 2].modules[key] for index, key in enumerate(kinds[0].modules)})
+    with pytest.raises(UnsupportedError, match="one kind of adapter in each part, but unet has loha and lora"):
+        registry.find("formats", "peft").write(several, names_of("peft", "sd1"), tmp_path / "p", torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kohya_files_are_complete_and_have_one_alpha_in_each_part(family: str, tmp_path: Path) -> None:
+    state = trained(family, "lora")
+    modules = {
+        key: replace(own, alpha=1.0 if index % 3 else 0.5)
+        for index, (key, own) in enumerate(state)
+        if key.part == "unet" or key.path.endswith("q_proj")
+    }
+    uneven, kohya, names = AdapterState(modules), registry.find("formats", "kohya"), names_of("kohya", family)
+    path = write_verified(uneven, names, kohya, tmp_path / "a.safetensors", torch.float32)
+    again = kohya.read(path, names)
+    for part in again.parts():
+        assert len({own.alpha for key, own in again if key.part == part}) == 1
+    towers = [part for part in again.parts() if part != "unet"]
+    layers = {part: sum(key.part == part for key in modules) for part in towers}
+    assert {part: sum(key.part == part for key in again.modules) for part in towers} == {
+        part: 4 * count for part, count in layers.items()
+    }
+    expected, found = _expected(uneven, family), _expected(again, family)
+    for part, answer in found.items():
+        torch.testing.assert_close(answer, expected[part], **_CLOSE)
+
+
+def _full_state(family: str, *variants: str) -> AdapterState:
+    """Returns an adapter of rank 1 for every module of the published base that tools train, of each variant in turn."""
+    chosen, generator = registry.find("families", family).parts, torch.Generator().manual_seed(0)
+    modules: dict[ModuleKey, ModuleAdapter] = {}
+    for part, network in skeleton(family).items():
+        groups = chosen[part].groups
+        patterns = [re.compile(p) for group in ("attn", "ff", "proj", "conv") for p in groups.get(group, ())]
+        for path, module in network.named_modules():
+            if any(pattern.fullmatch(path) for pattern in patterns):
+                variant = VARIANTS[variants[len(modules) % len(variants)]]
+                shapes = variant.shapes(tuple(module.weight.shape), 1, 16)
+                tensors = {n: torch.rand(s, generator=generator).half().float() for n, s in shapes.items()}
+                modules[ModuleKey(part, path)] = ModuleAdapter(variant.stored, tensors, 1.0)
+    return AdapterState(modules)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("names", "variants"),
+    [(("kohya",), ("lora", "dora", "loha", "lokr")), (("kohya", "diffusers", "peft", "kohya"), ("lora",))],
+)
+def test_full_size_modules_are_all_consumed(
+    family: str, names: tuple[str, ...], variants: tuple[str, ...], tmp_path: Path
+) -> None:
+    state = _full_state(family, *variants)
+    assert len(state.modules) == {"sd1": 278 + 72, "sd2": 278 + 138, "sdxl": 788 + 264}[family]
+    for number, name in enumerate(names):
+        format_ = registry.find("formats", name)
+        format_.write(state, key_map(name, skeleton(family), family), tmp_path / f"{number}", torch.float16)
+        again = format_.read(tmp_path / f"{number}", key_map(name, None, family))
+        assert same(again, state)
+        state = again
+
+
+def test_written_tensors_are_those_of_lycoris(tmp_path: Path) -> None:
+    found = {}
+    for variant in ("lora", "dora", "loha", "lokr"):
+        path = tmp_path / f"{variant}.safetensors"
+        write_verified(
+            trained("sd1", variant), names_of("kohya", "sd1"), registry.find("formats", "kohya"), path, torch.float16
+        )
+        prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q."
+        tensors = load_file(path)
+        found[variant] = {
+            name.removeprefix(prefix): tuple(tensor.shape)
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+    plain = {"lora_down.weight": (3, 64), "lora_up.weight": (64, 3), "alpha": ()}
+    assert found == {
+        "lora": plain,
+        "dora": {**plain, "dora_scale": (1, 64)},
+        "loha": {"hada_w1_a": (64, 3), "hada_w1_b": (3, 64), "hada_w2_a": (64, 3), "hada_w2_b": (3, 64), "alpha": ()},
+        "lokr": {"lokr_w1": (8, 8), "lokr_w2_a": (8, 3), "lokr_w2_b": (3, 8), "alpha": ()},
+    }
