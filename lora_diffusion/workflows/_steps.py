@@ -12,11 +12,30 @@ from lora_diffusion.adapters.soundness import check_sizes
 from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
+from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, Output
+from lora_diffusion.core.types import AdapterState, AudioText, Chat, ImageText, Loaded, ModuleAdapter, Output, Sample
 from lora_diffusion.evaluation.pictures import grid
 from lora_diffusion.formats import detect
 from lora_diffusion.training import checkpoint
+
+_WORK = {ImageText: "draw pictures", AudioText: "listen to recordings", Chat: "talk about pictures"}
+"""Kind of samples -> what families of it do."""
+
+
+def find_family(model: ModelOptions, sample_type: type[Sample]) -> Family:
+    """Returns the family of a base that must work on one kind of samples.
+
+    Raises:
+        UnsupportedError: it works on another.
+    """
+    family: Family = registry.find("families", model.family)
+    if family.sample_type is not sample_type:
+        raise UnsupportedError(
+            f"model.family={model.family} does not {_WORK[sample_type]}, its bases {_WORK[family.sample_type]}; take "
+            "another base, or the command for this kind."
+        )
+    return family
 
 
 def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:

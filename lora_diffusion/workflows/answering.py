@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
-from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
-from lora_diffusion.core.errors import DataError, UnsupportedError
-from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded
 from lora_diffusion.data import chats, images, preflight
 from lora_diffusion.evaluation.answers import Examination, judge
-from lora_diffusion.workflows._steps import attach, read_adapter
+from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
 
@@ -76,9 +74,7 @@ class Talker:
         Raises:
             InputError: one of them cannot be used.
         """
-        self._family: Family = registry.find("families", model.family)
-        if self._family.sample_type is not Chat:
-            raise UnsupportedError(f"model.family={model.family} does not talk about pictures; take a base of LLaVA.")
+        self._family = find_family(model, Chat)
         info = self._family.check(model)
         assert isinstance(info, ChatInfo), "a family of conversations describes its base so"
         self.info = info

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.config.schema import ModelOptions
-from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable
-from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import Request
+from lora_diffusion.core.types import ImageText, Request
 from lora_diffusion.evaluation.pictures import save_image, save_output
-from lora_diffusion.workflows._steps import attach, prompt_grid, read_adapter
+from lora_diffusion.workflows._steps import attach, find_family, prompt_grid, read_adapter
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def generate(
     Raises:
         InputError: the base or an adapter file cannot be used.
     """
-    family: Family = registry.find("families", model.family)
+    family = find_family(model, ImageText)
     info = family.check(model)
     if size and (size[0] % info.size_step or size[1] % info.size_step):
         raise ConfigError(

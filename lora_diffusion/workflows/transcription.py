@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diffusion.config.schema import ModelOptions, RecordingDataConfig
-from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
-from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Request, SpeechInfo
 from lora_diffusion.data.recordings import KIND, list_requests
 from lora_diffusion.data.transcripts import without_timestamps
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
-from lora_diffusion.workflows._steps import attach, read_adapter
+from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
 
@@ -76,9 +74,7 @@ def understand(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapte
 
 
 def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:
-    family: Family = registry.find("families", model.family)
-    if family.sample_type is not AudioText:
-        raise UnsupportedError(f"model.family={model.family} does not listen to recordings; take a base of Whisper.")
+    family = find_family(model, AudioText)
     info = family.check(model)
     assert isinstance(info, SpeechInfo), "a family of recordings describes its base so"
     return family, info, [read_adapter(path, family, model) for path, _ in adapters]

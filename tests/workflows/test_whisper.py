@@ -132,3 +132,13 @@ def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str)
     assert outcome.code == 2, outcome.message
     assert message in outcome.message
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+
+
+def test_commands_for_pictures_are_refused(command: Commands, base: Path, tmp_path: Path) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_text(f"model:\n  family: whisper\n  path: {base}\n")
+    outcome = command("generate", "--config", config, "--prompt", "a cat", "--output", tmp_path / "out")
+    assert outcome.code == 2
+    assert "model.family=whisper does not draw pictures, its bases listen to recordings" in outcome.message
+    outcome = command("transcribe", "--model", base, tmp_path / "none.wav")
+    assert (outcome.code, "there is no such file" in outcome.message) == (2, True)
