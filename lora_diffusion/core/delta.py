@@ -93,11 +93,11 @@ def change_shape(adapter: ModuleAdapter) -> tuple[int, int]:
 
 
 def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    (outputs, rank, *_), (rows, *inputs) = shapes["up"], shapes["down"]
+    (outputs, rank, *_), (rows, columns, *inputs) = shapes["up"], shapes["down"]
     outer, inner, *kernel = shapes.get("mid", (rows, rows))
     if (rank, rows) != (outer, inner) or math.prod(shapes["up"][2:]) != 1:
         raise ValueError("up and down are of different ranks")
-    return outputs, math.prod([*inputs, *kernel])
+    return outputs, math.prod([columns, *inputs, *kernel])
 
 
 def _factor_shape(shapes: Mapping[str, tuple[int, ...]], factor: str) -> tuple[int, int]:

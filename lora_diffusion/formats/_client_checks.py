@@ -144,9 +144,7 @@ def find_missing_alpha(trial: Trial) -> None:
     ]
     if without:
         text = f"{len(without)} module(s) without alpha; {trial.client.title} takes alpha = rank for them, or another's"
-        remedy = (
-            "write it with the alpha it was trained with: lora-diffusion convert FILE NEW --to kohya takes the rank"
-        )
+        remedy = "ask for the alpha of its training; lora-diffusion convert FILE NEW --to kohya writes alpha = rank"
         trial.report("alpha missing", WRONG, text, remedy, without)
 
 
@@ -166,7 +164,9 @@ def report_scales(trial: Trial, factors: Mapping[str, float], kind: str, what: s
     if off:
         farthest = max(off.values(), key=lambda factor: abs(factor - 1))
         text = f"{len(off)} module(s) with {what}: applied up to {farthest:.3g} times as strong"
-        trial.report(kind, WRONG, text, _CONVERT.format("kohya"), off)
+        trial.report(
+            kind, WRONG, text, "give all one alpha: lora-diffusion compose FILE:1 --output NEW.safetensors", off
+        )
         trial.scale(off)
 
 
@@ -217,9 +217,7 @@ def find_bad_numbers(trial: Trial) -> None:
     if large:
         text = f"{len(large)} module(s) with numbers above {LARGEST_FLOAT16:g}, infinite in float16, which "
         text += f"{trial.client.title} uses {trial.client.small_floats}"
-        trial.report(
-            "float16 overflow", WRONG, text, "scale the adapter down, or train with a lower learning rate", large
-        )
+        trial.report("float16 overflow", WRONG, text, "train it again with a lower learning rate", large)
         trial.scale(dict.fromkeys(large, math.nan))
 
 

@@ -18,9 +18,8 @@ _PUBLISHED_NAMES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "s
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 _JSON_TEXTS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_bucket_info")
 _VERSION_REMEDY = "lora-diffusion metadata edit FILE --set ss_base_model_version={} --set ss_v2={}"
-
-
 _CONVERT = "write it anew: lora-diffusion convert FILE NEW --to {}"
+_ADD_ZEROS = "add the missing ones as zeros: lora-diffusion compose FILE:1 --output NEW.safetensors"
 _COMMON = (shared.find_double_names, shared.find_missing_alpha, shared.find_dora, shared.find_bad_numbers)
 
 
@@ -67,13 +66,7 @@ def _miss_upsampler(trial: Trial) -> None:
         and re.fullmatch(path, module.key.path)
     ]
     what = "module(s) that A1111's table for SD1 calls otherwise in SDXL"
-    trial.suffer(
-        "missed",
-        trial.client.fates["unknown"],
-        what,
-        _CONVERT.format("kohya"),
-        missed,
-    )
+    trial.suffer("missed", trial.client.fates["unknown"], what, _CONVERT.format("kohya"), missed)
 
 
 def _forget_alpha(trial: Trial) -> None:
@@ -95,8 +88,8 @@ def _fuse_attention(trial: Trial) -> None:
             layers.setdefault(module.key.path.rsplit(".", 1)[0], []).append(module.name)
     names = [name for own in layers.values() if len(own) < len(("q", "k", "v", "out")) for name in own]
     fate = Fate("module", LOST, "joins q, k and v of this text encoder and applies them only if out is there too")
-    remedy = "add the missing ones as zeros: lora-diffusion convert FILE NEW --to kohya"
-    trial.suffer("fused attention", fate, "attention module(s) of layers without all of q, k, v and out", remedy, names)
+    what = "attention module(s) of layers without all of q, k, v and out"
+    trial.suffer("fused attention", fate, what, _ADD_ZEROS, names)
 
 
 def _start_of_header(trial: Trial) -> None:
@@ -163,9 +156,8 @@ def _refuse_record_beside_alphas(trial: Trial) -> None:
     with_alpha = [module.name for module in trial.applied() if module.alpha is not None]
     if "lora_adapter_metadata" in trial.file.metadata:
         fate = trial.client.fates["style"]
-        remedy = "lora-diffusion metadata edit FILE --unset lora_adapter_metadata"
         what = "module(s) with alpha beside diffusers' own record of alphas"
-        trial.suffer("two records", fate, what, remedy, with_alpha)
+        trial.suffer("two records", fate, what, _CONVERT.format("kohya"), with_alpha)
 
 
 def _drop_ldm_names(trial: Trial) -> None:
@@ -194,13 +186,8 @@ def _refuse_unmatched_part(trial: Trial) -> None:
     unet = [module for module in trial.file.modules if module.name.startswith(("lora_unet_", "unet."))]
     if unet and not any(trial.factors[module.name] for module in unet):
         names = [module.name for module in unet]
-        trial.suffer(
-            "no module",
-            trial.client.fates["shape"],
-            "names, none of which the UNet has",
-            _CONVERT.format("diffusers"),
-            names,
-        )
+        what = "names, none of which the UNet has"
+        trial.suffer("no module", trial.client.fates["shape"], what, _CONVERT.format("diffusers"), names)
 
 
 def _share_alphas(trial: Trial) -> None:
@@ -235,9 +222,8 @@ def _infer_text_encoder(trial: Trial) -> None:
         own = [module for module in trial.applied() if module.key and module.key.part == part]
         if not any(re.search(r"out_proj|mlp", module.name) for module in own):
             fate = Fate("file", LOST, "stops: it cannot tell the spelling of the text encoder")
-            remedy = "add the missing ones as zeros: lora-diffusion convert FILE NEW --to kohya"
-            names = [module.name for module in own]
-            trial.suffer("text encoder", fate, "text encoder module(s), but no out_proj and no mlp", remedy, names)
+            what = "text encoder module(s), but no out_proj and no mlp"
+            trial.suffer("text encoder", fate, what, _ADD_ZEROS, [module.name for module in own])
 
 
 def _take_for_own(trial: Trial) -> None:

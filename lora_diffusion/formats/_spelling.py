@@ -181,14 +181,12 @@ def read_modules(
 
 
 def _adapter(name: str, kind: str, tensors: dict[str, Tensor], alpha: float | None, source: Path) -> ModuleAdapter:
-    variant = kind
-    if kind == "lora":
-        variant, tensors = _with_magnitude(name, tensors, source)
-    adapter = ModuleAdapter(variant, tensors, 0.0)
     try:
-        change_shape(adapter)
+        change_shape(ModuleAdapter(kind, tensors, 0.0))
     except AdapterFileError as error:
         raise AdapterFileError(f"{source}: {name}. {error}") from error
+    variant, tensors = _with_magnitude(name, tensors, source) if kind == "lora" else (kind, tensors)
+    adapter = ModuleAdapter(variant, tensors, 0.0)
     return replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
 
 

@@ -65,7 +65,8 @@ class _Kohya:
                     tensors[f"{name}{suffix}"] = _safetensors.cast(name, adapter.tensors[tensor], dtype)
             # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
             tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
-        told = without_hashes(state.metadata)
+        # diffusers refuses a file with alphas that also holds its own record of them.
+        told = {key: value for key, value in without_hashes(state.metadata).items() if key != "lora_adapter_metadata"}
         _safetensors.save(tensors, {**told, **hashes(tensors, told)}, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
