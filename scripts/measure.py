@@ -3,21 +3,26 @@
 python scripts/measure.py style      the blob style on faces that were not trained on
 python scripts/measure.py concept    the octopus as a rare word
 python scripts/measure.py whisper --seeds 0 1 2    the accent and the words of datasets/spoken-digits
+python scripts/measure.py llava --seeds 0 1 2      the drawing style of datasets/emoji-questions
+python scripts/measure.py quantization             validation loss after training on bf16, 8-bit and NF4 weights
 python scripts/measure.py folder --train DIR --references DIR    configs/sd1/style.yaml untouched on any folder
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 
 from lora_diffusion import workflows
 from lora_diffusion.config.load import load
+from lora_diffusion.config.schema import Config
 from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core import logs
 from lora_diffusion.core.files import shipped_path
@@ -25,7 +30,7 @@ from lora_diffusion.core.types import Request
 from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
 from lora_diffusion.evaluation.clip import load_clip
 from lora_diffusion.evaluation.pictures import grid, save_image
-from lora_diffusion.quickstart import whisper
+from lora_diffusion.quickstart import llava, whisper
 
 _RARE = "zwx"
 _CONCEPT = [
@@ -35,10 +40,30 @@ _CONCEPT = [
 ]
 
 
+class _Writer(NamedTuple):
+    """A base that writes, and how its adapters are scored."""
+
+    config: str
+    data: str
+    """Sample set to train on."""
+    compare: Callable[[Config, Path], Mapping[str, tuple[Any, Any]]]
+    """(config, adapter) -> test set -> scores before and after."""
+    scores: Mapping[str, str]
+    """Field of a score -> its name in the table."""
+
+
+_WRITERS = {
+    "whisper": _Writer("whisper/digits", "spoken-digits", whisper.compare, {"wer": "WER", "cer": "CER"}),
+    "llava": _Writer(
+        "llava/emoji", "emoji-questions", llava.compare, {"exact_match": "exact match", "token_f1": "token F1"}
+    ),
+}
+
+
 def main() -> None:
     """Trains once for each seed, compares, and prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["style", "concept", "folder", "whisper"])
+    parser.add_argument("task", choices=["style", "concept", "folder", "quantization", *_WRITERS])
     parser.add_argument("--train", type=Path, help="captioned pictures to train on")
     parser.add_argument("--references", type=Path, help="captioned pictures of the same style, of other subjects")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
@@ -47,8 +72,15 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the config")
     args = parser.parse_args()
     logs.set_up()
-    if args.task == "whisper":
-        _measure_whisper(args.seeds, args.output, args.set)
+    if args.task in _WRITERS:
+        _measure_writer(args.task, args.seeds, args.output, args.set)
+        return
+    if args.task == "quantization":
+        # Run as a file, Python finds what lies beside it but not the folder that it lies in.
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from scripts import measure_quantization
+
+        measure_quantization.measure(args.output, args.seeds, args.set)
         return
     name = "concept" if args.task == "concept" else "style"
     data = shipped_path("datasets") / ("octopus" if args.task == "concept" else "blob-style")
@@ -65,22 +97,19 @@ def main() -> None:
         _save_grid(comparison, output / "measured.png", args.draws)
 
 
-def _measure_whisper(seeds: Sequence[int], output: Path, changes: Sequence[str]) -> None:
-    """Prints one row for each seed and set of recordings, as soon as it is known."""
-    data = shipped_path("datasets") / "spoken-digits" / "train"
-    print("\n| seed | recordings | WER before | WER after | CER before | CER after |\n|---|---|---|---|---|---|")
+def _measure_writer(task: str, seeds: Sequence[int], output: Path, changes: Sequence[str]) -> None:
+    """Prints one row for each seed and test set, as soon as it is known."""
+    writer = _WRITERS[task]
+    titles = [f"{name} {moment}" for name in writer.scores.values() for moment in ("before", "after")]
+    print(f"\n| seed | test set | {' | '.join(titles)} |\n|{'---|' * (2 + len(titles))}")
     for seed in seeds:
-        overrides = [
-            f"data.path={data}",
-            f"output.path={output / f'whisper-seed{seed}'}",
-            f"train.seed={seed}",
-            *changes,
-        ]
-        config = load(find_shipped("whisper/digits"), overrides)
+        data = shipped_path("datasets") / writer.data / "train"
+        own = [f"data.path={data}", f"output.path={output / f'{task}-seed{seed}'}", f"train.seed={seed}"]
+        config = load(find_shipped(writer.config), [*own, *changes])
         result = workflows.train(config, overwrite=True)
-        for name, (before, after) in whisper.compare(config, result.files[0]).items():
-            rates = (before.wer, after.wer, before.cer, after.cer)
-            print(f"| {seed} | {name} | {' | '.join(f'{rate:.1%}' for rate in rates)} |", flush=True)
+        for name, (before, after) in writer.compare(config, result.files[0]).items():
+            rates = [f"{getattr(one, score):.1%}" for score in writer.scores for one in (before, after)]
+            print(f"| {seed} | {name} | {' | '.join(rates)} |", flush=True)
 
 
 def _print_table(title: str, comparison: Comparison) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-_HOMES = {"style": "style", "whisper": "whisper"}
+_HOMES = {"style": "style", "whisper": "whisper", "llava": "llava"}
 """What is shown -> file of this room, imported only when it is asked for."""
 NAMES = tuple(_HOMES)
 

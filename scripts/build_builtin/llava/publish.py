@@ -25,7 +25,7 @@ from scripts.build_builtin.storage import load_checkpoint, replace_folder, write
 from scripts.build_builtin.subjects import SCORER, read_subjects, visible
 
 DEFAULT_OUTPUT = Path(__file__).parents[3] / "lora_diffusion" / "builtin" / "emoji-llava"
-NUM_MEASURED = 200
+NUM_MEASURED = 80
 _MEBIBYTES_ALLOWED = 15
 _CARD = """---
 license: apache-2.0
