@@ -33,7 +33,7 @@ def _sdxl() -> Any:
             block_out_channels=(8, 16, 32),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=[1, 1, 2],
+            transformer_layers_per_block=[1, 1, 1],
             attention_head_dim=[2, 2, 4],
             norm_num_groups=8,
             cross_attention_dim=32 + 48,
