@@ -24,7 +24,8 @@ from scripts.build_builtin.whisper.speech import (
 )
 
 DEFAULT_OUTPUT = Path(__file__).parents[3] / "datasets" / "spoken-digits"
-NUM_TRAINING, NUM_TESTS = 80, 40
+NUM_NEW, NUM_KEPT, NUM_TESTS = 120, 60, 40
+"""Recordings to train on that are new, those of what the base knows already, and those of each test."""
 _SEEN = (*DIGITS, *COMMANDS)
 _README = f"""# spoken-digits
 
@@ -33,9 +34,10 @@ never heard the accent `{HELD_OUT_ACCENT}`, nor the words {", ".join(HELD_OUT_WO
 
 | folder | recordings | accent | words |
 |---|---|---|---|
-| `train` | {NUM_TRAINING} | held out | held-out words, alone and among old ones |
+| `train` | {NUM_NEW} | held out | held-out words, alone and among old ones |
+| `train` | {NUM_KEPT} | as the base was trained on | old words: so that nothing is forgotten |
 | `new` | {NUM_TESTS} | held out | the same, other recordings: to test |
-| `old` | {NUM_TESTS} | as the base was trained on | old words: to test that nothing is forgotten |
+| `old` | {NUM_TESTS} | as the base was trained on | old words: to test that |
 
 FLAC at 16 kHz; each folder has a `metadata.csv` with the columns `file_name` and `transcription`. Made by
 `scripts/build_builtin/whisper/make_dataset.py`.
@@ -49,15 +51,16 @@ Recordings and transcripts are licensed under Apache-2.0, as the project is; see
 def utterances(name: str) -> list[Utterance]:
     """Those of "train", "new" or "old"; no two are equal."""
     rng = random.Random(f"spoken-digits {name}")
-    count = NUM_TRAINING if name == "train" else NUM_TESTS
     if name == "old":
-        return [_quiet(draw(rng, _SEEN, ACCENTS, MOST_WORDS)) for _ in range(count)]
+        return [_quiet(draw(rng, _SEEN, ACCENTS, MOST_WORDS)) for _ in range(NUM_TESTS)]
+    count = NUM_NEW if name == "train" else NUM_TESTS
     kinds: tuple[Sequence[str], ...] = (HELD_OUT_WORDS, (*HELD_OUT_WORDS, *_SEEN))
     drawn = [_quiet(draw(rng, kinds[index % 2], [HELD_OUT_ACCENT], MOST_WORDS)) for index in range(count)]
     missing = set(HELD_OUT_WORDS) - {word for one in drawn for word in one.words}
     if missing:
         raise ValueError(f"{name} lacks {missing}; draw more.")
-    return drawn
+    kept = NUM_KEPT if name == "train" else 0
+    return [*drawn, *(_quiet(draw(rng, _SEEN, ACCENTS, MOST_WORDS)) for _ in range(kept))]
 
 
 def _quiet(one: Utterance) -> Utterance:
