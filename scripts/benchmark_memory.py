@@ -145,12 +145,9 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
 
 def measured(case: Case, pixels: int) -> dict[str, int]:
     """Returns the peak of two steps and the bytes of the UNet's frozen weights."""
-    import torch
-
     from lora_diffusion.core.tuning import use_channels_last
     from lora_diffusion.training.trainer import Trainer
 
-    torch.set_num_threads(2)
     _warm_up()
     before = _status("VmRSS")
     config = config_of(case, pixels)
