@@ -14,6 +14,7 @@ from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.files import shipped_path
 from tests.families import full_size
+from tests.tiny_llava import published_llava_parts
 from tests.tiny_whisper import published_parts
 
 PUBLISHED = {
@@ -60,6 +61,8 @@ class TestConfigs:
             skeleton = family.skeleton(config.model)
         elif config.model.path.startswith("openai/whisper-"):
             skeleton = published_parts(config.model.path.removeprefix("openai/whisper-"))
+        elif config.model.path == "llava-hf/llava-1.5-7b-hf":
+            skeleton = published_llava_parts()
         else:
             name, size = PUBLISHED[config.model.path]
             assert name == config.model.family
