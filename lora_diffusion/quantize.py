@@ -23,7 +23,10 @@ from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.products import product_dtype
 
-_KEPT = re.compile(r"(.*\.)?(time_embedding|time_emb_proj|add_embedding|conv_in|conv_out|text_projection)(\..*)?")
+_KEPT = re.compile(
+    r"(.*\.)?(time_embedding|time_emb_proj|add_embedding|conv_in|conv_out|text_projection"
+    r"|patch_embedding|embed_tokens|lm_head)(\..*)?"
+)
 _DEVICES = ("cuda", "cpu", "xpu")
 _INT8_THRESHOLD = 6.0
 """Inputs beyond this are multiplied in 16 bits (Dettmers et al. 2022, arXiv 2208.07339, section 3.2)."""
