@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--question", help="what to ask about each picture")
     what.add_argument("--score", action="store_true", help="compare with the answers of conversations: exact match, F1")
+    parser.add_argument("--clip", metavar="NAME", help="with --score: a CLIP that scores the answers as captions")
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders; conversations to score"
     )
@@ -46,6 +47,8 @@ def read_base(args: argparse.Namespace) -> tuple[Any, list[tuple[Path, float]]]:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     missing = [str(path) for path in args.paths if not path.exists()]
+    if args.clip and not args.score:
+        raise ConfigError("--clip scores answers, which --score asks for; add it.")
     if missing:
         raise ConfigError(f"There is no {', '.join(missing)}; correct the path.")
     model, adapters = read_base(args)
@@ -53,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion import workflows
 
     if args.score:
-        results = dict(zip(map(str, args.paths), workflows.examine(model, args.paths, adapters), strict=True))
+        found = workflows.examine(model, args.paths, adapters, args.clip)
+        results = dict(zip(map(str, args.paths), found, strict=True))
         lines = [line for name, result in results.items() for line in (f"{name}:", *result.lines())]
         print_result(args, {name: result.to_json() for name, result in results.items()}, "\n".join(lines))
         return

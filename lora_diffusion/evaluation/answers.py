@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -36,12 +35,15 @@ class Examination:
     """Question -> exact match of its answers."""
     answers: tuple[Answered, ...]
     """Worst first."""
+    clip_score: float | None = None
+    """Mean CLIPScore of the answers as captions, 0 to 2.5: how well a CLIP finds that they fit their pictures."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
         return {
             "exact_match": self.exact_match,
             "token_f1": self.token_f1,
+            "clip_score": self.clip_score,
             "by_question": dict(self.by_question),
             "answers": [vars(one) for one in self.answers],
         }
@@ -51,15 +53,24 @@ class Examination:
         wrong = [one for one in self.answers if one.exact_match < 1]
         rows = [f"  {one.key}: {one.question} {one.answer!r}, right is {one.target!r}" for one in wrong[:most]]
         left = [f"  and {len(wrong) - most} more that are wrong"] if len(wrong) > most else []
+        clip = "" if self.clip_score is None else f", CLIPScore {self.clip_score:.3f}"
+        count = len(self.answers)
         return [
-            f"exact match {self.exact_match:.1%}, token F1 {self.token_f1:.3f} over {len(self.answers)} questions",
+            f"exact match {self.exact_match:.1%}, token F1 {self.token_f1:.3f}{clip} over {count} questions",
             *(f"  {share:6.1%}  {question}" for question, share in self.by_question.items()),
             *rows,
             *left,
         ]
 
 
-def judge(keys: Sequence[str], questions: Sequence[str], targets: Sequence[str], answers: Sequence[str]) -> Examination:
+def judge(
+    keys: Sequence[str],
+    questions: Sequence[str],
+    targets: Sequence[str],
+    answers: Sequence[str],
+    pictures: Sequence[Image] = (),
+    scorers: Scorers | None = None,
+) -> Examination:
     """Compares answers with what is right.
 
     Args:
@@ -67,8 +78,10 @@ def judge(keys: Sequence[str], questions: Sequence[str], targets: Sequence[str],
         questions: what was asked.
         targets: the right answers.
         answers: those of the model.
+        pictures: what was asked about, for a CLIPScore.
+        scorers: the CLIP of it; none leaves it out.
     """
-    evidence = Evidence(answers=answers, targets=targets)
+    evidence = Evidence(answers=answers, targets=targets, pictures=pictures, meanings=answers, scorers=scorers)
     scores = {name: registry.find("metrics", name).score(evidence) for name in ("exact_match", "token_f1")}
     columns = [scores[name].values.tolist() for name in ("exact_match", "token_f1")]
     rows = [Answered(*row) for row in zip(keys, questions, targets, answers, *columns, strict=True)]
@@ -80,10 +93,5 @@ def judge(keys: Sequence[str], questions: Sequence[str], targets: Sequence[str],
         token_f1=scores["token_f1"].mean(),
         by_question={question: sum(own) / len(own) for question, own in sorted(shares.items())},
         answers=tuple(sorted(rows, key=lambda row: (row.exact_match, row.token_f1, row.key))),
+        clip_score=registry.find("metrics", "clip_score").score(evidence).mean() if scorers else None,
     )
-
-
-def clip_score(pictures: Sequence[Path | Image], captions: Sequence[str], scorers: Scorers) -> float:
-    """Returns the mean CLIPScore of captions, 0 to 2.5: how well a CLIP finds that they fit their pictures."""
-    evidence = Evidence(pictures=pictures, meanings=captions, scorers=scorers)
-    return float(registry.find("metrics", "clip_score").score(evidence).mean())

@@ -13,6 +13,7 @@ from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded
 from lora_diffusion.data import chats, images, preflight
 from lora_diffusion.evaluation.answers import Examination, judge
+from lora_diffusion.evaluation.scorers import Scorers
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
@@ -43,25 +44,30 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
     return dict(zip(files, talker.answer(requests), strict=True))
 
 
-def examine(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapters = ()) -> list[Examination]:
+def examine(
+    model: ModelOptions, data_paths: Sequence[Path], adapters: Adapters = (), clip: str | None = None
+) -> list[Examination]:
     """Compares the answers to the first question of each conversation with those that are right.
 
     Args:
         model: a base that talks about pictures.
         data_paths: files and folders, as `data.path` takes them; one result for each.
         adapters: files or folders with their weights; all are applied at once.
+        clip: CLIP that scores the answers as captions, such as builtin:emoji-clip; none leaves that out.
 
     Raises:
         InputError: the base, an adapter or the data cannot be used.
     """
-    talker = Talker(model, adapters)
+    talker, scorers = Talker(model, adapters), Scorers({"clip": clip}) if clip else None
     data = [chats.KIND.read(ChatDataConfig(path=str(path)), talker.info) for path in data_paths]
     results = []
     for samples in data:
         pairs = chats.questions(samples)
         answers = talker.answer([request for request, _ in pairs])
         asked = [request.prompt for request, _ in pairs]
-        results.append(judge([sample.key for sample in samples], asked, [target for _, target in pairs], answers))
+        keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
+        pictures = [request.sample.views[0] for request, _ in pairs] if scorers else []
+        results.append(judge(keys, asked, targets, answers, pictures, scorers))
     return results
 
 

@@ -108,6 +108,9 @@ def test_score(command: Commands, base: Path, data: Path) -> None:
     assert [one["target"] for one in sorted(told["answers"], key=lambda one: one["key"])] == ["a cat", "a dog", "red"]
     assert set(told["by_question"]) == {"What?", "Colour?"}
     assert 0 <= told["exact_match"] <= told["token_f1"] <= 1
+    assert told["clip_score"] is None
+    scored = command.good("ask", "--model", base, "--score", data, "--clip", "builtin:emoji-clip", "--json").out
+    assert 0 <= json.loads(scored)[str(data)]["clip_score"] <= 2.5
     assert "exact match" in command.good("ask", "--model", base, "--score", data / "chats.json").out
 
 
