@@ -38,7 +38,7 @@ def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequen
 
         check(options.quantization)
     folder = local(options.path, builtins, _HUB_PATTERNS, f"a folder of {title} or a hub id")
-    if not folder.is_dir():
+    if folder.is_file():
         raise ModelError(
             f"model.path={options.path} is a file; give a folder as save_pretrained of transformers makes it."
         )
