@@ -54,6 +54,7 @@ def write_config(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
     Raises:
         UnsupportedError: lokr in sizes that PEFT would not make.
     """
+    adapters = dict(sorted(adapters.items()))  # equal adapters give equal records
     variant = next(iter(adapters.values())).variant
     ranks = {path: peft_rank(adapter) for path, adapter in adapters.items()}
     # PEFT divides by the rank where the formula of lokr does not.

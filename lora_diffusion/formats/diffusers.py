@@ -68,7 +68,7 @@ class _Diffusers:
             check_one_kind(part, adapters.values())
         configs = {
             f"{part}.{field}": value
-            for part, adapters in parts.items()
+            for part, adapters in sorted(parts.items())
             for field, value in write_config(adapters).items()
         }
         metadata = {**without_hashes(state.metadata), "format": "pt", _CONFIG_KEY: json.dumps(configs)}

@@ -221,7 +221,7 @@ def _full_state(family: str, *variants: str) -> AdapterState:
     modules: dict[ModuleKey, ModuleAdapter] = {}
     for part, network in skeleton(family).items():
         groups = chosen[part].groups
-        patterns = [re.compile(p) for group in ("attn", "ff", "proj", "conv") for p in groups.get(group, ())]
+        patterns = [re.compile(p) for group in ("all-linear", "proj", "conv") for p in groups.get(group, ())]
         for path, module in network.named_modules():
             if any(pattern.fullmatch(path) for pattern in patterns):
                 variant = VARIANTS[variants[len(modules) % len(variants)]]

@@ -1,0 +1,198 @@
+"""`lora-diffusion convert`: any spelling into any other, without a base model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_diffusion.core import registry
+from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.families._names import key_map
+from lora_diffusion.formats.verified import write_exactly
+from tests.workflows.conftest import Commands
+
+FAMILIES = {"sd1": (320, 768, 768), "sd2": (320, 1024, 1024), "sdxl": (640, 2048, 768)}
+"""Family -> width of the block, of its text, and of the first text encoder."""
+
+
+def published(family: str, variant: str = "lora") -> AdapterState:
+    """Returns an adapter of a few modules in the sizes of a published base."""
+    width, text, hidden = FAMILIES[family]
+    block = (
+        "down_blocks.1.attentions.0.transformer_blocks.0"
+        if family == "sdxl"
+        else "down_blocks.0.attentions.0.transformer_blocks.0"
+    )
+    sizes = {
+        ModuleKey("unet", f"{block}.attn1.to_q"): (width, width),
+        ModuleKey("unet", f"{block}.attn2.to_k"): (width, text),
+        ModuleKey("text_encoder", "encoder.layers.0.self_attn.q_proj"): (hidden, hidden),
+    }
+    if family == "sdxl":
+        sizes[ModuleKey("text_encoder_2", "text_model.encoder.layers.31.mlp.fc1")] = (5120, 1280)
+    generator = torch.Generator().manual_seed(0)
+    modules = {}
+    for index, (key, (outputs, inputs)) in enumerate(sizes.items()):
+        tensors = {
+            "down": torch.randn(2, inputs, generator=generator),
+            "up": torch.randn(outputs, 2, generator=generator),
+        }
+        if variant.startswith("dora"):
+            tensors["magnitude"] = torch.rand((1, inputs) if variant == "dora" else (outputs, 1), generator=generator)
+        half = {name: tensor.half().float() for name, tensor in tensors.items()}
+        modules[key] = ModuleAdapter(variant, half, 1.3 + index)
+    return AdapterState(modules, {"ss_output_name": "mine", "ss_sd_model_name": "none"})
+
+
+def same_file(first: Path, second: Path) -> bool:
+    """Says whether two files hold the same tensors, bit for bit, and the same texts, whose order is left to chance."""
+    tensors, others = load_file(first), load_file(second)
+    with safe_open(first, "pt") as one, safe_open(second, "pt") as other:
+        return (
+            tensors.keys() == others.keys()
+            and all(tensor.dtype == others[name].dtype for name, tensor in tensors.items())
+            and all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+            and one.metadata() == other.metadata()
+        )
+
+
+def write(state: AdapterState, family: str, format_name: str, path: Path) -> Path:
+    names, format_ = key_map(format_name, None, family), registry.find("formats", format_name)
+    return write_exactly(state, names, format_, path, torch.float16).path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("start", "other"), [("kohya", "diffusers"), ("kohya", "peft"), ("diffusers", "peft")])
+def test_there_and_back_gives_the_same_file(
+    command: Commands, family: str, start: str, other: str, tmp_path: Path
+) -> None:
+    first = write(published(family), family, start, tmp_path / "first")
+    told = json.loads(command.good("convert", first, tmp_path / "second", "--to", other, "--json").out)
+    assert told["family"] == family
+    assert (told["from"], told["to"], told["dtype"], told["rounding"]) == (start, other, "fp16", 0.0)
+    assert told["variants"] == {"lora": len(published(family).modules)}
+    command.good("convert", tmp_path / "second", tmp_path / "third", "--to", start)
+    assert same_file(tmp_path / "third", first)
+
+
+def test_programs_are_names_of_what_they_read(command: Commands, tmp_path: Path) -> None:
+    first = write(published("sdxl", "dora"), "sdxl", "kohya", tmp_path / "first")
+    for program in ("comfyui", "a1111", "forge"):
+        told = json.loads(command.good("convert", first, tmp_path / program, "--to", program, "--json").out)
+        assert told["to"] == "kohya"
+        assert same_file(tmp_path / program, first)
+
+
+def test_wild_spelling_becomes_the_one_that_all_programs_read(command: Commands, tmp_path: Path) -> None:
+    first = write(published("sd1"), "sd1", "kohya", tmp_path / "first")
+    wild = {
+        name.replace("lora_te_text_model_", "lora_te1_").replace(
+            "down_blocks_0_attentions_0", "input_blocks_1_1"
+        ): tensor
+        for name, tensor in load_file(first).items()
+    }
+    assert not any("down_blocks" in name or "text_model" in name for name in wild)
+    save_file(wild, tmp_path / "wild.safetensors")
+    command.good("convert", tmp_path / "wild.safetensors", tmp_path / "tame.safetensors", "--to", "kohya")
+    tame = load_file(tmp_path / "tame.safetensors")
+    assert all(torch.equal(tame[name], tensor) for name, tensor in load_file(first).items())
+
+
+def test_another_number_type_tells_the_rounding(command: Commands, tmp_path: Path) -> None:
+    first = write(published("sd1"), "sd1", "kohya", tmp_path / "first")
+    outcome = command.good("convert", first, tmp_path / "second", "--to", "kohya", "--dtype", "bf16", "--json")
+    assert 1e-4 < json.loads(outcome.out)["rounding"] < 4e-3
+    text = command.good("convert", first, tmp_path / "second", "--to", "kohya", "--dtype", "bf16", "--overwrite").out
+    assert "rounded by 0.00" in text
+    assert load_file(tmp_path / "second").popitem()[1].dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("variant", "to", "reason"),
+    [("dora", "peft", "one for each input"), ("dora", "diffusers", "one for each input")],
+)
+def test_what_a_format_cannot_hold_is_refused(
+    command: Commands, variant: str, to: str, reason: str, tmp_path: Path
+) -> None:
+    first = write(published("sdxl", variant), "sdxl", "kohya", tmp_path / "first")
+    outcome = command("convert", first, tmp_path / "second", "--to", to)
+    assert outcome.code == 2
+    assert reason in outcome.message
+    assert "Formats that can: kohya" in outcome.message
+    assert not (tmp_path / "second").exists()
+
+
+def test_magnitudes_along_the_outputs_go_to_peft_but_to_no_program_of_kohya_files(
+    command: Commands, tmp_path: Path
+) -> None:
+    first = write(published("sd1", "dora_out"), "sd1", "peft", tmp_path / "first")
+    command.good("convert", first, tmp_path / "second.safetensors", "--to", "diffusers")
+    lycoris = {
+        f"{name}.{end}": tensor
+        for (key, own) in published("sd1", "dora_out")
+        for name in [key_map("kohya", None, "sd1").name(key)]
+        for end, tensor in (
+            ("lora_down.weight", own.tensors["down"]), ("lora_up.weight", own.tensors["up"]),
+            ("dora_scale", own.tensors["magnitude"]), ("alpha", torch.tensor(own.alpha)),
+        )
+    }  # fmt: skip
+    save_file({name: tensor.half() if tensor.dim() else tensor for name, tensor in lycoris.items()}, tmp_path / "third")
+    command.good("convert", tmp_path / "third", tmp_path / "fourth.safetensors", "--to", "diffusers")
+    second, fourth = (load_file(tmp_path / f"{name}.safetensors") for name in ("second", "fourth"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in fourth.items())
+    outcome = command("convert", tmp_path / "third", tmp_path / "fifth", "--to", "comfyui")
+    assert outcome.code == 2
+    assert "misread a magnitude along the outputs" in outcome.message
+
+
+def test_base_of_another_build_gives_the_names(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
+    modules = {ModuleKey("unet", "mid_block.attentions.0.proj_in"): ModuleAdapter("lora", {"down": torch.ones(2, 64, 1, 1), "up": torch.ones(64, 2, 1, 1)}, 1.0)}  # fmt: skip # noqa: E501
+    first = write(AdapterState(modules), "sd1", "diffusers", tmp_path / "first.safetensors")
+    command.good("convert", first, tmp_path / "second", "--to", "kohya", "--model", tiny_base)
+    command.good("convert", first, tmp_path / "third", "--to", "kohya", "--family", "sd1")
+    assert same_file(tmp_path / "second", tmp_path / "third")
+    wrong = replace(
+        next(iter(modules.values())), tensors={"down": torch.ones(2, 5, 1, 1), "up": torch.ones(64, 2, 1, 1)}
+    )
+    second = write(AdapterState(dict.fromkeys(modules, wrong)), "sd1", "kohya", tmp_path / "wrong.safetensors")
+    outcome = command("convert", second, tmp_path / "fourth", "--to", "peft", "--model", tiny_base)
+    assert outcome.code == 2
+    assert "down is [2, 5, 1, 1]" in outcome.message
+
+
+def test_pickle_is_taken_apart_if_asked(command: Commands, tmp_path: Path) -> None:
+    first = write(published("sd1"), "sd1", "kohya", tmp_path / "first")
+    torch.save(load_file(first), tmp_path / "old.pt")
+    outcome = command("convert", tmp_path / "old.pt", tmp_path / "new.safetensors", "--to", "kohya")
+    assert outcome.code == 2
+    assert "--from-pickle" in outcome.message
+    command.good("convert", tmp_path / "old.pt", tmp_path / "new.safetensors", "--to", "kohya", "--from-pickle")
+    new = load_file(tmp_path / "new.safetensors")
+    assert all(torch.equal(new[name], tensor) for name, tensor in load_file(first).items())
+
+
+def test_nothing_is_replaced_unasked(command: Commands, tmp_path: Path) -> None:
+    first = write(published("sd1"), "sd1", "kohya", tmp_path / "first")
+    outcome = command("convert", first, first, "--to", "diffusers")
+    assert outcome.code == 2
+    assert "exists" in outcome.message
+
+
+@pytest.mark.parametrize("arguments", [["--to", "peft"], ["--to", "kohya"]])
+def test_no_library_that_takes_seconds_is_imported(arguments: list[str], tmp_path: Path) -> None:
+    first = write(published("sdxl"), "sdxl", "kohya", tmp_path / "first")
+    code = (
+        "import sys; from lora_diffusion.cli.main import main; code = main(sys.argv[1:]);"
+        "heavy = [name for name in ('diffusers', 'transformers', 'peft', 'accelerate') if name in sys.modules];"
+        "print(code, heavy, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "convert", str(first), str(tmp_path / "second"), *arguments]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr.strip().endswith("0 []")
