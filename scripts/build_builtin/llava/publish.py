@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from lora_diffusion.config.load import load
 from lora_diffusion.workflows import examine
@@ -15,7 +15,7 @@ from scripts.build_builtin.cards import sources_table
 from scripts.build_builtin.llava.make_dataset import DEFAULT_OUTPUT as DATA
 from scripts.build_builtin.llava.make_dataset import items, write
 from scripts.build_builtin.llava.network import make_model, make_tokenizer, save
-from scripts.build_builtin.llava.questions import QUESTIONS
+from scripts.build_builtin.llava.questions import QUESTIONS, RARE_WORDS
 from scripts.build_builtin.llava.train import BATCH
 from scripts.build_builtin.llava.train_tower import BATCH as TOWER_BATCH
 from scripts.build_builtin.pictures import read_pictures
@@ -52,7 +52,7 @@ It knows these questions: {questions}
   pictures.
 - Projector and language model: {language} million weights, trained on what the finished tower sees; tokenizer of
   {vocabulary} byte-level tokens, in which most words are one. The words `{unseen}`, `sks`, `ohwx` and `zwx` are one
-  token each and were never said.
+  token each and were never said; they have random embeddings of the usual length.
 
 ## Data
 
@@ -81,6 +81,20 @@ _TITLES = {
     "training": "of the training data, as they are ({count})",
     "style": f"of the style `{UNSEEN_STYLE}`, known subjects ({{count}})",
 }
+
+
+def refresh_rare_words(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives words that were never said embeddings of the usual length in random directions.
+
+    Training made them short and turned them away from all that is ever said, so that no adapter could make the model
+    say them, as the embeddings of real models, which have read everything, do not forbid.
+    """
+    weight = model.get_input_embeddings().weight.data
+    rows = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in (UNSEEN_STYLE, *RARE_WORDS)]
+    if any(len(row) != 1 for row in rows):
+        raise ValueError("A rare word is not one token.")
+    drawn = torch.randn(len(rows), weight.shape[1], generator=torch.Generator().manual_seed(3))
+    weight[[row[0] for row in rows]] = drawn / drawn.norm(dim=1, keepdim=True) * weight.norm(dim=1).median()
 
 
 def measure(folder: Path, work: Path) -> dict[str, Any]:
@@ -149,6 +163,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     model.load_state_dict(state["model"])
+    refresh_rare_words(model, tokenizer)
 
     def fill(folder: Path) -> None:
         save(model.half(), tokenizer, folder)
