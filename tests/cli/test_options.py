@@ -18,6 +18,7 @@ OPTIONS = {
     "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --training --metrics "
     "--clip --scorer --seed --negative --steps --guidance --size --cache --assert --output",
     "export": "run_path --to --output --client --card --overwrite",
+    "convert": "input output --to --dtype --family --model --from-pickle --overwrite",
     "inspect": "path",
     "verify": "path --client --base",
     "push": "source --repo --private --dry-run",
