@@ -70,6 +70,7 @@ def write_report(
     context = {
         "choice": sections.choice(findings, shots, chosen_file) if findings and shots else None,
         "before_after": None,
+        "doubts": findings.evaluation.warnings if findings else (),
         "candidates": sections.candidates(findings) if findings else None,
         "curves": sections.curves(findings) if findings else [],
         "grids": sections.grids(findings, shots) if findings and shots else [],
@@ -108,6 +109,7 @@ def write_before_after(
     context = {
         "choice": None,
         "before_after": _before_after(comparison, num_rows, album),
+        "doubts": (),
         "candidates": None,
         "curves": [],
         "grids": [],

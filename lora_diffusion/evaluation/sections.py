@@ -23,7 +23,7 @@ _LABELS: Mapping[str, str] = {
     "clip_text": "text alignment (CLIP)",
     "clip_score": "CLIPScore",
     "clip_image": "likeness (CLIP)",
-    "clip_image_max": "likeness to the nearest reference (CLIP)",
+    "clip_image_max": "nearest reference (CLIP)",
     "dino_image": "likeness (DINO)",
     "vendi": "Vendi score",
 }
@@ -140,15 +140,14 @@ def candidates(findings: Findings) -> dict[str, Any]:
     """Returns the section with all candidates, and where they lie between likeness and text alignment."""
     evaluation, chosen, table = findings.evaluation, findings.choice, findings.table
     metrics = [facts.name for facts in evaluation.metrics if table.has(facts.name)]
-    names = columns(
-        "candidate", *(f"{label(metric)}#" for metric in metrics), *(["balance#", "remark"] if chosen else [])
-    )
+    names = columns("candidate", *(["remark", "balance#"] if chosen else []), *(f"{label(name)}#" for name in metrics))
     rows = []
     for candidate in evaluation.candidates:
-        cells: list[Any] = [candidate.name, *(table.mean(candidate.name, metric) for metric in metrics)]
         standing = chosen.find(candidate.name) if chosen and candidate.name != BASE and candidate.weight else None
+        cells: list[Any] = [candidate.name]
         if chosen:
-            cells += [standing.balance, _remark(standing, chosen)] if standing else ["", "no adapter"]
+            cells += [_remark(standing, chosen), standing.balance] if standing else ["no adapter", ""]
+        cells += [table.mean(candidate.name, metric) for metric in metrics]
         mark = "chosen" if candidate.name == findings.shown.name else "off" if standing and standing.breaks else ""
         rows.append(row(cells, mark))
     return {

@@ -84,6 +84,7 @@ class Choice:
     """Candidates that could not be told apart from the best one; the chosen one is among them."""
     sentences: tuple[str, str]
     warnings: tuple[str, ...]
+    """What is to be minded of the choice; `Evaluation.warnings` tells what is to be minded of the numbers."""
 
     @property
     def standing(self) -> Standing:
@@ -145,7 +146,7 @@ def choose(evaluation: Evaluation, preference: Preference | None = None) -> Choi
         bounds,
         tuple(standing.name for standing in tied),
         ("", ""),
-        _warnings(evaluation, standings, picked, bounds),
+        _warnings(standings, picked, bounds),
     )
     return replace(choice, sentences=_explain(choice, evaluation, table))
 
@@ -296,9 +297,7 @@ def _told_apart(table: Table, one: str, other: str, likeness: str) -> bool:
     return not all(table.difference(one, other, metric).covers_zero for metric in (likeness, TEXT))
 
 
-def _warnings(
-    evaluation: Evaluation, standings: Sequence[Standing], picked: Standing, bounds: Sequence[Limit]
-) -> tuple[str, ...]:
+def _warnings(standings: Sequence[Standing], picked: Standing, bounds: Sequence[Limit]) -> tuple[str, ...]:
     found = [
         f"No candidate keeps {limit.metric} at or below {limit.value:.3f} ({limit.reason}), so it did not decide."
         for limit in bounds
@@ -311,7 +310,7 @@ def _warnings(
         found.append("The last checkpoint was chosen: a longer run may be better still.")
     if len(steps) > 1 and picked.step == steps[0]:
         found.append("The first checkpoint was chosen: save more often (train.save_every_steps) to look before it.")
-    return (*found, *evaluation.warnings)
+    return tuple(found)
 
 
 def _explain(choice: Choice, evaluation: Evaluation, table: Table) -> tuple[str, str]:
