@@ -74,17 +74,13 @@ def check_family(layout: Layout, unet: Mapping[str, Any], text: Mapping[str, Any
         path: names the base in messages.
 
     Raises:
-        ModelError: it is of another family, which the message names, or of none that can be trained.
+        ModelError: it is of another family, which the message names.
     """
     found = _family_of(unet, text)
     if found != layout.family:
         raise ModelError(
             f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
             "model.path."
-        )
-    if unet.get("in_channels", 4) not in (4, unet.get("out_channels", 4)):
-        raise ModelError(
-            f"The UNet of {path} takes {unet['in_channels']} channels: inpainting bases cannot be trained."
         )
 
 

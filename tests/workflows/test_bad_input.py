@@ -224,7 +224,7 @@ class TestBase:
 
     def test_folder_of_pictures(self, training: Training) -> None:
         training.base = training.pictures
-        assert "is not a complete Stable Diffusion folder" in training.refused()
+        assert "is not a complete Stable Diffusion 1.x folder" in training.refused()
 
     def test_folder_with_a_checkpoint_file(self, training: Training, tmp_path: Path) -> None:
         training.base = tmp_path / "models"
