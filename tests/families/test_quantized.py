@@ -153,10 +153,11 @@ def test_only_adapters_get_gradients_and_a_zero_adapter_changes_nothing(load: An
     assert len(moved) > 0.9 * len(trained)
 
 
-def test_merged_is_unmerged(load: Any, family: str, kind: str) -> None:
+@pytest.mark.parametrize("variant", ["lora", "dora", "dora_out"])
+def test_merged_is_unmerged(load: Any, family: str, kind: str, variant: str) -> None:
     loaded = load(kind)
     inputs = batch(family, loaded)
-    inject_all(family, loaded, seed=1)
+    inject_all(family, loaded, variant, seed=1)
     assert loaded.adapters is not None
     with torch.no_grad():
         apart = losses(family, loaded, inputs)
