@@ -101,8 +101,9 @@ def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
         kind: none, 8bit or nf4.
         device: where the network will be.
     """
-    for path, module in list(chosen(network, kind)):
-        network.set_submodule(path, _MAKERS[kind, type(module)](module, device).requires_grad_(False).eval())
+    for path in [path for path, _ in chosen(network, kind)]:
+        plain = network.get_submodule(path)
+        network.set_submodule(path, _MAKERS[kind, type(plain)](plain, device).requires_grad_(False).eval())
     network.to(device)
     if kind != "none":
         setattr(network, _FLAGS[kind], True)

@@ -125,7 +125,7 @@ def test_no_captions_at_all(training: Training) -> None:
         (["model.path=/no/such/base"], ["/no/such/base", "there is no such folder or file"]),
         (["model.path=someone/no-such-model"], ["someone/no-such-model", "neither a folder or file here nor"]),
         (["model.family=sd9"], ["'sd9'", "sd1"]),
-        (["model.quantization=nf4"], ["model.quantization=nf4"]),
+        (["train.optimizer=paged_adamw8bit"], ["train.optimizer=paged_adamw8bit", "use adamw or adamw8bit"]),
         (["train.max_steps=10", "train.epochs=2"], ["give one of the two"]),
         (["train.max_steps=10", "train.warmup_steps=10"], ["train.warmup_steps=10"]),
         (["train.text_encoder_learning_rate=1e-4"], ["text_encoder"]),
