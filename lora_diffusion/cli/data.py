@@ -14,7 +14,7 @@ from lora_diffusion.core.errors import ConfigError
 def add_parser(commands: Any) -> None:
     """Adds the commands."""
     parser = commands.add_parser("data", help="check a data set, or write captions for it")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION", dest="action")
     _add_check(actions)
     _add_caption(actions)
     for action in actions.choices.values():

@@ -98,7 +98,7 @@ class Llava:
 
     def load(self, options: LlavaOptions, device: torch.device) -> Loaded:
         """Loads model and processor; the image tower is a part only, so that it can be released."""
-        from lora_diffusion.families import _transformers, _vision
+        from lora_diffusion.families import _dialogue, _transformers, _vision
 
         folder = _find(options)
         info = _vision.describe(folder, options)
@@ -108,7 +108,7 @@ class Llava:
         quantized = {name: part for name, part in parts.items() if name != "projector"}
         _transformers.place(model, quantized, options.quantization, device)
         model.model.vision_tower = None
-        modules = {"model": model, "processor": _vision.read_processor(folder, options.chat_template)}
+        modules = {"model": model, "processor": _dialogue.read_processor(folder, options.chat_template)}
         tower = frozenset({"vision_tower"})
         return Loaded(parts, modules, options, device, info, encoders=tower, decoders=tower)
 
@@ -127,12 +127,12 @@ class Llava:
         """
         import torch
 
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families import _dialogue, _vision
 
         items = []
         for sample in samples:
             assert sample.views, f"{sample.key} was not opened"
-            ids, labels = _vision.spell(loaded.modules["processor"], sample)
+            ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
             pixels = torch.stack([_vision.pixels(loaded, view) for view in sample.views])
             tensors = {
                 "input_ids": torch.tensor(ids),

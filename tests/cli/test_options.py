@@ -12,11 +12,19 @@ import yaml
 from lora_diffusion.cli.main import build_parser, main
 
 OPTIONS = {
-    "quickstart": "--output --overwrite",
+    "quickstart": "what --output --overwrite",
     "train": "--config --resume --dry-run --overwrite overrides",
     "generate": "--config --model --adapter --prompt --negative --seed --steps --guidance --size --output",
     "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --training --metrics "
     "--clip --scorer --seed --negative --steps --guidance --size --cache --assert --output",
+    "estimate": "--config overrides",
+    "select": "path --evaluation --max-copying --max-prior-drift --max-prompt-leak --likeness --text-weight overrides",
+    "report": "paths --output",
+    "transcribe": "--config --model --language --adapter --score recordings",
+    "ask": "--config --model --adapter --question --score --clip paths",
+    "data": "action",
+    "data check": "folder --config overrides",
+    "data caption": "folder --config --model --adapter --prompt --trigger --ending --overwrite",
     "export": "run_path --to --output --client --card --overwrite",
     "convert": "input output --to --dtype --family --model --from-pickle --overwrite",
     "inspect": "path",

@@ -22,7 +22,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import Batch, Chat, Loaded, ModuleKey, Request, Turn
-from lora_diffusion.families import _vision
+from lora_diffusion.families import _dialogue, _vision
 from lora_diffusion.families.llava import FAMILY, LlavaOptions
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny_llava import TEMPLATE_WITHOUT_END, save_tiny_llava, save_tiny_llava_next, write_picture
@@ -134,8 +134,8 @@ class TestLoss:
 
 class TestSpelling:
     def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
-        processor = _vision.read_processor(base, None)
-        ids, labels = _vision.spell(processor, chat(0, pictures[0], CONVERSATIONS[1]))
+        processor = _dialogue.read_processor(base, None)
+        ids, labels = _dialogue.spell(processor, chat(0, pictures[0], CONVERSATIONS[1]))
         text = "USER: <image>\nSay more. ASSISTANT: a dog, no doubt</s>USER: Sure? ASSISTANT: yes</s>"
         assert ids == processor(text=text, images=pictures[0]).input_ids[0]
         learnt = processor.tokenizer.decode([label for label in labels if label != -100])
@@ -147,14 +147,14 @@ class TestSpelling:
         file = tmp_path / "hub.jinja"
         file.write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
         sample = chat(0, pictures[0], CONVERSATIONS[1])
-        with_end, without = (_vision.read_processor(base, name) for name in (None, str(file)))
-        assert _vision.spell(without, sample) == _vision.spell(with_end, sample)
+        with_end, without = (_dialogue.read_processor(base, name) for name in (None, str(file)))
+        assert _dialogue.spell(without, sample) == _dialogue.spell(with_end, sample)
 
     def test_system_turn_is_rendered_but_not_learnt(self, base: Path, pictures: list[Image.Image]) -> None:
-        processor = _vision.read_processor(base, None)
+        processor = _dialogue.read_processor(base, None)
         sample = chat(0, pictures[0], ("What?", "a cat"))
         led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), size=sample.size)
-        ids, labels = _vision.spell(processor, led)
+        ids, labels = _dialogue.spell(processor, led)
         assert "Be brief." in processor.tokenizer.decode(ids)
         assert labels[-7:] == ids[-7:] and set(labels[:-7]) == {-100}
 

@@ -1,0 +1,156 @@
+"""How LLaVA's processor spells a conversation: its template, token ids, and labels on the answers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.types import Chat, Turn
+from lora_diffusion.families._sources import explained, read_json
+
+IGNORED = -100
+"""What transformers puts for labels that have no loss."""
+
+
+@cache
+def read_processor(folder: Path, chat_template: str | None) -> Any:
+    """Returns the processor of a base; nobody may change it.
+
+    Args:
+        folder: the base.
+        chat_template: file that replaces the base's own template.
+
+    Raises:
+        ModelError: it is missing or damaged, has no chat template, or does not fit the model.
+    """
+    from transformers import AutoProcessor
+
+    with explained(folder):
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    config = read_json(folder / "config.json")
+    if chat_template:
+        file = Path(chat_template).expanduser()
+        if not file.is_file():
+            raise ModelError(f"model.chat_template={chat_template}: there is no such file; correct the path.")
+        processor.chat_template = file.read_text(encoding="utf-8")
+    faults = []
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise ModelError(f"{folder} holds no processor with tokenizer and image processor; fetch its *.json files.")
+    processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+    if not processor.chat_template:
+        faults.append(
+            "its tokenizer has no chat template; put the chat_template.jinja of its hub page into the folder, or name "
+            "a file with model.chat_template"
+        )
+    # Processors that were saved before transformers 4.46 lack these.
+    processor.patch_size = processor.patch_size or config["vision_config"].get("patch_size")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if not processor.vision_feature_select_strategy:
+        processor.vision_feature_select_strategy = strategy
+        processor.num_additional_image_tokens = 1
+    told = config.get("image_token_index", config.get("image_token_id"))
+    if told is not None and told != processor.image_token_id:
+        faults.append(
+            f"its config says that token {told} stands for the picture, its tokenizer {processor.image_token_id}"
+        )
+    if not processor.tokenizer.is_fast or processor.tokenizer.eos_token is None:
+        faults.append(
+            "its tokenizer is not a fast one (tokenizer.json) with an end token; convert it with transformers"
+        )
+    if faults:
+        raise ModelError(f"The base {folder} cannot be used.", faults)
+    return processor
+
+
+def spell(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
+    """Returns token ids of a conversation, and labels: those of the answers and of their end tokens, -100 elsewhere.
+
+    A template that does not end an answer with the end token, as that of LLaVA-1.5 on the hub, gets one there, since
+    without it nothing would teach the model to stop, and it was trained so itself.
+
+    Raises:
+        ValueError: the template cannot render these turns, or not one after the other.
+    """
+    pieces = [*_pieces(processor, sample.turns)]
+    text = "".join(piece for piece, _ in pieces)
+    ends = list(accumulate(len(piece) for piece, _ in pieces))
+    answers = [(end - len(piece), end) for (piece, is_answer), end in zip(pieces, ends, strict=True) if is_answer]
+    ids, offsets = tokenize(processor.tokenizer, text)
+    is_answer = [any(start <= first and last <= end for start, end in answers) for first, last in offsets]
+    labels = [
+        token if wanted and last > first else IGNORED
+        for token, wanted, (first, last) in zip(ids, is_answer, offsets, strict=True)
+    ]
+    return expand(processor, ids, labels, sample.size)
+
+
+def _pieces(processor: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+    """Returns the rendered text in pieces, and whether each is an answer."""
+    end = processor.tokenizer.eos_token
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for index, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        before, after = render(processor, turns[:index]), render(processor, turns[: index + 1], ask=False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError(
+                "the chat template does not write one turn after the other, so answers cannot be told apart."
+            )
+        answer, mark, rest = after[len(before) :].partition(end)
+        pieces += [(before[len(done) :], False), (answer if mark else answer.rstrip(), True), (end, True)]
+        pieces += [(rest, False)] if rest else []
+        done = after
+    return pieces
+
+
+def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
+    """Returns turns as the chat template writes them, with one image token.
+
+    Args:
+        processor: holds the template.
+        turns: the first question shows the picture.
+        ask: end with what calls for an answer.
+
+    Raises:
+        ValueError: the template refuses the turns, or shows no picture.
+    """
+    from jinja2 import TemplateError
+
+    first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+    messages = []
+    for index, turn in enumerate(turns):
+        shown = [{"type": "image"}] if index == first else []
+        messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.text}]})
+    try:
+        text: str = processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template of the base cannot render it ({error}).") from error
+    if (count := text.count(processor.image_token)) != 1:
+        raise ValueError(
+            f"the chat template of the base writes {count} times {processor.image_token} for one picture; set "
+            "model.chat_template to one that fits."
+        )
+    return text
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Returns token ids and the characters of the text that each stands for, [start, end)."""
+    # A template that writes the start token itself must not get a second one.
+    is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True)
+    return told.input_ids, told.offset_mapping
+
+
+def expand(
+    processor: Any, ids: Sequence[int], labels: Sequence[int], size: tuple[int, int]
+) -> tuple[list[int], list[int]]:
+    """Returns ids and labels with an image token for each feature of the picture."""
+    (count,) = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens
+    place = ids.index(processor.image_token_id)
+    picture = [processor.image_token_id] * count
+    return [*ids[:place], *picture, *ids[place + 1 :]], [*labels[:place], *[IGNORED] * count, *labels[place + 1 :]]
