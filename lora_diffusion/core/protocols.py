@@ -73,7 +73,7 @@ class Family(Protocol):
     def example(
         self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]
     ) -> Mapping[str, Mapping[str, Any]]:
-        """Gives, for each part that a training step calls, keyword arguments on the meta device, in order of the calls."""
+        """Gives, for each part that a training step calls, keyword arguments on the meta device, in their order."""
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""
