@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.device import compute_dtype
-from lora_diffusion.core.products import fast_products
+from lora_diffusion.core.products import fast_products, product_dtype
 from lora_diffusion.training.optim import Params, state_bytes
 from lora_diffusion.training.rehearsal import take_step
 
@@ -82,7 +82,8 @@ def estimate(
             yield
 
     set_up = checkpoint_activations if config.gradient_checkpointing else None
-    peak = take_step(parts, examples, device, dtype, context, set_up)
+    kernels = _kernel_bytes(parts.values(), dtype, device)
+    peak = take_step(parts, examples, device, dtype, context, set_up) + kernels
     gradients = 4 * sum(counts)
     return MemoryEstimate(
         weights_bytes=weights_bytes,
@@ -91,6 +92,14 @@ def estimate(
         optimizer_bytes=sum(state_bytes(config.optimizer, count) for count in counts),
         activation_bytes=max(peak - gradients, 0),
     )
+
+
+def _kernel_bytes(networks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> int:
+    """Returns what a kernel takes at most by itself: on CPUs oneDNN orders the weight of a convolution anew."""
+    if device.type != "cpu":
+        return 0
+    layers = (layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    return max((layer.weight.numel() for layer in layers), default=0) * product_dtype(dtype, device).itemsize
 
 
 def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:

@@ -19,6 +19,8 @@ from torch.nn.grad import conv2d_input
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_diffusion.core.products import product_dtype
+
 
 def stand_in(network: nn.Module, quantized: Iterable[str]) -> None:
     """Lets layers behave as their quantized forms will: each use of the weight makes a wide copy of it.
@@ -147,6 +149,8 @@ class _LinearProduct(torch.autograd.Function):
 
 
 class _ConvProduct(torch.autograd.Function):
+    """Widens the weight for each use, in both passes to what the device computes in."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
         ctx.weight, ctx.settings, ctx.shape = weight, settings, x.shape
@@ -155,8 +159,10 @@ class _ConvProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wide = torch.empty_like(ctx.weight).to(gradients[0].dtype)
-        return conv2d_input(ctx.shape, wide, gradients[0], *ctx.settings), None, None, None  # type: ignore[no-untyped-call]
+        kind = product_dtype(gradients[0].dtype, gradients[0].device)
+        wide, gradient = torch.empty_like(ctx.weight).to(kind), gradients[0].to(kind)
+        for_x: Tensor = conv2d_input(ctx.shape, wide, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
+        return for_x.to(gradients[0].dtype), None, None, None
 
 
 class _Linear(nn.Linear):
