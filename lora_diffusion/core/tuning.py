@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _VALID_S = 24 * 3600
 _VALID_IF_BUSY_S = 3600
+_COLLAPSE = 3.0
+"""How many times slower than the best a remembered answer may have become before it is given up."""
 _ROUNDS = 3
 _ENOUGH_S = 1.0
 
@@ -35,7 +37,8 @@ def measured_choice(
 
     The answer is taken from the run's own record if it has one, else from what this machine measured within the last
     day (hour, if other programs kept it busy then), else it is measured: one call of each to warm up, then up to three
-    in turns, of which the best counts.
+    in turns, of which the best counts. An answer from quiet times is given up only where other programs make it several
+    times slower than another, since equal runs should compute alike.
 
     Args:
         question: what is asked, with everything the answer depends on besides the machine, say "attention 4096x40".
@@ -43,22 +46,29 @@ def measured_choice(
         record_path: JSON file of the run that keeps its answers, so that a resumed run computes the same.
         cache_path: JSON file of the machine's answers; None takes machine.json in the user's cache.
     """
-    cache_path = cache_path or default_cache_path() / "machine.json"
-    key = f"{_machine()}, {question}"
-    known = _read(cache_path).get(key, {})
-    choice = str(_read(record_path).get(question) if record_path else None)
-    if choice not in candidates and time.time() < known.get("valid_until", 0):
-        choice = str(known.get("choice"))
-    if choice not in candidates:
-        busy = _is_busy()
-        seconds = _measure(candidates)
-        choice = min(seconds, key=lambda name: seconds[name])
-        logger.debug("%s: %s of %s", question, choice, seconds)
-        valid_until = time.time() + (_VALID_IF_BUSY_S if busy else _VALID_S)
-        _remember(cache_path, key, {"choice": choice, "valid_until": valid_until, "seconds": seconds})
+    own = _read(record_path).get(question) if record_path else None
+    if own in candidates:
+        return str(own)
+    choice = _choice_of_machine(f"{_machine()}, {question}", candidates, cache_path)
     if record_path:
         _remember(record_path, question, choice)
     return choice
+
+
+def _choice_of_machine(key: str, candidates: Mapping[str, Callable[[], object]], cache_path: Path | None) -> str:
+    cache_path = cache_path or default_cache_path() / "machine.json"
+    known, busy = _read(cache_path).get(key, {}), _is_busy()
+    is_valid = known.get("choice") in candidates and time.time() < known.get("valid_until", 0)
+    if is_valid and (known.get("busy") or not busy):
+        return str(known["choice"])
+    seconds = _measure(candidates)
+    best = min(seconds, key=lambda name: seconds[name])
+    logger.debug("%s: %s of %s", key, best, seconds)
+    if is_valid and seconds[known["choice"]] <= _COLLAPSE * seconds[best]:
+        return str(known["choice"])
+    valid_until = time.time() + (_VALID_IF_BUSY_S if busy else _VALID_S)
+    _remember(cache_path, key, {"choice": best, "valid_until": valid_until, "busy": busy, "seconds": seconds})
+    return best
 
 
 def use_threads(setting: str, record_path: Path | None = None) -> int:

@@ -59,6 +59,21 @@ def test_an_answer_is_measured_again_after_a_day_or_an_hour(
     assert measured_choice("way", turned.calls) == "a"
 
 
+@pytest.mark.parametrize(("now", "choice"), [(0.001, "many"), (0.05, "one")])
+def test_a_busy_machine_gives_up_only_an_answer_that_collapsed(
+    now: float, choice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning, "_is_busy", lambda: False)
+    quiet = Candidates(one=0.01, many=0.0)
+    assert measured_choice("threads", quiet.calls, tmp_path / "run.json") == "many"
+    monkeypatch.setattr(tuning, "_is_busy", lambda: True)
+    busy = Candidates(one=0.002, many=now)
+    assert measured_choice("threads", busy.calls) == choice
+    assert measured_choice("threads", busy.calls, tmp_path / "run.json") == "many"
+    monkeypatch.setattr(tuning, "_is_busy", lambda: False)
+    assert measured_choice("threads", quiet.calls) == choice
+
+
 def test_a_run_keeps_its_own_answer(tmp_path: Path) -> None:
     record = tmp_path / "run/machine.json"
     assert measured_choice("way", Candidates(a=0.0, b=0.01).calls, record) == "a"
