@@ -49,7 +49,7 @@ def check(kind: str) -> None:
     """
     if kind == "none":
         return
-    require("bitsandbytes", f"model.quantization={kind}", "quantized")
+    require("bitsandbytes", f"model.quantization={kind}")
     device = pick_device()
     if device.type not in _DEVICES:
         raise UnsupportedError(

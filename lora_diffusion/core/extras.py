@@ -8,7 +8,7 @@ from types import ModuleType
 from lora_diffusion.core.errors import UnsupportedError
 
 
-def require(package: str, purpose: str, extra: str) -> ModuleType:
+def require(package: str, purpose: str) -> ModuleType:
     """Imports an optional package.
 
     Raises:
@@ -18,5 +18,5 @@ def require(package: str, purpose: str, extra: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise UnsupportedError(
-            f"{purpose} needs the package {package}; install it with: pip install 'lora-diffusion[{extra}]'"
+            f"{purpose} needs the package {package}, which cannot be imported ({error}); pip install {package}"
         ) from error

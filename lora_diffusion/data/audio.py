@@ -22,7 +22,6 @@ ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 _SILENCE = 1e-3
 """A recording whose largest sample is below this, -60 dB, holds no speech."""
 _SHORTEST_S = 0.1
-_EXTRA = "audio"
 
 Content = Path | Callable[[], bytes]
 """A file, or what gives the content of one."""
@@ -157,7 +156,7 @@ def clock(seconds: float) -> str:
 
 
 def _packages() -> tuple[Any, Any]:
-    return require("soundfile", "Reading recordings", _EXTRA), require("soxr", "Resampling recordings", _EXTRA)
+    return require("soundfile", "Reading recordings"), require("soxr", "Resampling recordings")
 
 
 def _bytes(content: Content) -> bytes:

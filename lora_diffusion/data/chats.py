@@ -177,7 +177,7 @@ def _find_picture(file: Path, conversation: Conversation, config: ChatDataConfig
 
 
 def _list_saved(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
-    datasets = require("datasets", "Reading a data set that was saved to the disk", "datasets")
+    datasets = require("datasets", "Reading a data set that was saved to the disk")
     root = Path(config.path).expanduser()
     table = datasets.load_from_disk(str(root))
     columns = getattr(table, "column_names", ())

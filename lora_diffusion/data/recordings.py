@@ -195,7 +195,7 @@ def _has_text_file(folder: Folder, path: Path) -> bool:
 
 
 def _list_saved(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], list[str]]:
-    datasets = require("datasets", "Reading a data set that was saved to the disk", "datasets")
+    datasets = require("datasets", "Reading a data set that was saved to the disk")
     root = Path(config.path).expanduser()
     table = datasets.load_from_disk(str(root))
     column = next((name for name in transcripts.FILE_KEYS if name in getattr(table, "column_names", ())), None)

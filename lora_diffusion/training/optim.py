@@ -72,7 +72,7 @@ def check(config: TrainConfig, device: torch.device) -> None:
         raise ConfigError(f"train.optimizer={config.optimizer} is unknown; use one of {', '.join(OPTIMIZERS)}.")
     kind = OPTIMIZERS[config.optimizer]
     if kind.is_8bit:
-        require("bitsandbytes", f"train.optimizer={config.optimizer}", "quantized")
+        require("bitsandbytes", f"train.optimizer={config.optimizer}")
     if kind.devices is not None and device.type not in kind.devices:
         able = [name for name, other in OPTIMIZERS.items() if other.devices is None or device.type in other.devices]
         raise UnsupportedError(

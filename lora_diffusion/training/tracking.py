@@ -99,7 +99,7 @@ def check_tracker(name: str) -> None:
     if name not in ("none", "tensorboard"):
         raise ConfigError(f"train.tracker={name} is unknown; use one of none, tensorboard.")
     if name == "tensorboard":
-        require("tensorboard", "train.tracker=tensorboard", "tensorboard")
+        require("tensorboard", "train.tracker=tensorboard")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class ErrorRate(Defaults):
 
     def score(self, evidence: Evidence) -> Scores:
         """Returns one rate for each answer; `Scores.mean` is the rate of the whole corpus."""
-        count = getattr(require("jiwer", f"The metric {self.name}", "text"), self.counter)
+        count = getattr(require("jiwer", f"The metric {self.name}"), self.counter)
         edits, lengths = [], []
         for target, answer in zip(evidence.targets, evidence.answers, strict=True):
             found = count(target, answer)
