@@ -230,7 +230,7 @@ class Folder:
             return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
-        return next((fault for file in weights if (fault := damage(file, file.stat().st_mtime_ns))), None)
+        return next((fault for file in weights if (fault := damage(file))), None)
 
 
 def _weights(name: str) -> str:
@@ -243,15 +243,19 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return [file for ending in endings for file in sorted(folder.glob(f"{stem}{ending}.safetensors"))]
 
 
-@cache
-def damage(path: Path, changed_ns: int) -> str | None:
-    """Says whether a safetensors file is cut off or none at all, by its header and length.
+def damage(path: Path) -> str | None:
+    """Says whether a safetensors file is cut off or none at all, by its header and length; read once while unchanged.
 
-    A file whose time of change (st_mtime_ns) is the same is read once.
+    Its length counts besides its time: file systems tell times some milliseconds apart as equal.
     """
+    return _damage(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@cache
+def _damage(path: Path, changed_ns: int, num_bytes: int) -> str | None:
     from safetensors import SafetensorError, safe_open
 
-    del changed_ns
+    del changed_ns, num_bytes
     try:
         with safe_open(path, framework="np"):
             return None

@@ -59,7 +59,7 @@ def _check_weights(folder: Path) -> None:
     if not files or not any((folder / name).is_file() for name in _WEIGHTS):
         pickled = "only pickled weights (.bin), which can run code" if list(folder.glob("*.bin")) else "no weights"
         raise ModelError(f"The base {folder} holds {pickled}; fetch its model.safetensors.")
-    faults = [fault for file in files if (fault := damage(file, file.stat().st_mtime_ns))]
+    faults = [fault for file in files if (fault := damage(file))]
     if (folder / _WEIGHTS[1]).is_file():
         wanted = set(read_json(folder / _WEIGHTS[1]).get("weight_map", {}).values())
         faults += [f"{folder / name} is missing" for name in sorted(wanted - {file.name for file in files})]
