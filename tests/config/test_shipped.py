@@ -76,5 +76,5 @@ class TestConfigs:
         data = Path(load(path).data.path)
         if data.parts[0] == "datasets":
             folder = shipped_path("datasets").joinpath(*data.parts[1:])
-            assert len([*folder.glob("*.png"), *folder.glob("*.flac")]) > 3
+            assert len([*folder.glob("*.png"), *folder.glob("*.ogg")]) > 3
             assert (folder.parent / "LICENSE").is_file()

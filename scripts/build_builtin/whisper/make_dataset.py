@@ -24,7 +24,7 @@ from scripts.build_builtin.whisper.speech import (
 )
 
 DEFAULT_OUTPUT = Path(__file__).parents[3] / "datasets" / "spoken-digits"
-NUM_NEW, NUM_KEPT, NUM_TESTS = 120, 60, 40
+NUM_NEW, NUM_KEPT, NUM_TESTS = 160, 400, 40
 """Recordings to train on that are new, those of what the base knows already, and those of each test."""
 _SEEN = (*DIGITS, *COMMANDS)
 _README = f"""# spoken-digits
@@ -39,7 +39,7 @@ never heard the accent `{HELD_OUT_ACCENT}`, nor the words {", ".join(HELD_OUT_WO
 | `new` | {NUM_TESTS} | held out | the same, other recordings: to test |
 | `old` | {NUM_TESTS} | as the base was trained on | old words: to test that |
 
-FLAC at 16 kHz; each folder has a `metadata.csv` with the columns `file_name` and `transcription`. Made by
+OGG to train on and FLAC to test with, at 16 kHz; each folder has a `metadata.csv` with the columns `file_name` and `transcription`. Made by
 `scripts/build_builtin/whisper/make_dataset.py`.
 """
 _LICENSE = """The recordings were synthesised by espeak-ng 1.51 (https://github.com/espeak-ng/espeak-ng) from word lists
@@ -68,15 +68,15 @@ def _quiet(one: Utterance) -> Utterance:
     return Utterance(one.words, one.voice, one.pitch, one.speed, 0.0, one.lead_s)
 
 
-def write(folder: Path, spoken: Sequence[Utterance]) -> None:
-    """Write recordings and metadata.csv."""
+def write(folder: Path, spoken: Sequence[Utterance], ending: str = "flac") -> None:
+    """Write recordings and metadata.csv; OGG files hold a number that is new each time, and the same sound."""
     folder.mkdir(parents=True)
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(("file_name", "transcription"))
         for index, one in enumerate(spoken):
-            name = f"{index:03}.flac"
-            soundfile.write(folder / name, speak(one), SAMPLING_RATE, subtype="PCM_16")
+            name = f"{index:03}.{ending}"
+            soundfile.write(folder / name, speak(one), SAMPLING_RATE)
             table.writerow((name, one.text))
 
 
@@ -88,8 +88,8 @@ def main() -> None:
     torch.set_num_threads(1)
 
     def fill(folder: Path) -> None:
-        for name in ("train", "new", "old"):
-            write(folder / name, utterances(name))
+        for name, ending in (("train", "ogg"), ("new", "flac"), ("old", "flac")):
+            write(folder / name, utterances(name), ending)
         (folder / "README.md").write_text(_README, encoding="utf-8")
         (folder / "LICENSE").write_text(_LICENSE, encoding="utf-8")
 

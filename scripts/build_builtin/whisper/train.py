@@ -119,7 +119,7 @@ def main() -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/builtin/whisper"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     train(arguments.work, arguments.steps)
