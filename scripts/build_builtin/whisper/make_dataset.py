@@ -39,8 +39,8 @@ never heard the accent `{HELD_OUT_ACCENT}`, nor the words {", ".join(HELD_OUT_WO
 | `new` | {NUM_TESTS} | held out | the same, other recordings: to test |
 | `old` | {NUM_TESTS} | as the base was trained on | old words: to test that |
 
-OGG to train on and FLAC to test with, at 16 kHz; each folder has a `metadata.csv` with the columns `file_name` and `transcription`. Made by
-`scripts/build_builtin/whisper/make_dataset.py`.
+OGG to train on and FLAC to test with, at 16 kHz; each folder has a `metadata.csv` with the columns `file_name` and
+`transcription`. Made by `scripts/build_builtin/whisper/make_dataset.py`.
 """
 _LICENSE = """The recordings were synthesised by espeak-ng 1.51 (https://github.com/espeak-ng/espeak-ng) from word lists
 that were written for this project. The program is under the GPL, version 3; what it says is not a work derived from it.
