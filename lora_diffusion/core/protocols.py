@@ -94,11 +94,17 @@ class Format(Protocol):
     def portable(self, state: AdapterState) -> AdapterState:
         """Returns a state with the same changes that every program which reads the format reads right."""
 
-    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
-        """Writes the state atomically and as it is; `state.metadata` becomes the file's metadata."""
+    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype | None) -> None:
+        """Writes the state atomically and as it is; `state.metadata` becomes the file's metadata.
+
+        Without a number type each tensor keeps its own. Arrays are taken as well as tensors.
+        """
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
-        """Reads a file back; AdapterFileError names up to ten keys that the map does not know."""
+        """Reads a file in float32; AdapterFileError names up to ten keys that the map does not know."""
+
+    def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
+        """Reads a file as `read` does, but into numpy arrays of the numbers as they are stored, and without torch."""
 
 
 class Metric(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -333,6 +334,8 @@ class ModuleAdapter:
     loha        "w1_a", "w2_a" [out, rank] and "w1_b", "w2_b" [rank, in * k * k];
                 with ("t1", "t2" [rank, rank, k, k]) [rank, out] and [rank, in]
     lokr        "w1" or "w1_a" and "w1_b"; "w2" or "w2_a" and "w2_b", ("t2")
+
+    Float32, or numpy arrays of any number type in what `Format.read_stored` gives.
     """
     alpha: float
 
@@ -342,7 +345,8 @@ class ModuleAdapter:
         for name in ("down", "w2_b", "w1_b"):
             if name in self.tensors:
                 return int(self.tensors[name].shape[0])
-        return int(min(self.tensors["w2"].flatten(1).shape))
+        outputs, *inputs = self.tensors["w2"].shape
+        return min(outputs, math.prod(inputs))
 
     @property
     def scale(self) -> float:

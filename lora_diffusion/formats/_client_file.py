@@ -6,12 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.soundness import change_rms, is_absurd
+from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import Array, to_torch
 from lora_diffusion.formats._lora_config import find_alpha
 from lora_diffusion.formats._spelling import PEFT_PREFIX
 from lora_diffusion.formats.diffusers import read_configs
@@ -55,6 +58,11 @@ _NEEDED = {
     "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"},),
     "lokr": ({"w1", "w2"}, {"w1_a", "w1_b", "w2"}, {"w1", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"}),
 }
+_CHANGE_ROLES = {
+    variant: frozenset(role for role, style in _SUFFIXES.values() if style == name)
+    for variant, name in (("lora", "kohya"), ("tucker", "kohya"), ("loha", "loha"), ("lokr", "lokr"))
+}
+"""Kind of adapter -> the roles of what makes its change of weight."""
 _RANK_ROLES = ("down", "w1_b", "w2_b")
 
 
@@ -119,6 +127,16 @@ class FileModule:
         return float(alpha.float().flatten()[0]) if alpha is not None and alpha.numel() else None
 
     @property
+    def is_absurd(self) -> bool:
+        """Says whether its change of weight drowns the base; no, where its tensors tell no change."""
+        roles = {role: self.roles[role] for role in _CHANGE_ROLES.get(self.variant, ()) if role in self.roles}
+        adapter = ModuleAdapter(self.variant.replace("tucker", "lora"), roles, self.scale * self.rank)
+        try:
+            return bool(roles) and self.is_whole and is_absurd(change_rms(adapter))
+        except AdapterFileError:
+            return False
+
+    @property
     def scale(self) -> float:
         """What the product of the factors is to be multiplied with: alpha / rank, 1 without an alpha."""
         alpha = self.recorded_alpha if self.alpha is None else self.alpha
@@ -140,6 +158,11 @@ class AdapterFile:
     bad_numbers: Sequence[str] = field(default=())
     """Tensors with NaN or infinity."""
 
+    @cached_property
+    def absurd(self) -> frozenset[str]:
+        """Returns the modules whose change of weight drowns the base."""
+        return frozenset(module.name for module in self.modules if module.is_absurd)
+
     @property
     def metadata(self) -> Mapping[str, str]:
         """Returns the metadata of the file; those of a folder's files are not read by anyone."""
@@ -155,7 +178,8 @@ def read_file(path: Path, base: Base) -> AdapterFile:
     if path.is_dir():
         return _read_folder(path, base)
     header = _safetensors.read_header(path)
-    tensors = _safetensors.load_unchecked(path)
+    arrays = _safetensors.load_unchecked(path)
+    tensors = _in_torch(arrays)
     configs = read_configs(header.metadata, path)
     grouped, strays = _group(tensors)
     modules = []
@@ -164,7 +188,11 @@ def read_file(path: Path, base: Base) -> AdapterFile:
         config = configs.get(key.part) if key else None
         recorded = find_alpha(config, name.removeprefix(f"{key.part}.")) if key and config else None
         modules.append(FileModule(name, key, _spelling_of(name, key), style, roles, recorded))
-    return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=_safetensors.non_finite(tensors))
+    return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=_safetensors.non_finite(arrays))
+
+
+def _in_torch(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: to_torch(array) for name, array in arrays.items()}
 
 
 def guess_family(path: Path) -> str:
@@ -269,14 +297,15 @@ def _read_folder(path: Path, base: Base) -> AdapterFile:
     headers, bad = [], []
     for folder, file in zip(part_folders(path), tensor_files(path), strict=True):
         headers.append(_safetensors.read_header(file))
-        tensors = _safetensors.load_unchecked(file)
+        arrays = _safetensors.load_unchecked(file)
+        tensors = _in_torch(arrays)
         config = read_config(folder)
         grouped, own_strays = _group(tensors)
         part = folder.name if folder != path else _part_of(grouped, base)
         modules += _folder_modules(part, grouped, config, base)
         strays += own_strays
         names += tensors
-        bad += _safetensors.non_finite(tensors)
+        bad += _safetensors.non_finite(arrays)
     return AdapterFile(path, modules, strays, names, headers, is_folder=True, bad_numbers=bad)
 
 

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleAdapter
+from lora_diffusion.formats._arrays import as_array, widen
 from lora_diffusion.formats._kronecker import is_whole, kronecker_settings, peft_rank
 
 _MOVED = "text_model."
@@ -90,7 +93,7 @@ def without_recorded_scale(adapter: ModuleAdapter, config: Mapping[str, Any], pa
     if not is_whole(adapter):
         return adapter
     scale = find_alpha(config, path) / _rank(config, path)
-    first = adapter.tensors["w1"] if scale == 1 else adapter.tensors["w1"] * scale
+    first: Any = adapter.tensors["w1"] if scale == 1 else widen(as_array(adapter.tensors["w1"])) * numpy.float32(scale)
     return replace(adapter, tensors={**adapter.tensors, "w1": first}, alpha=float(adapter.rank))
 
 

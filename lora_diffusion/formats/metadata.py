@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.core.errors import ConfigError, UnsupportedError
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.formats._arrays import Array, raw
+from lora_diffusion.formats._safetensors import encode, layout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lora_diffusion.core.types import AdapterState
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
@@ -133,7 +133,7 @@ def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in HASHES}
 
 
-def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def hashes(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> dict[str, str]:
     """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors, and modelspec's own hash.
 
     The first two are taken from the file as it would be with only the ss_ metadata: the first over all that follows the
@@ -142,28 +142,25 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
     Source: precalculate_safetensors_hashes in library/train_util.py of sd-scripts; modelspec 1.0.1.
     """
-    from safetensors.torch import save
-
-    content = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    legacy = content[LEGACY_START : LEGACY_START + LEGACY_BYTES]
+    places = layout(tensors)
+    header = encode(places, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    digest, legacy, position = hashlib.sha256(), bytearray(), len(header)
+    legacy += header[LEGACY_START : LEGACY_START + LEGACY_BYTES]
+    for name in places:
+        piece = raw(tensors[name])
+        digest.update(piece)
+        legacy += piece[max(0, LEGACY_START - position) : max(0, LEGACY_START + LEGACY_BYTES - position)]
+        position += len(piece)
     found = {
-        "sshs_model_hash": hashlib.sha256(memoryview(content)[header_end:]).hexdigest(),
+        "sshs_model_hash": digest.hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
     }
     if any(key.startswith("modelspec.") for key in metadata):
-        found["modelspec.hash_sha256"] = f"0x{_hash_by_name(content, header_end)}"
+        by_name = hashlib.sha256()
+        for name in sorted(tensors):
+            by_name.update(raw(tensors[name]))
+        found["modelspec.hash_sha256"] = f"0x{by_name.hexdigest()}"
     return found
-
-
-def _hash_by_name(content: bytes, header_end: int) -> str:
-    places = json.loads(content[8:header_end])
-    places.pop("__metadata__", None)
-    digest = hashlib.sha256()
-    for name in sorted(places):
-        start, end = places[name]["data_offsets"]
-        digest.update(memoryview(content)[header_end + start : header_end + end])
-    return digest.hexdigest()
 
 
 def change(metadata: Mapping[str, str], values: Mapping[str, str], removed: Iterable[str] = ()) -> dict[str, str]:

@@ -10,7 +10,7 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError, InputError
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import detect, stored_dtypes
+from lora_diffusion.formats import detect, in_float32, stored_dtypes
 from lora_diffusion.formats.clients import guess_family
 
 
@@ -29,8 +29,14 @@ def check_target(path: Path, format_: Format, overwrite: bool) -> None:
         raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
 
 
-def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
-    """Reads an adapter without its base.
+def read_alone(path: Path) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base, in float32; raises as `read_stored_alone`."""
+    family, state = read_stored_alone(path)
+    return family, in_float32(state)
+
+
+def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base and without torch, into arrays of the numbers as they are stored.
 
     Args:
         path: file or folder.
@@ -47,7 +53,7 @@ def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, Adap
     for name in [guess] if guess else registry.available("families"):
         family: Family = registry.find("families", name)
         try:
-            return family, format_.read(path, family.key_map(format_.name, None))
+            return family, format_.read_stored(path, family.key_map(format_.name, None))
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
     # A family without names for the format says less than one that misses a module.
@@ -63,9 +69,15 @@ def _guess(path: Path) -> str | None:
 
 def common_dtype(paths: Iterable[Path]) -> str:
     """Returns the number type that all tensors of adapters are stored in, fp32 where they differ."""
-    names = {"F16": "fp16", "BF16": "bf16"}
-    found = set().union(*(stored_dtypes(path) for path in paths))
-    return names.get(found.pop(), "fp32") if len(found) == 1 else "fp32"
+    found = {stored_dtype(path) for path in paths}
+    return (found.pop() or "fp32") if len(found) == 1 else "fp32"
+
+
+def stored_dtype(path: Path) -> str | None:
+    """Returns the number type that the matrices of an adapter are stored in, None for several or an unusual one."""
+    names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+    found = stored_dtypes(path)
+    return names.get(found.pop()) if len(found) == 1 else None
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:

@@ -13,11 +13,10 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import READERS, as_safetensors, detect
 from lora_diffusion.formats.verified import write_exactly
-from lora_diffusion.workflows._files import check_target, common_dtype, read_alone
+from lora_diffusion.workflows._files import check_target, common_dtype, read_stored_alone, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,16 @@ def convert(
     """
     format_: Format = registry.find("formats", READERS.get(format_name, format_name))
     check_target(output_path, format_, overwrite)
-    with one_thread(), as_safetensors(input_path) if is_pickle else nullcontext(input_path) as path:
+    with as_safetensors(input_path) if is_pickle else nullcontext(input_path) as path:
         source: Format = registry.find("formats", detect(path))
         if model_path is None:
-            family, state = read_alone(path, family_name)
+            family, state = read_stored_alone(path, family_name)
             names = family.key_map(format_.name, None)
         else:
             family, state, names = _read_for(model_path, family_name, path, source, format_)
+        kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
-        written = write_exactly(state, names, format_, output_path, find_dtype(dtype))
+        written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
     return Conversion(
         output_path,
         source.name,
@@ -121,6 +121,6 @@ def _read_for(
 
     model = find_model(model_path, family_name)
     family: Family = registry.find("families", model.family)
-    state = source.read(path, family.key_map(source.name, model))
+    state = source.read_stored(path, family.key_map(source.name, model))
     check_fit(state, family.skeleton(model), str(path))
     return family, state, family.key_map(target.name, model)
