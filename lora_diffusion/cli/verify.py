@@ -32,4 +32,4 @@ def run(args: argparse.Namespace) -> None:
     print_result(args, verification.to_json(), verification.text())
     if not verification.is_sound:
         bad = [verdict.title for verdict in verification.verdicts if not verdict.is_sound]
-        raise VerificationError(f"{args.path} would not be applied as it is meant in {', '.join(bad)}.")
+        raise VerificationError(f"{args.path} would not work as it is meant in {', '.join(bad)}.")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core import lowrank
+from lora_diffusion.core.soundness import ABSURD
 from lora_diffusion.formats._client_file import PAIRS, FileModule
 from lora_diffusion.formats._client_rules import CLIENTS, LARGEST_FLOAT16, LOST, WRONG, Fate
 from lora_diffusion.formats._trial import Trial
@@ -209,6 +210,10 @@ def find_bad_numbers(trial: Trial) -> None:
         text = f"{len(spoilt)} module(s) with NaN or infinity; {trial.client.title} loads them and draws black pictures"
         trial.report("not finite", WRONG, text, "use an earlier checkpoint of the run", spoilt)
         trial.scale(dict.fromkeys(spoilt, math.nan))
+    absurd = [module.name for module in trial.applied() if module.name in trial.file.absurd - {*spoilt}]
+    if absurd:
+        remedy = "use an earlier checkpoint of the run, or find out whether its alphas are right"
+        trial.report("too large", WRONG, f"{len(absurd)} {ABSURD}", remedy, absurd)
     if not trial.client.small_floats:
         return
     large = [

@@ -114,7 +114,7 @@ def _loha(tensors: Tensors) -> Tensors:
     stem = f"lora_unet_{_Q}"
     factors = {"w1_a": (32, 2), "w1_b": (2, 32), "w2_a": (32, 2), "w2_b": (2, 32)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(stem)}
-    own = {f"{stem}.hada_{role}": torch.ones(shape) for role, shape in factors.items()}
+    own = {f"{stem}.hada_{role}": torch.full(shape, 0.1) for role, shape in factors.items()}
     return {**kept, **own, f"{stem}.alpha": torch.tensor(1.0)}
 
 
@@ -189,7 +189,21 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
     ),
     "overflow": (
         _change(f"{_Q}.lora_up.weight", lambda tensor: tensor * 1e6),
-        {"comfyui": {}, "a1111": {"float16 overflow": _WRONG}, "diffusers": {"float16 overflow": _WRONG}},
+        {
+            "comfyui": {"too large": _WRONG},
+            "a1111": {"too large": _WRONG, "float16 overflow": _WRONG},
+            "diffusers": {"too large": _WRONG, "float16 overflow": _WRONG},
+        },
+    ),
+    "overflow without effect": (
+        lambda tensors: _change(f"{_Q}.lora_up.weight", lambda tensor: tensor * 1e6)(
+            _change(f"{_Q}.lora_down.weight", lambda tensor: tensor * 1e-7)(tensors)
+        ),
+        {"comfyui": {}, "a1111": {"float16 overflow": _WRONG}, "kohya": {"float16 overflow": _WRONG}},
+    ),
+    "absurd alpha": (
+        _change(f"{_Q}.alpha", lambda tensor: tensor * 1e4),
+        {client: {"too large": _WRONG} for client in ("comfyui", "forge", "a1111", "kohya")},
     ),
     "nan": (_change(f"{_Q}.lora_up.weight", lambda t: t * math.nan), _all({"not finite": _WRONG})),
     "wrong size": (
@@ -223,7 +237,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
         lambda tensors: {
             f"unet.{name}": t
             for name, t in {
-                "conv_in.lora_A.default.weight": torch.ones(2, 4, 3, 3),
+                "conv_in.lora_A.default.weight": torch.full((2, 4, 3, 3), 0.1),
                 "conv_in.lora_B.default.weight": torch.ones(32, 2, 1, 1),
             }.items()
         },
@@ -256,7 +270,10 @@ def test_fault_is_found_for_each_client(fault: str, faulty: Path, base: Base) ->
         assert verdict.is_sound == (not expected)
         if any(factor is None for factor in verdict.factors.values()):
             assert verdict.largest_difference is None
-        elif expected not in ({}, {"stray": _LOST}, {"alpha missing": _WRONG}) or verdict.num_applied == 0:
+        elif (
+            expected not in ({}, {"stray": _LOST}, {"alpha missing": _WRONG}, {"too large": _WRONG})
+            or verdict.num_applied == 0
+        ):
             assert verdict.largest_difference > 0.05
 
 

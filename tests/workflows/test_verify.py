@@ -31,7 +31,7 @@ def test_faults_have_their_own_exit_codes(command: Commands, trained: Path, tiny
     outcome = command("verify", path, "--base", tiny_base, "--client", "kohya", "--client", "comfyui")
     assert outcome.code == 1
     assert "text encoders of sd1 begin with lora_te_, not lora_te2_" in outcome.out
-    assert "would not be applied as it is meant in kohya sd-scripts, ComfyUI" in outcome.message
+    assert "would not work as it is meant in kohya sd-scripts, ComfyUI" in outcome.message
     assert command("verify", path, "--base", tiny_base, "--client", "comfy").code == 2
     outcome = command("verify", trained / "run.safetensors")
     assert (outcome.code, "Name its base with --base, say --base tiny-sd" in outcome.message) == (2, True)
