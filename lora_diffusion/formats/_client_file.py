@@ -195,46 +195,6 @@ def _in_torch(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
     return {name: to_torch(array) for name, array in arrays.items()}
 
 
-def guess_family(path: Path) -> str:
-    """Returns sd1, sd2 or sdxl, as an adapter's sizes, names or, at last, metadata tell.
-
-    Raises:
-        AdapterFileError: nothing tells it.
-    """
-    headers = [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
-    shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
-    votes = Counter(family for name, shape in shapes.items() if (family := _family_by_shape(name, shape)))
-    votes = votes or Counter(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
-    if votes:
-        return votes.most_common(1)[0][0]
-    told = [header.metadata.get("ss_base_model_version", "") for header in headers]
-    for start, family in _BY_METADATA.items():
-        if told and told[0].startswith(start):
-            return family
-    raise AdapterFileError(f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder.")
-
-
-_BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_BY_TEXT_WIDTH = {1024: "sd2", 1280: "sdxl"}
-_INNER = re.compile(r"(lora_down|lora_A|down)\.weight$|hada_w[12]_b$")
-"""Tensors whose second size is that of the module's input."""
-_BY_NAME = (
-    (r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|label_emb|add_embedding", "sdxl"),
-    (r"lora_te1_", "sdxl"),
-    (r"lora_te_|text_encoder\.", "sd1"),
-    (r"(lora_unet_|unet\.)(up|down)_blocks[._]3|(in|out)put_blocks[._](9|10|11)[._]", "sd1"),
-)
-_BY_METADATA = {"sdxl_": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1"}
-
-
-def _family_by_shape(name: str, shape: tuple[int, ...]) -> str | None:
-    if len(shape) < 2 or not _INNER.search(name):
-        return None
-    if re.search(r"attn2[._](processor\.)?to[._][kv]", name):
-        return _BY_WIDTH.get(shape[1])
-    return _BY_TEXT_WIDTH.get(shape[1]) if re.search(r"self_attn[._]", name) else None
-
-
 def _group(names: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], list[str]]:
     """Returns module name -> style and roles, and the tensors that have no place."""
     styles: dict[str, str] = {}

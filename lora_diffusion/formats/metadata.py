@@ -41,6 +41,20 @@ _BASES: Mapping[str, _Base] = {
 }
 
 
+_FAMILIES = {
+    **dict.fromkeys(("sdxl", "stable-diffusion-xl"), "sdxl"),
+    **dict.fromkeys(("sd_v2", "sd_2", "stable-diffusion-v2"), "sd2"),
+    **dict.fromkeys(("sd_v1", "sd_1", "stable-diffusion-v1"), "sd1"),
+}
+"""How `ss_base_model_version` (of kohya, then of ai-toolkit) and `modelspec.architecture` begin -> family."""
+
+
+def told_family(metadata: Mapping[str, str]) -> str | None:
+    """Returns sd1, sd2 or sdxl if the metadata tell it."""
+    told = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    return next((family for text in told for start, family in _FAMILIES.items() if text.startswith(start)), None)
+
+
 def build(
     state: AdapterState,
     *,

@@ -494,3 +494,26 @@ def test_family_is_told_by_content(files: dict[str, Path], tmp_path: Path) -> No
         clients.guess_family(path)
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path, {"ss_base_model_version": "sd_v2_v"})
     assert clients.guess_family(path) == "sd2"
+
+
+_TE1 = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+_QUERY = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "version", "family"),
+    [
+        ({f"{_TE1}.lora_down.weight": (2, 768)}, "sd_v1", "sd1"),
+        ({f"{_TE1}.lora_down.weight": (2, 768)}, "", "sdxl"),
+        ({f"{_QUERY}.lokr_w1": (32, 32), f"{_QUERY}.lokr_w2": (32, 32)}, "sd_v2_v", "sd2"),
+        ({f"{_QUERY}.lora_down.weight": (2, 1024)}, "sd_v1", "sd2"),
+        *(({"lora_te_x.lokr_w1": (2, 2)}, version, family)
+          for version, family in (("sd_1.5", "sd1"), ("sd_2.1", "sd2"), ("sdxl_1.0", "sdxl"))),
+    ],
+)  # fmt: skip
+def test_sizes_then_metadata_then_names_tell_the_base(
+    tensors: dict[str, tuple[int, ...]], version: str, family: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path, {"ss_base_model_version": version})
+    assert clients.guess_family(path) == family

@@ -1,0 +1,57 @@
+"""Which kind of base an adapter file was made for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats.metadata import told_family
+from lora_diffusion.formats.peft import tensor_files
+
+_BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_BY_TEXT_WIDTH = {1024: "sd2", 1280: "sdxl"}
+_INNER = re.compile(r"(lora_down|lora_A|down)\.weight$|hada_w[12]_b$")
+"""Tensors whose second size is that of the module's input."""
+_BY_NAME = (
+    (r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|label_emb|add_embedding", "sdxl"),
+    (r"lora_te1_", "sdxl"),
+    (r"lora_te_|text_encoder\.", "sd1"),
+    (r"(lora_unet_|unet\.)(up|down)_blocks[._]3|(in|out)put_blocks[._](9|10|11)[._]", "sd1"),
+)
+
+
+def guess_family(path: Path) -> str:
+    """Returns sd1, sd2 or sdxl, as an adapter's sizes, metadata or, at last, names tell.
+
+    Names come last, since some programs give all text encoders the prefix of SDXL's first.
+
+    Raises:
+        AdapterFileError: nothing tells it.
+    """
+    headers = [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
+    shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
+    told = next(filter(None, (told_family(header.metadata) for header in headers)), None)
+    found = _commonest(_by_shape(name, shape) for name, shape in shapes.items()) or told
+    found = found or _commonest(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
+    if found is None:
+        raise AdapterFileError(
+            f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder."
+        )
+    return found
+
+
+def _commonest(families: Iterable[str | None]) -> str | None:
+    votes = Counter(filter(None, families))
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _by_shape(name: str, shape: tuple[int, ...]) -> str | None:
+    if len(shape) < 2 or not _INNER.search(name):
+        return None
+    if re.search(r"attn2[._](processor\.)?to[._][kv]", name):
+        return _BY_WIDTH.get(shape[1])
+    return _BY_TEXT_WIDTH.get(shape[1]) if re.search(r"self_attn[._]", name) else None
