@@ -87,6 +87,19 @@ def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) 
         )
 
 
+def weight_shapes(parts: Mapping[str, nn.Module]) -> dict[ModuleKey, tuple[int, ...]]:
+    """Returns the shapes of the weights of all linear, convolution and norm layers; the meta device is enough."""
+    from torch import nn
+
+    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
+    return {
+        ModuleKey(part, path): tuple(module.get_parameter("weight").shape)
+        for part, network in parts.items()
+        for path, module in network.named_modules()
+        if isinstance(module, kinds)
+    }
+
+
 def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapter) -> str | None:
     network = parts.get(key.part)
     if network is None:

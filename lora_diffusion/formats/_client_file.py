@@ -72,7 +72,7 @@ class Base(NamedTuple):
     family: str
     """sd1, sd2 or sdxl."""
     shapes: Mapping[ModuleKey, tuple[int, ...]]
-    """Shape of each linear and convolution weight."""
+    """Shape of the weight of each linear, convolution and norm layer."""
     names: Sequence[KeyMap]
     """All spellings of its modules."""
 
@@ -231,7 +231,7 @@ def _spelling_of(name: str, key: ModuleKey | None) -> str:
     """
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     if key is None or not prefix:
-        return "bare" if key else "unknown"
+        return "unknown" if key is None else "processor" if ".processor." in name else "bare"
     if key.part != "unet":
         return prefix if "text_model" in name or "text_projection" in name else f"{prefix} short"
     if prefix == "lora_unet_":
