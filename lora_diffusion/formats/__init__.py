@@ -4,6 +4,7 @@ from lora_diffusion.formats._arrays import in_float32
 from lora_diffusion.formats._detect import detect, stored_dtypes
 from lora_diffusion.formats._holding import READERS, check_output
 from lora_diffusion.formats._pickle import as_safetensors
+from lora_diffusion.formats._portable import fit_dimensions
 from lora_diffusion.formats._report import FileReport, describe_file
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "check_output",
     "describe_file",
     "detect",
+    "fit_dimensions",
     "in_float32",
     "stored_dtypes",
 ]

@@ -10,8 +10,7 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError, InputError
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import detect, in_float32, stored_dtypes
-from lora_diffusion.formats.clients import guess_family
+from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, stored_dtypes
 
 
 def check_target(path: Path, format_: Format, overwrite: bool) -> None:
@@ -38,6 +37,8 @@ def read_alone(path: Path) -> tuple[Family, AdapterState]:
 def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
     """Reads an adapter without its base and without torch, into arrays of the numbers as they are stored.
 
+    Factors get as many dimensions as the weights of the published base have.
+
     Args:
         path: file or folder.
         family_name: kind of base; without it, the one that tensors or metadata tell, else the first that knows all of
@@ -53,16 +54,18 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
     for name in [guess] if guess else registry.available("families"):
         family: Family = registry.find("families", name)
         try:
-            return family, format_.read_stored(path, family.key_map(format_.name, None))
+            state = format_.read_stored(path, family.key_map(format_.name, None))
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
+            continue
+        return family, fit_dimensions(state, clients.published(name)) if name in clients.PUBLISHED else state
     # A family without names for the format says less than one that misses a module.
     raise next((fault for fault in faults if isinstance(fault, AdapterFileError)), faults[0])
 
 
 def _guess(path: Path) -> str | None:
     try:
-        return guess_family(path)
+        return clients.guess_family(path)
     except AdapterFileError:
         return None
 
