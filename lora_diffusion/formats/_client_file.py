@@ -201,17 +201,33 @@ def guess_family(path: Path) -> str:
     Raises:
         AdapterFileError: nothing tells it.
     """
-    headers = [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
-    shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
-    votes = Counter(family for name, shape in shapes.items() if (family := _family_by_shape(name, shape)))
-    votes = votes or Counter(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
+    headers = _headers(path)
+    shapes = _shapes(headers)
+    if sized := _family_by_shapes(shapes):
+        return sized
+    votes = Counter(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
     if votes:
         return votes.most_common(1)[0][0]
     told = [header.metadata.get("ss_base_model_version", "") for header in headers]
     for start, family in _BY_METADATA.items():
         if told and told[0].startswith(start):
             return family
+    if not any(_split(name) for name in shapes):
+        raise AdapterFileError(f"{path} is not an adapter in a known spelling. Its first tensors:", list(shapes)[:5])
     raise AdapterFileError(f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder.")
+
+
+def sized_as(path: Path) -> str | None:
+    """Returns sd1, sd2 or sdxl, if an adapter's sizes tell it."""
+    return _family_by_shapes(_shapes(_headers(path)))
+
+
+def _headers(path: Path) -> list[_safetensors.Header]:
+    return [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
+
+
+def _shapes(headers: Iterable[_safetensors.Header]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for header in headers for name, info in header.tensors.items()}
 
 
 _BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -225,6 +241,11 @@ _BY_NAME = (
     (r"(lora_unet_|unet\.)(up|down)_blocks[._]3|(in|out)put_blocks[._](9|10|11)[._]", "sd1"),
 )
 _BY_METADATA = {"sdxl_": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1"}
+
+
+def _family_by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    votes = Counter(family for name, shape in shapes.items() if (family := _family_by_shape(name, shape)))
+    return votes.most_common(1)[0][0] if votes else None
 
 
 def _family_by_shape(name: str, shape: tuple[int, ...]) -> str | None:

@@ -13,7 +13,7 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import _client_rules as rules
-from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule, guess_family, read_file
+from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule, guess_family, read_file, sized_as
 from lora_diffusion.formats._client_habits import CHECKS
 from lora_diffusion.formats._client_rules import CLIENTS, HIDDEN, LOST, Client
 from lora_diffusion.formats._published import PUBLISHED, published
@@ -31,6 +31,7 @@ __all__ = [
     "guess_family",
     "published",
     "read_file",
+    "sized_as",
     "verify",
 ]
 
