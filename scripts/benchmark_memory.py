@@ -150,7 +150,7 @@ def measured(case: Case, pixels: int) -> dict[str, int]:
     from lora_diffusion.training.trainer import Trainer
 
     _warm_up()
-    before = _status("VmRSS")
+    before = status("VmRSS")
     config = config_of(case, pixels)
     loaded = _load(case, config)
     weights = sum(_bytes(tensor) for tensor in _tensors(loaded.parts["unet"]))
@@ -163,7 +163,7 @@ def measured(case: Case, pixels: int) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     for step in (1, 2):
         trainer.take_step(step, (batch,))
-    return {"peak": _status("VmHWM") - before, "weights": weights}
+    return {"peak": status("VmHWM") - before, "weights": weights}
 
 
 def _warm_up() -> None:
@@ -178,7 +178,8 @@ def _warm_up() -> None:
     (x @ x).sum().backward()
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Returns a number of bytes that the kernel tells of this process, say VmHWM for its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 

@@ -142,7 +142,7 @@ def _wrong_change(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
     if found != (shape[0], math.prod(shape[1:])):
         return f"its change is {list(found)}, the base has {list(shape)}"
     magnitude = adapter.tensors.get("magnitude")
-    if magnitude is not None and magnitude.numel() != shape[AXES[adapter.variant]]:
+    if magnitude is not None and math.prod(magnitude.shape) != shape[AXES[adapter.variant]]:
         return f"magnitude is {list(magnitude.shape)}, the base has {list(shape)}"
     return None
 

@@ -52,9 +52,10 @@ class SingleFile:
 
     def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors."""
+        info = replace(describe(self._configs, self.layout, options), path=self.path)
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
-        return replace(describe(self._configs, self.layout, options), path=self.path)
+        return info
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders on the meta device."""

@@ -1,7 +1,7 @@
 """Spellings of adapter files, one object FORMAT in each file; find them with `core.registry`."""
 
 from lora_diffusion.formats._arrays import in_float32
-from lora_diffusion.formats._detect import detect, stored_dtypes
+from lora_diffusion.formats._detect import detect, is_adapter, stored_dtypes
 from lora_diffusion.formats._holding import READERS, check_output
 from lora_diffusion.formats._pickle import as_safetensors
 from lora_diffusion.formats._portable import fit_dimensions
@@ -16,5 +16,6 @@ __all__ = [
     "detect",
     "fit_dimensions",
     "in_float32",
+    "is_adapter",
     "stored_dtypes",
 ]

@@ -29,6 +29,14 @@ def detect(path: Path) -> str:
     )
 
 
+def is_adapter(path: Path) -> bool:
+    """Says whether a whole file or folder holds tensors of an adapter, in whatever spelling."""
+    try:
+        return bool(formats_of([name for header in _headers(path) for name in header.tensors]))
+    except AdapterFileError:
+        return False
+
+
 def stored_dtypes(path: Path) -> set[str]:
     """Returns the number types of the matrices of an adapter file or folder, as safetensors spells them: F16, ..."""
     return {info.dtype for header in _headers(path) for info in header.tensors.values() if len(info.shape) > 1}

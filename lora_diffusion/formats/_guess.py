@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._spelling import split_name, unread_kind
 from lora_diffusion.formats.metadata import told_family
 from lora_diffusion.formats.peft import tensor_files
 
@@ -32,16 +33,33 @@ def guess_family(path: Path) -> str:
     Raises:
         AdapterFileError: nothing tells it.
     """
-    headers = [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
-    shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
+    headers = _headers(path)
+    shapes = _shapes(headers)
     told = next(filter(None, (told_family(header.metadata) for header in headers)), None)
-    found = _commonest(_by_shape(name, shape) for name, shape in shapes.items()) or told
+    found = _by_shapes(shapes) or told
     found = found or _commonest(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
-    if found is None:
-        raise AdapterFileError(
-            f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder."
-        )
-    return found
+    if found is not None:
+        return found
+    if not any(split_name(name) or unread_kind(name) for name in shapes):
+        raise AdapterFileError(f"{path} is not an adapter in a known spelling. Its first tensors:", list(shapes)[:5])
+    raise AdapterFileError(f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder.")
+
+
+def sized_as(path: Path) -> str | None:
+    """Returns sd1, sd2 or sdxl, if an adapter's sizes tell it."""
+    return _by_shapes(_shapes(_headers(path)))
+
+
+def _headers(path: Path) -> list[_safetensors.Header]:
+    return [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
+
+
+def _shapes(headers: Iterable[_safetensors.Header]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for header in headers for name, info in header.tensors.items()}
+
+
+def _by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    return _commonest(_by_shape(name, shape) for name, shape in shapes.items())
 
 
 def _commonest(families: Iterable[str | None]) -> str | None:

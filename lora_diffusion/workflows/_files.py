@@ -10,7 +10,7 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError, InputError
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, stored_dtypes
+from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, is_adapter, stored_dtypes
 
 
 def check_target(path: Path, format_: Format, overwrite: bool) -> None:
@@ -20,12 +20,25 @@ def check_target(path: Path, format_: Format, overwrite: bool) -> None:
         ConfigError: it exists and is not to be, or must not be, replaced.
     """
     check_writable(path.absolute().parent, "--output")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
-    if path.is_dir() and not format_.is_folder:
+    if path.is_dir() and overwrite and not format_.is_folder:
         raise ConfigError(f"--output {path} is a folder, and {format_.name} writes a file; name a file in it.")
-    if path.is_dir() and any(path.iterdir()) and detect(path) != format_.name:
-        raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
+    check_replaceable(path, overwrite)
+
+
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Checks that nothing stands under a name, or an adapter that is to be replaced.
+
+    Raises:
+        ConfigError: what stands there is not to be, or must not be, replaced.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if not is_empty and not is_adapter(path):
+        what = "a folder that holds something else" if path.is_dir() else "no adapter, and nothing else is replaced"
+        raise ConfigError(f"--output {path} is {what}; give another name.")
 
 
 def read_alone(path: Path) -> tuple[Family, AdapterState]:
@@ -49,6 +62,9 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
         ConfigError: there is no such family.
     """
     format_: Format = registry.find("formats", detect(path))
+    told = clients.sized_as(path) if family_name in clients.PUBLISHED else None
+    if told not in (None, family_name):
+        raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
     guess = family_name or _guess(path)
     faults: list[InputError] = []
     for name in [guess] if guess else registry.available("families"):

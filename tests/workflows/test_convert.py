@@ -169,6 +169,13 @@ def test_base_of_another_build_gives_the_names(command: Commands, tiny_base: Pat
     command.good("convert", first, tmp_path / "second", "--to", "kohya", "--model", tiny_base)
     command.good("convert", first, tmp_path / "third", "--to", "kohya", "--family", "sd1")
     assert same_file(tmp_path / "second", tmp_path / "third")
+    dora = {
+        key: replace(own, variant="dora", tensors={**own.tensors, "magnitude": torch.ones(1, 64, 1, 1)})
+        for key, own in modules.items()
+    }
+    turned = write(AdapterState(dora), "sd1", "kohya", tmp_path / "dora.safetensors")
+    command.good("convert", turned, tmp_path / "dora again", "--to", "kohya", "--model", tiny_base)
+    assert same_file(tmp_path / "dora again", turned)
     wrong = replace(
         next(iter(modules.values())), tensors={"down": torch.ones(2, 5, 1, 1), "up": torch.ones(64, 2, 1, 1)}
     )
