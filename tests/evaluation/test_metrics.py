@@ -214,9 +214,7 @@ def clip_of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clip_in_the_format_of_transformers(
-    pictures: tuple[list[Path], list[str]], clip_of_transformers: Path
-) -> None:
+def test_clip_in_the_format_of_transformers(pictures: tuple[list[Path], list[str]], clip_of_transformers: Path) -> None:
     from transformers import AutoProcessor, CLIPModel
 
     model, processor = (kind.from_pretrained(clip_of_transformers) for kind in (CLIPModel, AutoProcessor))
