@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,10 @@ def selected(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that chose at its end; shared, never changed."""
     root = tmp_path_factory.mktemp("selected")
     pictures = fill_with_pictures(root / "pictures")
-    assert main(["train", *settings(tiny_base, pictures, root / "run"), "evaluate.after_training=true"]) == 0
+    with redirect_stdout(io.StringIO()) as out:
+        arguments = [*settings(tiny_base, pictures, root / "run"), "evaluate.after_training=true", "--json"]
+        assert main(["train", *arguments]) == 0
+    (root / "printed.json").write_text(out.getvalue())
     return root / "run"
 
 
@@ -57,6 +62,8 @@ def test_training_chooses_marks_and_links_at_its_end(selected: Path) -> None:
     assert {candidate.weight for candidate in evaluation.candidates} == {0.0, 0.5, 1.0}
     assert {(case.kind) for case in evaluation.cases} == {"subject", "prior"}
     assert values["candidate"] in {candidate.name for candidate in evaluation.candidates[1:]}
+    printed = json.loads((selected.parent / "printed.json").read_text())["selection"]
+    assert {key: printed[key] for key in ("weight", "why")} == {key: values[key] for key in ("weight", "why")}
     best = selected / "best.safetensors"
     assert best.is_symlink()
     assert best.resolve() == (selected / values["file"]).resolve()
