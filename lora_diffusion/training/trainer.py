@@ -95,7 +95,7 @@ class Trainer:
         """
         num_steps = total_steps(self.config, batches.num_steps_per_epoch)
         self._warn_of_new_length(num_steps)
-        if self._should_stop():
+        if self._ask_hooks(self.step)[0]:
             logger.info("The run was ended early at step %d; without evaluate.patience it goes on.", self.step)
             return
         with self._open_trackers(num_steps) as trackers:
@@ -111,8 +111,9 @@ class Trainer:
                 # Before the checkpoint, so that a run killed in between draws and decides again instead of never.
                 for hook in self.hooks:
                     hook.on_step(step)
-                is_last = step == num_steps or self._should_stop()
-                if is_last or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
+                should_stop, is_kept = self._ask_hooks(step)
+                is_last = step == num_steps or should_stop
+                if is_last or is_kept or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
                     self._save(num_steps)
                 if is_last:
                     break
@@ -220,14 +221,16 @@ class Trainer:
                 hooks={hook.name: hook.state() for hook in self.hooks if hook.state()},
                 versions={"torch": torch.__version__, "lora_diffusion": version("lora-diffusion")},
             )
-            path = checkpoint.save(self.run_path, state, self.params, self.optimizer, self.config.keep_checkpoints)
+            kept = {hook.kept_step for hook in self.hooks}
+            keep = self.config.keep_checkpoints
+            path = checkpoint.save(self.run_path, state, self.params, self.optimizer, keep, kept)
             for hook in self.hooks:
                 hook.on_checkpoint(path, self.step)
         self.processes.wait_for_everyone()
 
-    def _should_stop(self) -> bool:
-        """Says whether a hook of the main process ends the run; all processes agree."""
-        asked = [any(hook.should_stop for hook in self.hooks)]
+    def _ask_hooks(self, step: int) -> tuple[bool, bool]:
+        """Says whether hooks of the main process end the run, and want this step's checkpoint; all processes agree."""
+        asked = [(any(hook.should_stop for hook in self.hooks), any(hook.kept_step == step for hook in self.hooks))]
         if self._is_watched and self.processes.num_processes > 1:
             broadcast_object_list(asked)
         return asked[0]

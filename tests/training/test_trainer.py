@@ -277,13 +277,20 @@ def test_run_ends_when_the_score_stops_rising(tmp_path: Path) -> None:
     assert trainer.step == 8
     assert script.asked == [2, 4, 6, 8]
     assert script.recorded[-1] == [(2, 0.1), (4, 0.5), (6, 0.5), (8, 0.4)]
-    assert list(checkpoint.saved_steps(tmp_path / "stopped")) == [8]
+    assert list(checkpoint.saved_steps(tmp_path / "stopped")) == [2, 4, 8]
     assert len(read_metrics(tmp_path / "stopped")) == 8
 
     script = Scripted({2: 0.1, 4: 0.5, 6: 0.5, 8: 0.4, 10: 0.9})
     patient = Toy().trainer(tmp_path / "patient", hooks=(script.hook(0),), max_steps=10)
     patient.fit(ToyBatches())
     assert patient.step == 10
+
+
+def test_checkpoint_of_the_best_step_stays(tmp_path: Path) -> None:
+    script = Scripted({2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.2})
+    settings = {"save_every_steps": 3, "keep_checkpoints": 1, "max_steps": 10}
+    Toy().trainer(tmp_path, hooks=(script.hook(0),), **settings).fit(ToyBatches())
+    assert list(checkpoint.saved_steps(tmp_path)) == [4, 10]
 
 
 def test_early_stop_survives_a_stop_in_between(tmp_path: Path) -> None:
