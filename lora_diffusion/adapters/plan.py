@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.adapters import variants
+from lora_diffusion.adapters._targets import Scope, kind_of
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core.errors import ConfigError, TargetError
@@ -121,101 +121,60 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
     _check_numbers(config, variant)
     _check_parts(config.parts, skeleton, declared)
     _check_full(config, variant)
-    searches = {part: _Search(part, skeleton[part], declared[part]) for part in config.parts}
-    by_targets = {part: search for part, search in searches.items() if part not in config.full}
-    added = [
-        f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
-    ]
-    for target in (*config.targets, *added) if by_targets else ():
-        _resolve(target, by_targets, declared)
-    for part in config.full:
-        searches[part].found |= {path for path, module in searches[part].modules.items() if _kind(module)}
-    empty = [part for part, search in searches.items() if not search.found]
+    found = _find(skeleton, declared, config, variant)
+    empty = [part for part, modules in found.items() if not modules]
     if empty:
         raise TargetError(
             f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_shown(config.targets)} match no module "
             f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
         )
-    modules = tuple(
+    planned = tuple(
         _planned(part, path, module, config, variant)
-        for part, search in searches.items()
-        for path, module in search.modules.items()
-        if path in search.found
+        for part, modules in found.items()
+        for path, module in modules.items()
     )
-    _check_ranks(modules, config, variant)
-    _check_convolutions(modules, config)
-    return InjectionPlan(modules, {part: _count(skeleton[part]) for part in config.parts})
+    _check_ranks(planned, config, variant)
+    _check_convolutions(planned, config)
+    return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts})
 
 
-class _Search:
-    """What the targets have found so far in one part."""
-
-    def __init__(self, part: str, network: nn.Module, declared: Part) -> None:
-        self.part = part
-        self.groups = declared.groups
-        self.modules = {path: module for path, module in network.named_modules() if path}
-        self.found: set[str] = set()
-
-    def match(self, target: str) -> list[str]:
-        """Returns the paths that a target without a part prefix names."""
-        if target.startswith("re:"):
-            return self._fullmatch((target.removeprefix("re:"),), target)
-        if target in self.groups:
-            return self._fullmatch(self.groups[target], target)
-        return [target] if target in self.modules else []
-
-    def _fullmatch(self, patterns: Sequence[str], target: str) -> list[str]:
-        try:
-            compiled = [re.compile(pattern) for pattern in patterns]
-        except re.error as error:
-            raise TargetError(f'adapter.targets: "{target}" is not a regular expression: {error}.') from error
-        # Containers, activations and dropout have no weight of their own, so a pattern cannot mean them.
-        weighty = (path for path, module in self.modules.items() if any(True for _ in module.parameters(recurse=False)))
-        return [path for path in weighty if any(pattern.fullmatch(path) for pattern in compiled)]
-
-    def known(self) -> Iterator[str]:
-        """Yields what a target could have said."""
-        yield from self.groups
-        yield from (path for path, module in self.modules.items() if _kind(module))
+def _find(
+    skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig, variant: Variant
+) -> dict[str, dict[str, nn.Module]]:
+    """Returns part -> path -> module of all that gets an adapter, in the order of the networks."""
+    networks = {
+        part: {path: module for path, module in skeleton[part].named_modules() if path} for part in config.parts
+    }
+    by_targets = {part: modules for part, modules in networks.items() if part not in config.full}
+    scope = Scope("adapter.targets", by_targets, declared)
+    added = [
+        f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
+    ]
+    asked = {key for target in (*config.targets, *added) if by_targets for key in _fit_for_adapters(scope, target)}
+    return {
+        part: {
+            path: module
+            for path, module in modules.items()
+            if (kind_of(module) if part in config.full else ModuleKey(part, path) in asked)
+        }
+        for part, modules in networks.items()
+    }
 
 
-def _resolve(target: str, searches: Mapping[str, _Search], declared: Mapping[str, Part]) -> None:
-    asked, bare = _split(target, tuple(searches), declared)
-    matched = [(searches[part], path) for part in asked for path in searches[part].match(bare)]
-    if not matched:
-        known = [word for part in asked for word in searches[part].known()]
-        groups = dict.fromkeys(group for part in asked for group in searches[part].groups)
-        raise TargetError(
-            f'adapter.targets: "{target}" matches no module of {", ".join(asked)}{suggestion(bare, known)}. '
-            f"Use a group ({', '.join(groups)}), the path of a Linear or Conv2d module, or re:PATTERN."
-        )
+def _fit_for_adapters(scope: Scope, target: str) -> list[ModuleKey]:
+    found = scope.find(target)
     unfit = [
-        f"{search.part}/{path} is a {type(search.modules[path]).__name__}"
-        for search, path in matched
-        if not _kind(search.modules[path])
+        f"{part}/{path} is a {type(scope.modules[part][path]).__name__}"
+        for part, path in found
+        if not kind_of(scope.modules[part][path])
     ]
     if unfit:
         raise TargetError(
-            f'adapter.targets: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
+            f'{scope.key}: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
             "Conv2d (without groups) can. Name a narrower target.",
             unfit[:_SHOWN_FAULTS],
         )
-    for search, path in matched:
-        search.found.add(path)
-
-
-def _split(target: str, parts: tuple[str, ...], declared: Mapping[str, Part]) -> tuple[tuple[str, ...], str]:
-    if target.startswith("re:") or "/" not in target:
-        return parts, target
-    part, bare = target.split("/", 1)
-    if part not in declared:
-        raise TargetError(
-            f'adapter.targets: "{target}" asks in part "{part}", which the base does not have'
-            f"{suggestion(part, declared)}. Parts: {', '.join(declared)}."
-        )
-    if part not in parts:
-        raise TargetError(f'adapter.targets: "{target}" asks in part {part}; add {part} to adapter.parts.')
-    return (part,), bare
+    return found
 
 
 def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
@@ -284,13 +243,13 @@ def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, varian
 def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, variant: Variant) -> PlannedModule:
     shape = tuple(module.get_parameter("weight").shape)
     if part in config.full:
-        return _planned_in_full(part, path, _kind(module), shape)
+        return _planned_in_full(part, path, kind_of(module), shape)
     rank, alpha = _size(shape, config)
     tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
         part=part,
         path=path,
-        kind=_kind(module),
+        kind=kind_of(module),
         shape=shape,
         rank=rank,
         alpha=alpha * rank**variant.alpha_power,
@@ -319,14 +278,6 @@ def _size(shape: Sequence[int], config: AdapterConfig) -> tuple[int, float]:
 
 def _is_wide(shape: Sequence[int]) -> bool:
     return math.prod(shape[2:]) > 1
-
-
-def _kind(module: nn.Module) -> str:
-    from torch import nn
-
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "conv" if isinstance(module, nn.Conv2d) and module.groups == 1 else ""
 
 
 def _count(network: nn.Module) -> int:
