@@ -244,7 +244,7 @@ def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, var
     shape = tuple(module.get_parameter("weight").shape)
     if part in config.full:
         return _planned_in_full(part, path, kind_of(module), shape)
-    rank, alpha = _size(shape, config)
+    rank, alpha = _size(shape, config, variant.alpha_power)
     tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
         part=part,
@@ -252,7 +252,7 @@ def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, var
         kind=kind_of(module),
         shape=shape,
         rank=rank,
-        alpha=alpha * rank**variant.alpha_power,
+        alpha=alpha,
         tensors=tensors,
         num_parameters=sum(math.prod(own) for own in tensors.values()),
     )
@@ -267,13 +267,16 @@ def _planned_in_full(part: str, path: str, kind: str, shape: tuple[int, ...]) ->
     return PlannedModule(part, path, kind, shape, rank, float(rank), tensors, trained, identity)
 
 
-def _size(shape: Sequence[int], config: AdapterConfig) -> tuple[int, float]:
-    """Returns rank and alpha; without an alpha of its own, a wide convolution keeps the scale of all else."""
-    alpha = float(config.rank if config.alpha is None else config.alpha)
-    if not _is_wide(shape):
-        return config.rank, alpha
-    rank = config.rank if config.conv_rank is None else config.conv_rank
-    return rank, alpha * rank / config.rank if config.conv_alpha is None else config.conv_alpha
+def _size(shape: Sequence[int], config: AdapterConfig, power: float) -> tuple[int, float]:
+    """Returns rank and alpha; the scale is alpha / rank, and what has no alpha of its own keeps that of all else."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    size = config.rank, alpha * config.rank**power
+    return _resized(size, config.conv_rank, config.conv_alpha, power) if _is_wide(shape) else size
+
+
+def _resized(size: tuple[int, float], rank: int | None, alpha: float | None, power: float) -> tuple[int, float]:
+    new_rank = size[0] if rank is None else rank
+    return new_rank, size[1] * new_rank / size[0] if alpha is None else alpha * new_rank**power
 
 
 def _is_wide(shape: Sequence[int]) -> bool:
