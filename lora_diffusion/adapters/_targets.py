@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_diffusion.config.per_module import Entry, read_entry
 from lora_diffusion.core.errors import TargetError
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import ModuleKey, Part
@@ -25,6 +26,10 @@ class Scope:
     """Part -> path -> module."""
     declared: Mapping[str, Part]
     """Part -> its groups, for all parts of the base."""
+    full: Sequence[str] = ()
+    """Parts that are not looked at, as they are trained in full."""
+    kind: str = "module"
+    """What messages call one of the modules."""
 
     def find(self, target: str) -> list[ModuleKey]:
         """Returns the modules that a target names.
@@ -35,10 +40,10 @@ class Scope:
         parts, bare = self._split(target)
         found = [ModuleKey(part, path) for part in parts for path in self._match(part, bare)]
         if not found:
-            groups = [group for part in parts for group in self.declared[part].groups]
+            groups = [group for part in parts for group in self.declared[part].groups if self._match(part, group)]
             holders = [path for part in parts for path, module in self.modules[part].items() if kind_of(module)]
             raise TargetError(
-                f'{self.key}: "{target}" matches no module of {", ".join(parts)}'
+                f'{self.key}: "{target}" matches no {self.kind} of {", ".join(parts)}'
                 f"{suggestion(bare, [*groups, *holders])}. Use a group ({', '.join(dict.fromkeys(groups))}), the path "
                 "of a Linear or Conv2d module, or re:PATTERN."
             )
@@ -52,6 +57,11 @@ class Scope:
             raise TargetError(
                 f'{self.key}: "{target}" asks in part "{part}", which the base does not have'
                 f"{suggestion(part, self.declared)}. Parts: {', '.join(self.declared)}."
+            )
+        if part in self.full:
+            raise TargetError(
+                f'{self.key}: "{target}" asks in part {part}, which adapter.full trains in full, without targets and '
+                "ranks; drop one of the two."
             )
         if part not in self.modules:
             raise TargetError(f'{self.key}: "{target}" asks in part {part}; add {part} to adapter.parts.')
@@ -74,6 +84,25 @@ class Scope:
             path for path, module in self.modules[part].items() if any(True for _ in module.parameters(recurse=False))
         )
         return [path for path in weighty if any(pattern.fullmatch(path) for pattern in compiled)]
+
+
+def settle(texts: Sequence[str], scope: Scope) -> dict[ModuleKey, Entry]:
+    """Returns module -> the last of the settings TARGET=VALUE that names it.
+
+    Raises:
+        TargetError: one of them names no module, or none that a later one does not name too.
+        ConfigError: one of them has another form.
+    """
+    if texts and not scope.modules:
+        raise TargetError(f"{scope.key} acts on no module, since adapter.full trains every part in full; drop it.")
+    entries = [read_entry(scope.key, text) for text in texts]
+    settled = {key: entry for entry in entries for key in scope.find(entry.target)}
+    if idle := [str(entry) for entry in entries if entry not in settled.values()]:
+        raise TargetError(
+            f"{idle[0]} acts on no module, since the last entry that matches a module counts, and later ones match all "
+            "that this one does. Drop it, or move it down."
+        )
+    return settled
 
 
 def kind_of(module: nn.Module) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters._targets import Scope, kind_of
+from lora_diffusion.adapters._targets import Scope, kind_of, settle
 from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core.errors import ConfigError, TargetError
 from lora_diffusion.core.keymap import suggestion
@@ -45,6 +46,11 @@ class PlannedModule:
     def key(self) -> ModuleKey:
         """Returns the module's name."""
         return ModuleKey(self.part, self.path)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Says whether alpha changes anything, which two whole factors of lokr leave out."""
+        return not {"w1", "w2"} <= self.tensors.keys()
 
     def fixed(self) -> dict[str, Tensor]:
         """Returns the tensors that are not trained."""
@@ -105,7 +111,11 @@ def _restored(values: Mapping[str, Any]) -> PlannedModule:
 
 
 def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig) -> InjectionPlan:
-    """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules.
+    """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules, each with its rank and alpha.
+
+    Alpha and rank of a module are those that adapter.module_ranks and module_alphas give it, else those for
+    convolutions if it is a wide one, else adapter.rank and alpha. A rank without an alpha from the same place keeps
+    the scale.
 
     Args:
         skeleton: part -> network; the meta device is enough.
@@ -113,7 +123,8 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
         config: asks for variant, parts, targets and size.
 
     Raises:
-        TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module.
+        TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module; a
+            setting of single modules that acts on none.
         ConfigError: a part that the base does not have; rank, alpha or dropout out of range, or of no use.
         UnsupportedError: there is no such variant.
     """
@@ -128,13 +139,15 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
             f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_shown(config.targets)} match no module "
             f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
         )
+    own = _own_settings(found, declared, config)
     planned = tuple(
-        _planned(part, path, module, config, variant)
+        _planned(ModuleKey(part, path), module, config, variant, own)
         for part, modules in found.items()
         for path, module in modules.items()
     )
-    _check_ranks(planned, config, variant)
-    _check_convolutions(planned, config)
+    _check_ranks(planned, config, variant, own)
+    _check_alphas(planned, own)
+    _check_convolutions(planned, config, own)
     return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts})
 
 
@@ -146,7 +159,7 @@ def _find(
         part: {path: module for path, module in skeleton[part].named_modules() if path} for part in config.parts
     }
     by_targets = {part: modules for part, modules in networks.items() if part not in config.full}
-    scope = Scope("adapter.targets", by_targets, declared)
+    scope = Scope("adapter.targets", by_targets, declared, config.full)
     added = [
         f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
     ]
@@ -177,6 +190,30 @@ def _fit_for_adapters(scope: Scope, target: str) -> list[ModuleKey]:
     return found
 
 
+class _Own(NamedTuple):
+    """What single modules have of their own."""
+
+    ranks: Mapping[ModuleKey, Entry]
+    alphas: Mapping[ModuleKey, Entry]
+
+    def rank(self, key: ModuleKey) -> int | None:
+        return int(self.ranks[key].value) if key in self.ranks else None
+
+    def alpha(self, key: ModuleKey) -> float | None:
+        return self.alphas[key].value if key in self.alphas else None
+
+
+def _own_settings(
+    found: Mapping[str, Mapping[str, nn.Module]], declared: Mapping[str, Part], config: AdapterConfig
+) -> _Own:
+    sized = {part: modules for part, modules in found.items() if part not in config.full}
+    scope = Scope("adapter.module_ranks", sized, declared, config.full, "trained module")
+    return _Own(
+        settle(config.module_ranks, scope),
+        settle(config.module_alphas, replace(scope, key="adapter.module_alphas")),
+    )
+
+
 def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
     if config.rank < 1:
         raise ConfigError(f"adapter.rank={config.rank} must be 1 or greater.")
@@ -196,12 +233,18 @@ def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
         )
 
 
-def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig) -> None:
-    asked = [name for name in ("conv_rank", "conv_alpha") if getattr(config, name) is not None]
-    if asked and not any(_is_wide(module.shape) for module in modules):
+def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig, own: _Own) -> None:
+    wide = [module.key for module in modules if _is_wide(module.shape)]
+    for name, entries in (("conv_rank", own.ranks), ("conv_alpha", own.alphas)):
+        if getattr(config, name) is None or any(key not in entries for key in wide):
+            continue
+        reason = "no convolution larger than 1x1 is among the targets; add conv to adapter.targets"
+        if wide:
+            reason = (
+                f"all convolutions larger than 1x1 have their own in adapter.module_{name[5:]}s; take one out there"
+            )
         raise ConfigError(
-            f"adapter.{asked[0]}={getattr(config, asked[0]):g} has no module to act on, since no convolution larger "
-            "than 1x1 is among the targets; add conv to adapter.targets or drop this key."
+            f"adapter.{name}={getattr(config, name):g} has no module to act on, since {reason} or drop this key."
         )
 
 
@@ -228,27 +271,46 @@ def _check_full(config: AdapterConfig, variant: Variant) -> None:
         )
 
 
-def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant) -> None:
-    limits = {module: variants.largest_rank(module.shape) for module in modules if variant.has_largest_rank}
-    small = [module for module, limit in limits.items() if module.rank > limit]
-    if small:
-        key = "conv_rank" if config.conv_rank is not None and _is_wide(small[0].shape) else "rank"
-        raise ConfigError(
-            f"adapter.{key}={small[0].rank} is larger than {len(small)} of the matched modules can hold; the largest "
-            f"rank that fits all of them is {min(limits.values())}. Lower adapter.{key} or name other targets.",
-            [f"{module.part}/{module.path} holds rank {limits[module]} at most" for module in small[:_SHOWN_FAULTS]],
-        )
+def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant, own: _Own) -> None:
+    limits: dict[str, dict[PlannedModule, int]] = {}
+    for module in modules if variant.has_largest_rank else ():
+        if not module.identity:
+            key = "conv_rank" if config.conv_rank is not None and _is_wide(module.shape) else "rank"
+            source = str(own.ranks.get(module.key, f"adapter.{key}={module.rank}"))
+            limits.setdefault(source, {})[module] = variants.largest_rank(module.shape)
+    for source, largest in limits.items():
+        small = [module for module, limit in largest.items() if module.rank > limit]
+        if small:
+            raise ConfigError(
+                f"{source} is larger than {len(small)} of the matched modules can hold; the largest rank that fits all "
+                f"of them is {min(largest.values())}. Lower {source.rstrip('0123456789=')} or name other targets.",
+                [
+                    f"{module.part}/{module.path} holds rank {largest[module]} at most"
+                    for module in small[:_SHOWN_FAULTS]
+                ],
+            )
 
 
-def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, variant: Variant) -> PlannedModule:
+def _check_alphas(modules: Sequence[PlannedModule], own: _Own) -> None:
+    used = {own.alphas[module.key] for module in modules if module.key in own.alphas and module.is_scaled}
+    for entry in own.alphas.values():
+        if entry not in used:
+            raise ConfigError(
+                f"{entry} does nothing, since lokr holds all that it matches as two whole factors, which have no "
+                "scale; lower their rank or drop it."
+            )
+
+
+def _planned(key: ModuleKey, module: nn.Module, config: AdapterConfig, variant: Variant, own: _Own) -> PlannedModule:
     shape = tuple(module.get_parameter("weight").shape)
-    if part in config.full:
-        return _planned_in_full(part, path, kind_of(module), shape)
-    rank, alpha = _size(shape, config, variant.alpha_power)
+    if key.part in config.full:
+        return _planned_in_full(key, kind_of(module), shape)
+    size = _size(shape, config, variant.alpha_power)
+    rank, alpha = _resized(size, own.rank(key), own.alpha(key), variant.alpha_power)
     tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
-        part=part,
-        path=path,
+        part=key.part,
+        path=key.path,
         kind=kind_of(module),
         shape=shape,
         rank=rank,
@@ -258,13 +320,13 @@ def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, var
     )
 
 
-def _planned_in_full(part: str, path: str, kind: str, shape: tuple[int, ...]) -> PlannedModule:
+def _planned_in_full(key: ModuleKey, kind: str, shape: tuple[int, ...]) -> PlannedModule:
     rank = variants.largest_rank(shape)
     tensors = variants.FULL.shapes(shape, rank, -1)
     # The square factor is the identity, so that the other is the change of the weight.
     identity = "down" if rank == math.prod(shape[1:]) else "up"
     trained = math.prod(shape)
-    return PlannedModule(part, path, kind, shape, rank, float(rank), tensors, trained, identity)
+    return PlannedModule(key.part, key.path, kind, shape, rank, float(rank), tensors, trained, identity)
 
 
 def _size(shape: Sequence[int], config: AdapterConfig, power: float) -> tuple[int, float]:
@@ -276,7 +338,9 @@ def _size(shape: Sequence[int], config: AdapterConfig, power: float) -> tuple[in
 
 def _resized(size: tuple[int, float], rank: int | None, alpha: float | None, power: float) -> tuple[int, float]:
     new_rank = size[0] if rank is None else rank
-    return new_rank, size[1] * new_rank / size[0] if alpha is None else alpha * new_rank**power
+    if alpha is None:
+        return new_rank, size[1] if new_rank == size[0] else size[1] * new_rank / size[0]
+    return new_rank, alpha * new_rank**power
 
 
 def _is_wide(shape: Sequence[int]) -> bool:
