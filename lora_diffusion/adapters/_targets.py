@@ -40,12 +40,13 @@ class Scope:
         parts, bare = self._split(target)
         found = [ModuleKey(part, path) for part in parts for path in self._match(part, bare)]
         if not found:
-            groups = [group for part in parts for group in self.declared[part].groups if self._match(part, group)]
-            holders = [path for part in parts for path, module in self.modules[part].items() if kind_of(module)]
+            words = [group for part in parts for group in self.declared[part].groups if self._match(part, group)]
+            groups = dict.fromkeys(words)
+            paths = dict.fromkeys(path for part in parts for path, own in self.modules[part].items() if kind_of(own))
             raise TargetError(
                 f'{self.key}: "{target}" matches no {self.kind} of {", ".join(parts)}'
-                f"{suggestion(bare, [*groups, *holders])}. Use a group ({', '.join(dict.fromkeys(groups))}), the path "
-                "of a Linear or Conv2d module, or re:PATTERN."
+                f"{suggestion(bare, groups | paths)}. Use a group ({', '.join(groups)}), the path of a Linear or "
+                "Conv2d module, or re:PATTERN."
             )
         return found
 

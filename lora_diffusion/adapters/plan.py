@@ -41,6 +41,8 @@ class PlannedModule:
     """Those that are trained."""
     identity: str = ""
     """Tensor that is the identity and stays so, since the weight is trained in full; "" where there is none."""
+    learning_rate: float | None = None
+    """The highest, where it is the module's own and not that of its part."""
 
     @property
     def key(self) -> ModuleKey:
@@ -78,6 +80,10 @@ class InjectionPlan:
         """Returns the modules of one part."""
         return tuple(module for module in self.modules if module.part == part)
 
+    def module_rates(self) -> dict[ModuleKey, float]:
+        """Returns the highest learning rates of the modules that have their own."""
+        return {module.key: module.learning_rate for module in self.modules if module.learning_rate}
+
     def lines(self) -> list[str]:
         """Returns one line for each part: modules, parameters, and their share of the frozen network."""
         return [self._summary(part, size) for part, size in self.part_sizes.items()]
@@ -92,6 +98,7 @@ class InjectionPlan:
         return [
             f"{module.part}/{module.path}  {module.kind} {'x'.join(str(side) for side in module.shape)}  "
             f"rank {module.rank}  alpha {module.alpha:g}  {module.num_parameters:,} parameters"
+            + (f"  learning rate {module.learning_rate:g}" if module.learning_rate else "")
             for module in self.modules
         ]
 
@@ -110,7 +117,12 @@ def _restored(values: Mapping[str, Any]) -> PlannedModule:
     return PlannedModule(**{**values, "shape": tuple(values["shape"]), "tensors": tensors})
 
 
-def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig) -> InjectionPlan:
+def plan(
+    skeleton: Mapping[str, nn.Module],
+    declared: Mapping[str, Part],
+    config: AdapterConfig,
+    learning_rates: Sequence[str] = (),
+) -> InjectionPlan:
     """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules, each with its rank and alpha.
 
     Alpha and rank of a module are those that adapter.module_ranks and module_alphas give it, else those for
@@ -121,6 +133,7 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
         skeleton: part -> network; the meta device is enough.
         declared: part -> its groups, from the family.
         config: asks for variant, parts, targets and size.
+        learning_rates: `train.module_learning_rates`.
 
     Raises:
         TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module; a
@@ -139,11 +152,11 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
             f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_shown(config.targets)} match no module "
             f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
         )
-    own = _own_settings(found, declared, config)
+    own = _own_settings(found, declared, config, learning_rates)
     planned = tuple(
-        _planned(ModuleKey(part, path), module, config, variant, own)
+        replace(_planned(key, module, config, variant, own), learning_rate=own.learning_rate(key))
         for part, modules in found.items()
-        for path, module in modules.items()
+        for key, module in ((ModuleKey(part, path), module) for path, module in modules.items())
     )
     _check_ranks(planned, config, variant, own)
     _check_alphas(planned, own)
@@ -195,6 +208,7 @@ class _Own(NamedTuple):
 
     ranks: Mapping[ModuleKey, Entry]
     alphas: Mapping[ModuleKey, Entry]
+    learning_rates: Mapping[ModuleKey, Entry]
 
     def rank(self, key: ModuleKey) -> int | None:
         return int(self.ranks[key].value) if key in self.ranks else None
@@ -202,15 +216,22 @@ class _Own(NamedTuple):
     def alpha(self, key: ModuleKey) -> float | None:
         return self.alphas[key].value if key in self.alphas else None
 
+    def learning_rate(self, key: ModuleKey) -> float | None:
+        return self.learning_rates[key].value if key in self.learning_rates else None
+
 
 def _own_settings(
-    found: Mapping[str, Mapping[str, nn.Module]], declared: Mapping[str, Part], config: AdapterConfig
+    found: Mapping[str, Mapping[str, nn.Module]],
+    declared: Mapping[str, Part],
+    config: AdapterConfig,
+    learning_rates: Sequence[str],
 ) -> _Own:
     sized = {part: modules for part, modules in found.items() if part not in config.full}
     scope = Scope("adapter.module_ranks", sized, declared, config.full, "trained module")
     return _Own(
         settle(config.module_ranks, scope),
         settle(config.module_alphas, replace(scope, key="adapter.module_alphas")),
+        settle(learning_rates, Scope("train.module_learning_rates", found, declared, kind="trained module")),
     )
 
 
@@ -283,7 +304,7 @@ def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, varian
         if small:
             raise ConfigError(
                 f"{source} is larger than {len(small)} of the matched modules can hold; the largest rank that fits all "
-                f"of them is {min(largest.values())}. Lower {source.rstrip('0123456789=')} or name other targets.",
+                f"of them is {min(largest.values())}. Lower the rank or name other targets.",
                 [
                     f"{module.part}/{module.path} holds rank {largest[module]} at most"
                     for module in small[:_SHOWN_FAULTS]

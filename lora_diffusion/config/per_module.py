@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 from lora_diffusion.core.errors import ConfigError
 
-PER_MODULE: Mapping[str, str] = {"adapter.module_ranks": "attn=8", "adapter.module_alphas": "attn=4"}
+PER_MODULE: Mapping[str, str] = {
+    "adapter.module_ranks": "attn=8",
+    "adapter.module_alphas": "attn=4",
+    "train.module_learning_rates": "attn=1e-4",
+}
 """Key of a list of such settings -> one that it can hold."""
 
 

@@ -199,6 +199,9 @@ class TrainConfig:
     """The same for text encoders; None takes a tenth of learning_rate."""
     part_learning_rates: tuple[str, ...] = ()
     """The same for single parts, each as part=rate, such as projector=2e-5."""
+    module_learning_rates: tuple[str, ...] = ()
+    """The same for single modules, each as TARGET=RATE with a target as in adapter.targets, such as ff=5e-5. The last
+    one that matches a module counts, before all other rates."""
     optimizer: str = "adamw"
     """adamw, adamw8bit (moments in 8 bits: a quarter of their memory) or paged_adamw8bit (which may lie in main memory
     where the GPU's is full)."""
