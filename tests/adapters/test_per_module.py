@@ -103,6 +103,7 @@ def _full(**values: object) -> AdapterConfig:
     [
         (_config(module_ranks=("atn=8",)), TargetError, '"atn" matches no trained module of unet, text_encoder (did'),
         (_config(module_alphas=("atn=8",)), TargetError, 'adapter.module_alphas: "atn" matches no'),
+        (_config(module_alphas=("atn=8",)), TargetError, '(did you mean "attn"?)'),
         (_config(targets=("attn",), module_ranks=("unet/ff=8",)), TargetError, "Use a group (attn), the path"),
         (_config(module_ranks=(f"{_MID}.attn1.to_qq=8",)), TargetError, f'did you mean "{_MID}.attn1.to_q"'),
         (_config(module_ranks=("re:((=8",)), TargetError, 'module_ranks: "re:((" is not a regular expression'),
@@ -135,9 +136,7 @@ def test_refusals(skeleton: dict[str, nn.Module], config: AdapterConfig, error: 
 
 def test_rank_of_the_others_is_judged_without_them(skeleton: dict[str, nn.Module]) -> None:
     """What is too small for adapter.rank can have a rank of its own, and parts in full have none."""
-    with pytest.raises(
-        ConfigError, match=r"adapter.rank=33 is larger than .* fits all of them is 32. Lower adapter.rank"
-    ):
+    with pytest.raises(ConfigError, match=r"adapter.rank=33 is larger than .* fits all of them is 32. Lower the rank"):
         plan(skeleton, PARTS, _config(targets=("attn", "conv"), rank=33, module_ranks=("unet/conv=2",)))
     settings = {"parts": ("unet",), "targets": ("conv_out", "mid_block.resnets.0.conv1"), "rank": 5}
     made = plan(skeleton, PARTS, _config(**settings, module_ranks=("conv_out=4",)))
