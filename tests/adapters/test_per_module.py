@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from torch import nn
 
@@ -92,6 +94,22 @@ def test_all_kinds_take_them(skeleton: dict[str, nn.Module], variant: str) -> No
     made = plan(skeleton, PARTS, _config(variant, module_ranks=("text_encoder/attn=2",), module_alphas=("attn=1",)))
     assert _sizes(made)["q_proj"][0] == 2
     assert _sizes(made)["to_q"][0] == _sizes(made)["fc1"][0] == 4
+
+
+def test_learning_rates_reach_every_trained_module(skeleton: dict[str, nn.Module]) -> None:
+    """Parts in full have no rank, but they learn."""
+    made = plan(skeleton, PARTS, _full(), ("attn=1e-3", "text_encoder/ff=2e-3", "re:.*to_k=3e-3"))
+    rates = {f"{key.part}/{key.path}": rate for key, rate in made.module_rates().items()}
+    assert set(rates.values()) == {1e-3, 2e-3, 3e-3}
+    assert rates[f"unet/{_MID}.attn2.to_k"] == 3e-3
+    assert rates["text_encoder/encoder.layers.0.self_attn.q_proj"] == 1e-3
+    assert f"unet/{_MID}.ff.net.2" not in rates
+    assert InjectionPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert [line.endswith("learning rate 0.003") for line in made.module_lines()].count(True) == 8
+    with pytest.raises(TargetError, match=r'train.module_learning_rates: "conv_in" matches no trained module of unet'):
+        plan(skeleton, PARTS, _config(), ("conv_in=1e-3",))
+    with pytest.raises(TargetError, match=r'train.module_learning_rates: "unet/ff=0.001" acts on no module'):
+        plan(skeleton, PARTS, _config(), ("unet/ff=1e-3", "ff=2e-3"))
 
 
 def _full(**values: object) -> AdapterConfig:

@@ -75,7 +75,7 @@ def test_killed_run_ends_as_one_that_was_not(killer: Killer, settings: list[str]
 
 def test_files_of_a_run(command: Commands, settings: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command.good("train", *settings, f"output.path={run}")
+    command.good("train", *settings, f"output.path={run}", "train.part_learning_rates=unet=2e-2")
     config = load(run / "config.yaml")
     family = registry.find("families", "sd1")
     plan = json.loads((run / "plan.json").read_text())
@@ -93,6 +93,7 @@ def test_files_of_a_run(command: Commands, settings: list[str], tmp_path: Path) 
         told = file.metadata()
     assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("8", "8")
     assert json.loads(told["ss_network_args"])["module_ranks"] == list(config.adapter.module_ranks)
+    assert (told["ss_unet_lr"], told["ss_text_encoder_lr"]) == ("0.02", "0.001")
     assert json.loads(told["ss_network_args"])["module_learning_rates"] == ["unet/conv=3e-3", "text_encoder/ff=2e-3"]
 
     command.good("convert", run / "adapter.safetensors", tmp_path / "there", "--to", "peft", "--dtype", "fp32")
