@@ -130,7 +130,8 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     faults = [
         f"{key}: {then.get(key, 'absent')} in the checkpoint, {now[key]} now"
         for key in sorted(now)
-        if then.get(key) != now[key]
+        # A list that the version of the checkpoint did not know was as good as empty.
+        if then.get(key, []) != now[key]
     ]
     if faults:
         raise ConfigError(
@@ -178,8 +179,7 @@ def load_optimizer(path: Path, params: Params, optimizer: torch.optim.Optimizer)
     for key, value in saved.items():
         name, _, entry = key.rpartition("/")
         entries[name][entry] = value
-    # The order of the groups is the order of `named`.
-    optim.load_state(optimizer, list(entries.values()))
+    optim.load_state(optimizer, {parameter: entries[name] for name, parameter in named(params)})
 
 
 def _moments(params: Params, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
