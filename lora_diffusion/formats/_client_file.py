@@ -15,7 +15,7 @@ from lora_diffusion.core.soundness import change_rms, is_absurd
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, to_torch
-from lora_diffusion.formats._lora_config import find_alpha
+from lora_diffusion.formats._lora_config import find_alpha, find_rank
 from lora_diffusion.formats._spelling import PEFT_PREFIX
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
@@ -57,6 +57,10 @@ _NEEDED = {
     "tucker": ({"down", "up"},),
     "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"},),
     "lokr": ({"w1", "w2"}, {"w1_a", "w1_b", "w2"}, {"w1", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"}),
+    "full": ({"diff"}, {"diff_b"}),
+    "norm": ({"w_norm"}, {"b_norm"}),
+    "glora": ({"a1", "a2", "b1", "b2"},),
+    "oft": ({"oft_blocks"},),
 }
 _CHANGE_ROLES = {
     variant: frozenset(role for role, style in _SUFFIXES.values() if style == name)
@@ -96,13 +100,16 @@ class FileModule:
     roles: Mapping[str, Tensor]
     recorded_alpha: float | None = None
     """What diffusers' or PEFT's record says, which is no tensor."""
+    recorded_rank: int | None = None
+    """The same of the rank."""
 
     @property
     def variant(self) -> str:
         """The kind of adapter."""
         if self.style in PAIRS:
             return "tucker" if "mid" in self.roles else "lora"
-        return "boft" if self.style == "oft" and self.roles["oft_blocks"].dim() == 4 else self.style or "nothing"
+        blocks = self.roles.get("oft_blocks")
+        return "boft" if blocks is not None and blocks.dim() == 4 else self.style or "nothing"
 
     @property
     def is_dora(self) -> bool:
@@ -186,8 +193,8 @@ def read_file(path: Path, base: Base) -> AdapterFile:
     for name, (style, roles) in grouped.items():
         key = base.find(name)
         config = configs.get(key.part) if key else None
-        recorded = find_alpha(config, name.removeprefix(f"{key.part}.")) if key and config else None
-        modules.append(FileModule(name, key, _spelling_of(name, key), style, roles, recorded))
+        recorded = _recorded(config, name.removeprefix(f"{key.part}.")) if key and config else ()
+        modules.append(FileModule(name, key, _spelling_of(name, key), style, roles, *recorded))
     return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=_safetensors.non_finite(arrays))
 
 
@@ -277,7 +284,11 @@ def _folder_modules(
         key = ModuleKey(part, path)
         is_there = name.startswith(PEFT_PREFIX) and key in base.shapes
         spelling = "in-model" if is_there else "unknown"
-        yield FileModule(name, key if is_there else None, spelling, style, roles, find_alpha(config, path))
+        yield FileModule(name, key if is_there else None, spelling, style, roles, *_recorded(config, path))
+
+
+def _recorded(config: Mapping[str, Any], path: str) -> tuple[float, int]:
+    return find_alpha(config, path), find_rank(config, path)
 
 
 def _part_of(names: Iterable[str], base: Base) -> str:

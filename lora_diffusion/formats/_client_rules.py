@@ -169,6 +169,7 @@ DIFFUSERS = Client(
     variants=frozenset(("lora",)),
     fates={
         "unknown": Fate("module", LOST, "warns of unexpected keys and goes on"),
+        "stray": _RAISES,
         "spelling": _RAISES,
         "style": _RAISES,
         "variant": _RAISES,

@@ -85,14 +85,19 @@ def find_alpha(config: Mapping[str, Any], path: str) -> float:
     alpha / sqrt(rank).
     """
     alpha = float(_found(config, "alpha_pattern", path, _alpha(config)))
-    return alpha * math.sqrt(_rank(config, path)) if config.get("use_rslora") else alpha
+    return alpha * math.sqrt(find_rank(config, path)) if config.get("use_rslora") else alpha
+
+
+def find_rank(config: Mapping[str, Any], path: str) -> int:
+    """Returns the rank of the layer that PEFT makes for a module."""
+    return int(_found(config, "rank_pattern", path, config.get("r", 1)))
 
 
 def without_recorded_scale(adapter: ModuleAdapter, config: Mapping[str, Any], path: str) -> ModuleAdapter:
     """Returns an adapter whose scale is what PEFT makes of the record: lokr with two whole factors has none."""
     if not is_whole(adapter):
         return adapter
-    scale = find_alpha(config, path) / _rank(config, path)
+    scale = find_alpha(config, path) / find_rank(config, path)
     first: Any = adapter.tensors["w1"] if scale == 1 else widen(as_array(adapter.tensors["w1"])) * numpy.float32(scale)
     return replace(adapter, tensors={**adapter.tensors, "w1": first}, alpha=float(adapter.rank))
 
@@ -150,10 +155,6 @@ def _is_number(value: Any) -> bool:
 
 def _alpha(config: Mapping[str, Any]) -> Any:
     return config.get("lora_alpha", config.get("alpha"))
-
-
-def _rank(config: Mapping[str, Any], path: str) -> int:
-    return int(_found(config, "rank_pattern", path, config.get("r", 1)))
 
 
 def _found(config: Mapping[str, Any], patterns: str, path: str, default: Any) -> Any:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 
 _ATTENTION = re.compile(r"(.*\.self_attn\.)([qkv]|out)_proj")
@@ -66,16 +67,16 @@ def share_alpha(state: AdapterState) -> AdapterState:
 
 
 def complete_attention(state: AdapterState) -> AdapterState:
-    """Adds zeros for those of q, k, v and out of a text encoder's layer that are missing where another is lora.
+    """Adds lora zeros for those of q, k, v and out of a text encoder's layer that are missing where another is there.
 
-    A1111 applies attention in OpenCLIP towers only where all four are there, and diffusers refuses a text encoder
-    without any out and without mlp.
+    A1111 applies attention in OpenCLIP towers only where all four are there, of whatever kinds, and diffusers refuses a
+    text encoder without any out and without mlp. What is dora_out stays alone, since no reader of it mixes kinds.
     """
     modules: dict[ModuleKey, ModuleAdapter] = {}
     for key, adapter in state:
         modules[key] = adapter
         match = _ATTENTION.fullmatch(key.path)
-        if match and adapter.variant == "lora":
+        if match and adapter.variant != "dora_out":
             for name in _MATRICES:
                 other = ModuleKey(key.part, f"{match[1]}{name}_proj")
                 if other not in state.modules and other not in modules:
@@ -85,5 +86,6 @@ def complete_attention(state: AdapterState) -> AdapterState:
 
 def _zeros_like(adapter: ModuleAdapter) -> ModuleAdapter:
     # All four are square matrices of one size. One row is enough to change nothing.
-    down, up = adapter.tensors["down"][:1] * 0, adapter.tensors["up"][:, :1] * 0
-    return ModuleAdapter("lora", {"down": down, "up": up}, adapter.alpha)
+    outputs, inputs = change_shape(adapter)
+    some = next(iter(adapter.tensors.values()))
+    return ModuleAdapter("lora", {"down": some.new_zeros(1, inputs), "up": some.new_zeros(outputs, 1)}, adapter.alpha)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ _COMPLETE: Mapping[str, tuple[frozenset[str], ...]] = {
     ),
 }
 _UNREAD = {
-    r"\.b?oft_": "oft",
+    r"\.boft_": "boft",
+    r"\.oft_|^oft_|\.rescale$": "oft",
     r"\.diff(_b)?$": "full difference",
     r"\.[wb]_norm$": "norm",
-    r"\.on_input$": "ia3",
+    r"\.on_input$|\.ia3_l$": "ia3",
     r"\.[ab][12]\.weight$": "glora",
     r"\.scale$": "lora with a scale of its own",
     r"^bundle_emb\.": "embedding",
@@ -132,6 +134,20 @@ def group_names(names: Iterable[str]) -> tuple[dict[str, Group], list[str]]:
 def unread_kind(name: str) -> str | None:
     """Returns the kind of adapter that is known but not read, if a tensor's name gives one away."""
     return next((kind for mark, kind in _UNREAD.items() if re.search(mark, name)), None)
+
+
+def refuse_unread(names: Iterable[str], source: Path) -> None:
+    """Raises where a tensor belongs to a kind of adapter that is known but not read.
+
+    Raises:
+        UnsupportedError: names the kind.
+    """
+    found = next(((kind, name) for name in names if (kind := unread_kind(name))), None)
+    if found:
+        raise UnsupportedError(
+            f"{source} holds an adapter of the kind {found[0]} ({shown(found[1])}); lora, dora, loha and lokr can be "
+            "read."
+        )
 
 
 def read_modules(
@@ -227,11 +243,7 @@ def _refuse_incomplete(groups: Mapping[str, Group], source: Path) -> None:
 def _refuse_strange(strange: Sequence[str], source: Path) -> None:
     if not strange:
         return
-    kind = unread_kind(strange[0])
-    if kind:
-        raise UnsupportedError(
-            f"{source} holds an adapter of the kind {kind} ({strange[0]}); lora, dora, loha and lokr can be read."
-        )
+    refuse_unread(strange, source)
     raise AdapterFileError(
         f"{source}: {len(strange)} of its tensors have names that this format does not use, or name a module twice. "
         "See 'lora-diffusion inspect'.",

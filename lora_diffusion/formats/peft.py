@@ -89,10 +89,10 @@ class _Peft:
         modules: dict[ModuleKey, ModuleAdapter] = {}
         metadata: dict[str, str] = {}
         for folder in part_folders(path):
+            config = read_config(folder)
             tensors, told = _safetensors.load(folder / _TENSORS)
             part = _part_of([name.removeprefix(PEFT_PREFIX) for name in tensors], folder, path, key_map)
             named = {_joined(part, name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
-            config = read_config(folder)
             for key, adapter in read_modules(named, key_map, partial(_alpha, config, part), folder).items():
                 modules[key] = without_recorded_scale(adapter, config, _split(key_map, key)[1])
             metadata.update(told)

@@ -173,7 +173,7 @@ def test_base_of_another_build_gives_the_names(command: Commands, tiny_base: Pat
         key: replace(own, variant="dora", tensors={**own.tensors, "magnitude": torch.ones(1, 64, 1, 1)})
         for key, own in modules.items()
     }
-    turned = write(AdapterState(dora), "sd1", "kohya", tmp_path / "dora.safetensors")
+    turned = write(AdapterState(dora, BASES["sd1"]), "sd1", "kohya", tmp_path / "dora.safetensors")
     command.good("convert", turned, tmp_path / "dora again", "--to", "kohya", "--model", tiny_base)
     assert same_file(tmp_path / "dora again", turned)
     wrong = replace(
