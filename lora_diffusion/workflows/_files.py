@@ -22,6 +22,8 @@ def check_target(path: Path, format_: Format, overwrite: bool) -> None:
     check_writable(path.absolute().parent, "--output")
     if path.is_dir() and overwrite and not format_.is_folder:
         raise ConfigError(f"--output {path} is a folder, and {format_.name} writes a file; name a file in it.")
+    if path.is_file() and overwrite and format_.is_folder:
+        raise ConfigError(f"--output {path} is a file, and {format_.name} writes a folder; give another name.")
     check_replaceable(path, overwrite)
 
 

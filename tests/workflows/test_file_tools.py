@@ -69,6 +69,14 @@ def test_only_an_adapter_is_replaced_and_only_if_asked(command: Commands, adapte
     assert read_alone(other)[0].name == "sdxl"
 
 
+def test_a_folder_does_not_take_the_place_of_a_file(command: Commands, adapter: Path) -> None:
+    outcome = command("convert", adapter, adapter, "--to", "peft", "--overwrite")
+    assert (outcome.code, "is a file, and peft writes a folder" in outcome.message) == (2, True)
+    command.good("convert", adapter, adapter.with_name("peft"), "--to", "peft")
+    outcome = command("convert", adapter, adapter.with_name("peft"), "--to", "kohya", "--overwrite")
+    assert (outcome.code, "is a folder, and kohya writes a file" in outcome.message) == (2, True)
+
+
 @pytest.mark.parametrize("name", WRITING)
 def test_an_adapter_may_become_itself(command: Commands, adapter: Path, name: str) -> None:
     command.good(*filled(WRITING[name], adapter, adapter), "--overwrite")
