@@ -15,6 +15,7 @@ from lora_diffusion.formats.metadata import told_kind
 _OF_THE_BASE = (
     "modelspec.architecture",
     "modelspec.implementation",
+    "modelspec.predict_key",
     "modelspec.prediction_type",
     "modelspec.resolution",
     "modelspec.sai_model_spec",

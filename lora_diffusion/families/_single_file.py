@@ -21,7 +21,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families import _sources
 from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
-from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, Shapes, component_configs
+from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, PREDICTION_KEYS, Shapes, component_configs
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
 
 def _told_prediction(path: Path) -> bool:
     shapes, metadata = _header(path)
-    return "v_pred" in shapes or "modelspec.prediction_type" in metadata
+    return "v_pred" in shapes or any(key in metadata for key in PREDICTION_KEYS)
 
 
 @cache

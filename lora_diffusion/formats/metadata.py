@@ -15,7 +15,7 @@ from lora_diffusion.core.errors import ConfigError, UnsupportedError
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
 from lora_diffusion.formats._arrays import Array, raw
-from lora_diffusion.formats._safetensors import encode, layout
+from lora_diffusion.formats._safetensors import TensorInfo, encode, layout
 
 if TYPE_CHECKING:
     from lora_diffusion.core.types import AdapterState
@@ -149,7 +149,9 @@ def build(
     if resolution:
         values["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
     if prediction_type:
-        values["modelspec.prediction_type"] = "v" if prediction_type == "v_prediction" else "epsilon"
+        # The first is modelspec's word, the second that of ComfyUI.
+        predicted = "v" if prediction_type == "v_prediction" else "epsilon"
+        values |= {"modelspec.prediction_type": predicted, "modelspec.predict_key": predicted}
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
     values |= {f"modelspec.{key}": value for key, value in (about or {}).items() if value is not None}
@@ -195,8 +197,15 @@ def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in HASHES}
 
 
-def hashes(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> dict[str, str]:
+def hashes(
+    tensors: Mapping[str, Array], metadata: Mapping[str, str], places: Mapping[str, TensorInfo] | None = None
+) -> dict[str, str]:
     """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors, and modelspec's own hash.
+
+    Args:
+        tensors: by name.
+        metadata: of the file.
+        places: where the tensors stand in the file, in that order; those of the safetensors library without them.
 
     The first two are taken from the file as it would be with only the ss_ metadata: the first over all that follows the
     header, the second over 64 KiB at 1 MiB (of a smaller file: over nothing). The third, over the bytes of the tensors
@@ -204,7 +213,7 @@ def hashes(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> dict[st
 
     Source: precalculate_safetensors_hashes in library/train_util.py of sd-scripts; modelspec 1.0.1.
     """
-    places = layout(tensors)
+    places = places or layout(tensors)
     header = encode(places, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     digest, legacy, position = hashlib.sha256(), bytearray(), len(header)
     legacy += header[LEGACY_START : LEGACY_START + LEGACY_BYTES]

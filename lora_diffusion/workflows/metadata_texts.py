@@ -116,8 +116,10 @@ def _write(path: Path, metadata: Mapping[str, str], output_path: Path | None, ov
         raise ConfigError(f"--output {target} is a folder; name a file.")
     if target.resolve() != path.resolve():
         check_replaceable(target, overwrite)
-    old = read_header(path).metadata
-    computed = texts.hashes(load_unchecked(path), metadata)
+    header = read_header(path)
+    old, tensors = header.metadata, load_unchecked(path)
+    # The tensors stay in the order that the file has, which need not be that of the safetensors library.
+    computed = texts.hashes(tensors, metadata, {name: header.tensors[name] for name in tensors})
     new = {**metadata, **{key: value for key, value in computed.items() if key in metadata}}
     rewrite(path, new, target)
     return MetadataChange(

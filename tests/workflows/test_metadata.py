@@ -66,6 +66,25 @@ def test_edit_changes_texts_and_no_tensor(command: Commands, file: Path, tmp_pat
     assert told["removed"] == ["ss_seed"]
 
 
+def test_hash_is_that_of_the_bytes_in_their_order(command: Commands, file: Path, tmp_path: Path) -> None:
+    content, path = file.read_bytes(), tmp_path / "turned.safetensors"
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, at, pieces = json.loads(content[8:start]), 0, []
+    metadata = header.pop("__metadata__")
+    turned = {}
+    for name in reversed(header):
+        first, last = header[name]["data_offsets"]
+        pieces.append(content[start + first : start + last])
+        turned[name] = {**header[name], "data_offsets": [at, at + last - first]}
+        at += last - first
+    text = json.dumps({"__metadata__": metadata, **turned}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
+    command.good("metadata", "edit", path, "--set", "modelspec.title=x")
+    after = _show(command, path)
+    assert after["sshs_model_hash"] == hashlib.sha256(_data(path)).hexdigest() != metadata["sshs_model_hash"]
+    assert after["modelspec.hash_sha256"] == metadata["modelspec.hash_sha256"]
+
+
 def test_strip_keeps_what_lists_the_file(command: Commands, file: Path) -> None:
     data = _data(file)
     out = command.good("metadata", "strip", file, "--keep", "ss_network_*").out
