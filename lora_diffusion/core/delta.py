@@ -104,7 +104,8 @@ def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 def _factor_shape(shapes: Mapping[str, tuple[int, ...]], factor: str) -> tuple[int, int]:
     if factor in shapes:
-        return shapes[factor][0], math.prod(shapes[factor][1:])
+        outputs, inputs, *kernel = shapes[factor]
+        return outputs, math.prod([inputs, *kernel])
     (rows, rank), (rank_too, columns) = shapes[f"{factor}_a"], shapes[f"{factor}_b"]
     core = shapes.get(f"t{factor[1]}")
     if core:

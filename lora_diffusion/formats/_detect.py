@@ -25,6 +25,8 @@ def detect(path: Path) -> str:
         return found[0]
     if found:
         raise AdapterFileError(f"{path} mixes the spellings of {' and '.join(found)}; no program reads all of it.")
+    if not names:
+        raise AdapterFileError(f"{path} holds no tensors; get the file again.")
     refuse_unread(names, path)
     raise AdapterFileError(
         f"{path} is not an adapter in a known format ({', '.join(registry.available('formats'))}). Its first tensors:",

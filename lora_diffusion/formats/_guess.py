@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._spelling import split_name, unread_kind
 from lora_diffusion.formats.metadata import told_family
@@ -25,6 +25,14 @@ _BY_NAME = (
 )
 
 
+_OF_OTHERS = {
+    r"(double|single)_blocks[._]|single_transformer_blocks": "FLUX",
+    r"joint_blocks[._]|^(transformer\.|lora_transformer_)": "a transformer such as Stable Diffusion 3 or FLUX",
+    r"^lora_prior_unet_": "Stable Cascade",
+}
+"""Expression found in a name -> the base that it is for."""
+
+
 def guess_family(path: Path) -> str:
     """Returns sd1, sd2 or sdxl, as an adapter's sizes, metadata or, at last, names tell.
 
@@ -32,16 +40,23 @@ def guess_family(path: Path) -> str:
 
     Raises:
         AdapterFileError: nothing tells it.
+        UnsupportedError: names tell a base of another kind.
     """
     headers = _headers(path)
     shapes = _shapes(headers)
     told = next(filter(None, (told_family(header.metadata) for header in headers)), None)
     found = _by_shapes(shapes) or told
-    found = found or _commonest(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
+    names = list(shapes)
+    found = found or _commonest(family for name in names for pattern, family in _BY_NAME if re.search(pattern, name))
     if found is not None:
         return found
-    if not any(split_name(name) or unread_kind(name) for name in shapes):
-        raise AdapterFileError(f"{path} is not an adapter in a known spelling. Its first tensors:", list(shapes)[:5])
+    if not names:
+        raise AdapterFileError(f"{path} holds no tensors; get the file again.")
+    others = next((kind for name in names for pattern, kind in _OF_OTHERS.items() if re.search(pattern, name)), None)
+    if others:
+        raise UnsupportedError(f"{path} was made for {others}, a kind of base that is not known here.")
+    if not any(split_name(name) or unread_kind(name) for name in names):
+        raise AdapterFileError(f"{path} is not an adapter in a known spelling. Its first tensors:", names[:5])
     raise AdapterFileError(f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder.")
 
 

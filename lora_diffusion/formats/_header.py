@@ -100,6 +100,8 @@ def damaged(path: Path, reason: str) -> AdapterFileError:
 
 
 def _check_start(path: Path, start: bytes, length: int, num_bytes: int) -> None:
+    if not num_bytes:
+        raise damaged(path, "it is empty")
     is_json = start[LENGTH_BYTES:] == b"{"
     if is_json and length <= min(num_bytes - LENGTH_BYTES, LARGEST_HEADER_BYTES):
         return

@@ -121,8 +121,13 @@ def check_config(config: Any, source: Path) -> None:
     if not isinstance(kind, str):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: peft_type is no text.")
     if kind not in known or asked or config.get("bias", "none") != "none":
-        what = f"a {kind} adapter" if kind not in known else f"{kind.lower()} with {', '.join(asked) or 'bias'}"
-        raise UnsupportedError(f"{source} is {what}; {', '.join(known)} without it can be read.")
+        if kind not in known:
+            raise UnsupportedError(
+                f"{source} describes an adapter of the kind {shown(kind.lower())}; {', '.join(known).lower()} can be "
+                "read."
+            )
+        what = ", ".join(asked) or "bias"
+        raise UnsupportedError(f"{source} is {kind.lower()} with {what}; {', '.join(known)} without it can be read.")
 
 
 def _check_patterns(patterns: Any, field: str, source: Path) -> None:

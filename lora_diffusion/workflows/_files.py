@@ -61,6 +61,7 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
 
     Raises:
         AdapterFileError: it cannot be read, or no family knows all of it.
+        UnsupportedError: it is of a kind, or for a kind of base, that is not known.
         ConfigError: there is no such family.
     """
     format_: Format = registry.find("formats", detect(path))
@@ -69,16 +70,22 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
         raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
     guess = family_name or _guess(path)
     faults: list[InputError] = []
+    unnamed: list[InputError] = []
     for name in [guess] if guess else registry.available("families"):
         family: Family = registry.find("families", name)
         try:
-            state = format_.read_stored(path, family.key_map(format_.name, None))
+            names = family.key_map(format_.name, None)
+        except UnsupportedError as error:
+            unnamed.append(error)
+            continue
+        try:
+            state = format_.read_stored(path, names)
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
             continue
         return family, fit_dimensions(state, clients.published(name)) if name in clients.PUBLISHED else state
-    # A family without names for the format says less than one that misses a module.
-    raise next((fault for fault in faults if isinstance(fault, AdapterFileError)), faults[0])
+    # A family without names for the format says less than one that cannot read the file.
+    raise (faults or unnamed)[0]
 
 
 def _guess(path: Path) -> str | None:

@@ -102,12 +102,14 @@ def test_what_is_no_adapter_is_refused_in_a_line(command: Commands, adapter: Pat
     (folder / "empty").mkdir()
     (folder / "cut.safetensors").write_bytes(adapter.read_bytes()[:-9])
     (folder / "text.safetensors").write_text("precious")
+    (folder / "zero.safetensors").touch()
     target = folder / "out.safetensors"
     for source, reason in {
         "none.safetensors": "here is no",
         "empty": "empty is ",
         "cut.safetensors": "is damaged",
         "text.safetensors": "is not a safetensors file",
+        "zero.safetensors": "is empty",
     }.items():
         arguments = {**READING, **WRITING}[name]
         outcome = command(*filled(arguments, folder / source, target), "--json")
@@ -125,6 +127,31 @@ def test_file_with_other_tensors_is_named_so(command: Commands, tmp_path: Path, 
     assert outcome.code == 2
     assert "is not an adapter in a known" in outcome.message
     assert "model.diffusion_model.out.2.weight" in outcome.message
+
+
+_OTHERS = {
+    "ia3": (("lora_unet_x.on_input", "lora_unet_x.weight"), "of the kind ia3"),
+    "oft of kohya": (("oft_unet_x.oft_blocks",), "of the kind oft"),
+    "flux": (tuple(f"transformer.double_blocks.0.x.lora_{side}.weight" for side in "AB"), "was made for FLUX"),
+    "nothing": ((), "holds no tensors"),
+}
+
+
+@pytest.mark.parametrize("name", ["convert", "resize", "compose"])
+@pytest.mark.parametrize("kind", _OTHERS)
+def test_other_kinds_are_named(command: Commands, tmp_path: Path, name: str, kind: str) -> None:
+    tensors, reason = _OTHERS[kind]
+    save_file({tensor: torch.ones(2, 2) for tensor in tensors}, tmp_path / "a.safetensors")
+    outcome = command(*filled(WRITING[name], tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert (outcome.code, reason in outcome.message) == (2, True), outcome.message
+
+
+def test_kind_of_a_folder_is_told_before_its_names(command: Commands, tmp_path: Path) -> None:
+    save_file({"base_model.model.x.oft_R.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT", "r": 2, "lora_alpha": 2}')
+    for words in (("inspect", tmp_path), ("convert", tmp_path, tmp_path / "b.safetensors", "--to", "kohya")):
+        outcome = command(*words)
+        assert (outcome.code, "adapter of the kind oft" in outcome.message) == (2, True)
 
 
 def test_another_family_is_refused(command: Commands, adapter: Path, tmp_path: Path) -> None:
