@@ -13,8 +13,9 @@ from torch import nn
 from lora_diffusion.adapters._engines import LAYERS, engine_of
 from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
+from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.core.delta import AXES, change_shape, without_tucker
-from lora_diffusion.core.errors import AdapterFileError, RunError
+from lora_diffusion.core.errors import AdapterFileError, RunError, UnsupportedError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 
 
@@ -52,8 +53,10 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
     Raises:
         AdapterFileError: the base lacks a module or has it in another shape; lists up to ten.
         ConfigError: the name is taken.
+        UnsupportedError: a variant that does not run on quantized layers, and the base has such.
     """
     check_fit(state, loaded.parts, f'The adapter "{name}"')
+    _check_quantization(state, getattr(loaded.options, "quantization", "none"), name)
 
     def make(key: ModuleKey, base: Any) -> ModuleAdapter:
         del base
@@ -63,6 +66,16 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
 
     slots = {key: Slot(adapter.variant, adapter.rank, adapter.alpha) for key, adapter in state}
     add_adapter(loaded, slots, name, make, weight=weight)
+
+
+def _check_quantization(state: AdapterState, quantization: str, name: str) -> None:
+    found = {adapter.variant for _, adapter in state}
+    unable = [own.stored for own in VARIANTS.values() if own.stored in found and quantization not in own.quantizations]
+    if unable:
+        raise UnsupportedError(
+            f'The adapter "{name}": {" and ".join(unable)} cannot run on a {quantization} base; set '
+            "model.quantization=none, or merge it into the base: lora-diffusion merge."
+        )
 
 
 def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) -> None:
