@@ -1,7 +1,7 @@
 """Measures `merge` and `extract` on whole checkpoints of published size.
 
     python scripts/benchmark.py checkpoints                # needs 20 GB of disk and some minutes on two cores
-    python scripts/benchmark.py checkpoints --bases sd1
+    python scripts/benchmark.py checkpoints --bases sdxl --commands merge
 
 Stable Diffusion 1.5 in one file with LDM names and Stable Diffusion XL as a diffusers folder, both in float16 with
 random weights, and a random adapter of rank 16 on every layer that extract looks at, the text encoders included. Each
@@ -27,6 +27,7 @@ from typing import Any
 _RANK = 16
 _FACTOR_SIZE = 0.016
 """Standard deviation of the factors; the change of a weight is then 1e-3, as in trained adapters."""
+_COMMANDS = ("merge", "extract")
 _LARGEST_SHARE = 1.5
 """What `merge` may take in memory, as a multiple of the largest file."""
 _VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
@@ -143,23 +144,21 @@ def layer_errors(wanted_path: Path, found_path: Path) -> list[float]:
     return errors
 
 
-def measure(family: str, folder: Path) -> dict[str, Any]:
-    """Returns the costs of merge and extract on one base, and the errors of the layers."""
+def measure(family: str, folder: Path, commands: Sequence[str]) -> dict[str, Any]:
+    """Returns the costs of merge, and of extract if it is among the commands, and the errors of the layers."""
     base, adapter, back = write_base(family, folder), folder / "adapter.safetensors", folder / "back.safetensors"
     write_adapter(family, adapter)
     tuned = base.with_name(f"tuned-{base.name}")
     files = [base] if base.is_file() else list(base.rglob("*.safetensors"))
-    rows = {
-        "merge": run_command(["merge", "--model", str(base), "--adapter", str(adapter), "--output", str(tuned)]),
-        "extract": run_command(["extract", str(base), str(tuned), str(back), "--rank", str(_RANK)]),
-    }
-    errors = layer_errors(adapter, back)
+    rows = {"merge": run_command(["merge", "--model", str(base), "--adapter", str(adapter), "--output", str(tuned)])}
+    errors = []
+    if "extract" in commands:
+        rows["extract"] = run_command(["extract", str(base), str(tuned), str(back), "--rank", str(_RANK)])
+        errors = layer_errors(adapter, back)
     return {
         "largest_file_bytes": max(file.stat().st_size for file in files),
         "bytes": sum(file.stat().st_size for file in files),
-        "modules": len(errors),
-        "median_error": statistics.median(errors),
-        "largest_error": max(errors),
+        **({"median_error": statistics.median(errors), "largest_error": max(errors)} if errors else {}),
         **{name: {key: value for key, value in row.items() if key != "told"} for name, row in rows.items()},
     }
 
@@ -169,7 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = {}
     for family in arguments.bases:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            result[family] = measure(family, Path(folder))
+            result[family] = measure(family, Path(folder), arguments.commands)
     print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
 
 
@@ -178,7 +177,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     print("| base, GB | command | wall s | CPU s | peak GB | peak / largest file | error, median | largest |")
     print("|---|---|---|---|---|---|---|---|")
     for family, row in result.items():
-        for name in ("merge", "extract"):
+        for name in filter(row.get, _COMMANDS):
             cost, share = row[name], row[name]["peak_bytes"] / row["largest_file_bytes"]
             errors = f"{row['median_error']:.1e} | {row['largest_error']:.1e}" if name == "extract" else " | "
             print(
@@ -193,6 +192,7 @@ def add_parser(commands: Any) -> None:
     """Adds `checkpoints` to the command line of the benchmark."""
     parser = commands.add_parser("checkpoints", help="merge and extract on whole checkpoints of published size")
     parser.add_argument("--bases", nargs="+", choices=("sd1", "sdxl"), default=["sd1", "sdxl"])
+    parser.add_argument("--commands", nargs="+", choices=_COMMANDS, default=_COMMANDS, help="merge is always measured")
     parser.add_argument("--folder", type=Path, help="where to write the checkpoints, which are then deleted")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
