@@ -39,7 +39,13 @@ def test_what_training_tells(command: Commands, file: Path) -> None:
     assert known.items() <= told.items()
     assert told["modelspec.unet_dtype"] == "float32"
     assert told["ss_cache_latents"] == "True"
-    assert float(told["ss_training_finished_at"]) > 1.7e9
+    assert 1.7e9 < float(told["ss_training_started_at"]) < float(told["ss_training_finished_at"])
+    buckets = json.loads(told["ss_bucket_info"])
+    counts = {tuple(bucket["resolution"]): bucket["count"] for bucket in buckets["buckets"].values()}
+    # Of the four pictures one is of 24x12.
+    assert counts == {(16, 16): 3, (20, 12): 1}
+    assert buckets["mean_img_ar_error"] == pytest.approx((2 - 20 / 12) / 4)
+    assert (told["ss_num_reg_images"], told["ss_shuffle_caption"]) == ("0", "False")
     tensors = load_file(file)
     digest = hashlib.sha256()
     for name in sorted(tensors):
