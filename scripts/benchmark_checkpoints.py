@@ -3,11 +3,11 @@
     python scripts/benchmark.py checkpoints                # needs 20 GB of disk and some minutes on two cores
     python scripts/benchmark.py checkpoints --bases sdxl --commands merge
 
-Stable Diffusion 1.5 in one file with LDM names and Stable Diffusion XL as a diffusers folder, both in float16 with
-random weights, and a random adapter of rank 16 on every layer that extract looks at, the text encoders included. Each
-command runs in a process of its own. Its memory is the peak of the process less what it took once the libraries were
-imported; the largest file of the base is what that is compared with. The error of a layer is that of the extracted
-change against the change of the adapter.
+Stable Diffusion 1.5 in one file with LDM names and as a diffusers folder in shards, Stable Diffusion XL as a folder,
+in float16 with random weights, and a random adapter of rank 16 on every layer that extract looks at, those of the text
+encoders included. Each command runs in a process of its own. Its memory is the peak of the process less what it took
+once the libraries were imported; the largest file of the base is what that is compared with. The error of a layer is
+that of the extracted change against the change of the adapter.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _RANK = 16
 _FACTOR_SIZE = 0.016
 """Standard deviation of the factors; the change of a weight is then 1e-3, as in trained adapters."""
 _COMMANDS = ("merge", "extract")
+_BASES = {"sd1": ("sd1", ""), "sd1-shards": ("sd1", "500MB"), "sdxl": ("sdxl", "100GB")}
+"""Base -> family and largest file of a diffusers folder; "" for one file with LDM names."""
 _LARGEST_SHARE = 1.5
 """What `merge` may take in memory, as a multiple of the largest file."""
 _VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
@@ -64,30 +66,31 @@ def random_weights(network: Any, rng: Any) -> Any:
     return network
 
 
-def write_base(family: str, folder: Path) -> Path:
-    """Writes a base: sd1 as one file with LDM names, sdxl as a diffusers folder."""
+def write_base(base: str, folder: Path) -> Path:
+    """Writes a base of _BASES."""
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler
 
     from scripts.benchmark_memory import skeleton_of
 
-    rng = torch.Generator().manual_seed(0)
+    rng, (family, shard_size) = torch.Generator().manual_seed(0), _BASES[base]
     with torch.device("meta"):
         networks = {**skeleton_of(family), "vae": AutoencoderKL(**_VAE)}
-    if family == "sd1":
+    if not shard_size:
         # The whole table of names is in the tests, where it checks the program's own.
         from tests.families.ldm import save_single_file
 
         whole = SimpleNamespace(**{name: random_weights(network, rng) for name, network in networks.items()})
-        return save_single_file(whole, folder / f"{family}.safetensors")
-    path = folder / family
+        return save_single_file(whole, folder / f"{base}.safetensors")
+    path = folder / base
     for name in list(networks):
-        random_weights(networks.pop(name), rng).save_pretrained(path / name, max_shard_size="100GB")
+        random_weights(networks.pop(name), rng).save_pretrained(path / name, max_shard_size=shard_size)
     EulerDiscreteScheduler().save_pretrained(path / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         (path / name).mkdir()
         (path / name / "vocab.json").write_text("{}")  # must be there; nothing here reads it
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    kind = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
+    (path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     return path
 
 
@@ -144,10 +147,10 @@ def layer_errors(wanted_path: Path, found_path: Path) -> list[float]:
     return errors
 
 
-def measure(family: str, folder: Path, commands: Sequence[str]) -> dict[str, Any]:
+def measure(name: str, folder: Path, commands: Sequence[str]) -> dict[str, Any]:
     """Returns the costs of merge, and of extract if it is among the commands, and the errors of the layers."""
-    base, adapter, back = write_base(family, folder), folder / "adapter.safetensors", folder / "back.safetensors"
-    write_adapter(family, adapter)
+    base, adapter, back = write_base(name, folder), folder / "adapter.safetensors", folder / "back.safetensors"
+    write_adapter(_BASES[name][0], adapter)
     tuned = base.with_name(f"tuned-{base.name}")
     files = [base] if base.is_file() else list(base.rglob("*.safetensors"))
     rows = {"merge": run_command(["merge", "--model", str(base), "--adapter", str(adapter), "--output", str(tuned)])}
@@ -191,7 +194,7 @@ def print_report(result: Mapping[str, Any]) -> None:
 def add_parser(commands: Any) -> None:
     """Adds `checkpoints` to the command line of the benchmark."""
     parser = commands.add_parser("checkpoints", help="merge and extract on whole checkpoints of published size")
-    parser.add_argument("--bases", nargs="+", choices=("sd1", "sdxl"), default=["sd1", "sdxl"])
+    parser.add_argument("--bases", nargs="+", choices=_BASES, default=list(_BASES))
     parser.add_argument("--commands", nargs="+", choices=_COMMANDS, default=_COMMANDS, help="merge is always measured")
     parser.add_argument("--folder", type=Path, help="where to write the checkpoints, which are then deleted")
     parser.add_argument("--json", action="store_true")

@@ -26,8 +26,9 @@ _BY_NAME = (
 
 
 _OF_OTHERS = {
-    r"(double|single)_blocks[._]|single_transformer_blocks": "FLUX",
-    r"joint_blocks[._]|^(transformer\.|lora_transformer_)": "a transformer such as Stable Diffusion 3 or FLUX",
+    r"(double|single|joint)_blocks[._]|single_transformer_blocks|^(transformer\.|lora_transformer_)": (
+        "a transformer such as FLUX or Stable Diffusion 3"
+    ),
     r"^lora_prior_unet_": "Stable Cascade",
 }
 """Expression found in a name -> the base that it is for."""
