@@ -149,9 +149,9 @@ class _Entry:
 def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
     path = Path(config.path).expanduser()
     if path.is_file() and path.suffix.lower() in conversations.ENDINGS:
-        folder = Folder(path.parent, _Chats.noun, (path,), ())
+        folder = Folder(path.parent, "files", (path,), ())
     else:
-        folder = list_folder(config.path, _Chats.noun, conversations.ENDINGS)
+        folder = replace(list_folder(config.path, _Chats.noun, conversations.ENDINGS), noun="files")
     entries = []
     for file, conversation in conversations.read_files(folder, faults):
         picture = _find_picture(file, conversation, config, faults)

@@ -142,7 +142,8 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     """Returns token ids and the characters of the text that each stands for, [start, end)."""
     # A template that writes the start token itself must not get a second one.
     is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True)
+    # Without verbose=False it warns of long ones, which are told of where they are counted.
+    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True, verbose=False)
     return told.input_ids, told.offset_mapping
 
 
