@@ -139,6 +139,9 @@ def _linear_4bit(layer: Any, device: torch.device) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
+    # On processors with AVX512-BF16 it would reorder the weights at the first answer in eval mode, which loses bits of
+    # the scales, fits only some shapes, and leaves what neither a backward pass nor a merge can read.
+    made.support_avx512bf16_for_cpu = False
     made.weight = _in_4bit(layer.weight, made)
     made.bias = layer.bias
     # On CPUs with these instructions bitsandbytes would, at the first pass without gradient (a preview, say),

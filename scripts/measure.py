@@ -5,6 +5,7 @@ python scripts/measure.py concept    the octopus as a rare word
 python scripts/measure.py whisper --seeds 0 1 2    the accent and the words of datasets/spoken-digits
 python scripts/measure.py llava --seeds 0 1 2      the drawing style of datasets/emoji-questions
 python scripts/measure.py quantization             validation loss after training on bf16, 8-bit and NF4 weights
+python scripts/measure.py selection                what the evaluation says of runs that are far too long
 python scripts/measure.py folder --train DIR --references DIR    configs/sd1/style.yaml untouched on any folder
 """
 
@@ -14,6 +15,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +65,7 @@ _WRITERS = {
 def main() -> None:
     """Trains once for each seed, compares, and prints Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["style", "concept", "folder", "quantization", *_WRITERS])
+    parser.add_argument("task", choices=["style", "concept", "folder", "quantization", "selection", *_WRITERS])
     parser.add_argument("--train", type=Path, help="captioned pictures to train on")
     parser.add_argument("--references", type=Path, help="captioned pictures of the same style, of other subjects")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
@@ -75,12 +77,10 @@ def main() -> None:
     if args.task in _WRITERS:
         _measure_writer(args.task, args.seeds, args.output, args.set)
         return
-    if args.task == "quantization":
+    if args.task in ("quantization", "selection"):
         # Run as a file, Python finds what lies beside it but not the folder that it lies in.
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        from scripts import measure_quantization
-
-        measure_quantization.measure(args.output, args.seeds, args.set)
+        import_module(f"scripts.measure_{args.task}").measure(args.output, args.seeds, args.set)
         return
     name = "concept" if args.task == "concept" else "style"
     data = shipped_path("datasets") / ("octopus" if args.task == "concept" else "blob-style")

@@ -23,23 +23,22 @@ from lora_diffusion.data.kinds import KINDS
 from lora_diffusion.workflows._steps import read_adapter
 
 KINDS_OF_STORAGE = ("none", "8bit", "nf4")
-"""Values of `model.quantization`. All else is what model.dtype says: by default bf16, and fp32 on a CPU without
-bf16 arithmetic."""
+"""Values of `model.quantization`; what is not quantized is in bf16."""
 _DRAWS = 8
 """Noises and timesteps for each picture; the same for every adapter."""
 
 
 def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
     """Trains configs/sd1/style.yaml on each kind of base and prints the validation losses as a Markdown table."""
-    print("| base | seed | before | after | difference to none |\n|---|---|---|---|---|")
+    print("| base | seed | before | after | difference to bf16 |\n|---|---|---|---|---|")
     for seed in seeds:
         reference = None
         for name in KINDS_OF_STORAGE:
             run = output / f"quantization-{name}-seed{seed}"
-            overrides = [f"data.path={shipped_path('datasets') / 'blob-style' / 'train'}", f"output.path={run}"]
-            config = load(
-                find_shipped("sd1/style"), [*overrides, f"model.quantization={name}", f"train.seed={seed}", *changes]
-            )
+            data = shipped_path("datasets") / "blob-style" / "train"
+            own = [f"data.path={data}", f"output.path={run}", f"train.seed={seed}"]
+            stored = [f"model.quantization={name}", "model.dtype=bf16"]
+            config = load(find_shipped("sd1/style"), [*own, *stored, *changes])
             result = workflows.train(config, overwrite=True)
             before, after = (validation_loss(config, path) for path in (None, result.files[0]))
             reference = after if reference is None else reference

@@ -1,4 +1,4 @@
-"""What several commands share: printing a result, and values of the form WIDTHxHEIGHT."""
+"""What several commands share: configs, ranks, weights and sizes on the command line, and printing a result."""
 
 from __future__ import annotations
 
@@ -24,6 +24,20 @@ def set_up_logs(args: argparse.Namespace) -> None:
     from lora_diffusion.core import logs
 
     logs.set_up(args.debug)
+
+
+def add_config(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds a config and changes to it; the config may stand before the changes without its --config."""
+    parser.add_argument("--config", type=Path, help="YAML file, or a name of 'config list'")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"say {example}")
+
+
+def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
+    """Returns the values of `add_config`."""
+    first = args.overrides[0] if args.overrides else "="
+    if args.config is None and ("=" not in first or Path(first).exists()):
+        return Path(first), args.overrides[1:]
+    return args.config, args.overrides
 
 
 def add_rank(parser: argparse.ArgumentParser, *, required: bool) -> None:

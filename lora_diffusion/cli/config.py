@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result
+from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result
 from lora_diffusion.core.errors import ConfigError
 
 
@@ -25,8 +25,7 @@ def add_parser(commands: Any) -> None:
         ("show", show, "print every value with its meaning"),
     ):
         action = actions.add_parser(name, help=text)
-        action.add_argument("path", type=Path, nargs="?", metavar="FILE", help="YAML file")
-        action.add_argument("overrides", nargs="*", metavar="key=value")
+        add_config(action, "train.max_steps=500")
         action.set_defaults(run=function)
     for action in actions.choices.values():
         # Without a default of their own, so that they do not undo what stands before the action.
@@ -62,7 +61,7 @@ def check(args: argparse.Namespace) -> None:
     """Loads a config and says that it is right; faults are errors."""
     from lora_diffusion.config.load import load
 
-    path, overrides = _file_and_overrides(args)
+    path, overrides = config_and_overrides(args)
     load(path, overrides)
     print_result(args, {"file": str(path), "ok": True}, f"{path or 'The config'} is right.")
 
@@ -72,12 +71,6 @@ def show(args: argparse.Namespace) -> None:
     from lora_diffusion.config.describe import explained_yaml
     from lora_diffusion.config.load import load, to_values
 
-    path, overrides = _file_and_overrides(args)
+    path, overrides = config_and_overrides(args)
     config = load(path, overrides, required=False)
     print_result(args, to_values(config), explained_yaml(config))
-
-
-def _file_and_overrides(args: argparse.Namespace) -> tuple[Path | None, list[str]]:
-    if args.path is not None and "=" in str(args.path) and not args.path.exists():
-        return None, [str(args.path), *args.overrides]
-    return args.path, args.overrides

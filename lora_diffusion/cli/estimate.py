@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("estimate", help="predict how much memory a training run needs")
-    parser.add_argument("--config", type=Path, help="YAML file, or a name of 'config list'")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="say model.quantization=nf4")
+    add_config(parser, "model.quantization=nf4")
     parser.set_defaults(run=run)
 
 
@@ -21,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from lora_diffusion.config.load import load
 
-    config = load(args.config, args.overrides)
+    config = load(*config_and_overrides(args))
     set_up_logs(args)
     from lora_diffusion import workflows
 

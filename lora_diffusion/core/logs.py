@@ -21,12 +21,14 @@ def console() -> Console:
 
 
 def set_up(debug: bool = False) -> None:
-    """Sends our log records to the console; warnings of libraries stay as they are."""
+    """Sends our log records to the console; warnings of libraries stay as they are, but for one."""
     from rich.logging import RichHandler
 
     logger.handlers = [RichHandler(console=console(), show_time=False, show_path=debug, markup=False)]
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+    # On some processors it asks for a package whose only use is an order of weights that we keep off.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def name_some(names: list[str], limit: int = 3) -> str:

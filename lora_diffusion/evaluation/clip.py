@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from PIL.Image import Image
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path
+from lora_diffusion.evaluation import _transformers_clip
 from lora_diffusion.evaluation.encoding import Preprocessing, encode_pictures
 
 BUILTIN = "builtin:emoji-clip"
 DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
 """For bases of photographs. Trained on DataComp, by which no text encoder of a base that we load was trained."""
 _TEXT_BATCH = 256
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 _OWN_ENCODERS = {
     "stable-diffusion-v1": ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai"),
@@ -30,7 +34,7 @@ _OWN_ENCODERS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """An open_clip model with its tokenizer."""
+    """An open_clip model, or one that is called like it, with its tokenizer."""
 
     name: str
     """What the scores are stated with: scores of two CLIPs cannot be compared."""
@@ -62,8 +66,8 @@ def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
     """Loads a CLIP.
 
     Args:
-        name: builtin:emoji-clip, a folder in open_clip's format, model/tag as open_clip names them, say
-            ViT-B-32/datacomp_xl_s13b_b90k, or the hub id of a model in open_clip's format.
+        name: builtin:emoji-clip, model/tag as open_clip names them, say ViT-B-32/datacomp_xl_s13b_b90k, or a folder
+            or hub id of a model in the format of open_clip or of transformers.
         device: where it computes.
 
     Raises:
@@ -71,15 +75,18 @@ def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
     """
     import open_clip
 
-    architecture, tag = _source(name, open_clip.list_models())
     try:
+        if _is_of_transformers(name, open_clip.list_models()):
+            return Clip(name, *_transformers_clip.load(name, device))
+        architecture, tag = _source(name, open_clip.list_models())
         model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag, device=device)
         tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
-            f"The CLIP {name} cannot be loaded: {reason}. Give --clip a folder in open_clip's format, {BUILTIN}, or "
-            f"MODEL/TAG of open_clip, say {DEFAULT}; without a network, its files must have been fetched before."
+            f"The CLIP {name} cannot be loaded: {reason}. Give --clip a folder or hub id in the format of open_clip or "
+            f"transformers, {BUILTIN}, or MODEL/TAG of open_clip, say {DEFAULT}; without a network, its files must "
+            "have been fetched before."
         ) from error
     return Clip(name, model.eval(), _preprocessing(transform), tokenizer)
 
@@ -92,6 +99,19 @@ def default_clip(model_path: str) -> str:
 def is_own_encoder(name: str, architecture: str) -> bool:
     """Says whether a base of this architecture reads its prompts with the text tower of this CLIP."""
     return any(architecture.startswith(start) and name in clips for start, clips in _OWN_ENCODERS.items())
+
+
+def _is_of_transformers(name: str, known: Sequence[str]) -> bool:
+    """Says whether a folder or hub id lacks what open_clip needs."""
+    if name == BUILTIN or name.partition("/")[0] in known or name.startswith("hf-hub:"):
+        return False
+    if Path(name).expanduser().is_dir():
+        return not (Path(name).expanduser() / _OPEN_CLIP_CONFIG).is_file()
+    try:
+        hf_hub_download(name, _OPEN_CLIP_CONFIG)
+    except EntryNotFoundError:
+        return True
+    return False
 
 
 def _source(name: str, known: Sequence[str]) -> tuple[str, str | None]:

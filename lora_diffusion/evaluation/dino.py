@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.evaluation.encoding import Preprocessing, encode_pictures
+from lora_diffusion.evaluation.encoding import CentreCrop, Preprocessing, encode_pictures
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, as in preprocessor_config.json of facebook/dinov2-base."""
@@ -26,7 +26,7 @@ class Dino:
     model: Any
     preprocessing: Preprocessing
 
-    def encode_images(self, images: Sequence[Path | Image.Image]) -> Tensor:
+    def encode_images(self, images: Sequence[Path | Image]) -> Tensor:
         """Returns the class tokens as unit vectors, [num_images, dim] float32 on the CPU."""
         return encode_pictures(
             lambda pixels: self.model(pixels).last_hidden_state[:, 0], self.preprocessing, images, self.model.device
@@ -51,23 +51,10 @@ def load_dino(name: str, device: str | torch.device = "cpu") -> Dino:
         ) from error
     if report["missing_keys"]:
         raise ModelError(f"--scorer dino={name} is no DINOv2: it lacks {len(report['missing_keys'])} of its tensors.")
-    return Dino(name, model.to(device).eval(), Preprocessing(_Resize(_side(model.config)), _MEAN, _STD))
+    return Dino(name, model.to(device).eval(), _preprocessing(model.config))
 
 
-def _side(config: Any) -> int:
-    """Returns the side that pictures are given: 224 pixels, as the published ones are used; less for smaller models."""
-    return min(224, config.image_size) // config.patch_size * config.patch_size
-
-
-@dataclass(frozen=True)
-class _Resize:
-    """Scales the shorter side by 256/224 of the crop, and crops the centre."""
-
-    side: int
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        scale = round(self.side * 256 / 224) / min(image.size)
-        width, height = (round(length * scale) for length in image.size)
-        left, top = (width - self.side) // 2, (height - self.side) // 2
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        return resized.crop((left, top, left + self.side, top + self.side))
+def _preprocessing(config: Any) -> Preprocessing:
+    """Gives 224 pixels out of 256, as the published ones are used; less to smaller models."""
+    side = min(224, config.image_size) // config.patch_size * config.patch_size
+    return Preprocessing(CentreCrop(side, round(side * 256 / 224)), _MEAN, _STD)

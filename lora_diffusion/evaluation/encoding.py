@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from lora_diffusion.data.images import open_rgb
@@ -38,6 +38,22 @@ class Preprocessing:
         batch = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
         return batch.sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Scales a picture until its shorter side is `shortest`, and cuts a square out of its centre."""
+
+    side: int
+    shortest: int
+
+    def __call__(self, image: Image) -> Image:
+        """Returns [side, side] pixels; bicubic, as CLIP and DINOv2 were trained."""
+        scale = self.shortest / min(image.size)
+        width, height = (max(self.shortest, int(length * scale)) for length in image.size)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        resized = image.resize((width, height), Resampling.BICUBIC)
+        return resized.crop((left, top, left + self.side, top + self.side))
 
 
 @torch.no_grad()

@@ -15,7 +15,12 @@ from lora_diffusion.evaluation.clip import load_clip
 from lora_diffusion.evaluation.dino import load_dino
 from lora_diffusion.evaluation.probe import load_probe
 
-LOADERS: Mapping[str, Callable[..., Any]] = {"clip": load_clip, "dino": load_dino, "probe": load_probe}
+LOADERS: Mapping[str, Callable[..., Any]] = {
+    "clip": load_clip,
+    "dino": load_dino,
+    "preference": load_clip,
+    "probe": load_probe,
+}
 """Kind of scorer -> function (name, device) -> model. Metrics of other packages load other kinds themselves."""
 
 Encode = Callable[[Callable[[Sequence[Any]], Tensor], Sequence[Any]], Tensor]

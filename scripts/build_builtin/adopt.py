@@ -17,7 +17,7 @@ from scripts.build_builtin.storage import MovingAverage, save_checkpoint
 from scripts.build_builtin.train_unet import AVERAGE_DECAY, PEAK_LEARNING_RATE
 
 
-def adopt(published: Path, work: Path, samples: int) -> None:
+def adopt(published: Path, work: Path, samples: int, hours: float) -> None:
     """Write tokenizer, clip-generator.pt, vae.pt and unet.pt; FileExistsError rather than replace a denoiser."""
     if (work / "unet.pt").exists():
         raise FileExistsError(f"{work / 'unet.pt'} exists; train on from it, or move it away.")
@@ -36,7 +36,7 @@ def adopt(published: Path, work: Path, samples: int) -> None:
         "average": MovingAverage(unet, AVERAGE_DECAY).state_dict(),
         "step": 0,
         "samples": samples,
-        "seconds": 0.0,
+        "seconds": hours * 3600,
         "channels": list(UNET_CHANNELS),
     }
     save_checkpoint(work / "unet.pt", state)
@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/builtin"))
     parser.add_argument("--published", type=Path, default=DEFAULT_OUTPUT / "emoji-sd")
     parser.add_argument("--samples", type=int, required=True, help="what the model card says the denoiser has seen")
+    parser.add_argument("--hours", type=float, required=True, help="what it says the training of the denoiser took")
     arguments = parser.parse_args()
-    adopt(arguments.published, arguments.work, arguments.samples)
+    adopt(arguments.published, arguments.work, arguments.samples, arguments.hours)
 
 
 if __name__ == "__main__":

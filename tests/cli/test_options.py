@@ -41,8 +41,8 @@ OPTIONS = {
     "config": "action",
     "config list": "",
     "config copy": "name target",
-    "config check": "path overrides",
-    "config show": "path overrides",
+    "config check": "--config overrides",
+    "config show": "--config overrides",
 }
 EVERYWHERE = {"--json", "--debug"}
 
@@ -87,9 +87,12 @@ def test_overrides_stand_anywhere(capsys: pytest.CaptureFixture[str], tmp_path: 
         [*paths, "--resume", "train.max_steps=3", "--config", config],
         ["--config", config, *paths, "--dry-run"],
         ["--dry-run", paths[0], "--config", config, *paths[1:]],
+        [config, *paths],
     ):
         assert main(["train", *map(str, arguments)]) == 2
         assert "model.path=/none: there is no such folder" in " ".join(capsys.readouterr().err.split())
+    assert main(["estimate", str(tmp_path / "d.yaml"), *paths]) == 2
+    assert "d.yaml" in capsys.readouterr().err
     for unknown in ("--max-steps=3", "--oops"):
         with pytest.raises(SystemExit) as exit_:
             main(["train", *paths, unknown])

@@ -191,6 +191,65 @@ def test_dino_from_a_folder(pictures: tuple[list[Path], list[str]], tmp_path: Pa
     torch.testing.assert_close(own, (vectors @ vectors[:2].T).mean(dim=1), atol=1e-4, rtol=0)
 
 
+@pytest.fixture(scope="module")
+def clip_of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIPModel of random weights that takes pictures of 24x24 pixels."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(builtin_path("emoji-sd") / "tokenizer")
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "eos_token_id": tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config={**layers, **text},
+                vision_config={**layers, "image_size": 24, "patch_size": 8},
+                projection_dim=16,
+            )
+        )
+    folder = tmp_path_factory.mktemp("transformers") / "clip"
+    for piece in (model, tokenizer, CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24)):
+        piece.save_pretrained(folder)
+    return folder
+
+
+def test_clip_in_the_format_of_transformers(pictures: tuple[list[Path], list[str]], clip_of_transformers: Path) -> None:
+    from transformers import AutoProcessor, CLIPModel
+
+    model, processor = (kind.from_pretrained(clip_of_transformers) for kind in (CLIPModel, AutoProcessor))
+    paths, texts = pictures[0][:6], ["a cat", "an emoji of a red apple, noto style"]
+    images = [Image.open(path).convert("RGB").resize((24, 40)) for path in paths]
+    with torch.no_grad():
+        inputs = processor(text=texts, images=images, padding="max_length", max_length=24, return_tensors="pt")
+        expected = model(**inputs)
+    clip = load_clip(str(clip_of_transformers))
+    # The processor of transformers scales in another library, which rounds otherwise.
+    torch.testing.assert_close(clip.encode_images(images), expected.image_embeds, atol=5e-3, rtol=0)
+    torch.testing.assert_close(clip.encode_texts(texts), expected.text_embeds, atol=1e-5, rtol=0)
+
+
+def test_preference_is_scored_by_its_own_model(
+    pictures: tuple[list[Path], list[str]], scorers: Scorers, clip_of_transformers: Path
+) -> None:
+    paths, texts = pictures[0][:4], pictures[1][:4]
+    own = Scorers({"clip": "builtin:emoji-clip", "preference": str(clip_of_transformers)})
+    clip = load_clip(str(clip_of_transformers))
+    expected = 100 * (clip.encode_images(paths) * clip.encode_texts(texts)).sum(dim=1)
+    values = judge("preference", Evidence(paths, meanings=texts, scorers=own)).values
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match="give --scorer preference=NAME"):
+        judge("preference", Evidence(paths, meanings=texts, scorers=scorers))
+
+
+def test_other_models_are_no_clip(tmp_path: Path) -> None:
+    from transformers import Dinov2Config
+
+    Dinov2Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="of the kind dinov2, not clip"):
+        load_clip(str(tmp_path))
+
+
 class TestProbe:
     def test_chain_of_layers_is_one_layer(self, tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)

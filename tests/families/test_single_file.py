@@ -73,7 +73,8 @@ def test_answers_are_those_of_the_pipeline(family: str, pipeline: Any, base: Pat
         call = {"encoder_hidden_states": text, "added_cond_kwargs": sizes if family == "sdxl" else None}
         latents = torch.randn(1, 4, 16, 16, generator=generator)
         got, expected = (unet(latents, 500, **call).sample for unet in (loaded.parts["unet"], pipeline.unet))
-        assert torch.equal(got, expected)
+        # Our weights may lie in memory otherwise, and then sums are taken in another order.
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
 
 def test_every_key_is_consumed_under_the_names_of_checkpoints(family: str, base: Path) -> None:

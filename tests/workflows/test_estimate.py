@@ -35,6 +35,8 @@ def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
         (["data.resolution=32"], "activations", (3.0, 4.5)),
         (["train.gradient_checkpointing=true"], "activations", (0.3, 0.9)),
         (["adapter.rank=8"], "adapter", (2.0, 2.0)),
+        (["adapter.module_ranks=attn=8"], "adapter", (2.0, 2.0)),
+        (["adapter.module_ranks=[attn=8]", "train.module_learning_rates=attn=1e-5"], "optimizer", (2.0, 2.0)),
     ],
 )
 def test_settings_change_what_they_should(

@@ -1,0 +1,79 @@
+"""What the evaluation says of a run that is trained far too long: base, too little, good, too much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_diffusion import workflows
+from lora_diffusion.config.load import load
+from lora_diffusion.config.shipped import find_shipped
+from lora_diffusion.core.files import shipped_path
+from lora_diffusion.evaluation.results import BASE, Evaluation
+from lora_diffusion.evaluation.table import Table
+
+STEPS = (20, 100, 200, 400, 1000, 3000)
+"""Checkpoints that are compared; the run is stopped at each and continued."""
+# Nothing keeps the base as it is, and there is room to learn every picture by heart.
+TOO_LONG = (
+    "model.prior_weight=0",
+    "adapter.rank=32",
+    "adapter.targets=[attn,ff,conv]",
+    "train.learning_rate=5e-4",
+    "train.schedule=constant",
+    "train.keep_checkpoints=0",
+    "train.save_every_steps=0",
+)
+METRICS = ("clip_image", "clip_text", "copying", "prior_drift", "prompt_leak")
+
+
+class Task(NamedTuple):
+    """What is trained, and the prompts that ask for it."""
+
+    data: str
+    suite: str
+    class_words: tuple[str, ...] = ()
+
+
+TASKS = {
+    "style": Task("blob-style", "emoji-style"),
+    "concept": Task("octopus", "emoji-subject", ("octopus",)),
+}
+"""Name of the config -> its task."""
+
+
+def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
+    """Trains, evaluates and selects for each task and seed, and prints a Markdown table of means for each."""
+    for name, task in TASKS.items():
+        for seed in seeds:
+            run = output / f"selection-{name}-seed{seed}"
+            data = shipped_path("datasets") / task.data
+            own = [f"data.path={data / 'train'}", f"output.path={run}", f"train.seed={seed}"]
+            for step in STEPS:
+                config = load(find_shipped(f"sd1/{name}"), [*own, *TOO_LONG, *changes, f"train.max_steps={step}"])
+                workflows.train(config, resume=step > STEPS[0], overwrite=step == STEPS[0])
+            question = workflows.Question(
+                output_path=run / "evaluation",
+                prompts=task.suite,
+                run=run,
+                references=data / "references",
+                seeds=(0, 1),
+                classes=task.class_words,
+            )
+            evaluation = workflows.evaluate(question)
+            selection = workflows.select(run)
+            workflows.report([run])
+            _print_table(f"{name}, seed {seed}", evaluation, selection)
+
+
+def _print_table(title: str, evaluation: Evaluation, selection: workflows.Selection) -> None:
+    table = Table(evaluation)
+    print(f"\n{title}\n\n| candidate | {' | '.join(METRICS)} |\n|{'---|' * (1 + len(METRICS))}")
+    for candidate in evaluation.candidates:
+        means = [table.mean(candidate.name, metric) for metric in METRICS]
+        name = BASE if candidate.step is None else f"step {candidate.step}"
+        print(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    real = [evaluation.real.get(metric) for metric in METRICS]
+    print(f"| real pictures | {' | '.join('' if value is None else f'{value:.3f}' for value in real)} |")
+    print(f"\n{selection.text()}", flush=True)
