@@ -144,9 +144,6 @@ def _linear_4bit(layer: Any, device: torch.device) -> nn.Module:
     made.support_avx512bf16_for_cpu = False
     made.weight = _in_4bit(layer.weight, made)
     made.bias = layer.bias
-    # On CPUs with these instructions bitsandbytes would, at the first pass without gradient (a preview, say),
-    # store the weight anew for a kernel that rounds scales, takes certain sizes only, and lets no gradient through.
-    made.support_avx512bf16_for_cpu = False
     return made.to(device)  # type: ignore[no-any-return]
 
 
