@@ -13,7 +13,7 @@ from lora_diffusion.config.load import load
 from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.files import shipped_path
-from tests.families import full_size
+from scripts import full_size
 from tests.tiny_llava import published_llava_parts
 from tests.tiny_whisper import published_parts
 
