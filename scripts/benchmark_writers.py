@@ -262,7 +262,7 @@ def print_report(rows: dict[str, Any]) -> None:
             peak, told = row["peak"], row["estimated"]
             far = "" if row["difference"] is None else f"{row['difference']:.4f}"
             print(f"| {name} | {peak / 1e9:.2f} | {told / 1e9:.2f} | {told / peak:.2f} | {far} |")
-    print(f"\nWanted: estimates within {LARGEST_ERROR:.0%}, logits within {LARGEST_DIFFERENCE} of what the adapter does.")
+    print(f"\nEstimates within {LARGEST_ERROR:.0%}; logits within {LARGEST_DIFFERENCE} of what the adapter changes.")
 
 
 def run(arguments: argparse.Namespace) -> None:
