@@ -81,6 +81,7 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
     """Returns what `lora-diffusion estimate` would say."""
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.core import registry
+    from lora_diffusion.core.types import Example
     from lora_diffusion.families import _latent
     from lora_diffusion.workflows.estimation import step_memory
 
@@ -89,7 +90,7 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
 
     def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
         del options
-        return _latent.example(skeleton, info, trained, batch_size, size)
+        return Example(_latent.example(skeleton, info, trained, batch_size, size))
 
     made = plan(skeleton, family.parts, config.adapter)
     told = step_memory(config, SimpleNamespace(example=example), info, skeleton, made, (pixels, pixels))  # type: ignore[arg-type]

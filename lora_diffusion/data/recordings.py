@@ -79,7 +79,7 @@ class _Recordings:
         samples = []
         for recording, facts in checked:
             samples += _samples(recording, facts, config, info, faults)
-        _check_tokens(samples, info, faults)
+        samples = _count_tokens(samples, info, faults)
         stop(folder, "transcripts", faults, unreadable)
         _tell(samples, checked, info)
         return samples
@@ -131,9 +131,9 @@ class _Recordings:
         )
 
     def largest(self, samples: Sequence[AudioText]) -> tuple[int, int]:
-        """Gives the longest recording in samples, and the longest transcript in bytes, no fewer than its tokens."""
+        """Gives the longest recording in samples, and the longest transcript in tokens."""
         longest_s = max(sample.duration_s for sample in samples)
-        return round(longest_s * samples[0].sampling_rate), max(len(s.transcript.encode()) for s in samples)
+        return round(longest_s * samples[0].sampling_rate), max(sample.num_tokens for sample in samples)
 
     def previews(self, samples: Sequence[AudioText], config: PreviewConfig) -> list[Request]:
         """Asks for the recordings that `preview.prompts` names by their keys, or for the first."""
@@ -291,9 +291,9 @@ def _samples(
         faults.append(f"{recording.key}: is {audio.clock(facts.duration_s)} long, but {error}; correct it or cut it.")
 
 
-def _check_tokens(samples: Sequence[AudioText], info: SpeechInfo, faults: list[str]) -> None:
+def _count_tokens(samples: list[AudioText], info: SpeechInfo, faults: list[str]) -> list[AudioText]:
     if info.count_tokens is None:
-        return
+        return samples
     counts = info.count_tokens([sample.transcript for sample in samples])
     for sample, count in zip(samples, counts, strict=True):
         if count > info.max_tokens:
@@ -301,6 +301,7 @@ def _check_tokens(samples: Sequence[AudioText], info: SpeechInfo, faults: list[s
                 f"{sample.key}: its transcript has {count} tokens, and the base writes at most {info.max_tokens}; "
                 "cut it."
             )
+    return [replace(sample, num_tokens=count) for sample, count in zip(samples, counts, strict=True)]
 
 
 def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Facts]], info: SpeechInfo) -> None:

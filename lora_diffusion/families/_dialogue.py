@@ -11,9 +11,7 @@ from typing import Any
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.types import Chat, Turn
 from lora_diffusion.families._sources import explained, read_json
-
-IGNORED = -100
-"""What transformers puts for labels that have no loss."""
+from lora_diffusion.families._transformers import IGNORED
 
 
 @cache
