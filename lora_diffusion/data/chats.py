@@ -66,7 +66,7 @@ class _Chats:
         faults: list[str] = []
         folder, entries = (_list_saved if is_table else _list_files)(config, faults)
         checked = _check_pictures(entries, config, faults)
-        unreadable = len(entries) - len(checked)
+        unreadable = 0 if config.skip_bad else len(entries) - len(checked)
         samples = [_sample(entry, size) for entry, size in checked]
         samples = _count(samples, config, info, faults)
         stop(folder, "pictures", faults, unreadable)

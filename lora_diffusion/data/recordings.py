@@ -75,7 +75,7 @@ class _Recordings:
         is_table = (Path(config.path).expanduser() / _SAVED_BY_DATASETS).is_file()
         folder, recordings, faults = (_list_saved if is_table else _list_files)(config)
         checked = _check_all(folder, recordings, config, info, faults)
-        unreadable = len(recordings) - len(checked)
+        unreadable = 0 if config.skip_bad else len(recordings) - len(checked)
         samples = []
         for recording, facts in checked:
             samples += _samples(recording, facts, config, info, faults)

@@ -187,6 +187,10 @@ class TestFaults:
         (tmp_path / "silent.txt").write_text("one")
         assert [sample.key for sample in _read(tmp_path, skip_bad=True)] == ["good.wav"]
         assert "Left out recordings that cannot be used: 1 (silent.wav)." in caplog.text
+        write_recording(tmp_path / "mute.wav")
+        with pytest.raises(DataError) as caught:
+            _read(tmp_path, skip_bad=True)
+        assert "data.skip_bad" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("line", "fault"),
