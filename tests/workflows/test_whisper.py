@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.tiny_whisper import save_tiny_whisper, write_recording
@@ -92,6 +93,11 @@ def test_files_of_a_run_and_tools(train, command: Commands, base: Path, recordin
     command.good("merge", "--model", base, "--adapter", f"{adapter}:1", "--output", tmp_path / "merged")
     assert heard("--model", tmp_path / "merged") == with_adapter
     command.good("resize", adapter, tmp_path / "small.peft", "--rank", "1")
+    card = json.loads(command.good("push", run, "--repo", "maria/words", "--dry-run", "--json").out)["card"]
+    assert "pipeline_tag: automatic-speech-recognition" in card
+    names: dict[str, object] = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("maria/words", str(run)), names)
+    assert isinstance(names["model"], PeftModel)
 
 
 def test_score(command: Commands, base: Path, recordings: Path) -> None:
