@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._lora_config import find_alpha
@@ -171,9 +172,14 @@ def guess_family(path: Path) -> str:
     """Returns sd1, sd2 or sdxl, as an adapter's sizes, names or, at last, metadata tell.
 
     Raises:
-        AdapterFileError: nothing tells it.
+        AdapterFileError: nothing tells it, or it is another one.
     """
     headers = [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
+    for kind in (header.metadata.get("modelspec.architecture", "") for header in headers):
+        if kind and not kind.startswith("stable-diffusion"):
+            raise AdapterFileError(
+                f"{path} is for the architecture {shown(kind)}; rules are known for Stable Diffusion 1, 2 and XL only."
+            )
     shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
     votes = Counter(family for name, shape in shapes.items() if (family := _family_by_shape(name, shape)))
     votes = votes or Counter(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))

@@ -43,8 +43,10 @@ def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, Adap
     """
     format_: Format = registry.find("formats", detect(path))
     guess = family_name or _guess(path)
+    # Sizes alone may deceive: a text encoder of SDXL is as wide as Whisper large.
+    others = [] if family_name else [name for name in registry.available("families") if name != guess]
     faults: list[InputError] = []
-    for name in [guess] if guess else registry.available("families"):
+    for name in [guess, *others] if guess else others:
         family: Family = registry.find("families", name)
         try:
             return family, format_.read(path, family.key_map(format_.name, None))
