@@ -361,7 +361,13 @@ def main() -> None:
     """Runs the benchmark that the command line names."""
     # Run as a file, Python finds what lies beside it but not the folder that it lies in.
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from scripts import benchmark_checkpoints, benchmark_evaluate, benchmark_files, benchmark_memory
+    from scripts import (
+        benchmark_checkpoints,
+        benchmark_evaluate,
+        benchmark_files,
+        benchmark_memory,
+        benchmark_writers,
+    )
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -378,6 +384,7 @@ def main() -> None:
     benchmark_evaluate.add_parser(commands)
     benchmark_files.add_parser(commands)
     benchmark_memory.add_parser(commands)
+    benchmark_writers.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -44,11 +44,11 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 from lora_diffusion.cli.main import main
 from lora_diffusion.workflows import extract, merge
-from scripts.benchmark_memory import status
-before = status("VmRSS")
+from scripts import own_process
+before = own_process.resident_bytes()
 code = main(sys.argv[1:])
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"peak_bytes": status("VmHWM") - before, "cpu_s": used.ru_utime + used.ru_stime}))
+print(json.dumps({"peak_bytes": own_process.peak_bytes() - before, "cpu_s": used.ru_utime + used.ru_stime}))
 sys.exit(code)
 """
 

@@ -12,6 +12,7 @@ from lora_diffusion.core.types import (
     BaseInfo,
     Batch,
     Evidence,
+    Example,
     Loaded,
     LossOutput,
     Output,
@@ -70,10 +71,8 @@ class Family(Protocol):
         The batch is on the CPU, where the draws are made; the loss moves what it needs to the base's device.
         """
 
-    def example(
-        self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-    ) -> Mapping[str, Mapping[str, Any]]:
-        """Gives, for each part that a training step calls, keyword arguments on the meta device, in their order."""
+    def example(self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
+        """Gives what a training step calls, for a rehearsal without numbers."""
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""

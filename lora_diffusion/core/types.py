@@ -63,6 +63,8 @@ class AudioText(Sample):
     """Where in the file the sample begins, in seconds."""
     duration_s: float = 0.0
     """How long it is, in seconds."""
+    num_tokens: int = 0
+    """Of the transcript, with those that name language and task."""
     sampling_rate: int = 16000
     """In Hz, of what the base hears."""
     read_bytes: Callable[[], bytes] | None = None
@@ -133,6 +135,16 @@ class LossOutput:
     metrics: Mapping[str, float] = field(default_factory=dict)
     noise_levels: Tensor | None = None
     """[batch] in 0..1, on which the size of each loss depends before all else; None where there is no such thing."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a training step calls, all on the meta device."""
+
+    inputs: Mapping[str, Mapping[str, Any]]
+    """Part or head -> keyword arguments, in the order of the calls."""
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    """What makes the loss out of the parts' answer, where that takes much memory; no adapter sits on it."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._spelling import split_name, unread_kind
 from lora_diffusion.formats.metadata import told_family
@@ -40,10 +41,15 @@ def guess_family(path: Path) -> str:
     Names come last, since some programs give all text encoders the prefix of SDXL's first.
 
     Raises:
-        AdapterFileError: nothing tells it.
+        AdapterFileError: nothing tells it, or metadata tell another architecture.
         UnsupportedError: names tell a base of another kind.
     """
     headers = _headers(path)
+    for kind in (header.metadata.get("modelspec.architecture", "") for header in headers):
+        if kind and not kind.startswith("stable-diffusion"):
+            raise AdapterFileError(
+                f"{path} is for the architecture {shown(kind)}; rules are known for Stable Diffusion 1, 2 and XL only."
+            )
     shapes = _shapes(headers)
     told = next(filter(None, (told_family(header.metadata) for header in headers)), None)
     found = _by_shapes(shapes) or told

@@ -69,9 +69,11 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
     if told not in (None, family_name):
         raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
     guess = family_name or _guess(path)
+    # Sizes alone may deceive: a text encoder of SDXL is as wide as Whisper large.
+    others = [] if family_name else [name for name in registry.available("families") if name != guess]
     faults: list[InputError] = []
     unnamed: list[InputError] = []
-    for name in [guess] if guess else registry.available("families"):
+    for name in [guess, *others] if guess else others:
         family: Family = registry.find("families", name)
         try:
             names = family.key_map(format_.name, None)

@@ -22,7 +22,7 @@ from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.families._names import key_map
 from lora_diffusion.formats import check_output, describe_file, detect
 from lora_diffusion.formats.verified import write_exactly, write_verified
-from tests.families.full_size import skeleton
+from scripts.full_size import skeleton
 from tests.formats.trained import FAMILIES, MIXED, PIPELINES, answers, bare, names_of, parts_of, trained
 from tests.tiny_adapters import same
 

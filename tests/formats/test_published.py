@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_diffusion.core.types import ModuleKey
 from lora_diffusion.formats._published import PUBLISHED, published
-from tests.families.full_size import skeleton
+from scripts.full_size import skeleton
 
 
 @pytest.mark.parametrize("family", PUBLISHED)

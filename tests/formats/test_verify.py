@@ -596,6 +596,9 @@ def test_family_is_told_by_content(files: dict[str, Path], tmp_path: Path) -> No
         clients.guess_family(path)
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path, {"ss_base_model_version": "sd_v2_v"})
     assert clients.guess_family(path) == "sd2"
+    save_file({stem: torch.ones(1, 768)}, path, {"modelspec.architecture": "whisper/lora"})
+    with pytest.raises(AdapterFileError, match="architecture whisper/lora; rules are known"):
+        clients.guess_family(path)
 
 
 _TE1 = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
