@@ -106,10 +106,12 @@ def _change(pieces: Sequence[tuple[Place, ModuleKey]], terms: Sequence[Term]) ->
         whole = tensor.to(torch.float32, copy=True)
         for place, key in pieces:
             weight = place.view(whole)
-            base = weight.clone()
-            for term in terms:
-                if key in term.state.modules:
-                    weight += term.weights[key.part] * delta_weight(term.state.modules[key], base)
+            own = [term for term in terms if key in term.state.modules]
+            # The change of a dora is that of the frozen weight, of which the others need no copy: it may be large.
+            is_needed = any("magnitude" in term.state.modules[key].tensors for term in own)
+            base = weight.clone() if is_needed else weight
+            for term in own:
+                weight += delta_weight(term.state.modules[key], base).mul_(term.weights[key.part])
         return whole
 
     return change

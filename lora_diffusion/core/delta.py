@@ -61,7 +61,7 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
 
 def _delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None) -> Tensor:
     tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
-    change = adapter.scale * _CHANGES[adapter.variant](tensors)
+    change = _CHANGES[adapter.variant](tensors).mul_(adapter.scale)
     if base_weight is not None:
         change = change.reshape(base_weight.shape)
     if adapter.variant not in AXES:
