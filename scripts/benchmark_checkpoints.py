@@ -71,11 +71,11 @@ def write_base(base: str, folder: Path) -> Path:
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler
 
-    from scripts.benchmark_memory import skeleton_of
+    from scripts import full_size
 
     rng, (family, shard_size) = torch.Generator().manual_seed(0), _BASES[base]
     with torch.device("meta"):
-        networks = {**skeleton_of(family), "vae": AutoencoderKL(**_VAE)}
+        networks = {**full_size.networks(family), "vae": AutoencoderKL(**_VAE)}
     if not shard_size:
         # The whole table of names is in the tests, where it checks the program's own.
         from tests.families.ldm import save_single_file
@@ -102,7 +102,7 @@ def write_adapter(family_name: str, path: Path) -> None:
     from lora_diffusion.config.schema import AdapterConfig
     from lora_diffusion.core import registry
     from lora_diffusion.core.types import AdapterState, ModuleAdapter
-    from scripts.benchmark_memory import skeleton_of
+    from scripts.full_size import skeleton
 
     family, rng = registry.find("families", family_name), torch.Generator().manual_seed(1)
     groups = dict.fromkeys(group for part in family.parts.values() for group in part.groups)
@@ -113,7 +113,7 @@ def write_adapter(family_name: str, path: Path) -> None:
             {name: _FACTOR_SIZE * torch.randn(shape, generator=rng) for name, shape in module.tensors.items()},
             float(_RANK),
         )
-        for module in plan(skeleton_of(family_name), family.parts, config).modules
+        for module in plan(skeleton(family_name), family.parts, config).modules
     }
     registry.find("formats", "kohya").write(AdapterState(modules), family.key_map("kohya", None), path, torch.float16)
 
