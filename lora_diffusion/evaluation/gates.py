@@ -40,7 +40,7 @@ class Gate:
         names = [candidate.name for candidate in evaluation.candidates if candidate.name != BASE]
         found = [evaluation.find(name, self.metric) for name in ([self.candidate] if self.candidate else names)]
         return [
-            f"{self.text}: {summary.candidate} has {summary.mean:.4g} ({summary.low:.4g} to {summary.high:.4g})"
+            f"{self.text}: {summary.candidate} has {summary.spelled('.4g')}"
             for summary in found
             if not _OPERATORS[self.operator](summary.mean, self.limit)
         ]

@@ -132,8 +132,9 @@ class Summary:
     kind: str
     """A kind of case, or "all"."""
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """None, as all other bounds, where a single score cannot tell how sure its mean is."""
+    high: float | None
     count: int
     """Number of scores."""
     vs_base_mean: float | None = None
@@ -143,6 +144,12 @@ class Summary:
     """Against the first candidate after the base."""
     vs_first_low: float | None = None
     vs_first_high: float | None = None
+
+    def spelled(self, form: str) -> str:
+        """Returns the mean and, where it is known, its interval; the form is that of the numbers, say ".3f"."""
+        if self.low is None or self.high is None:
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_diffusion.evaluation.results import Evaluation, Score
-from lora_diffusion.evaluation.statistics import Interval, interval
+from lora_diffusion.evaluation.statistics import Interval, interval, nested_interval
 from lora_diffusion.evaluation.suites import PLAIN_KINDS
 
 _ABOUT_PLAIN = ("prior_drift", "prompt_leak")
@@ -80,14 +80,14 @@ def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, c
 
 
 def _interval(values: Mapping[Draw, float]) -> Interval:
-    """Returns the interval over the cases that have all seeds; without bounds where there is only one value."""
-    cases: dict[int | None, list[float]] = defaultdict(list)
-    for (case, _), value in values.items():
-        cases[case].append(value)
+    """Returns the interval over the cases that have most seeds."""
+    cases: dict[int | None, dict[int | None, float]] = defaultdict(dict)
+    for (case, seed), value in values.items():
+        cases[case][seed] = value
     longest = max(map(len, cases.values()), default=0)
     rows = [row for row in cases.values() if len(row) == longest]
     if not rows:
         return Interval(math.nan, math.nan, math.nan)
-    if len(rows) * longest == 1:
-        return Interval(rows[0][0], -math.inf, math.inf)
-    return interval(np.array(rows))
+    if any(row.keys() != rows[0].keys() for row in rows):
+        return nested_interval(np.array([list(row.values()) for row in rows]))
+    return interval(np.array([[row[seed] for seed in rows[0]] for row in rows]))
