@@ -38,6 +38,8 @@ class Base:
     source: str
     architecture: str
     family: str
+    base_key: str = ""
+    """Hash of all of it that decides what it draws; "" in evaluations that do not tell it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class MetricFacts:
     name: str
     meaning: str
     higher_is_better: bool
+    judges: str = ""
+    """"asked": prompts that ask for what was trained, "plain": the others, "": an evaluation that does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,8 @@ class Evaluation:
     """Metric -> the score of the reference pictures themselves: for likeness each against the others, for copying
     against the training pictures. What an adapter can reach at best, and what is no copying."""
     lora_diffusion: str = __version__
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package that draws or scores -> its version."""
     scores: Sequence[Score] = ()
     """Lines of scores.csv; not in evaluation.json."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from lora_diffusion.cli.main import main
 from lora_diffusion.evaluation import evaluate, results
 from lora_diffusion.evaluation.results import Evaluation
+from lora_diffusion.workflows.evaluation import Question
 from tests.workflows.conftest import Commands, Killer
 
 PROMPTS = """
@@ -105,6 +107,26 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
             assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
 
 
+def test_a_question_takes_texts_and_paths() -> None:
+    texts = Question("out", "suite", adapters="a.safetensors", run="run", references="r", training="t", cache_path="c")  # type: ignore[arg-type]
+    paths = Question(
+        Path("out"),
+        "suite",
+        adapters=[Path("a.safetensors")],  # type: ignore[list-item]
+        run=Path("run"),
+        references=Path("r"),
+        training=Path("t"),
+        cache_path=Path("c"),
+        scorers={"dino": Path("d")},  # type: ignore[dict-item]
+    )
+    assert replace(paths, scorers={}) == texts
+    assert texts.output_path == Path("out")
+    assert texts.adapters == ("a.safetensors",)
+    assert paths.scorers == {"dino": "d"}
+    assert Question(Path("out"), ()).references is None
+    assert replace(texts, metrics="clip_text", triggers="sks").triggers == ("sks",)
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("asked") / "evaluation"
@@ -147,15 +169,16 @@ class TestAsked:
     def test_as_a_library(self, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> None:
         scores = evaluate(
             str(tiny_base),
-            adapters=[str(trained / "run.safetensors")],
-            prompts=prompts,
-            classes=["cat"],
+            adapters=[trained / "run.safetensors"],
+            prompts=str(prompts),
+            classes="cat",
+            references=str(trained.parent / "pictures"),
             metrics=["clip_text", "diversity"],
             scorers={"clip": "builtin:emoji-clip"},
             num_steps=2,
             guidance=3.0,
             seeds=[0, 1],
-            output_path=output,
+            output_path=str(output),
         )
         assert list(scores.columns)[:4] == ["candidate", "step", "weight", "case"]
         means = scores.groupby(["candidate", "metric"]).value.mean()
