@@ -10,10 +10,10 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from lora_diffusion import __version__
-from lora_diffusion.core.files import write_json, write_text
 from lora_diffusion.core.types import SampleLoss
-from lora_diffusion.evaluation import plots, results, sections
+from lora_diffusion.evaluation import plots, sections
 from lora_diffusion.evaluation.before_after import WITH_ADAPTER, Comparison
+from lora_diffusion.evaluation.beside import write_beside
 from lora_diffusion.evaluation.page import Album, Shot, number, write_page
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.evaluation.sections import Findings, Shots, columns, row
@@ -63,6 +63,9 @@ def write_report(
         training: the run, where there is one.
         chosen_file: the file of the chosen candidate.
         next_commands: command lines to try.
+
+    Raises:
+        ConfigError: a file that is no page's numbers is in the way of these.
     """
     training = training or Training()
     album = Album()
@@ -171,7 +174,10 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
         "scorers": ", ".join(f"{kind}: {name}" for kind, name in evaluation.scorer.items()),
         "references": f"{len(evaluation.references)} pictures",
         "training pictures": f"{len(evaluation.training_pictures)} pictures",
-        "evaluated with": f"lora-diffusion {evaluation.lora_diffusion}",
+        "evaluated with": ", ".join(
+            f"{package} {version}"
+            for package, version in {"lora-diffusion": evaluation.lora_diffusion, **evaluation.versions}.items()
+        ),
     }
 
 
@@ -250,15 +256,10 @@ def _before_after(comparison: Comparison, num_rows: int, album: Album) -> dict[s
 
 def _write_numbers(path: Path, findings: Findings | None, training: Training) -> tuple[Path, ...]:
     """Writes all that the page is made from as JSON, and the scores as CSV."""
-    files = [path.with_suffix(".json")]
     chosen = findings.choice if findings else None
     values = {
         "choice": chosen.to_json() if chosen else None,
         "evaluation": findings.evaluation.to_json() if findings else None,
         "training": {"facts": dict(training.facts), "losses": [vars(own) for own in training.losses]},
     }
-    write_json(files[0], values)
-    if findings:
-        files.append(path.with_suffix(".csv"))
-        write_text(files[1], results.to_csv(findings.evaluation.scores))
-    return tuple(files)
+    return write_beside(path, values, {path.with_suffix(".csv"): findings.evaluation} if findings else {})
