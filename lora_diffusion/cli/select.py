@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("select", help="choose the best checkpoint and weight of a run")
     parser.add_argument("path", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="evaluation of its checkpoints (RUN/evaluation)")
+    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="take this evaluation of its checkpoints")
     for name, meaning in _LIMITS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=meaning)
     parser.add_argument("--likeness", metavar="METRIC", help="dino_image or clip_image; default: the first there is")
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         "--text-weight", type=float, default=0.5, metavar="X", help="0: only likeness counts, 1: only the text (0.5)"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="evaluate.key=value", help="how to evaluate, if it is still to do"
+        "overrides", nargs="*", metavar="evaluate.key=value", help="how to evaluate, say evaluate.references=DIR"
     )
     parser.set_defaults(run=run)
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
+from lora_diffusion.core.errors import ConfigError
+
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")
 _AT_LEAST_ONE = (lambda v: v >= 1, "must be 1 or greater")
@@ -104,16 +107,27 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         )
     for text in train.part_learning_rates:
         part, _, rate = text.partition("=")
-        if part not in adapter.parts or not _is_positive(rate):
+        if part not in adapter.parts or not 0 < read_number(rate) < math.inf:
             yield f"train.part_learning_rates: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
     if preview.prompts and not train.preview_every_steps:
         yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
+    yield from _per_module_faults(sections)
     yield from _evaluate_relations(sections["evaluate"])
     yield from data.faults()
     if output.thumbnail == "preview" and not train.preview_every_steps:
         yield "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield f"output.name={output.name}: must be a plain file name without folders"
+
+
+def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[str]:
+    for dotted in PER_MODULE:
+        section, key = dotted.split(".")
+        for text in getattr(sections[section], key):
+            try:
+                read_entry(dotted, text)
+            except ConfigError as error:
+                yield str(error)
 
 
 def _evaluate_relations(evaluate: Any) -> Iterator[str]:
@@ -123,13 +137,6 @@ def _evaluate_relations(evaluate: Any) -> Iterator[str]:
         value = getattr(evaluate, key)
         if value and not evaluate.references:
             yield f"evaluate.{key}={value}: needs evaluate.references, pictures to compare with"
-
-
-def _is_positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def _shown(value: Any) -> str:

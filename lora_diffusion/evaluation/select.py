@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.evaluation.results import BASE, Candidate, Evaluation
 from lora_diffusion.evaluation.table import Table
@@ -146,9 +147,24 @@ def choose(evaluation: Evaluation, preference: Preference | None = None) -> Choi
         bounds,
         tuple(standing.name for standing in tied),
         ("", ""),
-        _warnings(standings, picked, bounds),
+        _warnings(standings, picked, bounds) + _unlimited(bounds),
     )
     return replace(choice, sentences=_explain(choice, evaluation, table))
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Checks that a choice can be made of what these metrics measure; none stands for all.
+
+    Raises:
+        ConfigError: one is unknown, or what is needed is not among them.
+    """
+    for name in names:
+        registry.find("metrics", name)
+    if names and (TEXT not in names or not {*LIKENESS} & {*names}):
+        raise ConfigError(
+            f"evaluate.metrics=[{', '.join(names)}]: a choice needs {TEXT} and {' or '.join(LIKENESS)}; add them, or "
+            "leave the key out to measure all."
+        )
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -170,7 +186,7 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
     The defaults, each relative to the base or to real pictures:
 
     - copying: what the references score, since held-out pictures of the same thing are as near to the training pictures
-      as honest ones can be. Without references' own scores: half way from the base to 1, a perfect copy.
+      as honest ones can be. Without their scores, or if some were trained on: half way from the base to a perfect copy.
     - prior_drift: half of the distance between two of the base's own pictures of one prompt. At the whole of it another
       picture altogether is drawn.
     - prompt_leak: half of what real pictures exceed the base by in likeness. Beyond it the concept is drawn rather than
@@ -196,7 +212,8 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
 
 def _copying_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
     real = evaluation.real.get("copying")
-    if real is not None:
+    trained = {file.sha256 for file in evaluation.training_pictures}
+    if real is not None and trained.isdisjoint(file.sha256 for file in evaluation.references):
         return real, "what the references themselves score"
     return (table.mean(BASE, "copying") + 1) / 2, "half way from the base to a perfect copy"
 
@@ -311,6 +328,13 @@ def _warnings(standings: Sequence[Standing], picked: Standing, bounds: Sequence[
     if len(steps) > 1 and picked.step == steps[0]:
         found.append("The first checkpoint was chosen: save more often (train.save_every_steps) to look before it.")
     return tuple(found)
+
+
+def _unlimited(bounds: Sequence[Limit]) -> tuple[str, ...]:
+    missing = sorted(_DEFAULTS.keys() - {limit.metric for limit in bounds})
+    if not missing:
+        return ()
+    return (f"{', '.join(missing)} could not be measured, so that nothing limited it.",)
 
 
 def _explain(choice: Choice, evaluation: Evaluation, table: Table) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,23 @@ def saved_steps(run_path: Path) -> dict[int, Path]:
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
 
 
-def save(run_path: Path, state: TrainState, params: Params, optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Writes `checkpoints/step-NNNNNN`, checks it, and only then deletes the oldest ones beyond `keep` (0: all stay).
+def save(
+    run_path: Path,
+    state: TrainState,
+    params: Params,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    kept: Container[int | None] = (),
+) -> Path:
+    """Writes `checkpoints/step-NNNNNN`, checks it, and only then deletes older ones.
+
+    Args:
+        run_path: run folder.
+        state: goes with the tensors.
+        params: as the trainer has them.
+        optimizer: its moments are written.
+        keep: so many of the newest stay; 0 keeps all.
+        kept: steps that stay in any case.
 
     Raises:
         CheckpointError: the disk did not take it; older checkpoints are still there.
@@ -71,9 +86,11 @@ def save(run_path: Path, state: TrainState, params: Params, optimizer: torch.opt
         ) from error
     if fault := _fault(path):
         raise CheckpointError(f"{path} {fault} right after it was written; check the disk, then use --resume.")
-    older = [old for step, old in saved_steps(run_path).items() if step <= state.step]
-    for old in older[:-keep] if keep else []:
-        shutil.rmtree(old)
+    saved = saved_steps(run_path)
+    older = [step for step in saved if step <= state.step]
+    for step in older[:-keep] if keep else []:
+        if step not in kept:
+            shutil.rmtree(saved[step])
     return path
 
 
@@ -113,7 +130,8 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     faults = [
         f"{key}: {then.get(key, 'absent')} in the checkpoint, {now[key]} now"
         for key in sorted(now)
-        if then.get(key) != now[key]
+        # A list that the version of the checkpoint did not know was as good as empty.
+        if then.get(key, []) != now[key]
     ]
     if faults:
         raise ConfigError(
@@ -161,8 +179,7 @@ def load_optimizer(path: Path, params: Params, optimizer: torch.optim.Optimizer)
     for key, value in saved.items():
         name, _, entry = key.rpartition("/")
         entries[name][entry] = value
-    # The order of the groups is the order of `named`.
-    optim.load_state(optimizer, list(entries.values()))
+    optim.load_state(optimizer, {parameter: entries[name] for name, parameter in named(params)})
 
 
 def _moments(params: Params, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

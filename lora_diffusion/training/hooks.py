@@ -20,6 +20,8 @@ class Hook:
     """Under which a checkpoint keeps the state; a hook with a state needs one."""
     should_stop = False
     """True once the run should end with the step that was just made."""
+    kept_step: int | None = None
+    """A step whose checkpoint must be written, if it was just made, and must stay."""
 
     def on_step(self, step: int) -> None:
         """Follows each optimizer step; `step` of them are done."""
@@ -50,7 +52,7 @@ class PreviewHook(Hook):
 
 
 class EarlyStop(Hook):
-    """Scores the adapter at every n-th step, and ends the run once the score has stopped rising."""
+    """Scores the adapter at every n-th step, keeps the best, and ends the run once the score has stopped rising."""
 
     name = "early_stop"
 
@@ -81,6 +83,11 @@ class EarlyStop(Hook):
         return len(self.scores) - 1 - self._best_index >= self._patience
 
     @property
+    def kept_step(self) -> int | None:  # type: ignore[override]
+        """The step with the best score so far."""
+        return self.scores[self._best_index][0] if self.scores else None
+
+    @property
     def _best_index(self) -> int:
         return max(range(len(self.scores)), key=lambda index: (self.scores[index][1], -index))
 
@@ -93,7 +100,7 @@ class EarlyStop(Hook):
         best_step, best = self.scores[self._best_index]
         logger.info("step %d  score %.3f  best %.3f at step %d", step, self.scores[-1][1], best, best_step)
         if self.should_stop:
-            logger.info("The score has not risen since step %d: training ends here.", best_step)
+            logger.info("The score has not risen since step %d, which is kept: training ends here.", best_step)
 
     def state(self) -> Mapping[str, Any]:
         """Returns all scores."""

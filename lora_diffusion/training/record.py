@@ -84,7 +84,7 @@ def metadata(
         "cache_latents": True if info.prediction else None,
         "zero_terminal_snr": info.zero_terminal_snr if info.prediction else None,
         "network_dropout": config.adapter.dropout or None,
-        "network_args": {"parts": config.adapter.parts, "targets": config.adapter.targets},
+        "network_args": _network_args(config),
         **{word: getattr(config.model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
         **kind.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
@@ -103,11 +103,18 @@ def metadata(
     )
 
 
+def _network_args(config: Config) -> dict[str, Any]:
+    own = {name: getattr(config.adapter, name) for name in ("module_ranks", "module_alphas")}
+    own["module_learning_rates"] = config.train.module_learning_rates
+    given = {name: entries for name, entries in own.items() if entries}
+    return {"parts": config.adapter.parts, "targets": config.adapter.targets, **given}
+
+
 def _training(config: Config, batches: Batches, step: int) -> dict[str, Any]:
     train = config.train
     epochs = -(-step // batches.num_steps_per_epoch)
     return {
-        "unet_lr": train.learning_rate if "unet" in config.adapter.parts else None,
+        "unet_lr": learning_rate(train, "unet") if "unet" in config.adapter.parts else None,
         "text_encoder_lr": learning_rate(train, "text_encoder") if "text_encoder" in config.adapter.parts else None,
         "learning_rate": train.learning_rate,
         "lr_scheduler": train.schedule,

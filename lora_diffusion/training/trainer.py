@@ -25,7 +25,7 @@ from lora_diffusion.core.products import fast_products
 from lora_diffusion.core.protocols import Tracker
 from lora_diffusion.core.rng import derive, derive_seed
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import Batch, LossOutput
+from lora_diffusion.core.types import Batch, LossOutput, ModuleKey
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.training import checkpoint, optim, schedule
 from lora_diffusion.training.hooks import Hook
@@ -50,6 +50,7 @@ class Trainer:
         run_path: Path,
         hooks: Sequence[Hook] = (),
         fingerprint: Mapping[str, Any] | None = None,
+        module_rates: Mapping[ModuleKey, float] | None = None,
     ) -> None:
         """Prepares the optimizer and the precision; `step` counts the optimizer steps done.
 
@@ -61,6 +62,8 @@ class Trainer:
             hooks: called between steps on the main process.
             fingerprint: setting -> JSON value, for all that changes the result besides `config` (model, adapter, data);
                 a checkpoint is continued only if all are equal.
+            module_rates: highest learning rates of modules that do not learn as their part does; the name of a
+                parameter is that of its module, a dot, and one more word.
 
         Raises:
             ConfigError: a name in the config is unknown, or nothing is trainable.
@@ -72,7 +75,7 @@ class Trainer:
         self.processes = PartialState()
         self._is_watched = bool(hooks)
         self.hooks = hooks if self.processes.is_main_process else ()
-        self.optimizer = optim.build(config, params)
+        self.optimizer = optim.build(config, params, module_rates or {})
         self._parameters = [parameter for _, parameter in optim.named(params)]
         self.device = self._parameters[0].device
         self._dtype = compute_dtype(config.precision, self.device)
@@ -95,7 +98,7 @@ class Trainer:
         """
         num_steps = total_steps(self.config, batches.num_steps_per_epoch)
         self._warn_of_new_length(num_steps)
-        if self._should_stop():
+        if self._ask_hooks(self.step)[0]:
             logger.info("The run was ended early at step %d; without evaluate.patience it goes on.", self.step)
             return
         with self._open_trackers(num_steps) as trackers:
@@ -111,8 +114,9 @@ class Trainer:
                 # Before the checkpoint, so that a run killed in between draws and decides again instead of never.
                 for hook in self.hooks:
                     hook.on_step(step)
-                is_last = step == num_steps or self._should_stop()
-                if is_last or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
+                should_stop, is_kept = self._ask_hooks(step)
+                is_last = step == num_steps or should_stop
+                if is_last or is_kept or (self.config.save_every_steps and step % self.config.save_every_steps == 0):
                     self._save(num_steps)
                 if is_last:
                     break
@@ -220,14 +224,16 @@ class Trainer:
                 hooks={hook.name: hook.state() for hook in self.hooks if hook.state()},
                 versions={"torch": torch.__version__, "lora_diffusion": version("lora-diffusion")},
             )
-            path = checkpoint.save(self.run_path, state, self.params, self.optimizer, self.config.keep_checkpoints)
+            kept = {hook.kept_step for hook in self.hooks}
+            keep = self.config.keep_checkpoints
+            path = checkpoint.save(self.run_path, state, self.params, self.optimizer, keep, kept)
             for hook in self.hooks:
                 hook.on_checkpoint(path, self.step)
         self.processes.wait_for_everyone()
 
-    def _should_stop(self) -> bool:
-        """Says whether a hook of the main process ends the run; all processes agree."""
-        asked = [any(hook.should_stop for hook in self.hooks)]
+    def _ask_hooks(self, step: int) -> tuple[bool, bool]:
+        """Says whether hooks of the main process end the run, and want this step's checkpoint; all processes agree."""
+        asked = [(any(hook.should_stop for hook in self.hooks), any(hook.kept_step == step for hook in self.hooks))]
         if self._is_watched and self.processes.num_processes > 1:
             broadcast_object_list(asked)
         return asked[0]

@@ -13,12 +13,14 @@ from typing import Any
 from accelerate import PartialState
 
 from lora_diffusion import __version__
+from lora_diffusion.adapters import variants
 from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import atomic_path, sha256, write_json
+from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.data import sources
@@ -30,6 +32,7 @@ from lora_diffusion.evaluation.suites import read_cases
 from lora_diffusion.evaluation.table import Table
 from lora_diffusion.formats import detect
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.training.checkpoint import saved_steps
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows._steps import read_adapter, read_checkpoint
 from lora_diffusion.workflows.evaluation import Question, evaluate
@@ -74,8 +77,9 @@ def select(
 
     Args:
         run_path: a finished run.
-        evaluation_path: evaluation of its checkpoints; None takes that in the run folder, which is made if it is not
-            there, as the run's `evaluate` section says.
+        evaluation_path: evaluation of its checkpoints; None makes that in the run folder anew, as the run's `evaluate`
+            section says, with the pictures that are there. If the section names no references, one that is there is
+            taken as it is.
         preference: limits and weighting that differ from the defaults.
         overrides: "evaluate.key=value" for this evaluation.
 
@@ -88,15 +92,24 @@ def select(
     check_name(run.name(config))
     final = run.find_adapter(config)
     folder = evaluation_path or run.path / EVALUATION_NAME
-    if evaluation_path is None and not (folder / "evaluation.json").is_file():
+    if evaluation_path is None and (config.evaluate.references or not (folder / "evaluation.json").is_file()):
         evaluate(question(run, config, folder))
     evaluation = results.read(folder)
     choice = choose(evaluation, preference)
+    choice = replace(choice, warnings=(*choice.warnings, *evaluation.warnings, *_unseen(run, evaluation)))
     checkpoint = _checkpoint(run, choice.candidate, folder)
     if PartialState().is_main_process:
         _write(run, config, final, checkpoint, choice, evaluation, preference)
     PartialState().wait_for_everyone()
     return _required(read_selection(run.path))
+
+
+def _unseen(run: RunFolder, evaluation: Evaluation) -> list[str]:
+    steps = saved_steps(run.path).keys() - {candidate.step for candidate in evaluation.candidates}
+    if not steps:
+        return []
+    names = name_some([f"step-{step:06d}" for step in sorted(steps)])
+    return [f"{names} of the run came after the evaluation and were not looked at; evaluate again to compare them."]
 
 
 def read_selection(run_path: Path) -> Selection | None:
@@ -169,9 +182,8 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
     captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
     pattern = words_pattern(trigger) if trigger else None
     plains = [without_trigger(caption, pattern) if pattern else caption for caption in captions]
-    pairs = [
-        (caption, plain) for caption, plain in zip(captions, plains, strict=True) if caption != plain or not trigger
-    ]
+    both = dict.fromkeys(zip(captions, plains, strict=True))
+    pairs = [(caption, plain) for caption, plain in both if caption != plain or not trigger]
     if not pairs:
         raise ConfigError(
             f"evaluate.references={own.references}: none of the captions holds the trigger words {trigger!r}, so they "
@@ -214,7 +226,8 @@ def _write(
         told |= {"ss_steps": str(choice.candidate.step), "ss_output_name": Path(name).stem}
         told["modelspec.title"] = Path(name).stem
     path = run.path / name
-    _write_adapter(AdapterState(state.modules, told), family, config, path, detect(final) if is_final else "kohya")
+    spelling = detect(final) if is_final else _spelling(config)
+    _write_adapter(AdapterState(state.modules, told), family, config, path, spelling)
     for old in run.path.glob(f"{run.name(config)}-step-*.safetensors"):
         if old != path:
             old.unlink()
@@ -227,6 +240,13 @@ def _write(
             temporary.symlink_to(name)
         except OSError:  # file systems and accounts without links
             shutil.copyfile(path, temporary)
+
+
+def _spelling(config: Config) -> str:
+    """Names the first spelling in one file that can hold what was trained, of those that the run was to write first."""
+    stored = variants.find(config.adapter.variant, config.model.quantization).stored
+    formats = [registry.find("formats", name) for name in (*config.output.formats, *registry.available("formats"))]
+    return next(format_.name for format_ in formats if not format_.is_folder and stored not in format_.refused)
 
 
 def marks(choice: Choice, evaluation: Evaluation) -> dict[str, str]:

@@ -70,7 +70,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     optim.check(config.train, pick_device())
     check_output(config.output.formats, variant.stored)
     info = family.check(config.model)
-    plan = make_plan(family.skeleton(config.model), family.parts, config.adapter)
+    plan = make_plan(family.skeleton(config.model), family.parts, config.adapter, config.train.module_learning_rates)
     _check_spellings(family, config)
     run = run_folder.check(config, resume=resume, overwrite=overwrite)
     cache.check(config.cache)
@@ -104,7 +104,9 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         if config.train.gradient_checkpointing:
             memory.checkpoint_activations(loaded.parts)
         batches = _batches(items, family, config)
-        trainer = Trainer(config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint)
+        trainer = Trainer(
+            config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint, plan.module_rates()
+        )
         if resume:
             logger.info("Continuing after step %d", trainer.resume(latest))
         trainer.fit(batches)
@@ -215,7 +217,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     check_output(config.output.formats, variant.stored)
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
-    plan = make_plan(skeleton, family.parts, config.adapter)
+    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates)
     _check_spellings(family, config)
     run_folder.check(config, resume=not overwrite, overwrite=overwrite)
     cache.check(config.cache)

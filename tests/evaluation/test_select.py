@@ -13,11 +13,12 @@ from lora_diffusion.evaluation.results import (
     Candidate,
     Case,
     Evaluation,
+    FileHash,
     MetricFacts,
     Score,
     Settings,
 )
-from lora_diffusion.evaluation.select import Preference, choose, frontier, limits
+from lora_diffusion.evaluation.select import Preference, check_metrics, choose, frontier, limits
 from lora_diffusion.evaluation.table import Table
 from tests.evaluation.sample import make_sample
 
@@ -125,6 +126,31 @@ def test_default_limits_come_from_base_and_real_pictures() -> None:
     with pytest.raises(ConfigError, match="no scores of prior_drift"):
         limits(dataclasses.replace(made, scores=unmeasured), Preference(prior_drift=0.05))
     assert {limit.metric: limit.value for limit in without} == {"copying": pytest.approx(0.7), "prior_drift": 0.05}
+
+
+def test_references_that_were_trained_on_say_nothing_about_copies() -> None:
+    made = evaluation((100, 1.0, 0.5, 0.6))
+    own, other = FileHash("a.png", "1"), FileHash("b.png", "2")
+    found = {}
+    for references in ([other], [own, other]):
+        known = dataclasses.replace(made, training_pictures=[own], references=references)
+        found[len(references)] = {limit.metric: limit.value for limit in limits(known, Preference())}["copying"]
+    assert found == {1: 0.6, 2: pytest.approx((0.4 + 1) / 2)}
+
+
+def test_limits_that_could_not_be_measured_are_said() -> None:
+    made = evaluation((100, 1.0, 0.3, 0.7), (200, 1.0, 0.55, 0.65), (300, 1.0, 0.6, 0.5))
+    kept = [score for score in made.scores if score.metric not in ("copying", "prior_drift")]
+    warnings = choose(dataclasses.replace(made, scores=kept)).warnings
+    assert warnings == ("copying, prior_drift could not be measured, so that nothing limited it.",)
+
+
+def test_metrics_that_allow_no_choice_are_refused() -> None:
+    check_metrics(())
+    check_metrics(("clip_text", "dino_image"))
+    for names, message in ((("clip_imag", "clip_text"), "clip_image"), (("clip_text",), "needs clip_text and")):
+        with pytest.raises(ConfigError, match=message):
+            check_metrics(names)
 
 
 def test_default_limit_that_nobody_keeps_is_lifted_and_said() -> None:

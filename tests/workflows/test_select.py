@@ -14,9 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_diffusion.cli.main import main
+from lora_diffusion.config.load import load
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
+from lora_diffusion.workflows.selection import cases
 from tests.workflows.conftest import Commands, fill_with_pictures
 
 CLIP = "builtin:emoji-clip"
@@ -105,11 +107,30 @@ def test_marked_file_holds_the_checkpoint_as_it_was(
     assert json.loads(command.good("inspect", file, "--json").out)["problems"] == []
 
 
+def test_longer_run_is_looked_at_again(command: Commands, selected: Path, tiny_base: Path, tmp_path: Path) -> None:
+    run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
+    arguments = [*settings(tiny_base, pictures, run), "evaluate.after_training=true", "train.max_steps=6"]
+    command.good("train", *arguments, "--resume")
+    evaluation = results.read(run / "evaluation")
+    assert {candidate.step for candidate in evaluation.candidates} == {None, 2, 4, 6}
+
+    shutil.copytree(selected / "evaluation", run / "old")
+    outcome = json.loads(command.good("select", run, "--evaluation", run / "old", "--json").out)
+    assert any("step-000006 of the run came after the evaluation" in warning for warning in outcome["warnings"])
+
+
+def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
+    for path in pictures.glob("*.txt"):
+        path.write_text("a sks dog")
+    config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
+    assert [(case.kind, case.prompt) for case in cases(config, "sks")] == [("subject", "a sks dog"), ("prior", "a dog")]
+
+
 def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp_path: Path) -> None:
     run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
     for path in (run / "checkpoints").iterdir():
         (path / "adapter.safetensors").write_bytes(b"other")
-    outcome = command("select", run)
+    outcome = command("select", run, "--evaluation", run / "evaluation")
     assert outcome.code == 2
     assert "no checkpoint of" in outcome.message
 
@@ -130,6 +151,9 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
         ("evaluate.references=null", "needs evaluate.references"),
         ("output.name=best", "another output.name"),
         ("evaluate.weights=[0]", "evaluate.weights"),
+        ("evaluate.metrics=[clip_imag]", 'did you mean "clip_image"'),
+        ("evaluate.metrics=[clip_image]", "a choice needs clip_text"),
+        ("evaluate.clip=/no/clip", "The CLIP /no/clip cannot be loaded"),
         ("evaluate.patience=2", "set evaluate.every_steps"),
     ],
 )
