@@ -18,7 +18,7 @@ from lora_diffusion.config.load import load
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
-from lora_diffusion.workflows.selection import cases
+from lora_diffusion.workflows.selection import cases, scorers
 from tests.workflows.conftest import Commands, fill_with_pictures
 
 CLIP = "builtin:emoji-clip"
@@ -119,6 +119,38 @@ def test_longer_run_is_looked_at_again(command: Commands, selected: Path, tiny_b
     assert any("step-000006 of the run came after the evaluation" in warning for warning in outcome["warnings"])
 
 
+def test_report_shows_what_was_chosen_from_where(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run, page = shutil.copytree(selected, tmp_path / "run", symlinks=True), tmp_path / "page.html"
+    assert json.loads((run / "selection.json").read_text())["evaluation"] == "evaluation"
+    shown = "File: <code>"
+    command.good("report", run, "--output", page)
+    assert shown in page.read_text()
+
+    evaluation = results.read(run / "evaluation")
+    values = {**vars(evaluation), "candidates": [c for c in evaluation.candidates if c.step in (None, 2)]}
+    values["scores"] = [score for score in evaluation.scores if score.step in (None, 2)]
+    results.write(results.Evaluation(**values), tmp_path / "few")
+    told = json.loads(command.good("select", run, "--evaluation", tmp_path / "few", "--json").out)
+    assert told["evaluation"] == str(tmp_path / "few")
+    command.good("report", run, "--output", page)
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert len(numbers["evaluation"]["candidates"]) == len(values["candidates"])
+    assert shown in page.read_text()
+
+    chosen = json.loads((run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps({**chosen, "candidate": "step-000009@1.0"}))
+    command.good("report", run, "--output", page)
+    assert "Recommended:" in page.read_text()
+    assert shown not in page.read_text()
+
+
+def test_scorers_of_a_config_reach_the_evaluation(tmp_path: Path) -> None:
+    own = settings(tmp_path, tmp_path, tmp_path / "run")
+    named = scorers(load(None, [*own, "evaluate.scorers=[dino=a, preference=b/c, probe=d]"]))
+    assert named == {"clip": CLIP, "dino": "a", "preference": "b/c", "probe": "d"}
+    assert scorers(load(None, [*own, "evaluate.clip=null"])).keys() == {"clip"}
+
+
 def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
     for path in pictures.glob("*.txt"):
         path.write_text("a sks dog")
@@ -154,6 +186,10 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
         ("evaluate.metrics=[clip_imag]", 'did you mean "clip_image"'),
         ("evaluate.metrics=[clip_image]", "a choice needs clip_text"),
         ("evaluate.clip=/no/clip", "The CLIP /no/clip cannot be loaded"),
+        ("evaluate.scorers=[dinno=x]", 'did you mean "dino"'),
+        ("evaluate.scorers=[dino]", "'dino' does not give a model"),
+        ("evaluate.scorers=[dino=/no/dino]", "dino=/no/dino cannot be loaded"),
+        ("evaluate.metrics=[clip_text, clip_image, dino_image]", "add evaluate.scorers=[dino=NAME]"),
         ("evaluate.patience=2", "set evaluate.every_steps"),
     ],
 )
