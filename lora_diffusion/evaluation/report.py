@@ -24,7 +24,7 @@ _ABOUT_LOSSES = (
     "without. Help is how much lower the loss is with the caption, as a share of the usual loss at that noise "
     "level: a caption that says what the picture shows helps, one that is wrong does harm (below 0, marked), and "
     "a picture that does not belong is helped little. Loss is 1 for the usual picture; complex or odd ones are "
-    "higher."
+    "higher. Worst first: the order is by the worse of a picture's two ranks, in help and in loss."
 )
 _ABOUT_SCORES = (
     "Means over {} pictures with 95 % intervals. Likeness is the mean cosine with held-out pictures, text "
@@ -196,8 +196,8 @@ def _training(training: Training, album: Album) -> dict[str, Any] | None:
 
 
 def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
-    """Returns the table of training pictures; those whose caption helps least come first."""
-    ranked = sorted(losses, key=lambda own: own.caption_help)
+    """Returns the table of training pictures, worst first."""
+    ranked = _worst_first(losses)
     rows = [
         {
             "key": own.key,
@@ -211,6 +211,19 @@ def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
     ]
     left_out = len(ranked) - len(rows)
     return {"note": _ABOUT_LOSSES + (f" {left_out} more are in the numbers." if left_out else ""), "rows": rows}
+
+
+def _worst_first(losses: Sequence[SampleLoss]) -> list[SampleLoss]:
+    """Orders by the worse of two ranks, so that neither bad captions nor odd pictures hide behind the other kind."""
+    indices = range(len(losses))
+    in_help = _ranks(sorted(indices, key=lambda index: losses[index].caption_help))
+    in_loss = _ranks(sorted(indices, key=lambda index: -losses[index].loss))
+    order = sorted(indices, key=lambda index: (min(in_help[index], in_loss[index]), in_help[index]))
+    return [losses[index] for index in order]
+
+
+def _ranks(order: Sequence[int]) -> dict[int, int]:
+    return {index: rank for rank, index in enumerate(order)}
 
 
 def _thumbnail(own: SampleLoss, album: Album) -> str | None:

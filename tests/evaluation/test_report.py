@@ -398,6 +398,14 @@ def test_page_tells_what_it_was_made_with_and_prints_unfolded(sample: tuple[Path
     assert "beforeprint" in html
 
 
+def test_training_pictures_come_by_the_worse_of_two_ranks(tmp_path: Path) -> None:
+    shown = {"usual": (1.0, 0.3), "odd": (3.0, 0.4), "wrong": (0.9, -0.5), "harder": (1.5, 0.2), "fine": (0.8, 0.5)}
+    listed = [SampleLoss(key, "", f"a picture called {key}", loss, gain) for key, (loss, gain) in shown.items()]
+    html = write_report(tmp_path / "r.html", title="x", training=Training(losses=listed))[0].read_text()
+    assert re.findall(r"a picture called (\w+)", html) == ["wrong", "odd", "harder", "usual", "fine"]
+    assert "the worse of a picture's two ranks" in html.replace("&#39;", "'")
+
+
 def test_missing_pictures_are_left_out(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
     evaluation = sample[1]
     bare = Findings(evaluation, tmp_path, choose(evaluation), Table(evaluation))
