@@ -140,7 +140,7 @@ def loss(metrics: Sequence[Mapping[str, float]]) -> str:
     axes.plot(steps[kept], losses[kept], color=_LINE, linewidth=0.9)
     axes.plot(steps[kept], np.array(smooth)[kept], color=_COLOURS[0], linewidth=1.9)
     # Single steps with little noise reach far above the rest and would flatten the curve.
-    axes.set_ylim(0, float(np.quantile(losses, 0.98)) * 1.15 or 1)
+    axes.set_ylim(0, max(float(np.quantile(values, 0.98)) for values in (losses, smooth)) * 1.15 or 1)
     axes.set(xlabel="step", ylabel="loss")
     return _svg(figure, "loss", f"Loss of {len(steps)} steps and its running mean, which ends at {smooth[-1]:.4f}.")
 

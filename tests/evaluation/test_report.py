@@ -412,3 +412,13 @@ def test_missing_pictures_are_left_out(sample: tuple[Path, Evaluation], tmp_path
     assert Shots(bare, Album()).find(BASE, evaluation.cases[0], 0, "base") is None
     files = write_report(tmp_path / "r.html", title="x", findings=bare)
     assert Page(files[0].read_text()).num_pictures <= 8
+
+
+def test_running_mean_of_a_falling_loss_stays_inside_its_plot() -> None:
+    """It lags behind the loss, so that it lies above nearly all of it."""
+    svg = plots.loss([{"step": step, "loss": 1 / step} for step in range(1, 30)])
+    *_, mean = re.findall(r'<path d="([^"]*)" clip-path', svg)
+    top = float(re.findall(r'<clipPath.*?<rect x="\S+" y="(\S+)"', svg, re.DOTALL)[0])
+    heights = [float(height) for height in re.findall(r"[ML] \S+ (\S+)", mean)]
+    assert heights
+    assert sum(height < top for height in heights) <= 0.05 * len(heights)
