@@ -86,7 +86,9 @@ class Judgement:
             found = self.difference(index, other)
             # Equal pictures, as those of weight 0 and of the base, are no question.
             if found.covers_zero and (self.values[index] != self.values[other]).any():
-                open_.append(f"{self.candidates[index]} ({_spelled(found.num_needed(num_pictures))} needed)")
+                # The estimate takes an interval for symmetric, and can so come out below what has just not sufficed.
+                needed = max(found.num_needed(num_pictures), num_pictures + 1)
+                open_.append(f"{self.candidates[index]} ({_spelled(needed)} needed)")
         if not open_:
             return None
         names = name_some(open_, _NAMED)

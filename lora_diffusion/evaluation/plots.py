@@ -155,7 +155,7 @@ def _figure(width: float, height: float, *, has_label: bool = True) -> tuple[Any
     figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     # Fixed margins: letting matplotlib fit them takes longer than all else on a page.
-    left, bottom, right, top = (0.62 if has_label else 0.42), 0.45, 0.1, 0.28
+    left, bottom, right, top = (0.72 if has_label else 0.56), 0.45, 0.1, 0.28
     axes: Any = figure.add_axes(
         (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
     )

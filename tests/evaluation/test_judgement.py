@@ -51,6 +51,13 @@ def test_says_which_differences_are_too_small_for_the_sample() -> None:
     assert "from the best, d: c (" in lines[1]
 
 
+def test_needs_more_pictures_than_were_too_few() -> None:
+    """Also where the interval is lopsided and just reaches 0."""
+    values = np.array([[[0.0]] * 3, [[-0.001], [0.3], [0.3]]])
+    (line,) = Judgement(METRIC, ["base", "a"], CASES[:3], values, 1).doubts()
+    assert line == "clip_text: 3 pictures are too few to tell these from the base: a (about 4 needed)."
+
+
 def test_equal_pictures_are_no_question() -> None:
     same = judged(0.0, noise=0.0)
     assert same.doubts() == []

@@ -422,3 +422,11 @@ def test_running_mean_of_a_falling_loss_stays_inside_its_plot() -> None:
     heights = [float(height) for height in re.findall(r"[ML] \S+ (\S+)", mean)]
     assert heights
     assert sum(height < top for height in heights) <= 0.05 * len(heights)
+
+
+def test_numbers_at_a_curve_keep_their_sign() -> None:
+    values = [-0.010, -0.002, 0.0]
+    svg = plots.curves("leak", "weight", [plots.Curve("step 8", [0.5, 0.7, 1.0], values, values, values)], {})
+    ticks = re.findall(r'text-anchor: end[^>]* x="([^"]*)"[^>]*>([^<]*)<', svg)
+    assert "\N{MINUS SIGN}0.010" in [text for _, text in ticks]
+    assert all(float(right) >= 9 * 0.6 * len(text) for right, text in ticks)
