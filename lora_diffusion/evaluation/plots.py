@@ -78,7 +78,7 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
             axes.scatter([p.text for p in own], [p.likeness for p in own], **marker, zorder=3)
     right = max(point.text for point in points)
     left = min(point.text for point in points)
-    for point in _spaced(points):
+    for point in _spaced(points, real):
         at_edge = point.text > right - _LABEL_WIDTH * (right - left)
         side = {"ha": "right", **_note(-7, 5)} if at_edge else _note(7, 5)
         axes.annotate(point.label, (point.text, point.likeness), **side)
@@ -87,10 +87,11 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
     return _svg(figure, "frontier", f"{len(points)} candidates by {labels[0]} and {labels[1]}.")
 
 
-def _spaced(points: Sequence[Point]) -> list[Point]:
+def _spaced(points: Sequence[Point], real: float | None) -> list[Point]:
     """Returns the labelled points whose labels do not lie on each other; the chosen one and the base go first."""
     width = max(p.text for p in points) - min(p.text for p in points) or 1
-    height = max(p.likeness for p in points) - min(p.likeness for p in points) or 1
+    levels = [*(p.likeness for p in points), *([] if real is None else [real])]
+    height = max(levels) - min(levels) or 1
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: p.kind not in ("chosen", "base")):
         near = (

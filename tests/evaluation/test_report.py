@@ -430,3 +430,10 @@ def test_numbers_at_a_curve_keep_their_sign() -> None:
     ticks = re.findall(r'text-anchor: end[^>]* x="([^"]*)"[^>]*>([^<]*)<', svg)
     assert "\N{MINUS SIGN}0.010" in [text for _, text in ticks]
     assert all(float(right) >= 9 * 0.6 * len(text) for right, text in ticks)
+
+
+def test_labels_do_not_lie_on_each_other_where_real_pictures_are_far_above() -> None:
+    places = {"chosen": (0.40, 0.02, "chosen"), "a": (0.46, 0.010, "frontier"), "b": (0.465, 0.015, "frontier")}
+    points = [plots.Point(label, text, likeness, kind, label) for label, (text, likeness, kind) in places.items()]
+    assert {"a", "b"} <= set(re.findall(r">(\w+)</text>", plots.frontier(points, ("text", "likeness"), None)))
+    assert "b" not in re.findall(r">(\w+)</text>", plots.frontier(points, ("text", "likeness"), 0.5))
