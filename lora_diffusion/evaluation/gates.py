@@ -37,8 +37,10 @@ class Gate:
     limit: float
 
     def failures(self, evaluation: Evaluation) -> list[str]:
-        """Returns one line for each candidate that does not meet it."""
+        """Returns one line for each candidate that does not meet it; without any, that there is nothing to meet it."""
         names = [candidate.name for candidate in evaluation.candidates if any(candidate.weights.values())]
+        if not names and self.candidate is None:
+            return [f"{self.text}: no candidate draws with an adapter"]
         found = [evaluation.find(name, self.metric) for name in ([self.candidate] if self.candidate else names)]
         return [
             f"{self.text}: {summary.candidate} has {summary.spelled('.4g')}"

@@ -44,6 +44,13 @@ def test_weight_0_is_the_base_and_not_tested(evaluation: Evaluation) -> None:
     assert len(_failures(bare, f"clip_image@{none.name}>=2")) == 1
 
 
+def test_nothing_to_test_is_no_success(evaluation: Evaluation) -> None:
+    none = dataclasses.replace(evaluation.candidates[1], weights={"step-000100": 0.0}, weight=0.0)
+    bare = dataclasses.replace(evaluation, candidates=[evaluation.candidates[0], none])
+    assert _failures(bare, "clip_image>=-1") == ["clip_image>=-1: no candidate draws with an adapter"]
+    assert _failures(bare, "clip_image@base>=-1") == []
+
+
 def test_numbers_may_have_an_exponent(evaluation: Evaluation) -> None:
     assert _failures(evaluation, "clip_text>=-1e3", "clip_text<=1.5E+2") == []
     assert len(_failures(evaluation, "prior_drift@step-000300@1.5<=1e-3")) == 1
