@@ -81,6 +81,7 @@ def run(task: Task, draw: Draw, scorers: Scorers, folder: Path, cache: Path | No
     """
     group = process_group()
     sheet = drawing.lay_out(task.base.base_key, task.looks, _requests(task))
+    group.wait_for_everyone()  # until then another process may be writing its machine.json
     if group.is_main_process:
         # Not those of the cache: another evaluation may be writing there.
         remove_leftovers(folder)
