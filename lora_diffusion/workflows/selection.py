@@ -227,7 +227,7 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
         )
     asked = [(caption, plain, "subject") for caption, plain in pairs[:_MAX_ASKED]]
     if trigger:
-        asked += [(plain, plain, "prior") for _, plain in pairs[:_MAX_PLAIN]]
+        asked += [(plain, plain, "prior") for plain in [*dict.fromkeys(plain for _, plain in pairs)][:_MAX_PLAIN]]
     return tuple(Case(i, text, plain, plain, kind, "references") for i, (text, plain, kind) in enumerate(asked))
 
 

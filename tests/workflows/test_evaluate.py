@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.cli.main import main
+from lora_diffusion.core.types import BaseInfo
 from lora_diffusion.evaluation import evaluate, results
 from lora_diffusion.evaluation.results import Evaluation
+from lora_diffusion.evaluation.scorers import Scorers
+from lora_diffusion.workflows import evaluation
 from lora_diffusion.workflows.evaluation import Question
 from tests.workflows.conftest import Commands, Killer
 
@@ -125,6 +128,15 @@ def test_a_question_takes_texts_and_paths() -> None:
     assert paths.scorers == {"dino": "d"}
     assert Question(Path("out"), ()).references is None
     assert replace(texts, metrics="clip_text", triggers="sks").triggers == ("sks",)
+
+
+@pytest.mark.parametrize(
+    ("clip", "is_warned"), [("openai/clip-vit-large-patch14", True), ("builtin:emoji-clip", False)]
+)
+def test_a_base_scored_by_its_own_text_encoder_is_warned_about(clip: str, is_warned: bool) -> None:
+    info = BaseInfo(512, 8, "stable-diffusion-v1", "epsilon", "a/base")
+    found = evaluation._warnings([], [], Scorers({"clip": clip}), info)
+    assert any("the very CLIP that scores" in warning for warning in found) == is_warned
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,16 @@ def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path
     assert [(case.kind, case.prompt) for case in cases(config, "sks")] == [("subject", "a sks dog"), ("prior", "a dog")]
 
 
+def test_captions_that_differ_in_the_trigger_only_have_one_plain_prompt(
+    pictures: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    for index, path in enumerate(sorted(pictures.glob("*.txt"))):
+        path.write_text(("a sks dog", "a dog, sks", "sks a dog")[index % 3])
+    config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
+    assert [case.prompt for case in cases(config, "sks") if case.kind == "prior"] == ["a dog"]
+    assert len([case for case in cases(config, "sks") if case.kind == "subject"]) == 3
+
+
 def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp_path: Path) -> None:
     run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
     for path in (run / "checkpoints").iterdir():
