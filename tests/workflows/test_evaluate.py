@@ -97,12 +97,15 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
     log = tmp_path / "killed.log"
     more = ["--run", str(trained), "--adapter", str(trained / "run.safetensors"), "--weights", "0,1"]
     stopped, shared = (question(prompts, trained, tmp_path / name, *more) for name in ("stopped", "shared"))
-    assert killer.run(stopped, (f"{tmp_path}/stopped/pictures/*.png", 0, 0.0)) == -9, log.read_text()
-    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped" / "pictures").glob("*.png")}
+    assert killer.run(stopped, (f"{tmp_path}/stopped/pictures/[!.]*.png", 0, 0.0)) == -9, log.read_text()
+    pictures = tmp_path / "stopped" / "pictures"
+    # What was half-written when the process died has a name that starts with a dot, and is removed.
+    there = {path: path.stat().st_mtime_ns for path in pictures.glob("[!.]*.png")}
     assert 0 < len(there) < 2 * NUM_PICTURES
     assert not (tmp_path / "stopped" / "evaluation.json").exists()
     assert killer.run(stopped) == 0, log.read_text()
     assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert not list(pictures.glob(".*"))
     assert killer.run(shared, num_processes=2) == 0, log.read_text()
     assert "Drawing 8 of 8 pictures" in log.read_text()
     for name in ("stopped", "shared"):
