@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from lora_diffusion.cli.main import main
@@ -101,7 +102,7 @@ def test_marked_file_holds_the_checkpoint_as_it_was(
     assert downs == pytest.approx(sorted(float(v.half().float().sum()) for n, v in raw.items() if n.endswith("down")))
     with safe_open(file, "pt") as opened:
         told = opened.metadata()
-    assert {**told, **hashes(tensors, told)} == told
+    assert {**told, **hashes(load_arrays(file), told)} == told
     if step == 4:
         assert all(torch.equal(tensor, before[file][name]) for name, tensor in tensors.items())
     assert json.loads(command.good("inspect", file, "--json").out)["problems"] == []
@@ -253,6 +254,9 @@ def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Pa
         for file in (picture, picture.with_suffix(".txt")):
             shutil.copy(file, folder)
     wrong, odd = sorted(folder.glob("*.png"))[3:5]
+    right = folder / "right.png"
+    for suffix in (".png", ".txt"):
+        shutil.copy(wrong.with_suffix(suffix), right.with_suffix(suffix))
     wrong.with_suffix(".txt").write_text("blob style drawing of a red car\n")
     shutil.copy(sorted((data / "octopus" / "train").glob("*.png"))[0], odd)
     arguments = [f"data.path={folder}", f"output.path={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=6"]
@@ -261,5 +265,8 @@ def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Pa
     )
     losses = json.loads((tmp_path / "run" / "picture_losses.json").read_text())
     ranked = sorted(losses, key=lambda own: own["caption_help"])
-    assert {own["key"] for own in ranked[:2]} == {wrong.name, odd.name}
+    assert ranked[0]["key"] == odd.name
+    # What a caption is worth depends on the picture too, so the same picture is there with its own.
+    place = [own["key"] for own in ranked]
+    assert place.index(wrong.name) < place.index(right.name)
     assert sum(own["loss"] for own in losses) / len(losses) == pytest.approx(1, abs=0.02)
