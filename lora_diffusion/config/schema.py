@@ -266,6 +266,8 @@ class EvaluateConfig:
     """Without any, all that can be computed."""
     clip: str | None = None
     """The CLIP that scores: builtin:emoji-clip, an open_clip folder or "model/pretrained". None takes one that fits."""
+    scorers: tuple[str, ...] = ()
+    """Other models that score, as KIND=NAME: dino=FOLDER, preference=NAME, probe=FILE for the aesthetic score."""
     every_steps: int = 0
     """Steps between scores of the adapter while it is trained, on the first prompts and seeds; 0 makes none."""
     patience: int = 0

@@ -14,7 +14,7 @@ def evaluate(model: Any = None, **question: Any) -> "pd.DataFrame":
 
         scores = evaluate(
             "builtin:emoji", adapters=["blorp.safetensors"], weights=[0.5, 1], prompts="emoji-style",
-            references=Path("references"), output_path=Path("evaluation"),
+            references="references", output_path="evaluation",
         )
         scores.groupby(["candidate", "metric"]).value.mean()
 

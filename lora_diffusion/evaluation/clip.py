@@ -24,12 +24,15 @@ DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
 _TEXT_BATCH = 256
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 
+_VIT_L = ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "openai/clip-vit-large-patch14")
+_VIT_H = ("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+_VIT_G = ("ViT-bigG-14/laion2b_s39b_b160k", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
 _OWN_ENCODERS = {
-    "stable-diffusion-v1": ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai"),
-    "stable-diffusion-v2": ("ViT-H-14/laion2b_s32b_b79k",),
-    "stable-diffusion-xl-v1": ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "ViT-bigG-14/laion2b_s39b_b160k"),
+    "stable-diffusion-v1": _VIT_L,
+    "stable-diffusion-v2": _VIT_H,
+    "stable-diffusion-xl-v1": _VIT_L + _VIT_G,
 }
-"""Start of an architecture's name -> the CLIPs whose text towers it reads its prompts with."""
+"""Start of an architecture's name -> the CLIPs, as open_clip and the hub call them, whose text towers it reads with."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def default_clip(model_path: str) -> str:
 
 def is_own_encoder(name: str, architecture: str) -> bool:
     """Says whether a base of this architecture reads its prompts with the text tower of this CLIP."""
-    return any(architecture.startswith(start) and name in clips for start, clips in _OWN_ENCODERS.items())
+    plain = name.removeprefix("hf-hub:")
+    return any(architecture.startswith(start) and plain in clips for start, clips in _OWN_ENCODERS.items())
 
 
 def _is_of_transformers(name: str, known: Sequence[str]) -> bool:

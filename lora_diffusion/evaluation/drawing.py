@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_diffusion.core.files import atomic_path
-from lora_diffusion.core.logs import logger
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import Output, Request
-from lora_diffusion.evaluation.pictures import save_drawn
+from lora_diffusion.evaluation.pictures import is_whole, save_drawn
 
-_VERSION = 1
+_VERSION = 2
 """Raised whenever the same base, adapters and request would be drawn differently."""
 CHUNK = 16
 """Pictures drawn together. Their last bits depend on it, so it is not a setting."""
@@ -53,8 +53,9 @@ def look(adapters: Iterable[tuple[str, float]]) -> Look:
 def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[int, int], Request]) -> Sheet:
     """Returns which picture goes where, and the chunks in which they are drawn.
 
-    What a chunk holds depends on the evaluation only, never on what is there already or on who draws it: a picture has
-    the same bits whether it is drawn at once, after a stop, or by another process.
+    A chunk has one seed, so that a question with more seeds has all chunks of that with fewer. What it holds depends on
+    the evaluation only, never on what is there already or on who draws it: a picture has the same bits whether it is
+    drawn at once, after a stop, or by another process.
 
     Args:
         base_key: names the base's weights, number type and device.
@@ -65,19 +66,20 @@ def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[in
     chunks: list[Chunk] = []
     known: set[str] = set()
     for candidate, own in looks.items():
-        fresh: dict[str, Request] = {}
+        fresh: dict[int, dict[str, Request]] = {}
         for (case, seed), request in requests.items():
             key = picture_key(base_key, own, request)
             keys[candidate, case, seed] = key
             if key not in known:
                 known.add(key)
-                fresh[key] = request
-        names = list(fresh)
-        chunks += [
-            Chunk(candidate, {key: fresh[key] for key in names[start : start + CHUNK]})
-            for start in range(0, len(names), CHUNK)
-        ]
+                fresh.setdefault(seed, {})[key] = request
+        chunks += [Chunk(candidate, part) for of_seed in fresh.values() for part in _parts(of_seed)]
     return Sheet(keys, chunks)
+
+
+def _parts(requests: Mapping[str, Request]) -> list[Mapping[str, Request]]:
+    names = list(requests)
+    return [{key: requests[key] for key in names[start : start + CHUNK]} for start in range(0, len(names), CHUNK)]
 
 
 def picture_key(base_key: str, look: Look, request: Request) -> str:
@@ -99,7 +101,8 @@ def draw_missing(
 ) -> int:
     """Draws the pictures that are neither in the folder nor in the cache, and returns how many were written.
 
-    A chunk that lacks a picture is drawn as a whole; those of its pictures that are there are kept.
+    A chunk that lacks a picture is drawn as a whole; those of its pictures that are there are kept. A damaged file is
+    as good as none, and replaced.
 
     Args:
         chunks: of `lay_out`.
@@ -110,18 +113,20 @@ def draw_missing(
     """
     index, num_shares = share
     own = chunks[index::num_shares]
+    keys = [key for chunk in own for key in chunk.requests]
+    there = _whole(keys, folder)
     if cache is not None:
-        _copy([key for chunk in own for key in chunk.requests], cache, folder)
-    missing = [chunk for chunk in own if not all(picture_path(folder, key).is_file() for key in chunk.requests)]
-    total, there = sum(len(chunk.requests) for chunk in own), sum(len(chunk.requests) for chunk in missing)
-    logger.info("Drawing %d of %d pictures; the others are there.", there, total)
+        there |= _copy([key for key in keys if key not in there], cache, folder)
+    missing = [chunk for chunk in own if not chunk.requests.keys() <= there]
+    logger.info(
+        "Drawing %d of %d pictures; the others are there.", sum(len(chunk.requests) for chunk in missing), len(keys)
+    )
     num_written = 0
     for chunk in missing:
         outputs = draw(chunk.candidate, list(chunk.requests.values()))
         for key, output in zip(chunk.requests, outputs, strict=True):
-            path = picture_path(folder, key)
-            if not path.is_file():
-                save_drawn(output, path)
+            if key not in there:
+                save_drawn(output, picture_path(folder, key))
                 num_written += 1
         if cache is not None:
             _copy(list(chunk.requests), folder, cache)
@@ -129,10 +134,20 @@ def draw_missing(
     return num_written
 
 
-def _copy(keys: Sequence[str], source: Path, target: Path) -> None:
-    """Copies those pictures that the source has and the target lacks."""
-    for key in keys:
-        here, there = picture_path(source, key), picture_path(target, key)
-        if here.is_file() and not there.is_file():
-            with atomic_path(there) as temporary:
-                shutil.copyfile(here, temporary)
+def _copy(keys: Sequence[str], source: Path, target: Path) -> set[str]:
+    """Copies those pictures that the source has whole and the target has not, and returns them."""
+    fresh = _whole(keys, source) - _whole(keys, target)
+    for key in sorted(fresh):
+        with atomic_path(picture_path(target, key)) as temporary:
+            shutil.copyfile(picture_path(source, key), temporary)
+    return fresh
+
+
+def _whole(keys: Sequence[str], folder: Path) -> set[str]:
+    """Returns the pictures that a folder has and that can be read."""
+    there = [key for key in keys if picture_path(folder, key).is_file()]
+    damaged = [key for key in there if not is_whole(picture_path(folder, key))]
+    if damaged:
+        names = name_some([picture_path(folder, key).name for key in damaged])
+        logger.warning("%d pictures of %s are damaged, so they do not count: %s", len(damaged), folder, names)
+    return {*there} - {*damaged}

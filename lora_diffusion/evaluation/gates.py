@@ -1,7 +1,8 @@
 """Conditions that an evaluation must meet, for scripts that decide on its result.
 
-A gate is `metric op number`, say "clip_image>=0.75", for every candidate but the base, or `metric@candidate op number`,
-say "prior_drift@step-000200@1.0<=0.1", for one. Operators: >=, <=, >, <. What is compared is the mean over all cases.
+A gate is `metric op number`, say "clip_image>=0.75", for every candidate but the base and what has weight 0, which is
+the base again, or `metric@candidate op number`, say "prior_drift@step-000200@1.0<=0.1", for one. Operators: >=, <=, >,
+<. What is compared is the mean over all cases.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.evaluation.results import BASE, Evaluation
+from lora_diffusion.evaluation.results import Evaluation
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -21,7 +22,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_GATE = re.compile(r"\s*(\w+)(?:@(.+?))?\s*(>=|<=|>|<)\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*")
+_GATE = re.compile(r"\s*(\w+)(?:@(.+?))?\s*(>=|<=|>|<)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,18 @@ class Gate:
     text: str
     metric: str
     candidate: str | None
-    """None: all but the base."""
+    """None: all that draw with an adapter."""
     operator: str
     limit: float
 
     def failures(self, evaluation: Evaluation) -> list[str]:
-        """Returns one line for each candidate that does not meet it."""
-        names = [candidate.name for candidate in evaluation.candidates if candidate.name != BASE]
+        """Returns one line for each candidate that does not meet it; without any, that there is nothing to meet it."""
+        names = [candidate.name for candidate in evaluation.candidates if any(candidate.weights.values())]
+        if not names and self.candidate is None:
+            return [f"{self.text}: no candidate draws with an adapter"]
         found = [evaluation.find(name, self.metric) for name in ([self.candidate] if self.candidate else names)]
         return [
-            f"{self.text}: {summary.candidate} has {summary.mean:.4g} ({summary.low:.4g} to {summary.high:.4g})"
+            f"{self.text}: {summary.candidate} has {summary.spelled('.4g')}"
             for summary in found
             if not _OPERATORS[self.operator](summary.mean, self.limit)
         ]

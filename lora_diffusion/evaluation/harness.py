@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from lora_diffusion.core.device import process_group
+from lora_diffusion.core.files import remove_leftovers
 from lora_diffusion.core.protocols import Metric
 from lora_diffusion.core.types import Evidence, Request, Scores
 from lora_diffusion.evaluation import drawing, results
@@ -36,6 +38,8 @@ from lora_diffusion.evaluation.scorers import Scorers
 from lora_diffusion.evaluation.suites import PLAIN_KINDS
 
 PICTURES = "pictures"
+_PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
+"""Packages whose version can change a picture or a score in its last digits."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,6 @@ class Task:
     """All that decides what an evaluation finds."""
 
     base: Base
-    base_key: str
-    """Names the base's weights, number type and device."""
     candidates: Sequence[Candidate]
     """The base alone comes first."""
     looks: Mapping[str, Look]
@@ -78,7 +80,13 @@ def run(task: Task, draw: Draw, scorers: Scorers, folder: Path, cache: Path | No
         cache: folder of pictures that evaluations share.
     """
     group = process_group()
-    sheet = drawing.lay_out(task.base_key, task.looks, _requests(task))
+    sheet = drawing.lay_out(task.base.base_key, task.looks, _requests(task))
+    group.wait_for_everyone()  # until then another process may be writing its machine.json
+    if group.is_main_process:
+        # Not those of the cache: another evaluation may be writing there.
+        remove_leftovers(folder)
+        remove_leftovers(folder / PICTURES)
+    group.wait_for_everyone()
     share = group.process_index, group.num_processes
     drawing.draw_missing(sheet.chunks, folder / PICTURES, cache, draw, share)
     group.wait_for_everyone()
@@ -159,7 +167,7 @@ def _score(task: Task, pictures: _Pictures) -> Evaluation:
         candidates=task.candidates,
         cases=task.cases,
         seeds=task.seeds,
-        metrics=[MetricFacts(metric.name, metric.meaning, metric.higher_is_better) for metric in metrics],
+        metrics=[MetricFacts(own.name, own.meaning, own.higher_is_better, own.judges) for own in metrics],
         summary=[summary for judgement in judgements for summary in judgement.summaries()],
         adapters=task.adapters,
         references=task.references,
@@ -167,6 +175,7 @@ def _score(task: Task, pictures: _Pictures) -> Evaluation:
         warnings=[*task.warnings, *doubts(judgements)],
         chance={metric.name: value for metric in metrics if (value := metric.chance(base[metric])) is not None},
         real={metric.name: value for metric in metrics if (value := metric.real(base[metric])) is not None},
+        versions={package: version(package) for package in _PACKAGES},
         scores=[
             line
             for index, candidate in enumerate(task.candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,14 +51,15 @@ class Judgement:
     def _summary(self, index: int, kind: str) -> Summary:
         own = interval(self._rows(kind)[index])
         differences: list[float | None] = []
+        low, high = _bounds(own)
         for other in (0, 1):
             if index == other or other >= len(self.candidates):
                 differences += [None] * 3
             else:
                 found = self.difference(index, other, kind)
-                differences += [found.mean, found.low, found.high]
+                differences += [found.mean, *_bounds(found)]
         count = self._rows(kind)[index].size
-        return Summary(self.candidates[index], self.metric.name, kind, own.mean, own.low, own.high, count, *differences)
+        return Summary(self.candidates[index], self.metric.name, kind, own.mean, low, high, count, *differences)
 
     @cached_property
     def ranking(self) -> list[int]:
@@ -83,16 +85,24 @@ class Judgement:
         for index in indices:
             found = self.difference(index, other)
             # Equal pictures, as those of weight 0 and of the base, are no question.
-            if found.covers_zero and found.low < found.high:
-                open_.append(f"{self.candidates[index]} ({_spelled(found.num_needed(num_pictures))} needed)")
+            if found.covers_zero and (self.values[index] != self.values[other]).any():
+                # The estimate takes an interval for symmetric, and can so come out below what has just not sufficed.
+                needed = max(found.num_needed(num_pictures), num_pictures + 1)
+                open_.append(f"{self.candidates[index]} ({_spelled(needed)} needed)")
         if not open_:
             return None
         names = name_some(open_, _NAMED)
         return f"{self.metric.name}: {num_pictures} pictures are too few to tell these from {what}: {names}."
 
 
+def _bounds(found: Interval) -> tuple[float | None, float | None]:
+    return (found.low, found.high) if found.has_bounds else (None, None)
+
+
 def _spelled(number: float) -> str:
     """Returns a number of pictures with two digits, as it is a rough guess."""
+    if not math.isfinite(number):
+        return "more"
     return f"about {float(f'{number:.2g}'):,.0f}" if number < _MANY else f"over {_MANY:,}"
 
 

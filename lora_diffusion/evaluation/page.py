@@ -94,7 +94,7 @@ def _asset(name: str) -> str:
 
 def number(value: float | None, sign: str = "") -> str:
     """Returns three decimals with a true minus sign, or a dash where there is no number."""
-    if value is None or math.isnan(value):
+    if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     return f"{value:{sign}.3f}".replace("-", "\N{MINUS SIGN}")
 

@@ -45,6 +45,16 @@ def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> N
         image.save(temporary, format="PNG", pnginfo=info)
 
 
+def is_whole(path: Path) -> bool:
+    """Says whether a PNG has all its bytes and they are as they were written; it is not decoded."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises where a file ends, or a checksum is wrong
+        return False
+    return True
+
+
 def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
     """Returns pictures in a table with labels; small pictures are enlarged by whole factors.
 

@@ -78,7 +78,7 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
             axes.scatter([p.text for p in own], [p.likeness for p in own], **marker, zorder=3)
     right = max(point.text for point in points)
     left = min(point.text for point in points)
-    for point in _spaced(points):
+    for point in _spaced(points, real):
         at_edge = point.text > right - _LABEL_WIDTH * (right - left)
         side = {"ha": "right", **_note(-7, 5)} if at_edge else _note(7, 5)
         axes.annotate(point.label, (point.text, point.likeness), **side)
@@ -87,10 +87,11 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
     return _svg(figure, "frontier", f"{len(points)} candidates by {labels[0]} and {labels[1]}.")
 
 
-def _spaced(points: Sequence[Point]) -> list[Point]:
+def _spaced(points: Sequence[Point], real: float | None) -> list[Point]:
     """Returns the labelled points whose labels do not lie on each other; the chosen one and the base go first."""
     width = max(p.text for p in points) - min(p.text for p in points) or 1
-    height = max(p.likeness for p in points) - min(p.likeness for p in points) or 1
+    levels = [*(p.likeness for p in points), *([] if real is None else [real])]
+    height = max(levels) - min(levels) or 1
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: p.kind not in ("chosen", "base")):
         near = (
@@ -140,7 +141,7 @@ def loss(metrics: Sequence[Mapping[str, float]]) -> str:
     axes.plot(steps[kept], losses[kept], color=_LINE, linewidth=0.9)
     axes.plot(steps[kept], np.array(smooth)[kept], color=_COLOURS[0], linewidth=1.9)
     # Single steps with little noise reach far above the rest and would flatten the curve.
-    axes.set_ylim(0, float(np.quantile(losses, 0.98)) * 1.15 or 1)
+    axes.set_ylim(0, max(float(np.quantile(values, 0.98)) for values in (losses, smooth)) * 1.15 or 1)
     axes.set(xlabel="step", ylabel="loss")
     return _svg(figure, "loss", f"Loss of {len(steps)} steps and its running mean, which ends at {smooth[-1]:.4f}.")
 
@@ -155,7 +156,7 @@ def _figure(width: float, height: float, *, has_label: bool = True) -> tuple[Any
     figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     # Fixed margins: letting matplotlib fit them takes longer than all else on a page.
-    left, bottom, right, top = (0.62 if has_label else 0.42), 0.45, 0.1, 0.28
+    left, bottom, right, top = (0.72 if has_label else 0.56), 0.45, 0.1, 0.28
     axes: Any = figure.add_axes(
         (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
     )

@@ -10,10 +10,10 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from lora_diffusion import __version__
-from lora_diffusion.core.files import write_json, write_text
 from lora_diffusion.core.types import SampleLoss
-from lora_diffusion.evaluation import plots, results, sections
+from lora_diffusion.evaluation import plots, sections
 from lora_diffusion.evaluation.before_after import WITH_ADAPTER, Comparison
+from lora_diffusion.evaluation.beside import write_beside
 from lora_diffusion.evaluation.page import Album, Shot, number, write_page
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.evaluation.sections import Findings, Shots, columns, row
@@ -24,7 +24,7 @@ _ABOUT_LOSSES = (
     "without. Help is how much lower the loss is with the caption, as a share of the usual loss at that noise "
     "level: a caption that says what the picture shows helps, one that is wrong does harm (below 0, marked), and "
     "a picture that does not belong is helped little. Loss is 1 for the usual picture; complex or odd ones are "
-    "higher."
+    "higher. Worst first: the order is by the worse of a picture's two ranks, in help and in loss."
 )
 _ABOUT_SCORES = (
     "Means over {} pictures with 95 % intervals. Likeness is the mean cosine with held-out pictures, text "
@@ -63,6 +63,9 @@ def write_report(
         training: the run, where there is one.
         chosen_file: the file of the chosen candidate.
         next_commands: command lines to try.
+
+    Raises:
+        ConfigError: a file that is no page's numbers is in the way of these.
     """
     training = training or Training()
     album = Album()
@@ -171,7 +174,10 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
         "scorers": ", ".join(f"{kind}: {name}" for kind, name in evaluation.scorer.items()),
         "references": f"{len(evaluation.references)} pictures",
         "training pictures": f"{len(evaluation.training_pictures)} pictures",
-        "evaluated with": f"lora-diffusion {evaluation.lora_diffusion}",
+        "evaluated with": ", ".join(
+            f"{package} {version}"
+            for package, version in {"lora-diffusion": evaluation.lora_diffusion, **evaluation.versions}.items()
+        ),
     }
 
 
@@ -190,8 +196,8 @@ def _training(training: Training, album: Album) -> dict[str, Any] | None:
 
 
 def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
-    """Returns the table of training pictures; those whose caption helps least come first."""
-    ranked = sorted(losses, key=lambda own: own.caption_help)
+    """Returns the table of training pictures, worst first."""
+    ranked = _worst_first(losses)
     rows = [
         {
             "key": own.key,
@@ -205,6 +211,19 @@ def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
     ]
     left_out = len(ranked) - len(rows)
     return {"note": _ABOUT_LOSSES + (f" {left_out} more are in the numbers." if left_out else ""), "rows": rows}
+
+
+def _worst_first(losses: Sequence[SampleLoss]) -> list[SampleLoss]:
+    """Orders by the worse of two ranks, so that neither bad captions nor odd pictures hide behind the other kind."""
+    indices = range(len(losses))
+    in_help = _ranks(sorted(indices, key=lambda index: losses[index].caption_help))
+    in_loss = _ranks(sorted(indices, key=lambda index: -losses[index].loss))
+    order = sorted(indices, key=lambda index: (min(in_help[index], in_loss[index]), in_help[index]))
+    return [losses[index] for index in order]
+
+
+def _ranks(order: Sequence[int]) -> dict[int, int]:
+    return {index: rank for rank, index in enumerate(order)}
 
 
 def _thumbnail(own: SampleLoss, album: Album) -> str | None:
@@ -250,15 +269,10 @@ def _before_after(comparison: Comparison, num_rows: int, album: Album) -> dict[s
 
 def _write_numbers(path: Path, findings: Findings | None, training: Training) -> tuple[Path, ...]:
     """Writes all that the page is made from as JSON, and the scores as CSV."""
-    files = [path.with_suffix(".json")]
     chosen = findings.choice if findings else None
     values = {
         "choice": chosen.to_json() if chosen else None,
         "evaluation": findings.evaluation.to_json() if findings else None,
         "training": {"facts": dict(training.facts), "losses": [vars(own) for own in training.losses]},
     }
-    write_json(files[0], values)
-    if findings:
-        files.append(path.with_suffix(".csv"))
-        write_text(files[1], results.to_csv(findings.evaluation.scores))
-    return tuple(files)
+    return write_beside(path, values, {path.with_suffix(".csv"): findings.evaluation} if findings else {})

@@ -38,6 +38,8 @@ class Base:
     source: str
     architecture: str
     family: str
+    base_key: str = ""
+    """Hash of all of it that decides what it draws; "" in evaluations that do not tell it."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class MetricFacts:
     name: str
     meaning: str
     higher_is_better: bool
+    judges: str = ""
+    """"asked": prompts that ask for what was trained, "plain": the others, "": an evaluation that does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,9 @@ class Summary:
     kind: str
     """A kind of case, or "all"."""
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """None, as all other bounds, where a single score cannot tell how sure its mean is."""
+    high: float | None
     count: int
     """Number of scores."""
     vs_base_mean: float | None = None
@@ -143,6 +148,12 @@ class Summary:
     """Against the first candidate after the base."""
     vs_first_low: float | None = None
     vs_first_high: float | None = None
+
+    def spelled(self, form: str) -> str:
+        """Returns the mean and, where it is known, its interval; the form is that of the numbers, say ".3f"."""
+        if self.low is None or self.high is None:
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,8 @@ class Evaluation:
     """Metric -> the score of the reference pictures themselves: for likeness each against the others, for copying
     against the training pictures. What an adapter can reach at best, and what is no copying."""
     lora_diffusion: str = __version__
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Package that draws or scores -> its version."""
     scores: Sequence[Score] = ()
     """Lines of scores.csv; not in evaluation.json."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def row(cells: Iterable[Any], mark: str = "") -> dict[str, Any]:
 
 
 def with_range(value: Interval, sign: str = "") -> str:
-    """Returns a mean and its interval as text."""
+    """Returns a mean and its interval as text; a dash stands for what is not known."""
+    if math.isnan(value.mean):
+        return number(value.mean)
     return f"{number(value.mean, sign)} ({number(value.low, sign)} to {number(value.high, sign)})"
 
 

@@ -1,7 +1,8 @@
-"""How sure a mean is: intervals by resampling prompts, and within each prompt its seeds."""
+"""How sure a mean is: intervals by resampling prompts and seeds."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,8 +23,13 @@ class Interval:
 
     @property
     def covers_zero(self) -> bool:
-        """Whether a difference of 0 cannot be excluded."""
-        return self.low <= 0 <= self.high
+        """Whether a difference of 0 cannot be excluded; nothing can where there is no value."""
+        return not (self.low > 0 or self.high < 0)
+
+    @property
+    def has_bounds(self) -> bool:
+        """Whether there were values enough to say how sure the mean is."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     def num_needed(self, num: int) -> float:
         """Returns how many scores it would take for an interval around the same mean that leaves out 0.
@@ -38,21 +44,51 @@ class Interval:
 
 
 def interval(values: NDArray[np.float64]) -> Interval:
-    """Returns the bootstrap percentile interval of a mean.
+    """Returns the bootstrap percentile interval of a mean over prompts that were all drawn with the same seeds.
 
-    Prompts are drawn with replacement, then for each of them its seeds (a bootstrap in two stages, Davison and Hinkley
-    1997, section 3.8). The draws depend on the shape only, so that equal values always give equal intervals.
+    A seed is the same noise for all prompts, so prompts and seeds are drawn with replacement apart from each other, and
+    a value counts as often as its prompt times as often as its seed (Owen 2007, "The pigeonhole bootstrap", arXiv
+    0712.1111). The draws depend on the shape only, so that equal values always give equal intervals.
 
     Args:
         values: [prompts, seeds]; give differences for a paired comparison.
+
+    Returns:
+        Infinite bounds where there is only one value.
     """
-    means = _weights(*values.shape) @ values.ravel()
+    prompts, seeds = _crossed(*values.shape)
+    return _percentiles(values, ((prompts @ values) * seeds).sum(axis=1))
+
+
+def nested_interval(values: NDArray[np.float64]) -> Interval:
+    """Returns the interval of a mean over prompts that each have seeds of their own.
+
+    Prompts are drawn with replacement, then for each of them its seeds (a bootstrap in two stages, Davison and Hinkley
+    1997, section 3.8).
+
+    Args:
+        values: as of `interval`.
+    """
+    return _percentiles(values, _nested(*values.shape) @ values.ravel())
+
+
+def _percentiles(values: NDArray[np.float64], means: NDArray[np.float64]) -> Interval:
+    if values.size == 1:
+        return Interval(float(values.mean()), -math.inf, math.inf)
     low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
 
 @cache
-def _weights(num_prompts: int, num_seeds: int) -> NDArray[np.float64]:
+def _crossed(num_prompts: int, num_seeds: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns shares of prompts [samples, prompts] and of seeds [samples, seeds] in each resample; rows sum to 1."""
+    rng = np.random.default_rng(0)
+    prompts, seeds = (rng.multinomial(num, [1 / num] * num, _NUM_SAMPLES) / num for num in (num_prompts, num_seeds))
+    return prompts, seeds
+
+
+@cache
+def _nested(num_prompts: int, num_seeds: int) -> NDArray[np.float64]:
     """Returns what each value counts in each resampled mean, [samples, prompts * seeds]; rows sum to 1."""
     rng = np.random.default_rng(0)
     num_values = num_prompts * num_seeds

@@ -25,6 +25,7 @@ import yaml
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.data.captions import phrase_pattern, without_trigger
 from lora_diffusion.evaluation.results import ALL, Case
 
@@ -42,7 +43,7 @@ def shipped_suites() -> dict[str, Path]:
 
 
 def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequence[str] = ()) -> tuple[Case, ...]:
-    """Returns the cases of a suite with its placeholders filled in.
+    """Returns the cases of a suite with its placeholders filled in; equal prompts of a kind are one case, the first.
 
     Args:
         source: YAML file, or name of a shipped suite.
@@ -62,16 +63,22 @@ def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequen
     values = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
     values |= {f"class{i or ''}": word for i, word in _numbered(classes)}
     faults: list[str] = []
-    cases: list[Case] = []
+    cases: dict[tuple[str, str], Case] = {}
+    repeated: list[str] = []
     for kind, entry in _entries(path, faults):
         own = [fault for text in entry.values() for fault in _faults(text, values)]
         faults += own
         if not own:
-            cases.append(_case(len(cases), kind, entry, values, path.stem))
+            case = _case(len(cases), kind, entry, values, path.stem)
+            repeated += [case.prompt] if (case.kind, case.prompt) in cases else []
+            cases.setdefault((case.kind, case.prompt), case)
     if faults:
         distinct = list(dict.fromkeys(faults))
         raise ConfigError(f"--prompts {path} has {len(distinct)} fault(s).", distinct)
-    return tuple(cases)
+    if repeated:
+        # Drawn from the same noise, they would be the same pictures, and be counted as more.
+        logger.warning("%s repeats %d prompt(s), which count once: %s", path, len(repeated), name_some(repeated))
+    return tuple(cases.values())
 
 
 def _numbered(words: Sequence[str]) -> Iterator[tuple[int, str]]:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_diffusion.evaluation.results import Evaluation, Score
-from lora_diffusion.evaluation.statistics import Interval, interval
+from lora_diffusion.evaluation.results import Evaluation, MetricFacts
+from lora_diffusion.evaluation.statistics import Interval, interval, nested_interval
 from lora_diffusion.evaluation.suites import PLAIN_KINDS
 
 _ABOUT_PLAIN = ("prior_drift", "prompt_leak")
-"""Metrics of what was not asked for."""
+"""Metrics of what was not asked for, where an evaluation does not tell what its metrics judge."""
 Draw = tuple[int | None, int | None]
 """Index of the case, and seed; a seed of None stands for all pictures of the case."""
 
@@ -21,15 +21,16 @@ Draw = tuple[int | None, int | None]
 class Table:
     """Means and paired differences over the cases that a metric is about.
 
-    prior_drift and prompt_leak are about prompts that do not ask for what was trained, all other metrics about those
-    that do.
+    Metrics that judge "plain" prompts, such as prior_drift, are about those that do not ask for what was trained, all
+    others about those that do.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
         """Sorts the scores once."""
         self._values: dict[tuple[str, str], dict[Draw, float]] = defaultdict(dict)
+        plain = {facts.name for facts in evaluation.metrics if _judges_plain(facts)}
         for score in evaluation.scores:
-            if is_about(score):
+            if (score.kind in PLAIN_KINDS) == (score.metric in plain):
                 self._values[score.candidate, score.metric][score.case, score.seed] = score.value
 
     def has(self, metric: str) -> bool:
@@ -55,9 +56,8 @@ class Table:
         return _interval({draw: own[draw] - against[draw] for draw in own if draw in against})
 
 
-def is_about(score: Score) -> bool:
-    """Says whether a score belongs to a case that its metric is about."""
-    return (score.kind in PLAIN_KINDS) == (score.metric in _ABOUT_PLAIN)
+def _judges_plain(facts: MetricFacts) -> bool:
+    return facts.judges == "plain" if facts.judges else facts.name in _ABOUT_PLAIN
 
 
 def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, cases: Mapping[int, int]) -> Interval:
@@ -80,14 +80,14 @@ def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, c
 
 
 def _interval(values: Mapping[Draw, float]) -> Interval:
-    """Returns the interval over the cases that have all seeds; without bounds where there is only one value."""
-    cases: dict[int | None, list[float]] = defaultdict(list)
-    for (case, _), value in values.items():
-        cases[case].append(value)
+    """Returns the interval over the cases that have most seeds."""
+    cases: dict[int | None, dict[int | None, float]] = defaultdict(dict)
+    for (case, seed), value in values.items():
+        cases[case][seed] = value
     longest = max(map(len, cases.values()), default=0)
     rows = [row for row in cases.values() if len(row) == longest]
     if not rows:
         return Interval(math.nan, math.nan, math.nan)
-    if len(rows) * longest == 1:
-        return Interval(rows[0][0], -math.inf, math.inf)
-    return interval(np.array(rows))
+    if any(row.keys() != rows[0].keys() for row in rows):
+        return nested_interval(np.array([list(row.values()) for row in rows]))
+    return interval(np.array([[row[seed] for seed in rows[0]] for row in rows]))

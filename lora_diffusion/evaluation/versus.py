@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import write_json, write_text
-from lora_diffusion.evaluation import plots, results
+from lora_diffusion.evaluation import plots
+from lora_diffusion.evaluation.beside import write_beside
 from lora_diffusion.evaluation.page import Album, Shot, write_page
 from lora_diffusion.evaluation.report import Training
-from lora_diffusion.evaluation.results import Case
+from lora_diffusion.evaluation.results import Case, Evaluation
 from lora_diffusion.evaluation.sections import Findings, columns, label, row, with_range
+from lora_diffusion.evaluation.statistics import Interval
 from lora_diffusion.evaluation.suites import PLAIN_KINDS
 from lora_diffusion.evaluation.table import paired
 
@@ -39,6 +41,7 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
 
     Raises:
         DataError: two entries have the same name.
+        ConfigError: a file that is no page's numbers is in the way of these.
     """
     if len({entry.name for entry in entries}) < len(entries):
         raise DataError(f"Two of the folders are called {entries[0].name}; rename one, so that the page can tell them.")
@@ -51,7 +54,7 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
         "title": " against ".join(entry.name for entry in entries),
         "subtitle": "Same prompts, same noise. Differences are those from the first.",
         "version": __version__,
-        "slider": (entries[0].name, "the other"),
+        "slider": (next(iter(shown), entries[0].name), "the other"),
         "warnings": _warnings(entries, judged),
         "chosen": [_about(entry) for entry in judged],
         "differences": differences,
@@ -82,18 +85,47 @@ def _warnings(entries: Sequence[Entry], judged: Sequence[Entry]) -> list[str]:
     found = [
         f"{entry.name} was not evaluated, so only its training is shown." for entry in entries if not entry.findings
     ]
-    for what, attribute in (("scorers", "scorer"), ("picture settings", "settings"), ("bases", "base")):
-        values = [getattr(entry.findings.evaluation, attribute) for entry in judged if entry.findings]
-        if any(value != values[0] for value in values):
-            found.append(f"The evaluations have different {what}: their numbers cannot be compared as they stand.")
-    if len(judged) > 1 and not _shared({e.name: e.findings for e in judged if e.findings}):
+    sides = [entry.findings for entry in judged if entry.findings]
+    first, others = [side.evaluation for side in sides][:1], [side.evaluation for side in sides][1:]
+    for what, differ, consequence in _DIFFERENCES:
+        if any(differ(own, other) for own in first for other in others):
+            found.append(f"The evaluations have different {what}: {consequence}.")
+    if others and not _shared(sides):
         found.append("The evaluations share no prompt, so that no picture can be set against another.")
+    if others and not _shared_seeds(sides):
+        found.append("The evaluations share no seed, so that no picture can be set against another.")
     return found
 
 
-def _shared(shown: dict[str, Findings]) -> list[tuple[Case, ...]]:
+def _differ_in_base(one: Evaluation, other: Evaluation) -> bool:
+    """Says whether two bases draw differently; by their names where it is not known what they hold."""
+    if one.base.base_key and other.base.base_key:
+        return one.base.base_key != other.base.base_key
+    return replace(one.base, base_key="") != replace(other.base, base_key="")
+
+
+def _differ_in_references(one: Evaluation, other: Evaluation) -> bool:
+    own, others = ({file.sha256 for file in evaluation.references} for evaluation in (one, other))
+    return own != others
+
+
+_NO_COMPARISON = "their numbers cannot be compared as they stand"
+_DIFFERENCES: Sequence[tuple[str, Callable[[Evaluation, Evaluation], bool], str]] = (
+    ("scorers", lambda one, other: one.scorer != other.scorer, _NO_COMPARISON),
+    ("picture settings", lambda one, other: one.settings != other.settings, _NO_COMPARISON),
+    ("bases", _differ_in_base, _NO_COMPARISON),
+    ("references", _differ_in_references, "likeness to them cannot be compared"),
+)
+"""What two evaluations should have in common, whether they differ in it, and what follows."""
+
+
+def _shared_seeds(sides: Sequence[Findings]) -> list[int]:
+    return [seed for seed in sides[0].evaluation.seeds if all(seed in side.evaluation.seeds for side in sides)]
+
+
+def _shared(sides: Sequence[Findings]) -> list[tuple[Case, ...]]:
     """Returns the cases of equal prompt and kind, one of each evaluation."""
-    by_prompt = [{(c.prompt, c.kind): c for c in findings.evaluation.cases} for findings in shown.values()]
+    by_prompt = [{(c.prompt, c.kind): c for c in side.evaluation.cases} for side in sides]
     common = [key for key in by_prompt[0] if all(key in cases for cases in by_prompt[1:])]
     return [tuple(cases[key] for cases in by_prompt) for key in common]
 
@@ -101,7 +133,7 @@ def _shared(shown: dict[str, Findings]) -> list[tuple[Case, ...]]:
 def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
     """Returns means of each, and differences from the first over equal prompts and seeds."""
     names, sides = list(shown), list(shown.values())
-    shared, first = _shared(shown), sides[0]
+    shared, first = _shared(sides), sides[0]
     metrics = [m.name for m in first.evaluation.metrics if all(side.table.has(m.name) for side in sides)]
     rows = []
     for metric in metrics:
@@ -111,7 +143,7 @@ def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
             if place:
                 cases = {own[place].index: own[0].index for own in shared}
                 change = paired(side.table, first.table, (side.shown.name, first.shown.name), metric, cases)
-                cells += [with_range(change, "+"), "cannot tell" if change.covers_zero else "yes"]
+                cells += [with_range(change, "+"), _verdict(change)]
         rows.append(row(cells))
     heads = [f"{names[0]}#"]
     for name in names[1:]:
@@ -119,15 +151,19 @@ def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
     return {"columns": columns("score", *heads), "rows": rows, "num_prompts": len(shared)}
 
 
+def _verdict(change: Interval) -> str:
+    if math.isnan(change.mean):
+        return "\N{EN DASH}"
+    return "cannot tell" if change.covers_zero else "yes"
+
+
 def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
     """Returns a row of pictures for each shared prompt and seed: the base of the first, then each side."""
-    shared = _shared(shown)
+    shared, first = _shared([*shown.values()]), next(iter(shown))
     plain = [own for own in shared if own[0].kind in PLAIN_KINDS][:_MAX_PLAIN]
     asked = [own for own in shared if own[0].kind not in PLAIN_KINDS][:_MAX_PROMPTS]
     pictures = {name: findings.pictures() for name, findings in shown.items()}
-    seeds = [
-        s for s in next(iter(shown.values())).evaluation.seeds if all(s in f.evaluation.seeds for f in shown.values())
-    ][:_MAX_SEEDS]
+    seeds = _shared_seeds([*shown.values()])[:_MAX_SEEDS]
     rows = []
     for cases in (*asked, *plain):
         for seed in seeds:
@@ -136,9 +172,11 @@ def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
                 file = pictures[name].get((findings.shown.name, case.index, seed))
                 path = findings.folder / file if file else None
                 if path and path.is_file():
-                    role = "base" if not shots else ""
+                    role = "base" if name == first else ""
                     alt = f"{case.prompt}, {name}, seed {seed}"
-                    shots.append(Shot(album.add(str(path), path), name, alt, f"{case.index}:{seed}", role))
+                    # The sides may number their prompts differently.
+                    pair = f"{cases[0].index}:{seed}"
+                    shots.append(Shot(album.add(str(path), path), name, alt, pair, role))
             rows.append({"prompt": cases[0].prompt, "kind": f"seed {seed}", "shots": shots})
     return rows
 
@@ -163,10 +201,9 @@ def _write_numbers(path: Path, entries: Sequence[Entry], differences: dict[str, 
             for entry in entries
         },
     }
-    files = [path.with_suffix(".json")]
-    write_json(files[0], values)
-    for entry in entries:
-        if entry.findings:
-            files.append(path.with_name(f"{path.stem}-{entry.name}.csv"))
-            write_text(files[-1], results.to_csv(entry.findings.evaluation.scores))
-    return tuple(files)
+    tables = {
+        path.with_name(f"{path.stem}-{entry.name}.csv"): entry.findings.evaluation
+        for entry in entries
+        if entry.findings
+    }
+    return write_beside(path, values, tables)

@@ -70,7 +70,7 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
     for path in paths:
         with faults.noted():
             name = path.stem if stems[path.stem] == 1 else str(path)
-            sources[path] = _source(name, path, _hash(path), partial(read_adapter, path, family, model))
+            sources[path] = _source(name, path, path, partial(read_adapter, path, family, model))
     return [
         Entry(tuple((sources[path], weight) for path, weight in parts))
         for parts in asked
@@ -87,14 +87,15 @@ def from_run(run: RunFolder, config: Config, family: Family, faults: Faults) -> 
     for step, path in saved.items():
         with faults.noted():
             read = partial(read_checkpoint, path, config, family)
-            source = _source(path.name, path, sha256(path / "adapter.safetensors"), read)
+            source = _source(path.name, path, path / "adapter.safetensors", read)
             entries.append(Entry(((replace(source, step=step), 1.0),)))
     return entries
 
 
-def _source(name: str, path: Path, digest: str, read: Callable[[], AdapterState]) -> Source:
+def _source(name: str, path: Path, hashed: Path, read: Callable[[], AdapterState]) -> Source:
+    # Read first: it finds what is wrong with files, which hashing them would stumble over.
     state = read()
-    return Source(name, FileHash(str(path), digest), _content(state), _trigger(state), read)
+    return Source(name, FileHash(str(path), _hash(hashed)), _content(state), _trigger(state), read)
 
 
 def _hash(path: Path) -> str:
@@ -136,8 +137,13 @@ def _trigger(state: AdapterState) -> str:
 
 
 def base_key(loaded: Loaded) -> str:
-    """Returns a hash of all of a base that decides what it draws: weights, scheduler, number types and device."""
-    digest = hashlib.sha256(f"{loaded.device.type} {loaded.info.prediction}".encode())
+    """Returns a hash of all of a base that decides what it draws.
+
+    That is its weights, scheduler, number types and device, the layer of the text encoder that is read, and the
+    resolution, which pictures have that are asked for without a size.
+    """
+    skip = getattr(loaded.options, "clip_skip", None)
+    digest = hashlib.sha256(f"{loaded.device.type} {loaded.info.prediction} {skip} {loaded.info.resolution}".encode())
     for name, module in sorted({**loaded.parts, **loaded.modules}.items()):
         if isinstance(module, nn.Module):
             digest.update(name.encode())

@@ -17,6 +17,7 @@ from lora_diffusion.core.types import ImageText, Loaded, Prepared, Request, Samp
 from lora_diffusion.data import cache, images
 from lora_diffusion.evaluation import progress
 from lora_diffusion.evaluation.clip import default_clip, load_clip
+from lora_diffusion.evaluation.scorers import LOADERS, Scorers
 from lora_diffusion.evaluation.select import check_metrics
 from lora_diffusion.training import picture_losses
 from lora_diffusion.training.hooks import EarlyStop, Hook
@@ -40,7 +41,9 @@ def check(config: Config, samples: Sequence[Sample]) -> None:
         raise ConfigError("evaluate: after_training and every_steps look at pictures, and this base makes none.")
     selection.cases(config, samples[0].trigger)
     _references(config)
-    load_clip(own.clip or default_clip(config.model.path))
+    models = Scorers(selection.scorers(config))
+    for kind in models.names.keys() & LOADERS.keys():
+        models.find(kind)
     if own.after_training:
         selection.check_name(RunFolder(Path(config.output.path)).name(config))
         check_metrics(own.metrics)

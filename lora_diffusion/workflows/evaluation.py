@@ -44,7 +44,7 @@ _OPTIONS = {"references": "--references DIR", "training_pictures": "--training D
 
 @dataclass(frozen=True)
 class Question:
-    """What an evaluation is asked."""
+    """What an evaluation is asked. A path may be given as a text, and a text of several as itself."""
 
     output_path: Path
     """Folder of the result. Pictures that are there are not drawn again."""
@@ -85,6 +85,26 @@ class Question:
     gates: Sequence[str] = ()
     """Conditions, see evaluation.gates. Their form is checked here; `failed_gates` says which do not hold."""
 
+    def __post_init__(self) -> None:
+        """Makes paths of texts, and texts of paths, as the fields say."""
+        own = {name: _path(getattr(self, name)) for name in _PATHS}
+        own |= {name: _texts(getattr(self, name)) for name in _TEXTS}
+        own["scorers"] = {kind: str(name) for kind, name in self.scorers.items()}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+
+_PATHS = ("output_path", "run", "references", "training", "cache_path")
+_TEXTS = ("adapters", "metrics", "triggers", "classes", "gates")
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _texts(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    return tuple(map(str, [values] if isinstance(values, str | Path) else values))
+
 
 def evaluate(question: Question) -> Evaluation:
     """Draws what is missing, scores all, and writes the evaluation folder.
@@ -115,8 +135,7 @@ def evaluate(question: Question) -> Evaluation:
     use_threads("auto", question.output_path / "machine.json")
     loaded = family.load(model, device)
     task = Task(
-        base=Base(info.source, info.architecture, family.name),
-        base_key=_candidates.base_key(loaded),
+        base=Base(info.source, info.architecture, family.name, _candidates.base_key(loaded)),
         candidates=[Candidate(BASE, None, None, None, {}, 0.0), *(candidate for _, candidate in tried.values())],
         looks=_candidates.looks(tried),
         adapters={source.name: source.file for entry in entries for source, _ in entry.parts},
@@ -139,14 +158,14 @@ def failed_gates(evaluation: Evaluation, texts: Sequence[str]) -> list[str]:
     return gates.failures([gates.parse(text, metrics, names) for text in texts], evaluation)
 
 
-def evaluate_as_table(model: str | ModelOptions | None = None, **question: Any) -> pd.DataFrame:
+def evaluate_as_table(model: str | Path | ModelOptions | None = None, **question: Any) -> pd.DataFrame:
     """Evaluates, and returns the lines of scores.csv as a table.
 
     Args:
         model: the base, by its path or as options; None takes that of `run`.
         question: fields of Question.
     """
-    options = load(None, [f"model.path={model}"], required=False).model if isinstance(model, str) else model
+    options = load(None, [f"model.path={model}"], required=False).model if isinstance(model, str | Path) else model
     return evaluate(Question(model=options, **question)).table()
 
 

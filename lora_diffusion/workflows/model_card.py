@@ -238,7 +238,6 @@ def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
 
 def _interval(evaluation: Evaluation, candidate: str, metric: str) -> str:
     try:
-        found = evaluation.find(candidate, metric)
+        return evaluation.find(candidate, metric).spelled(".3f")
     except KeyError:
         return ""
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"

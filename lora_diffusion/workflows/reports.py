@@ -43,14 +43,21 @@ def report(paths: list[Path], output_path: Path | None = None) -> tuple[Path, ..
         return versus.write_comparison(output, entries)
     path = paths[0]
     findings, training = _found(path)
-    selection = read_selection(path)
     return write_report(
         output,
         title=f"{'Evaluation of' if findings else 'Training of'} {_name(path)}",
         findings=findings,
         training=training,
-        chosen_file=str(selection.file) if selection else None,
+        chosen_file=_chosen_file(path, findings),
     )
+
+
+def _chosen_file(path: Path, findings: Findings | None) -> str | None:
+    """Returns the file that `select` made, unless the page now comes to another choice."""
+    selection, choice = read_selection(path), findings.choice if findings else None
+    if selection is None or choice is None or choice.candidate.name != selection.candidate:
+        return None
+    return str(selection.file)
 
 
 def read_training(run_path: Path) -> Training:
@@ -86,8 +93,10 @@ def _check(path: Path) -> None:
 
 
 def _evaluation_folder(path: Path) -> Path | None:
-    found = (folder for folder in (path, path / EVALUATION_NAME) if (folder / "evaluation.json").is_file())
-    return next(found, None)
+    """Returns the folder itself, else that which `select` chose from, else that of the run."""
+    selection = read_selection(path)
+    folders = [path, *([selection.evaluation] if selection else []), path / EVALUATION_NAME]
+    return next((folder for folder in folders if (folder / "evaluation.json").is_file()), None)
 
 
 def _found(path: Path) -> tuple[Findings | None, Training]:

@@ -20,12 +20,14 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import atomic_path, sha256, write_json
+from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import name_some
-from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.protocols import Family, Format, Metric
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.data import sources
 from lora_diffusion.data.captions import without_trigger, words_pattern
 from lora_diffusion.evaluation import results
+from lora_diffusion.evaluation.clip import default_clip
 from lora_diffusion.evaluation.results import Candidate, Case, Evaluation
 from lora_diffusion.evaluation.select import Choice, Preference, choose
 from lora_diffusion.evaluation.suites import read_cases
@@ -53,11 +55,16 @@ class Selection:
     weight: float
     preference: Preference
     why: str
+    candidate: str
+    """Its name in the evaluation."""
+    evaluation: Path
+    """Folder of the evaluation that it was chosen from."""
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
-        return {**vars(self), "file": str(self.file), "best": str(self.best), "preference": vars(self.preference)}
+        paths = {name: str(getattr(self, name)) for name in ("file", "best", "evaluation")}
+        return {**vars(self), **paths, "preference": vars(self.preference)}
 
     def text(self) -> str:
         """Returns lines for people."""
@@ -99,7 +106,8 @@ def select(
     choice = replace(choice, warnings=(*choice.warnings, *evaluation.warnings, *_unseen(run, evaluation)))
     checkpoint = _checkpoint(run, choice.candidate, folder)
     if PartialState().is_main_process:
-        _write(run, config, final, checkpoint, choice, evaluation, preference)
+        file = _write(run, config, final, checkpoint, choice, evaluation)
+        _record(run, file, folder, choice, preference)
     PartialState().wait_for_everyone()
     return _required(read_selection(run.path))
 
@@ -124,6 +132,8 @@ def read_selection(run_path: Path) -> Selection | None:
         values["weight"],
         Preference(**values["preference"]),
         values["why"],
+        values["candidate"],
+        run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
         tuple(values["warnings"]),
     )
 
@@ -160,12 +170,38 @@ def question(run: RunFolder, config: Config, folder: Path) -> Question:
         weights=own.weights,
         references=Path(own.references).expanduser(),
         metrics=own.metrics,
-        scorers={"clip": own.clip} if own.clip else {},
+        scorers=scorers(config),
         seeds=own.seeds,
         num_steps=config.preview.num_steps,
         guidance=config.preview.guidance,
         negative=config.preview.negative,
     )
+
+
+def scorers(config: Config) -> dict[str, str]:
+    """Returns the models that `evaluate.clip` and `evaluate.scorers` name, by their kind.
+
+    Raises:
+        ConfigError: an entry names no model, or a kind that no metric asks for; or a metric of `evaluate.metrics` asks
+            for one that is not named.
+    """
+    own = config.evaluate
+    metrics: dict[str, Metric] = {name: registry.find("metrics", name) for name in registry.available("metrics")}
+    kinds = sorted({kind for metric in metrics.values() for kind in metric.scorers} - {"clip"})
+    named = {"clip": own.clip or default_clip(config.model.path)}
+    for text in own.scorers:
+        kind, _, name = text.partition("=")
+        if kind not in kinds or not name:
+            raise ConfigError(
+                f"evaluate.scorers: {text!r} does not give a model to one of {', '.join(kinds)}"
+                f"{suggestion(kind, kinds)}, as in dino=FOLDER; the CLIP is evaluate.clip."
+            )
+        named[kind] = name
+    for metric in own.metrics:
+        lacking = [kind for kind in registry.find("metrics", metric).scorers if kind not in named]
+        if lacking:
+            raise ConfigError(f"evaluate.metrics: {metric} needs a model; add evaluate.scorers=[{lacking[0]}=NAME].")
+    return named
 
 
 def cases(config: Config, trigger: str) -> tuple[Case, ...]:
@@ -191,7 +227,7 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
         )
     asked = [(caption, plain, "subject") for caption, plain in pairs[:_MAX_ASKED]]
     if trigger:
-        asked += [(plain, plain, "prior") for _, plain in pairs[:_MAX_PLAIN]]
+        asked += [(plain, plain, "prior") for plain in [*dict.fromkeys(plain for _, plain in pairs)][:_MAX_PLAIN]]
     return tuple(Case(i, text, plain, plain, kind, "references") for i, (text, plain, kind) in enumerate(asked))
 
 
@@ -213,9 +249,8 @@ def _write(
     checkpoint: Path,
     choice: Choice,
     evaluation: Evaluation,
-    preference: Preference,
-) -> None:
-    """Writes the marked file, then what was chosen, then the link."""
+) -> Path:
+    """Writes the marked file in place of an earlier one, and returns it."""
     family: Family = registry.find("families", config.model.family)
     finished = read_adapter(final, family, config.model)
     is_final = final.is_file() and finished.metadata.get("ss_steps") == str(choice.candidate.step)
@@ -231,15 +266,26 @@ def _write(
     for old in run.path.glob(f"{run.name(config)}-step-*.safetensors"):
         if old != path:
             old.unlink()
-    write_json(
-        run.path / SELECTION_NAME,
-        {"file": name, "preference": dataclasses.asdict(preference), **choice.to_json(), "lora_diffusion": __version__},
-    )
+    return path
+
+
+def _record(run: RunFolder, file: Path, folder: Path, choice: Choice, preference: Preference) -> None:
+    """Writes what was chosen and from which evaluation, then the link."""
+    own, inner = run.path.resolve(), folder.resolve()
+    values = {
+        "file": file.name,
+        # A run may be moved along with what is inside it.
+        "evaluation": (inner.relative_to(own) if inner.is_relative_to(own) else inner).as_posix(),
+        "preference": dataclasses.asdict(preference),
+        **choice.to_json(),
+        "lora_diffusion": __version__,
+    }
+    write_json(run.path / SELECTION_NAME, values)
     with atomic_path(run.path / BEST_NAME) as temporary:
         try:
-            temporary.symlink_to(name)
+            temporary.symlink_to(file.name)
         except OSError:  # file systems and accounts without links
-            shutil.copyfile(path, temporary)
+            shutil.copyfile(file, temporary)
 
 
 def _spelling(config: Config) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,10 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
+def _flipped(data: bytes) -> bytes:
+    return data[:-30] + bytes([data[-30] ^ 1]) + data[-29:]
+
+
 @pytest.fixture
 def chunks() -> Sequence[Chunk]:
     return lay_out("base key", LOOKS, REQUESTS).chunks
@@ -62,7 +66,39 @@ def test_places_that_look_alike_share_a_picture() -> None:
     assert len(set(sheet.keys.values())) == 2 * 20
     assert sheet.keys["a@0.0", 2, 1] == sheet.keys["base", 2, 1]
     assert {chunk.candidate for chunk in sheet.chunks} == {"base", "a@1.0"}
-    assert max(len(chunk.requests) for chunk in sheet.chunks) == CHUNK
+    assert {len(chunk.requests) for chunk in sheet.chunks} == {5}
+    many = {(case, 3): Request(f"prompt {case}", 3, guidance=5.0) for case in range(2 * CHUNK + 1)}
+    assert [len(chunk.requests) for chunk in lay_out("base key", {"base": ()}, many).chunks] == [CHUNK, CHUNK, 1]
+
+
+def test_another_seed_draws_its_own_pictures_only(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = {place: request for place, request in REQUESTS.items() if place[1] != 2}
+    draw_missing(lay_out("base key", LOOKS, first).chunks, one, None, Pen())
+    pen = Pen()
+    draw_missing(lay_out("base key", LOOKS, REQUESTS).chunks, one, None, pen)
+    assert {seed for _, _, seed in pen.drawn} == {2}
+    assert len(pen.drawn) == 2 * 5
+    draw_missing(lay_out("base key", LOOKS, REQUESTS).chunks, two, None, Pen())
+    assert _content(one) == _content(two)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: data[:40], lambda data: b"", _flipped])
+def test_damaged_pictures_are_drawn_again(
+    chunks: Sequence[Chunk], tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
+    draw_missing(chunks, one, cache, Pen())
+    whole = _content(one)
+    name = drawing.picture_path(one, next(iter(chunks[0].requests))).name
+    (one / name).write_bytes(damage(whole[name]))
+    assert draw_missing(chunks, one, cache, Pen(0)) == 0  # the cache has it
+    assert _content(one) == whole
+    (cache / name).write_bytes(damage(whole[name]))
+    pen = Pen()
+    assert draw_missing(chunks, two, cache, pen) == 1
+    assert len(pen.drawn) == len(chunks[0].requests)
+    assert _content(two) == _content(cache) == whole
 
 
 def test_stopped_and_continued_equals_uninterrupted(chunks: Sequence[Chunk], tmp_path: Path) -> None:

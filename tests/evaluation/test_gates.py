@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lora_diffusion.core.errors import ConfigError
@@ -33,6 +35,25 @@ def test_one_candidate(evaluation: Evaluation) -> None:
     assert _failures(evaluation, f"copying@step-000200@1.0<={value}") == []
     assert len(_failures(evaluation, f"copying@step-000200@1.0<{value}")) == 1
     assert len(_failures(evaluation, "clip_image@base>=.9")) == 1
+
+
+def test_weight_0_is_the_base_and_not_tested(evaluation: Evaluation) -> None:
+    none = dataclasses.replace(evaluation.candidates[1], weights={"step-000100": 0.0}, weight=0.0)
+    bare = dataclasses.replace(evaluation, candidates=[evaluation.candidates[0], none, *evaluation.candidates[2:]])
+    assert len(_failures(bare, "clip_image>=2")) == 8
+    assert len(_failures(bare, f"clip_image@{none.name}>=2")) == 1
+
+
+def test_nothing_to_test_is_no_success(evaluation: Evaluation) -> None:
+    none = dataclasses.replace(evaluation.candidates[1], weights={"step-000100": 0.0}, weight=0.0)
+    bare = dataclasses.replace(evaluation, candidates=[evaluation.candidates[0], none])
+    assert _failures(bare, "clip_image>=-1") == ["clip_image>=-1: no candidate draws with an adapter"]
+    assert _failures(bare, "clip_image@base>=-1") == []
+
+
+def test_numbers_may_have_an_exponent(evaluation: Evaluation) -> None:
+    assert _failures(evaluation, "clip_text>=-1e3", "clip_text<=1.5E+2") == []
+    assert len(_failures(evaluation, "prior_drift@step-000300@1.5<=1e-3")) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from lora_diffusion.core import registry
+from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.judgement import Judgement, doubts
 from lora_diffusion.evaluation.results import ALL, Case
+from tests.evaluation.sample import make_sample
 
 METRIC = registry.find("metrics", "clip_text")
 CASES = [Case(index, "p", "p", "p", "subject" if index < 6 else "style", "s") for index in range(10)]
@@ -46,11 +51,35 @@ def test_says_which_differences_are_too_small_for_the_sample() -> None:
     assert "from the best, d: c (" in lines[1]
 
 
+def test_needs_more_pictures_than_were_too_few() -> None:
+    """Also where the interval is lopsided and just reaches 0."""
+    values = np.array([[[0.0]] * 3, [[-0.001], [0.3], [0.3]]])
+    (line,) = Judgement(METRIC, ["base", "a"], CASES[:3], values, 1).doubts()
+    assert line == "clip_text: 3 pictures are too few to tell these from the base: a (about 4 needed)."
+
+
 def test_equal_pictures_are_no_question() -> None:
     same = judged(0.0, noise=0.0)
     assert same.doubts() == []
     (again,) = same.summaries()[-1:]
     assert (again.vs_base_mean, again.vs_base_low, again.vs_base_high) == (0, 0, 0)
+
+
+def test_one_picture_has_no_interval(tmp_path: Path) -> None:
+    values = np.array([[[0.1]], [[0.3]], [[0.3]]])
+    own = Judgement(METRIC, ["base", "a", "b"], CASES[:1], values, 1)
+    summary = {summary.candidate: summary for summary in own.summaries() if summary.kind == ALL}["a"]
+    assert (summary.mean, summary.low, summary.high) == (0.3, None, None)
+    assert summary.vs_base_mean == pytest.approx(0.2)
+    assert summary.vs_base_low is summary.vs_base_high is None
+    assert summary.spelled(".2f") == "0.30"
+    assert own.doubts() == [
+        "clip_text: 1 pictures are too few to tell these from the base: a (more needed), b (more needed)."
+    ]
+    evaluation = dataclasses.replace(make_sample(tmp_path), summary=(summary,))
+    results.write(evaluation, tmp_path)
+    assert "Infinity" not in (tmp_path / "evaluation.json").read_text()
+    assert results.read(tmp_path).summary[0].low is None
 
 
 def test_few_prompts() -> None:

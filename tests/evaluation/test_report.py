@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.types import SampleLoss
 from lora_diffusion.evaluation import page, plots, versus
 from lora_diffusion.evaluation.before_after import Comparison, Interval, Row
 from lora_diffusion.evaluation.page import Album, number
 from lora_diffusion.evaluation.report import Training, write_before_after, write_report
-from lora_diffusion.evaluation.results import BASE, Evaluation
+from lora_diffusion.evaluation.results import BASE, Evaluation, to_csv
 from lora_diffusion.evaluation.sections import Findings, Shots
 from lora_diffusion.evaluation.select import choose
 from lora_diffusion.evaluation.table import Table
@@ -289,9 +289,151 @@ def test_comparison_says_what_cannot_be_compared(sample: tuple[Path, Evaluation]
         versus.write_comparison(tmp_path / "d.html", [entries[0], entries[0]])
 
 
+def _other(evaluation: Evaluation, folder: Path, **changes: object) -> versus.Entry:
+    own = dataclasses.replace(evaluation, **changes)  # type: ignore[arg-type]
+    return versus.Entry("other", Findings(own, folder, None, Table(own)), Training())
+
+
+def _compared(sample: tuple[Path, Evaluation], path: Path, **changes: object) -> tuple[str, list[list[str]]]:
+    """Returns the page that compares the sample with a changed one, and its table of differences."""
+    folder, evaluation = sample
+    one = versus.Entry("one", Findings(evaluation, folder, None, Table(evaluation)), Training())
+    files = versus.write_comparison(path / "c.html", [one, _other(evaluation, folder, **changes)])
+    return files[0].read_text(), json.loads(files[1].read_text())["differences"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"seeds": (7, 8)}, "share no seed"),
+        ({"cases": ()}, "share no prompt"),
+    ],
+)
+def test_what_shares_nothing_does_not_differ_for_sure(
+    sample: tuple[Path, Evaluation], tmp_path: Path, changes: dict[str, tuple[int, ...]], warning: str
+) -> None:
+    if "seeds" in changes:
+        scores = [dataclasses.replace(s, seed=None if s.seed is None else s.seed + 7) for s in sample[1].scores]
+        changes = {**changes, "scores": [s for s in scores if s.seed is not None]}  # type: ignore[dict-item]
+    html, differences = _compared(sample, tmp_path, **changes)
+    assert warning in html
+    assert differences
+    assert {tuple(cells[-2:]) for cells in differences} == {("\N{EN DASH}", "\N{EN DASH}")}
+
+
+def test_pictures_are_paired_by_prompt_where_the_order_differs(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    evaluation = sample[1]
+    order = {case.index: len(evaluation.cases) - 1 - case.index for case in evaluation.cases}
+    html, _ = _compared(
+        sample,
+        tmp_path,
+        cases=[dataclasses.replace(c, index=order[c.index]) for c in reversed(evaluation.cases)],
+        scores=[dataclasses.replace(s, case=order[s.case or 0]) for s in evaluation.scores],
+    )
+    found = re.findall(r'data-pair="([^"]*)" data-role="([^"]*)">\s*<img [^>]*alt="(.*?), (?:one|other), seed', html)
+    prompts: dict[str, set[str]] = {}
+    for pair, _role, prompt in found:
+        prompts.setdefault(pair, set()).add(prompt)
+    assert len(prompts) == len(evaluation.cases) * len(evaluation.seeds)
+    assert all(len(own) == 1 for own in prompts.values())
+
+
+def test_comparison_knows_references_and_bases_by_what_they_hold(
+    sample: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    references, base = sample[1].references, sample[1].base
+    moved = [dataclasses.replace(file, path=f"elsewhere/{file.path}") for file in reversed(references)]
+    assert "different references" not in _compared(sample, tmp_path, references=moved)[0]
+    assert "different references: likeness to them cannot" in _compared(sample, tmp_path, references=references[1:])[0]
+    assert "different bases" in _compared(sample, tmp_path, base=dataclasses.replace(base, source="x"))[0]
+    told = (sample[0], dataclasses.replace(sample[1], base=dataclasses.replace(base, base_key="a")))
+    for source, key, is_warned in (("x", "a", False), (base.source, "b", True), (base.source, "", False)):
+        other = dataclasses.replace(base, source=source, base_key=key)
+        assert ("different bases" in _compared(told, tmp_path, base=other)[0]) == is_warned
+
+
+@pytest.mark.parametrize("name", ["evaluation", "selection", "plan", "scores"])
+def test_numbers_are_not_written_over_other_files(sample: tuple[Path, Evaluation], tmp_path: Path, name: str) -> None:
+    others = {tmp_path / "evaluation.json": '{"version": 1}', tmp_path / "selection.json": '{"file": ""}'}
+    others |= {tmp_path / "plan.json": "[]", tmp_path / "scores.csv": to_csv(sample[1].scores)}
+    for path, text in others.items():
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"would be written over .*{name}"):
+        write_report(tmp_path / f"{name}.html", title="x", findings=findings(sample))
+    entries = [versus.Entry(side, None, Training()) for side in "ab"]
+    if name != "scores":
+        with pytest.raises(ConfigError, match=f"would be written over .*{name}.json"):
+            versus.write_comparison(tmp_path / f"{name}.html", entries)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == others
+
+
+def test_pages_are_written_anew(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    for _ in range(2):
+        write_report(tmp_path / "r.html", title="x", training=Training(LOSSES))
+        _compared(sample, tmp_path)
+    (tmp_path / "r.csv").write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"over .*r\.csv"):
+        write_report(tmp_path / "r.html", title="x", findings=findings(sample))
+
+
+def test_a_single_picture_has_a_page_without_intervals(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    folder, evaluation = sample
+    few = dataclasses.replace(
+        evaluation, cases=evaluation.cases[:1], scores=[s for s in evaluation.scores if (s.case, s.seed) == (0, 0)]
+    )
+    files = write_report(tmp_path / "r.html", title="x", findings=Findings(few, folder, None, Table(few)))
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", files[0].read_text())
+    entries = [versus.Entry(name, Findings(few, folder, None, Table(few)), Training()) for name in "ab"]
+    cells = json.loads(versus.write_comparison(tmp_path / "c.html", entries)[1].read_text())["differences"][0]
+    assert cells[-2:] == ["+0.000 (\N{EN DASH} to \N{EN DASH})", "cannot tell"]
+
+
+def test_page_tells_what_it_was_made_with_and_prints_unfolded(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    folder, evaluation = sample
+    told = dataclasses.replace(evaluation, versions={"torch": "9.8", "open_clip_torch": "7.6"})
+    files = write_report(tmp_path / "r.html", title="x", findings=Findings(told, folder, None, Table(told)))
+    html = files[0].read_text()
+    assert f"lora-diffusion {told.lora_diffusion}, torch 9.8, open_clip_torch 7.6" in html
+    assert "<details><summary>" in html
+    assert "beforeprint" in html
+
+
+def test_training_pictures_come_by_the_worse_of_two_ranks(tmp_path: Path) -> None:
+    shown = {"usual": (1.0, 0.3), "odd": (3.0, 0.4), "wrong": (0.9, -0.5), "harder": (1.5, 0.2), "fine": (0.8, 0.5)}
+    listed = [SampleLoss(key, "", f"a picture called {key}", loss, gain) for key, (loss, gain) in shown.items()]
+    html = write_report(tmp_path / "r.html", title="x", training=Training(losses=listed))[0].read_text()
+    assert re.findall(r"a picture called (\w+)", html) == ["wrong", "odd", "harder", "usual", "fine"]
+    assert "the worse of a picture's two ranks" in html.replace("&#39;", "'")
+
+
 def test_missing_pictures_are_left_out(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
     evaluation = sample[1]
     bare = Findings(evaluation, tmp_path, choose(evaluation), Table(evaluation))
     assert Shots(bare, Album()).find(BASE, evaluation.cases[0], 0, "base") is None
     files = write_report(tmp_path / "r.html", title="x", findings=bare)
     assert Page(files[0].read_text()).num_pictures <= 8
+
+
+def test_running_mean_of_a_falling_loss_stays_inside_its_plot() -> None:
+    """It lags behind the loss, so that it lies above nearly all of it."""
+    svg = plots.loss([{"step": step, "loss": 1 / step} for step in range(1, 30)])
+    *_, mean = re.findall(r'<path d="([^"]*)" clip-path', svg)
+    top = float(re.findall(r'<clipPath.*?<rect x="\S+" y="(\S+)"', svg, re.DOTALL)[0])
+    heights = [float(height) for height in re.findall(r"[ML] \S+ (\S+)", mean)]
+    assert heights
+    assert sum(height < top for height in heights) <= 0.05 * len(heights)
+
+
+def test_numbers_at_a_curve_keep_their_sign() -> None:
+    values = [-0.010, -0.002, 0.0]
+    svg = plots.curves("leak", "weight", [plots.Curve("step 8", [0.5, 0.7, 1.0], values, values, values)], {})
+    ticks = re.findall(r'text-anchor: end[^>]* x="([^"]*)"[^>]*>([^<]*)<', svg)
+    assert "\N{MINUS SIGN}0.010" in [text for _, text in ticks]
+    assert all(float(right) >= 9 * 0.6 * len(text) for right, text in ticks)
+
+
+def test_labels_do_not_lie_on_each_other_where_real_pictures_are_far_above() -> None:
+    places = {"chosen": (0.40, 0.02, "chosen"), "a": (0.46, 0.010, "frontier"), "b": (0.465, 0.015, "frontier")}
+    points = [plots.Point(label, text, likeness, kind, label) for label, (text, likeness, kind) in places.items()]
+    assert {"a", "b"} <= set(re.findall(r">(\w+)</text>", plots.frontier(points, ("text", "likeness"), None)))
+    assert "b" not in re.findall(r">(\w+)</text>", plots.frontier(points, ("text", "likeness"), 0.5))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.evaluation import results
+from lora_diffusion.evaluation.results import MetricFacts
+from lora_diffusion.evaluation.table import Table
 from tests.evaluation.sample import CASES, SEEDS, STEPS, WEIGHTS, make_sample
 
 
@@ -31,6 +34,32 @@ def test_every_picture_of_the_scores_is_there(tmp_path: Path) -> None:
     assert len({score.picture for score in named}) == len(made.candidates) * len(CASES) * len(SEEDS)
     assert all((tmp_path / score.picture).is_file() for score in named)
     assert {score.seed for score in made.scores if not score.picture} == {None}
+
+
+def test_evaluations_that_tell_less_are_read(tmp_path: Path) -> None:
+    made = make_sample(tmp_path)
+    path = tmp_path / "evaluation.json"
+    values = json.loads(path.read_text())
+    del values["base"]["base_key"], values["versions"]
+    for facts in values["metrics"]:
+        del facts["judges"]
+    path.write_text(json.dumps(values))
+    assert results.read(tmp_path) == made
+
+
+def test_metrics_tell_which_prompts_they_judge(tmp_path: Path) -> None:
+    """Those of other packages as well."""
+    made = make_sample(tmp_path)
+    assert Table(made).has("prior_drift")
+    facts = [MetricFacts("strange", "of another package", True, "plain"), MetricFacts("clip_text", "", True, "asked")]
+    scores = [
+        dataclasses.replace(score, metric="strange") if score.metric == "prior_drift" else score
+        for score in made.scores
+    ]
+    table = Table(dataclasses.replace(made, metrics=facts, scores=scores))
+    assert table.has("strange")
+    assert table.mean("step-000300@1.5", "strange") == Table(made).mean("step-000300@1.5", "prior_drift")
+    assert {case for case, _ in table.values("base", "clip_text")} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from lora_diffusion.evaluation.statistics import Interval, interval
+from lora_diffusion.evaluation.statistics import Interval, interval, nested_interval
 
 
 def test_of_one_seed_it_is_the_percentile_bootstrap() -> None:
@@ -30,9 +30,43 @@ def test_covers_the_true_mean_as_often_as_it_says() -> None:
     hits = 0
     for _ in range(300):
         values = rng.normal(size=(25, 1)) + rng.normal(size=(25, 4))
-        found = interval(values)
+        found = nested_interval(values)
         hits += found.low <= 0 <= found.high
     assert 0.88 <= hits / 300 <= 0.98
+
+
+def test_a_seed_is_the_same_noise_for_all_prompts() -> None:
+    """Where seeds differ and prompts do not, 50 prompts tell no more than one, however many values there are."""
+    rng = np.random.default_rng(1)
+    hits = nested_hits = 0
+    for _ in range(100):
+        values = rng.normal(size=(1, 12)) + 0.1 * rng.normal(size=(50, 12))
+        hits += interval(values).covers_zero
+        nested_hits += nested_interval(values).covers_zero
+    # The percentile bootstrap of 12 values is a little too narrow.
+    assert 0.85 <= hits / 100 <= 0.99
+    assert nested_hits / 100 < 0.5
+
+
+def test_of_noise_alone_it_is_wide_but_not_by_much() -> None:
+    """Owen 2007, theorem 3: up to three times the variance, where neither prompts nor seeds matter."""
+    values = np.random.default_rng(5).normal(size=(40, 30))
+    crossed, nested = interval(values), nested_interval(values)
+    assert 1 < (crossed.high - crossed.low) / (nested.high - nested.low) < 3**0.5
+
+
+def test_one_value_tells_nothing_of_how_sure_it_is() -> None:
+    for one in (interval(np.array([[0.3]])), nested_interval(np.array([[0.3]]))):
+        assert one == Interval(0.3, -float("inf"), float("inf"))
+        assert one.covers_zero
+        assert not one.has_bounds
+        assert one.num_needed(1) == float("inf")
+
+
+def test_without_a_value_nothing_can_be_told() -> None:
+    nan = float("nan")
+    assert Interval(nan, nan, nan).covers_zero
+    assert not Interval(nan, nan, nan).has_bounds
 
 
 def test_it_is_always_the_same_and_moves_with_the_values() -> None:

@@ -61,6 +61,25 @@ leak: [a unicorn]
     assert (third.prompt, third.kind, third.suite) == ("a unicorn", "leak", "mine")
 
 
+def test_equal_prompts_of_a_kind_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With one class word for two, templates that differ can give one prompt."""
+    path = _write(
+        tmp_path / "mine.yaml",
+        "subject: ['a {trigger} {class}', 'a red {trigger}', 'a {trigger} dog', 'a {trigger} at night']\n"
+        "leak: ['a {class}', 'a dog']\nprior: ['a dog']",
+    )
+    with caplog.at_level("WARNING", logger="lora_diffusion"):
+        cases = read_cases(path, ["zwx"], ["dog"])
+    assert [(case.index, case.prompt, case.kind) for case in cases] == [
+        (0, "a zwx dog", "subject"),
+        (1, "a red zwx", "subject"),
+        (2, "a zwx at night", "subject"),
+        (3, "a dog", "leak"),
+        (4, "a dog", "prior"),
+    ]
+    assert "repeats 2 prompt(s), which count once: a zwx dog, a dog" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "reasons"),
     [

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lora_diffusion.cli.main import main
+from lora_diffusion.core.types import BaseInfo
 from lora_diffusion.evaluation import evaluate, results
 from lora_diffusion.evaluation.results import Evaluation
+from lora_diffusion.evaluation.scorers import Scorers
+from lora_diffusion.workflows import evaluation
+from lora_diffusion.workflows.evaluation import Question
 from tests.workflows.conftest import Commands, Killer
 
 PROMPTS = """
@@ -92,17 +97,49 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
     log = tmp_path / "killed.log"
     more = ["--run", str(trained), "--adapter", str(trained / "run.safetensors"), "--weights", "0,1"]
     stopped, shared = (question(prompts, trained, tmp_path / name, *more) for name in ("stopped", "shared"))
-    assert killer.run(stopped, (f"{tmp_path}/stopped/pictures/*.png", 0, 0.0)) == -9, log.read_text()
-    there = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped" / "pictures").glob("*.png")}
+    assert killer.run(stopped, (f"{tmp_path}/stopped/pictures/[!.]*.png", 0, 0.0)) == -9, log.read_text()
+    pictures = tmp_path / "stopped" / "pictures"
+    # What was half-written when the process died has a name that starts with a dot, and is removed.
+    there = {path: path.stat().st_mtime_ns for path in pictures.glob("[!.]*.png")}
     assert 0 < len(there) < 2 * NUM_PICTURES
     assert not (tmp_path / "stopped" / "evaluation.json").exists()
     assert killer.run(stopped) == 0, log.read_text()
     assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert not list(pictures.glob(".*"))
     assert killer.run(shared, num_processes=2) == 0, log.read_text()
     assert "Drawing 8 of 8 pictures" in log.read_text()
     for name in ("stopped", "shared"):
         for file in ("evaluation.json", "scores.csv"):
             assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
+
+
+def test_a_question_takes_texts_and_paths() -> None:
+    texts = Question("out", "suite", adapters="a.safetensors", run="run", references="r", training="t", cache_path="c")  # type: ignore[arg-type]
+    paths = Question(
+        Path("out"),
+        "suite",
+        adapters=[Path("a.safetensors")],  # type: ignore[list-item]
+        run=Path("run"),
+        references=Path("r"),
+        training=Path("t"),
+        cache_path=Path("c"),
+        scorers={"dino": Path("d")},  # type: ignore[dict-item]
+    )
+    assert replace(paths, scorers={}) == texts
+    assert texts.output_path == Path("out")
+    assert texts.adapters == ("a.safetensors",)
+    assert paths.scorers == {"dino": "d"}
+    assert Question(Path("out"), ()).references is None
+    assert replace(texts, metrics="clip_text", triggers="sks").triggers == ("sks",)
+
+
+@pytest.mark.parametrize(
+    ("clip", "is_warned"), [("openai/clip-vit-large-patch14", True), ("builtin:emoji-clip", False)]
+)
+def test_a_base_scored_by_its_own_text_encoder_is_warned_about(clip: str, is_warned: bool) -> None:
+    info = BaseInfo(512, 8, "stable-diffusion-v1", "epsilon", "a/base")
+    found = evaluation._warnings([], [], Scorers({"clip": clip}), info)
+    assert any("the very CLIP that scores" in warning for warning in found) == is_warned
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +184,16 @@ class TestAsked:
     def test_as_a_library(self, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> None:
         scores = evaluate(
             str(tiny_base),
-            adapters=[str(trained / "run.safetensors")],
-            prompts=prompts,
-            classes=["cat"],
+            adapters=[trained / "run.safetensors"],
+            prompts=str(prompts),
+            classes="cat",
+            references=str(trained.parent / "pictures"),
             metrics=["clip_text", "diversity"],
             scorers={"clip": "builtin:emoji-clip"},
             num_steps=2,
             guidance=3.0,
             seeds=[0, 1],
-            output_path=output,
+            output_path=str(output),
         )
         assert list(scores.columns)[:4] == ["candidate", "step", "weight", "case"]
         means = scores.groupby(["candidate", "metric"]).value.mean()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from lora_diffusion.cli.main import main
@@ -18,7 +19,7 @@ from lora_diffusion.config.load import load
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
-from lora_diffusion.workflows.selection import cases
+from lora_diffusion.workflows.selection import cases, scorers
 from tests.workflows.conftest import Commands, fill_with_pictures
 
 CLIP = "builtin:emoji-clip"
@@ -101,7 +102,7 @@ def test_marked_file_holds_the_checkpoint_as_it_was(
     assert downs == pytest.approx(sorted(float(v.half().float().sum()) for n, v in raw.items() if n.endswith("down")))
     with safe_open(file, "pt") as opened:
         told = opened.metadata()
-    assert {**told, **hashes(tensors, told)} == told
+    assert {**told, **hashes(load_arrays(file), told)} == told
     if step == 4:
         assert all(torch.equal(tensor, before[file][name]) for name, tensor in tensors.items())
     assert json.loads(command.good("inspect", file, "--json").out)["problems"] == []
@@ -119,11 +120,53 @@ def test_longer_run_is_looked_at_again(command: Commands, selected: Path, tiny_b
     assert any("step-000006 of the run came after the evaluation" in warning for warning in outcome["warnings"])
 
 
+def test_report_shows_what_was_chosen_from_where(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run, page = shutil.copytree(selected, tmp_path / "run", symlinks=True), tmp_path / "page.html"
+    assert json.loads((run / "selection.json").read_text())["evaluation"] == "evaluation"
+    shown = "File: <code>"
+    command.good("report", run, "--output", page)
+    assert shown in page.read_text()
+
+    evaluation = results.read(run / "evaluation")
+    values = {**vars(evaluation), "candidates": [c for c in evaluation.candidates if c.step in (None, 2)]}
+    values["scores"] = [score for score in evaluation.scores if score.step in (None, 2)]
+    results.write(results.Evaluation(**values), tmp_path / "few")
+    told = json.loads(command.good("select", run, "--evaluation", tmp_path / "few", "--json").out)
+    assert told["evaluation"] == str(tmp_path / "few")
+    command.good("report", run, "--output", page)
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert len(numbers["evaluation"]["candidates"]) == len(values["candidates"])
+    assert shown in page.read_text()
+
+    chosen = json.loads((run / "selection.json").read_text())
+    (run / "selection.json").write_text(json.dumps({**chosen, "candidate": "step-000009@1.0"}))
+    command.good("report", run, "--output", page)
+    assert "Recommended:" in page.read_text()
+    assert shown not in page.read_text()
+
+
+def test_scorers_of_a_config_reach_the_evaluation(tmp_path: Path) -> None:
+    own = settings(tmp_path, tmp_path, tmp_path / "run")
+    named = scorers(load(None, [*own, "evaluate.scorers=[dino=a, preference=b/c, probe=d]"]))
+    assert named == {"clip": CLIP, "dino": "a", "preference": "b/c", "probe": "d"}
+    assert scorers(load(None, [*own, "evaluate.clip=null"])).keys() == {"clip"}
+
+
 def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
     for path in pictures.glob("*.txt"):
         path.write_text("a sks dog")
     config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
     assert [(case.kind, case.prompt) for case in cases(config, "sks")] == [("subject", "a sks dog"), ("prior", "a dog")]
+
+
+def test_captions_that_differ_in_the_trigger_only_have_one_plain_prompt(
+    pictures: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    for index, path in enumerate(sorted(pictures.glob("*.txt"))):
+        path.write_text(("a sks dog", "a dog, sks", "sks a dog")[index % 3])
+    config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
+    assert [case.prompt for case in cases(config, "sks") if case.kind == "prior"] == ["a dog"]
+    assert len([case for case in cases(config, "sks") if case.kind == "subject"]) == 3
 
 
 def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp_path: Path) -> None:
@@ -154,6 +197,10 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
         ("evaluate.metrics=[clip_imag]", 'did you mean "clip_image"'),
         ("evaluate.metrics=[clip_image]", "a choice needs clip_text"),
         ("evaluate.clip=/no/clip", "The CLIP /no/clip cannot be loaded"),
+        ("evaluate.scorers=[dinno=x]", 'did you mean "dino"'),
+        ("evaluate.scorers=[dino]", "'dino' does not give a model"),
+        ("evaluate.scorers=[dino=/no/dino]", "dino=/no/dino cannot be loaded"),
+        ("evaluate.metrics=[clip_text, clip_image, dino_image]", "add evaluate.scorers=[dino=NAME]"),
         ("evaluate.patience=2", "set evaluate.every_steps"),
     ],
 )
@@ -207,6 +254,9 @@ def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Pa
         for file in (picture, picture.with_suffix(".txt")):
             shutil.copy(file, folder)
     wrong, odd = sorted(folder.glob("*.png"))[3:5]
+    right = folder / "right.png"
+    for suffix in (".png", ".txt"):
+        shutil.copy(wrong.with_suffix(suffix), right.with_suffix(suffix))
     wrong.with_suffix(".txt").write_text("blob style drawing of a red car\n")
     shutil.copy(sorted((data / "octopus" / "train").glob("*.png"))[0], odd)
     arguments = [f"data.path={folder}", f"output.path={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=6"]
@@ -215,5 +265,8 @@ def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Pa
     )
     losses = json.loads((tmp_path / "run" / "picture_losses.json").read_text())
     ranked = sorted(losses, key=lambda own: own["caption_help"])
-    assert {own["key"] for own in ranked[:2]} == {wrong.name, odd.name}
+    assert ranked[0]["key"] == odd.name
+    # What a caption is worth depends on the picture too, so the same picture is there with its own.
+    place = [own["key"] for own in ranked]
+    assert place.index(wrong.name) < place.index(right.name)
     assert sum(own["loss"] for own in losses) / len(losses) == pytest.approx(1, abs=0.02)

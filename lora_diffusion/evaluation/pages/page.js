@@ -1,6 +1,6 @@
 "use strict";
 // Without this script the page shows all pictures; with it, each opens large, beside the base's picture of the same
-// prompt and seed under a slider.
+// prompt and seed under a slider. On paper nothing can be unfolded, so all is.
 (() => {
   const dialog = document.querySelector("dialog");
   const stage = dialog.querySelector(".stage");
@@ -70,5 +70,13 @@
     else return;
     event.preventDefault();
   });
+  const unfolded = [];
+  addEventListener("beforeprint", () => {
+    for (const folded of document.querySelectorAll("details:not([open])")) {
+      folded.open = true;
+      unfolded.push(folded);
+    }
+  });
+  addEventListener("afterprint", () => unfolded.splice(0).forEach((own) => own.removeAttribute("open")));
   dialog.addEventListener("close", () => shots[shown].querySelector("img").focus({ preventScroll: false }));
 })();
