@@ -16,6 +16,7 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path, sha256
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
+from lora_diffusion.families._completeness import missing, missing_of_vae
 from lora_diffusion.families._components import (
     LAYOUTS,
     Layout,
@@ -149,10 +150,18 @@ class Folder:
             return replace(describe(self._configs(), self.layout, options), path=self.path)
 
     def skeleton(self) -> dict[str, nn.Module]:
-        """Builds UNet and text encoders from their configs."""
+        """Builds UNet and text encoders from their configs, once the weight files hold all tensors of these."""
+        configs = self._configs()
         with explained(self.path):
-            parts = build_skeleton(self._configs(), self.layout)
-        self._check_complete(parts["unet"])
+            parts = build_skeleton(configs, self.layout)
+            lacking = {name: missing(part, self._weight_files(name)) for name, part in parts.items()}
+            lacking["vae"] = missing_of_vae(configs["vae"], self._weight_files("vae"))
+        faults = [f"{name}/{tensor}" for name, tensors in lacking.items() for tensor in tensors]
+        if faults:
+            raise ModelError(
+                f"The base {self.path} lacks {len(faults)} tensors that its configs announce; fetch it again.",
+                faults[:10],
+            )
         return parts
 
     def load(self, options: Any, device: torch.device) -> Loaded:
@@ -161,7 +170,8 @@ class Folder:
 
         silence_progress()
         info = self.info(options)
-        names = [file.name for file in _weight_files(self.path / "unet", _weights("unet"))]
+        self.skeleton()
+        names = [file.name for file in self._weight_files("unet")]
         has_plain = any(not name.removeprefix(_weights("unet")).startswith(".fp16") for name in names)
         with explained(self.path):
             pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(
@@ -179,20 +189,8 @@ class Folder:
         files = [file for name in components for file in sorted((self.path / name).iterdir()) if file.is_file()]
         return " ".join(f"{file.parent.name}/{file.name}={content_hash(file)}" for file in files)
 
-    def _check_complete(self, unet: nn.Module) -> None:
-        """Refuses a UNet whose files lack tensors: diffusers would fill them with random numbers."""
-        from safetensors import safe_open
-
-        names: set[str] = set()
-        for file in _weight_files(self.path / "unet", _weights("unet")):
-            with safe_open(file, framework="np") as weights:
-                names.update(weights.keys())
-        missing = sorted(unet.state_dict().keys() - names)
-        if missing:
-            raise ModelError(
-                f"The UNet of {self.path} lacks {len(missing)} tensors that its config announces; fetch it again.",
-                missing[:10],
-            )
+    def _weight_files(self, name: str) -> list[Path]:
+        return _weight_files(self.path / name, _weights(name))
 
     def _configs(self) -> dict[str, dict[str, Any]]:
         self._check_family()
@@ -225,7 +223,7 @@ class Folder:
         folder, stem = self.path / name, _weights(name)
         if not (folder / "config.json").is_file():
             return f"{name}: {folder / 'config.json'} is missing"
-        weights = _weight_files(folder, stem)
+        weights = self._weight_files(name)
         if not weights and list(folder.glob("*.bin")):
             return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
         if not weights:

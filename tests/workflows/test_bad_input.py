@@ -189,6 +189,17 @@ class TestBase:
         assert "lacks 1 tensors" in message
         assert "conv_in.weight" in message
 
+    @pytest.mark.parametrize("weights", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+    def test_another_network_that_lacks_tensors(self, training: Training, own_base: Path, weights: str) -> None:
+        path = own_base / f"{weights}.safetensors"
+        tensors = load_file(path)
+        gone = sorted(tensors)[:12]
+        save_file({name: tensor for name, tensor in tensors.items() if name not in gone}, path)
+        for arguments in ((), ("--dry-run",)):
+            message = training.refused(*arguments)
+            assert "lacks 12 tensors" in message
+            assert message.count(f"- {weights.split('/')[0]}/") == 10
+
     def test_git_lfs_pointer(self, training: Training, own_base: Path) -> None:
         weights = own_base / "vae" / "diffusion_pytorch_model.safetensors"
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
