@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.files import builtin_path, sha256
+from lora_diffusion.core.files import builtin_path, content_hash
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
@@ -89,7 +90,7 @@ def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
     """
     layout = LAYOUTS[options.family]
     frozen = ["vae", *layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
-    settings = [options.dtype, *([options.quantization] if options.quantization != "none" else [])]
+    settings = [frozen_name(options.dtype, pick_device()), *([options.quantization] if options.quantization != "none" else [])]
     if (skip := getattr(options, "clip_skip", None)) is not None:
         settings.append(f"clip_skip={skip}")
     return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"
@@ -147,7 +148,10 @@ class Folder:
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
         with explained(self.path):
-            return replace(describe(self._configs(), self.layout, options), path=self.path)
+            info = describe(self._configs(), self.layout, options)
+        networks = [file for name in ("unet", *self.layout.towers) for file in self._weight_files(name)]
+        files = (*networks, self.path / "scheduler" / "scheduler_config.json")
+        return replace(info, path=self.path, files=files)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders from their configs, once the weight files hold all tensors of these."""
@@ -171,13 +175,12 @@ class Folder:
         silence_progress()
         info = self.info(options)
         self.skeleton()
-        names = [file.name for file in self._weight_files("unet")]
-        has_plain = any(not name.removeprefix(_weights("unet")).startswith(".fp16") for name in names)
+        is_half = ".fp16" in self._weight_files("unet")[0].name
         with explained(self.path):
             pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(
                 self.path,
                 dtype=load_dtypes(options, self._configs(), device),
-                variant=None if has_plain else "fp16",
+                variant="fp16" if is_half else None,
                 local_files_only=True,
                 use_safetensors=True,
                 **unwanted(self.layout),
@@ -190,7 +193,10 @@ class Folder:
         return " ".join(f"{file.parent.name}/{file.name}={content_hash(file)}" for file in files)
 
     def _weight_files(self, name: str) -> list[Path]:
-        return _weight_files(self.path / name, _weights(name))
+        """Returns those that are loaded: in half precision only where there are no others."""
+        files = _weight_files(self.path / name, _weights(name))
+        plain = [file for file in files if not file.name.removeprefix(_weights(name)).startswith(".fp16")]
+        return plain or files
 
     def _configs(self) -> dict[str, dict[str, Any]]:
         self._check_family()
@@ -275,17 +281,6 @@ def explained(path: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(f"The base {path} cannot be used; a config or its weights are wrong. {what}") from error
-
-
-def content_hash(path: Path) -> str:
-    """Returns the sha256 of a file; a file that did not change is read once."""
-    return _hash(path, path.stat().st_mtime_ns)
-
-
-@cache
-def _hash(path: Path, changed_ns: int) -> str:
-    del changed_ns
-    return sha256(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

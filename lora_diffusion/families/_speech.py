@@ -91,6 +91,7 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
         architecture="whisper",
         source=options.path,
         path=folder,
+        files=_transformers.weight_files(folder),
         sampling_rate=extractor.sampling_rate,
         max_duration_s=float(extractor.chunk_length),
         max_tokens=config.get("max_target_positions", 448),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, VerificationError
-from lora_diffusion.core.files import atomic_path
+from lora_diffusion.core.files import atomic_path, save_tensors
 from lora_diffusion.formats._header import LENGTH_BYTES, damaged
 from lora_diffusion.formats._header import Header as Header
 from lora_diffusion.formats._header import TensorInfo as TensorInfo
@@ -89,10 +89,8 @@ def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
     Raises:
         VerificationError: what was read back differs; nothing stands under the name then.
     """
-    from safetensors.torch import save_file
-
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, dict(metadata))
+        save_tensors(tensors, temporary, metadata)
         again, told = load_unchecked(temporary), dict(read_header(temporary).metadata)
         if told != dict(metadata) or again.keys() != tensors.keys():
             raise VerificationError(f"{path} was read back with other names or metadata; is the disk sound?")
