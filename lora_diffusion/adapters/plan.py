@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.adapters import variants
+from lora_diffusion.adapters._targets import Scope, kind_of, settle
 from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core.errors import ConfigError, TargetError
 from lora_diffusion.core.keymap import suggestion
@@ -40,11 +41,18 @@ class PlannedModule:
     """Those that are trained."""
     identity: str = ""
     """Tensor that is the identity and stays so, since the weight is trained in full; "" where there is none."""
+    learning_rate: float | None = None
+    """The highest, where it is the module's own and not that of its part."""
 
     @property
     def key(self) -> ModuleKey:
         """Returns the module's name."""
         return ModuleKey(self.part, self.path)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Says whether alpha changes anything, which two whole factors of lokr leave out."""
+        return not {"w1", "w2"} <= self.tensors.keys()
 
     def fixed(self) -> dict[str, Tensor]:
         """Returns the tensors that are not trained."""
@@ -72,6 +80,10 @@ class InjectionPlan:
         """Returns the modules of one part."""
         return tuple(module for module in self.modules if module.part == part)
 
+    def module_rates(self) -> dict[ModuleKey, float]:
+        """Returns the highest learning rates of the modules that have their own."""
+        return {module.key: module.learning_rate for module in self.modules if module.learning_rate}
+
     def lines(self) -> list[str]:
         """Returns one line for each part: modules, parameters, and their share of the frozen network."""
         return [self._summary(part, size) for part, size in self.part_sizes.items()]
@@ -86,6 +98,7 @@ class InjectionPlan:
         return [
             f"{module.part}/{module.path}  {module.kind} {'x'.join(str(side) for side in module.shape)}  "
             f"rank {module.rank}  alpha {module.alpha:g}  {module.num_parameters:,} parameters"
+            + (f"  learning rate {module.learning_rate:g}" if module.learning_rate else "")
             for module in self.modules
         ]
 
@@ -104,16 +117,27 @@ def _restored(values: Mapping[str, Any]) -> PlannedModule:
     return PlannedModule(**{**values, "shape": tuple(values["shape"]), "tensors": tensors})
 
 
-def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig) -> InjectionPlan:
-    """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules.
+def plan(
+    skeleton: Mapping[str, nn.Module],
+    declared: Mapping[str, Part],
+    config: AdapterConfig,
+    learning_rates: Sequence[str] = (),
+) -> InjectionPlan:
+    """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules, each with its rank and alpha.
+
+    Alpha and rank of a module are those that adapter.module_ranks and module_alphas give it, else those for
+    convolutions if it is a wide one, else adapter.rank and alpha. A rank without an alpha from the same place keeps
+    the scale.
 
     Args:
         skeleton: part -> network; the meta device is enough.
         declared: part -> its groups, from the family.
         config: asks for variant, parts, targets and size.
+        learning_rates: `train.module_learning_rates`.
 
     Raises:
-        TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module.
+        TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module; a
+            setting of single modules that acts on none.
         ConfigError: a part that the base does not have; rank, alpha or dropout out of range, or of no use.
         UnsupportedError: there is no such variant.
     """
@@ -121,101 +145,94 @@ def plan(skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config
     _check_numbers(config, variant)
     _check_parts(config.parts, skeleton, declared)
     _check_full(config, variant)
-    searches = {part: _Search(part, skeleton[part], declared[part]) for part in config.parts}
-    by_targets = {part: search for part, search in searches.items() if part not in config.full}
-    added = [
-        f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
-    ]
-    for target in (*config.targets, *added) if by_targets else ():
-        _resolve(target, by_targets, declared)
-    for part in config.full:
-        searches[part].found |= {path for path, module in searches[part].modules.items() if _kind(module)}
-    empty = [part for part, search in searches.items() if not search.found]
+    found = _find(skeleton, declared, config, variant)
+    empty = [part for part, modules in found.items() if not modules]
     if empty:
         raise TargetError(
             f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_shown(config.targets)} match no module "
             f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
         )
-    modules = tuple(
-        _planned(part, path, module, config, variant)
-        for part, search in searches.items()
-        for path, module in search.modules.items()
-        if path in search.found
+    own = _own_settings(found, declared, config, learning_rates)
+    planned = tuple(
+        replace(_planned(key, module, config, variant, own), learning_rate=own.learning_rate(key))
+        for part, modules in found.items()
+        for key, module in ((ModuleKey(part, path), module) for path, module in modules.items())
     )
-    _check_ranks(modules, config, variant)
-    _check_convolutions(modules, config)
-    return InjectionPlan(modules, {part: _count(skeleton[part]) for part in config.parts})
+    _check_ranks(planned, config, variant, own)
+    _check_alphas(planned, own)
+    _check_convolutions(planned, config, own)
+    return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts})
 
 
-class _Search:
-    """What the targets have found so far in one part."""
-
-    def __init__(self, part: str, network: nn.Module, declared: Part) -> None:
-        self.part = part
-        self.groups = declared.groups
-        self.modules = {path: module for path, module in network.named_modules() if path}
-        self.found: set[str] = set()
-
-    def match(self, target: str) -> list[str]:
-        """Returns the paths that a target without a part prefix names."""
-        if target.startswith("re:"):
-            return self._fullmatch((target.removeprefix("re:"),), target)
-        if target in self.groups:
-            return self._fullmatch(self.groups[target], target)
-        return [target] if target in self.modules else []
-
-    def _fullmatch(self, patterns: Sequence[str], target: str) -> list[str]:
-        try:
-            compiled = [re.compile(pattern) for pattern in patterns]
-        except re.error as error:
-            raise TargetError(f'adapter.targets: "{target}" is not a regular expression: {error}.') from error
-        # Containers, activations and dropout have no weight of their own, so a pattern cannot mean them.
-        weighty = (path for path, module in self.modules.items() if any(True for _ in module.parameters(recurse=False)))
-        return [path for path in weighty if any(pattern.fullmatch(path) for pattern in compiled)]
-
-    def known(self) -> Iterator[str]:
-        """Yields what a target could have said."""
-        yield from self.groups
-        yield from (path for path, module in self.modules.items() if _kind(module))
+def _find(
+    skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig, variant: Variant
+) -> dict[str, dict[str, nn.Module]]:
+    """Returns part -> path -> module of all that gets an adapter, in the order of the networks."""
+    networks = {
+        part: {path: module for path, module in skeleton[part].named_modules() if path} for part in config.parts
+    }
+    by_targets = {part: modules for part, modules in networks.items() if part not in config.full}
+    scope = Scope("adapter.targets", by_targets, declared, config.full)
+    added = [
+        f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
+    ]
+    asked = {key for target in (*config.targets, *added) if by_targets for key in _fit_for_adapters(scope, target)}
+    return {
+        part: {
+            path: module
+            for path, module in modules.items()
+            if (kind_of(module) if part in config.full else ModuleKey(part, path) in asked)
+        }
+        for part, modules in networks.items()
+    }
 
 
-def _resolve(target: str, searches: Mapping[str, _Search], declared: Mapping[str, Part]) -> None:
-    asked, bare = _split(target, tuple(searches), declared)
-    matched = [(searches[part], path) for part in asked for path in searches[part].match(bare)]
-    if not matched:
-        known = [word for part in asked for word in searches[part].known()]
-        groups = dict.fromkeys(group for part in asked for group in searches[part].groups)
-        raise TargetError(
-            f'adapter.targets: "{target}" matches no module of {", ".join(asked)}{suggestion(bare, known)}. '
-            f"Use a group ({', '.join(groups)}), the path of a Linear or Conv2d module, or re:PATTERN."
-        )
+def _fit_for_adapters(scope: Scope, target: str) -> list[ModuleKey]:
+    found = scope.find(target)
     unfit = [
-        f"{search.part}/{path} is a {type(search.modules[path]).__name__}"
-        for search, path in matched
-        if not _kind(search.modules[path])
+        f"{part}/{path} is a {type(scope.modules[part][path]).__name__}"
+        for part, path in found
+        if not kind_of(scope.modules[part][path])
     ]
     if unfit:
         raise TargetError(
-            f'adapter.targets: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
+            f'{scope.key}: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
             "Conv2d (without groups) can. Name a narrower target.",
             unfit[:_SHOWN_FAULTS],
         )
-    for search, path in matched:
-        search.found.add(path)
+    return found
 
 
-def _split(target: str, parts: tuple[str, ...], declared: Mapping[str, Part]) -> tuple[tuple[str, ...], str]:
-    if target.startswith("re:") or "/" not in target:
-        return parts, target
-    part, bare = target.split("/", 1)
-    if part not in declared:
-        raise TargetError(
-            f'adapter.targets: "{target}" asks in part "{part}", which the base does not have'
-            f"{suggestion(part, declared)}. Parts: {', '.join(declared)}."
-        )
-    if part not in parts:
-        raise TargetError(f'adapter.targets: "{target}" asks in part {part}; add {part} to adapter.parts.')
-    return (part,), bare
+class _Own(NamedTuple):
+    """What single modules have of their own."""
+
+    ranks: Mapping[ModuleKey, Entry]
+    alphas: Mapping[ModuleKey, Entry]
+    learning_rates: Mapping[ModuleKey, Entry]
+
+    def rank(self, key: ModuleKey) -> int | None:
+        return int(self.ranks[key].value) if key in self.ranks else None
+
+    def alpha(self, key: ModuleKey) -> float | None:
+        return self.alphas[key].value if key in self.alphas else None
+
+    def learning_rate(self, key: ModuleKey) -> float | None:
+        return self.learning_rates[key].value if key in self.learning_rates else None
+
+
+def _own_settings(
+    found: Mapping[str, Mapping[str, nn.Module]],
+    declared: Mapping[str, Part],
+    config: AdapterConfig,
+    learning_rates: Sequence[str],
+) -> _Own:
+    sized = {part: modules for part, modules in found.items() if part not in config.full}
+    scope = Scope("adapter.module_ranks", sized, declared, config.full, "trained module")
+    return _Own(
+        settle(config.module_ranks, scope),
+        settle(config.module_alphas, replace(scope, key="adapter.module_alphas")),
+        settle(learning_rates, Scope("train.module_learning_rates", found, declared, kind="trained module")),
+    )
 
 
 def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
@@ -237,12 +254,18 @@ def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
         )
 
 
-def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig) -> None:
-    asked = [name for name in ("conv_rank", "conv_alpha") if getattr(config, name) is not None]
-    if asked and not any(_is_wide(module.shape) for module in modules):
+def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig, own: _Own) -> None:
+    wide = [module.key for module in modules if _is_wide(module.shape)]
+    for name, entries in (("conv_rank", own.ranks), ("conv_alpha", own.alphas)):
+        if getattr(config, name) is None or any(key not in entries for key in wide):
+            continue
+        reason = "no convolution larger than 1x1 is among the targets; add conv to adapter.targets"
+        if wide:
+            reason = (
+                f"all convolutions larger than 1x1 have their own in adapter.module_{name[5:]}s; take one out there"
+            )
         raise ConfigError(
-            f"adapter.{asked[0]}={getattr(config, asked[0]):g} has no module to act on, since no convolution larger "
-            "than 1x1 is among the targets; add conv to adapter.targets or drop this key."
+            f"adapter.{name}={getattr(config, name):g} has no module to act on, since {reason} or drop this key."
         )
 
 
@@ -269,64 +292,80 @@ def _check_full(config: AdapterConfig, variant: Variant) -> None:
         )
 
 
-def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant) -> None:
-    limits = {module: variants.largest_rank(module.shape) for module in modules if variant.has_largest_rank}
-    small = [module for module, limit in limits.items() if module.rank > limit]
-    if small:
-        key = "conv_rank" if config.conv_rank is not None and _is_wide(small[0].shape) else "rank"
-        raise ConfigError(
-            f"adapter.{key}={small[0].rank} is larger than {len(small)} of the matched modules can hold; the largest "
-            f"rank that fits all of them is {min(limits.values())}. Lower adapter.{key} or name other targets.",
-            [f"{module.part}/{module.path} holds rank {limits[module]} at most" for module in small[:_SHOWN_FAULTS]],
-        )
+def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant, own: _Own) -> None:
+    limits: dict[str, dict[PlannedModule, int]] = {}
+    for module in modules if variant.has_largest_rank else ():
+        if not module.identity:
+            key = "conv_rank" if config.conv_rank is not None and _is_wide(module.shape) else "rank"
+            source = str(own.ranks.get(module.key, f"adapter.{key}={module.rank}"))
+            limits.setdefault(source, {})[module] = variants.largest_rank(module.shape)
+    for source, largest in limits.items():
+        small = [module for module, limit in largest.items() if module.rank > limit]
+        if small:
+            raise ConfigError(
+                f"{source} is larger than {len(small)} of the matched modules can hold; the largest rank that fits all "
+                f"of them is {min(largest.values())}. Lower the rank or name other targets.",
+                [
+                    f"{module.part}/{module.path} holds rank {largest[module]} at most"
+                    for module in small[:_SHOWN_FAULTS]
+                ],
+            )
 
 
-def _planned(part: str, path: str, module: nn.Module, config: AdapterConfig, variant: Variant) -> PlannedModule:
+def _check_alphas(modules: Sequence[PlannedModule], own: _Own) -> None:
+    used = {own.alphas[module.key] for module in modules if module.key in own.alphas and module.is_scaled}
+    for entry in own.alphas.values():
+        if entry not in used:
+            raise ConfigError(
+                f"{entry} does nothing, since lokr holds all that it matches as two whole factors, which have no "
+                "scale; lower their rank or drop it."
+            )
+
+
+def _planned(key: ModuleKey, module: nn.Module, config: AdapterConfig, variant: Variant, own: _Own) -> PlannedModule:
     shape = tuple(module.get_parameter("weight").shape)
-    if part in config.full:
-        return _planned_in_full(part, path, _kind(module), shape)
-    rank, alpha = _size(shape, config)
+    if key.part in config.full:
+        return _planned_in_full(key, kind_of(module), shape)
+    size = _size(shape, config, variant.alpha_power)
+    rank, alpha = _resized(size, own.rank(key), own.alpha(key), variant.alpha_power)
     tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
-        part=part,
-        path=path,
-        kind=_kind(module),
+        part=key.part,
+        path=key.path,
+        kind=kind_of(module),
         shape=shape,
         rank=rank,
-        alpha=alpha * rank**variant.alpha_power,
+        alpha=alpha,
         tensors=tensors,
         num_parameters=sum(math.prod(own) for own in tensors.values()),
     )
 
 
-def _planned_in_full(part: str, path: str, kind: str, shape: tuple[int, ...]) -> PlannedModule:
+def _planned_in_full(key: ModuleKey, kind: str, shape: tuple[int, ...]) -> PlannedModule:
     rank = variants.largest_rank(shape)
     tensors = variants.FULL.shapes(shape, rank, -1)
     # The square factor is the identity, so that the other is the change of the weight.
     identity = "down" if rank == math.prod(shape[1:]) else "up"
     trained = math.prod(shape)
-    return PlannedModule(part, path, kind, shape, rank, float(rank), tensors, trained, identity)
+    return PlannedModule(key.part, key.path, kind, shape, rank, float(rank), tensors, trained, identity)
 
 
-def _size(shape: Sequence[int], config: AdapterConfig) -> tuple[int, float]:
-    """Returns rank and alpha; without an alpha of its own, a wide convolution keeps the scale of all else."""
-    alpha = float(config.rank if config.alpha is None else config.alpha)
-    if not _is_wide(shape):
-        return config.rank, alpha
-    rank = config.rank if config.conv_rank is None else config.conv_rank
-    return rank, alpha * rank / config.rank if config.conv_alpha is None else config.conv_alpha
+def _size(shape: Sequence[int], config: AdapterConfig, power: float) -> tuple[int, float]:
+    """Returns rank and alpha; the scale is alpha / rank, and what has no alpha of its own keeps that of all else."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    size = config.rank, alpha * config.rank**power
+    return _resized(size, config.conv_rank, config.conv_alpha, power) if _is_wide(shape) else size
+
+
+def _resized(size: tuple[int, float], rank: int | None, alpha: float | None, power: float) -> tuple[int, float]:
+    new_rank = size[0] if rank is None else rank
+    if alpha is None:
+        return new_rank, size[1] if new_rank == size[0] else size[1] * new_rank / size[0]
+    return new_rank, alpha * new_rank**power
 
 
 def _is_wide(shape: Sequence[int]) -> bool:
     return math.prod(shape[2:]) > 1
-
-
-def _kind(module: nn.Module) -> str:
-    from torch import nn
-
-    if isinstance(module, nn.Linear):
-        return "linear"
-    return "conv" if isinstance(module, nn.Conv2d) and module.groups == 1 else ""
 
 
 def _count(network: nn.Module) -> int:

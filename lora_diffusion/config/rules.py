@@ -6,6 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
+from lora_diffusion.config.schema import DEFAULT_STEPS
+from lora_diffusion.core.errors import ConfigError
+
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")
 _AT_LEAST_ONE = (lambda v: v >= 1, "must be 1 or greater")
@@ -24,6 +28,9 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 def _each_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: len(v) > 0 and set(v) <= set(choices)), f"must name one or more of {', '.join(choices)}"
 
+
+MAX_DRAWING_STEPS = 999
+"""Bases know 1000 noise levels, and samplers that look one step ahead need one more than their steps."""
 
 RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model.path": _FILLED,
@@ -57,7 +64,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.preview_every_steps": _NOT_NEGATIVE,
     "train.tracker": _one_of("none", "tensorboard"),
     "preview.seeds": _SEEDS,
-    "preview.num_steps": _AT_LEAST_ONE,
+    "preview.num_steps": (lambda v: 1 <= v <= MAX_DRAWING_STEPS, f"must be from 1 to {MAX_DRAWING_STEPS}"),
     "preview.guidance": _AT_LEAST_ONE,
     "evaluate.weights": (
         lambda v: len(v) > 0 and len(set(v)) == len(v) and all(weight > 0 and math.isfinite(weight) for weight in v),
@@ -97,6 +104,11 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         yield f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
     if train.max_steps is not None and 0 < train.max_steps <= train.warmup_steps:
         yield f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
+    if train.max_steps is None and train.epochs is None and train.warmup_steps >= DEFAULT_STEPS:
+        yield (
+            f"train.warmup_steps={train.warmup_steps}: must be less than the {DEFAULT_STEPS} steps that are made "
+            "without train.max_steps"
+        )
     if train.text_encoder_learning_rate is not None and not any("text" in part for part in adapter.parts):
         yield (
             f"train.text_encoder_learning_rate={train.text_encoder_learning_rate}: no text encoder is trained; "
@@ -104,16 +116,27 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         )
     for text in train.part_learning_rates:
         part, _, rate = text.partition("=")
-        if part not in adapter.parts or not _is_positive(rate):
+        if part not in adapter.parts or not 0 < read_number(rate) < math.inf:
             yield f"train.part_learning_rates: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
     if preview.prompts and not train.preview_every_steps:
         yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
+    yield from _per_module_faults(sections)
     yield from _evaluate_relations(sections["evaluate"])
     yield from data.faults()
     if output.thumbnail == "preview" and not train.preview_every_steps:
         yield "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield f"output.name={output.name}: must be a plain file name without folders"
+
+
+def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[str]:
+    for dotted in PER_MODULE:
+        section, key = dotted.split(".")
+        for text in getattr(sections[section], key):
+            try:
+                read_entry(dotted, text)
+            except ConfigError as error:
+                yield str(error)
 
 
 def _evaluate_relations(evaluate: Any) -> Iterator[str]:
@@ -123,13 +146,6 @@ def _evaluate_relations(evaluate: Any) -> Iterator[str]:
         value = getattr(evaluate, key)
         if value and not evaluate.references:
             yield f"evaluate.{key}={value}: needs evaluate.references, pictures to compare with"
-
-
-def _is_positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def _shown(value: Any) -> str:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
 
+DEFAULT_STEPS = 1000
+"""Optimizer steps where neither train.max_steps nor train.epochs is given."""
 REQUIRED: Any = "???"
 """A value that the user must give (OmegaConf's marker for a missing value)."""
 
@@ -158,6 +160,12 @@ class AdapterConfig:
     """Rank on convolutions larger than 1x1; None takes rank."""
     conv_alpha: float | None = None
     """Alpha on them; None keeps the scale of all else."""
+    module_ranks: tuple[str, ...] = ()
+    """Ranks of single modules, each as TARGET=RANK with a target as in targets, such as ff=32 or unet/attn=8. The last
+    one that matches a module counts, before conv_rank and rank; the scale stays."""
+    module_alphas: tuple[str, ...] = ()
+    """Alphas of single modules, each as TARGET=ALPHA, likewise before conv_alpha and alpha; whatever their rank, the
+    scale is alpha / rank."""
     lokr_factor: int = -1
     """Size of the first factor of lokr: small numbers train more parameters; -1 makes the smallest file."""
     dropout: float = 0.0
@@ -193,6 +201,9 @@ class TrainConfig:
     """The same for text encoders; None takes a tenth of learning_rate."""
     part_learning_rates: tuple[str, ...] = ()
     """The same for single parts, each as part=rate, such as projector=2e-5."""
+    module_learning_rates: tuple[str, ...] = ()
+    """The same for single modules, each as TARGET=RATE with a target as in adapter.targets, such as ff=5e-5. The last
+    one that matches a module counts, before all other rates."""
     optimizer: str = "adamw"
     """adamw, adamw8bit (moments in 8 bits: a quarter of their memory) or paged_adamw8bit (which may lie in main memory
     where the GPU's is full)."""

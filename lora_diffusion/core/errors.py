@@ -3,7 +3,7 @@
 LoraDiffusionError
 ├── InputError             what was given is wrong; exit code 2
 │   ├── ConfigError        config file, override or command-line value
-│   │   └── TargetError    adapter.targets names no module of the base
+│   │   └── TargetError    a target names no module of the base
 │   ├── DataError          pictures, captions, folders
 │   ├── ModelError         the base model cannot be what was asked for
 │   ├── AdapterFileError   an adapter file is damaged or of another architecture
@@ -42,7 +42,7 @@ class ConfigError(InputError):
 
 
 class TargetError(ConfigError):
-    """A target of `adapter.targets` matches no module of the base."""
+    """A target, of `adapter.targets` or of a setting of single modules, matches no module that it could act on."""
 
 
 class DataError(InputError):

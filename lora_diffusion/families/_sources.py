@@ -90,7 +90,8 @@ def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
     """
     layout = LAYOUTS[options.family]
     frozen = ["vae", *layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
-    settings = [frozen_name(options.dtype, pick_device()), *([options.quantization] if options.quantization != "none" else [])]
+    settings = [frozen_name(options.dtype, pick_device())]
+    settings += [options.quantization] if options.quantization != "none" else []
     if (skip := getattr(options, "clip_skip", None)) is not None:
         settings.append(f"clip_skip={skip}")
     return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.types import AudioText, Loaded, Request, SpeechInfo
+from lora_diffusion.families import _transformers
 from lora_diffusion.families._sources import explained, read_json
 
 if TYPE_CHECKING:

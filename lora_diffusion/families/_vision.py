@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.types import Batch, Chat, ChatInfo, Loaded, ModuleKey, Request, Turn
 from lora_diffusion.families import _transformers

@@ -143,9 +143,24 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
         )
 
 
+def check_length(path: Path, num_steps: int) -> None:
+    """Checks that a run of `num_steps` optimizer steps has not gone past its end already.
+
+    Raises:
+        ConfigError: the checkpoint is of a later step.
+    """
+    done = read_state(path).step
+    if done > num_steps:
+        raise ConfigError(
+            f"The run has made {done} steps already and cannot be continued as one of {num_steps}; set train.max_steps "
+            "or train.epochs higher, or start a new run in another output.path."
+        )
+
+
 def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
     if key not in then:
-        return key == NETWORKS
+        # A list that the version of the checkpoint did not know was as good as empty.
+        return key == NETWORKS or value == []
     if key == "base" and isinstance(value, str):
         # Version 0.1.0 kept the word auto for the number type that it stood for.
         words = zip_longest(str(then[key]).split(), value.split())
@@ -191,8 +206,7 @@ def load_optimizer(path: Path, params: Params, optimizer: torch.optim.Optimizer)
     for key, value in saved.items():
         name, _, entry = key.rpartition("/")
         entries[name][entry] = value
-    # The order of the groups is the order of `named`.
-    optim.load_state(optimizer, list(entries.values()))
+    optim.load_state(optimizer, {parameter: entries[name] for name, parameter in named(params)})
 
 
 def _moments(params: Params, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
-"""The optimizer, and the learning rate of each part."""
+"""The optimizer, and the learning rate of each part and module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.errors import ConfigError, UnsupportedError
 from lora_diffusion.core.extras import require
+from lora_diffusion.core.types import ModuleKey
 
 Params = Mapping[str, Mapping[str, nn.Parameter]]
 """Part -> name of the parameter in the part -> the trainable parameter, float32."""
@@ -94,7 +96,7 @@ def state_bytes(name: str, num_parameters: int) -> int:
 
 
 def named(params: Params) -> Iterable[tuple[str, nn.Parameter]]:
-    """Yields ("part/name", parameter) in the order of the optimizer's parameters."""
+    """Yields ("part/name", parameter) in the order of checkpoints."""
     for part, own in params.items():
         for name, parameter in own.items():
             yield f"{part}/{name}", parameter
@@ -111,23 +113,41 @@ def learning_rate(config: TrainConfig, part: str) -> float:
     return config.learning_rate / 10 if own is None else own
 
 
-def build(config: TrainConfig, params: Params) -> torch.optim.Optimizer:
-    """Builds the optimizer, with one group for each part whose highest learning rate is `group["initial_lr"]`.
+def build(
+    config: TrainConfig, params: Params, module_rates: Mapping[ModuleKey, float] = MappingProxyType({})
+) -> torch.optim.Optimizer:
+    """Builds the optimizer, with one group for each highest learning rate in a part, which is `group["initial_lr"]`.
+
+    Args:
+        config: gives the rates of parts.
+        params: what is trained.
+        module_rates: of the modules that have their own; parameters are named "<module path>.<tensor name>".
 
     Raises:
         ConfigError: unknown optimizer, or nothing to train.
         UnsupportedError: the optimizer cannot run here.
     """
-    rates = {part: learning_rate(config, part) for part in params}
     groups = [
-        {"params": list(own.values()), "lr": rates[part], "initial_lr": rates[part], "part": part}
+        {"params": group, "lr": rate, "initial_lr": rate, "part": part}
         for part, own in params.items()
-        if own
+        for rate, group in _by_rate(part, own, learning_rate(config, part), module_rates).items()
+        if group
     ]
     if not groups:
         raise ConfigError("There is nothing to train: adapter.parts and adapter.targets select no parameter.")
     check(config, groups[0]["params"][0].device)
     return OPTIMIZERS[config.optimizer].build(groups, config)
+
+
+def _by_rate(
+    part: str, own: Mapping[str, nn.Parameter], usual: float, module_rates: Mapping[ModuleKey, float]
+) -> dict[float, list[nn.Parameter]]:
+    # The usual rate comes first, since the rate of the first group is the one that is shown.
+    groups: dict[float, list[nn.Parameter]] = {usual: []}
+    for name, parameter in own.items():
+        rate = module_rates.get(ModuleKey(part, name.rpartition(".")[0]), usual)
+        groups.setdefault(rate, []).append(parameter)
+    return groups
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -143,22 +163,22 @@ def read_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dic
     return {name: torch.as_tensor(value) for name, value in kept.items() if not name.startswith("qmap")}
 
 
-def load_state(optimizer: torch.optim.Optimizer, states: Sequence[Mapping[str, Tensor]]) -> None:
+def load_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
     """Gives an optimizer what `read_state` read, bit for bit.
 
     Args:
         optimizer: without state.
-        states: one for each parameter, in their order; empty where nothing was kept.
+        states: one for each parameter; empty where nothing was kept.
     """
     if not hasattr(optimizer, "init_state"):
-        numbered = {index: dict(state) for index, state in enumerate(states) if state}
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        numbered = {index: dict(states[parameter]) for index, parameter in enumerate(ordered) if states[parameter]}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
         return
     # bitsandbytes: its own buffers may be paged, and its load_state_dict makes others.
-    remaining = iter(states)
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            saved = next(remaining)
+            saved = states[parameter]
             if saved:
                 optimizer.init_state(group, parameter, group_index, index)
             own = optimizer.state[parameter] if saved else {}

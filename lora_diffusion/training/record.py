@@ -51,12 +51,14 @@ def fingerprint(
     settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
     listed = [(sample.key, sample.num_repeats, *kind.identity(sample, config.data)) for sample in samples]
     hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}
-    return settings | {"base": base, **{name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}
+    return settings | {"base": base} | digests
 
 
 def final_loss(run: RunFolder) -> float | None:
     """Returns the mean loss over the last tenth of the steps; None where their record is gone."""
-    lines = (run.path / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+    path = run.path / METRICS_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     losses = [json.loads(line)["loss"] for line in lines]
     if not losses:
         return None
@@ -91,7 +93,7 @@ def metadata(
         "cache_latents": True if info.prediction else None,
         "zero_terminal_snr": info.zero_terminal_snr if info.prediction else None,
         "network_dropout": config.adapter.dropout or None,
-        "network_args": {"parts": config.adapter.parts, "targets": config.adapter.targets},
+        "network_args": _network_args(config),
         **{word: getattr(config.model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
         **kind.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
@@ -110,11 +112,18 @@ def metadata(
     )
 
 
+def _network_args(config: Config) -> dict[str, Any]:
+    own = {name: getattr(config.adapter, name) for name in ("module_ranks", "module_alphas")}
+    own["module_learning_rates"] = config.train.module_learning_rates
+    given = {name: entries for name, entries in own.items() if entries}
+    return {"parts": config.adapter.parts, "targets": config.adapter.targets, **given}
+
+
 def _training(config: Config, batches: Batches, step: int) -> dict[str, Any]:
     train = config.train
     epochs = -(-step // batches.num_steps_per_epoch)
     return {
-        "unet_lr": train.learning_rate if "unet" in config.adapter.parts else None,
+        "unet_lr": learning_rate(train, "unet") if "unet" in config.adapter.parts else None,
         "text_encoder_lr": learning_rate(train, "text_encoder") if "text_encoder" in config.adapter.parts else None,
         "learning_rate": train.learning_rate,
         "lr_scheduler": train.schedule,

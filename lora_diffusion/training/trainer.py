@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
-from lora_diffusion.config.schema import TrainConfig
+from lora_diffusion.config.schema import DEFAULT_STEPS, TrainConfig
 from lora_diffusion.core.device import compute_dtype
 from lora_diffusion.core.errors import ConfigError, NonFiniteError
 from lora_diffusion.core.logs import logger, name_some
@@ -25,13 +25,12 @@ from lora_diffusion.core.products import fast_products
 from lora_diffusion.core.protocols import Tracker
 from lora_diffusion.core.rng import derive, derive_seed
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import Batch, LossOutput
+from lora_diffusion.core.types import Batch, LossOutput, ModuleKey
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.training import checkpoint, optim, schedule
 from lora_diffusion.training.hooks import Hook
 from lora_diffusion.training.tracking import check_tracker, open_trackers
 
-_DEFAULT_STEPS = 1000
 # These say how long, how fast or how visibly a run computes, not what.
 _FREE_SETTINGS = frozenset(
     {"max_steps", "epochs", "threads", "gradient_checkpointing", "save_every_steps", "keep_checkpoints"}
@@ -50,6 +49,7 @@ class Trainer:
         run_path: Path,
         hooks: Sequence[Hook] = (),
         fingerprint: Mapping[str, Any] | None = None,
+        module_rates: Mapping[ModuleKey, float] | None = None,
     ) -> None:
         """Prepares the optimizer and the precision; `step` counts the optimizer steps done.
 
@@ -61,6 +61,8 @@ class Trainer:
             hooks: called between steps on the main process.
             fingerprint: setting -> JSON value, for all that changes the result besides `config` (model, adapter, data);
                 a checkpoint is continued only if all are equal.
+            module_rates: highest learning rates of modules that do not learn as their part does; the name of a
+                parameter is that of its module, a dot, and one more word.
 
         Raises:
             ConfigError: a name in the config is unknown, or nothing is trainable.
@@ -72,7 +74,7 @@ class Trainer:
         self.processes = PartialState()
         self._is_watched = bool(hooks)
         self.hooks = hooks if self.processes.is_main_process else ()
-        self.optimizer = optim.build(config, params)
+        self.optimizer = optim.build(config, params, module_rates or {})
         self._parameters = [parameter for _, parameter in optim.named(params)]
         self.device = self._parameters[0].device
         self._dtype = compute_dtype(config.precision, self.device)
@@ -262,4 +264,4 @@ def total_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
         raise ConfigError(f"train.max_steps={config.max_steps} and train.epochs={config.epochs}: give one of the two.")
     if config.epochs is not None:
         return config.epochs * num_steps_per_epoch
-    return _DEFAULT_STEPS if config.max_steps is None else config.max_steps
+    return DEFAULT_STEPS if config.max_steps is None else config.max_steps

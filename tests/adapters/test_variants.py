@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters import merge, variants
 from lora_diffusion.adapters.inject import inject
-from lora_diffusion.adapters.plan import plan
+from lora_diffusion.adapters.plan import PlannedModule, plan
 from lora_diffusion.adapters.state import load_state, read_state
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import VARIANTS
@@ -257,9 +257,16 @@ def test_first_values_of_lora_are_drawn_as_in_the_first_release() -> None:
     assert torch.equal(parameters[f"{path}.down"], down)
 
 
+def _planned(variant: str, **values: object) -> tuple[PlannedModule, ...]:
+    return plan(tiny_loaded().parts, PARTS, config_of(variant, **values)).modules
+
+
 def test_scale_of_rslora() -> None:
-    (to_q, *_) = plan(tiny_loaded().parts, PARTS, config_of("rslora", rank=4)).modules
+    (to_q, *_) = _planned("rslora", rank=4)
     assert (to_q.alpha, to_q.alpha / to_q.rank) == (4.0, 2.0 / 2)
+    sizes = {(module.rank, module.alpha / module.rank) for module in _planned("rslora", rank=4, conv_rank=9)}
+    assert sizes == {(4, 1.0), (9, 1.0)}
+    assert {module.alpha for module in _planned("rslora", rank=4, conv_rank=9, conv_alpha=2.0)} == {4.0, 6.0}
 
 
 def test_locon_covers_convolutions_with_a_size_of_their_own() -> None:

@@ -93,6 +93,8 @@ def test_only_what_should_be_is_quantized(load: Any, family: str, kind: str) -> 
         for path, module in plain.parts[part].named_modules():
             stored = network.get_submodule(path)
             is_kept = any(word in path for word in ("time_emb", "add_emb", "conv_in", "conv_out", "text_projection"))
+            last_block = f"up_blocks.{len(network.up_blocks) - 1}." if part == "unet" else None
+            is_kept |= isinstance(module, nn.Conv2d) and bool(last_block) and path.startswith(last_block)
             expected = LAYERS[kind].get(type(module), type(module).__name__)
             assert type(stored).__name__ == (type(module).__name__ if is_kept else expected), path
             if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.Embedding):
@@ -107,7 +109,7 @@ def test_peft_chooses_its_quantized_layers(load: Any, family: str, kind: str) ->
     assert isinstance(loaded.adapters, PeftSwitch)
     found = {(type(layer.get_base_layer()).__name__, type(layer).__name__) for _, layer in loaded.adapters.layers()}
     assert found == {(base, layer) for base, layer in PEFT_LAYERS.items() if base in {own for own, _ in found}}
-    assert {base for base, _ in found} == {*LAYERS[kind].values(), *(["Conv2d"] if kind == "8bit" else [])}
+    assert {base for base, _ in found} == {*LAYERS[kind].values(), "Conv2d"}
 
 
 def test_bytes_are_those_of_the_estimate(load: Any, family: str, kind: str) -> None:

@@ -23,7 +23,7 @@ from lora_diffusion.families._names import key_map
 from lora_diffusion.formats import check_output, describe_file, detect
 from lora_diffusion.formats.verified import write_exactly, write_verified
 from tests.families.full_size import skeleton
-from tests.formats.trained import FAMILIES, PIPELINES, answers, bare, names_of, parts_of, trained
+from tests.formats.trained import FAMILIES, MIXED, PIPELINES, answers, bare, names_of, parts_of, trained
 from tests.tiny_adapters import same
 
 FORMATS = ("kohya", "diffusers", "peft")
@@ -120,6 +120,7 @@ def test_formats_refuse_what_they_cannot_hold(variant: str, tmp_path: Path) -> N
     check_output(HOLDING[variant], VARIANTS[variant].stored)
 
 
+@pytest.mark.parametrize("settings", [{}, MIXED], ids=["alike", "mixed"])
 @pytest.mark.parametrize(
     ("family", "variant", "name"),
     [
@@ -132,9 +133,14 @@ def test_formats_refuse_what_they_cannot_hold(variant: str, tmp_path: Path) -> N
     ],
 )
 def test_diffusers_loads_every_key(
-    family: str, variant: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str,
+    variant: str,
+    name: str,
+    settings: dict[str, tuple[str, ...]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    state = trained(family, variant)
+    state = trained(family, variant, **settings)
     write_verified(
         state, names_of(name, family), registry.find("formats", name), tmp_path / "a.safetensors", torch.float32
     )
@@ -154,9 +160,12 @@ def test_diffusers_loads_every_key(
             assert not torch.allclose(answer, base[part], atol=1e-3)
 
 
-@pytest.mark.parametrize(("family", "variant"), [("sd1", "loha"), ("sd2", "lokr"), ("sdxl", "dora_out")])
-def test_peft_loads_each_part(family: str, variant: str, tmp_path: Path) -> None:
-    state = trained(family, variant)
+@pytest.mark.parametrize("settings", [{}, MIXED], ids=["alike", "mixed"])
+@pytest.mark.parametrize(
+    ("family", "variant"), [("sd1", "rslora"), ("sd1", "loha"), ("sd2", "lokr"), ("sdxl", "dora_out")]
+)
+def test_peft_loads_each_part(family: str, variant: str, settings: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
+    state = trained(family, variant, **settings)
     write_verified(state, names_of("peft", family), registry.find("formats", "peft"), tmp_path / "p", torch.float32)
     parts = parts_of(PIPELINES[family]())
     for part, network in parts.items():
@@ -164,6 +173,26 @@ def test_peft_loads_each_part(family: str, variant: str, tmp_path: Path) -> None
     with torch.no_grad():
         for part, answer in answers(parts).items():
             torch.testing.assert_close(answer, _expected(state, family)[part], **_CLOSE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_and_alphas_of_single_modules_go_through_all_formats(variant: str, tmp_path: Path) -> None:
+    state = trained("sd1", variant, **MIXED)
+    # Whole factors of lokr have the rank of their size.
+    assert {adapter.rank for _, adapter in state} == ({2, 3, 8} if variant == "lokr" else {2, 3, 4, 5})
+    expected = _expected(state, "sd1")
+    for name in HOLDING[variant]:
+        path, format_, names = tmp_path / name, registry.find("formats", name), names_of(name, "sd1")
+        assert write_exactly(state, names, format_, path, torch.float32).rounding == 0
+        assert _same(format_.read(path, names), state)
+        write_verified(state, names, format_, tmp_path / f"portable-{name}", torch.float32)
+        portable = format_.read(tmp_path / f"portable-{name}", names)
+        assert {key: portable.modules[key].rank for key in state.modules} == {key: own.rank for key, own in state}
+        for part, answer in _expected(portable, "sd1").items():
+            torch.testing.assert_close(answer, expected[part], **_CLOSE)
+    if "kohya" in HOLDING[variant] and VARIANTS[variant].stored == "lora":
+        again = registry.find("formats", "kohya").read(tmp_path / "portable-kohya", names_of("kohya", "sd1"))
+        assert [len({own.alpha for key, own in again if key.part == part}) for part in again.parts()] == [1, 1]
 
 
 @pytest.mark.parametrize("factor", [-1, 4])

@@ -94,6 +94,13 @@ def answers(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return found
 
 
+MIXED: Mapping[str, tuple[str, ...]] = {
+    "module_ranks": ("unet/attn=5", "re:.*to_k=2", "text_encoder/ff=4"),
+    "module_alphas": ("unet/ff=1", "re:.*q_proj=6"),
+}
+"""Settings of `trained` that make modules differ in rank, in alpha, and in both."""
+
+
 @cache
 def trained(family: str, variant: str, **settings: Any) -> AdapterState:
     """Returns an adapter of all parts after two steps, with metadata."""

@@ -39,10 +39,10 @@ def test_state_read_and_loaded_goes_on_bit_for_bit(name: str) -> None:
     for (_, target), (_, source) in zip(optim.named(second), optim.named(first), strict=True):
         target.data.copy_(source.data)
     after = optim.build(config(name), second)
-    states = [
-        {entry: value.clone() for entry, value in optim.read_state(before, parameter).items()}
-        for _, parameter in optim.named(first)
-    ]
+    states = {
+        target: {entry: value.clone() for entry, value in optim.read_state(before, source).items()}
+        for (_, target), (_, source) in zip(optim.named(second), optim.named(first), strict=True)
+    }
     optim.load_state(after, states)
     take_steps(after, second, range(3, 6))
     for (_, one), (_, other) in zip(optim.named(whole), optim.named(second), strict=True):

@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.errors import ConfigError, NonFiniteError, UnsupportedError
-from lora_diffusion.training import checkpoint
+from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.training import checkpoint, optim
 from lora_diffusion.training.hooks import EarlyStop, Hook, PreviewHook
 from lora_diffusion.training.trainer import total_steps
 from tests.training.toy import Toy, ToyBatches, moments
@@ -149,6 +151,71 @@ def test_text_encoders_learn_at_a_tenth_unless_told(tmp_path: Path) -> None:
     assert rates(text_encoder_learning_rate=0.02) == {"unet": 0.01, "text_encoder": 0.02}
 
 
+class TestModuleRates:
+    """A parameter of the second layer makes the first part hold two modules."""
+
+    RATES: Mapping[ModuleKey, float] = {ModuleKey("unet", "0"): 0.05}
+
+    @staticmethod
+    def toy() -> Toy:
+        toy = Toy()
+        toy.params["unet"]["2.bias"] = toy.params["text_encoder"].pop("2.bias")
+        return toy
+
+    def test_come_before_those_of_parts(self, tmp_path: Path) -> None:
+        rates = {**self.RATES, ModuleKey("text_encoder", "2"): 0.03}
+        trainer = self.toy().trainer(tmp_path, module_rates=rates, text_encoder_learning_rate=0.02)
+        groups = [(g["part"], g["initial_lr"], len(g["params"])) for g in trainer.optimizer.param_groups]
+        assert groups == [("unet", 0.01, 1), ("unet", 0.05, 2), ("text_encoder", 0.03, 1)]
+
+    def test_shown_rate_is_that_of_the_first_part(self, tmp_path: Path) -> None:
+        self.toy().trainer(tmp_path, module_rates=self.RATES, max_steps=4, schedule="linear").fit(ToyBatches())
+        self.toy().trainer(tmp_path / "plain", max_steps=4, schedule="linear").fit(ToyBatches())
+        shown, plain = ([line["lr"] for line in read_metrics(path)] for path in (tmp_path, tmp_path / "plain"))
+        assert shown == plain
+
+    def test_of_one_size_change_nothing(self, tmp_path: Path) -> None:
+        plain, named = self.toy(), self.toy()
+        plain.trainer(tmp_path / "a", max_steps=6).fit(ToyBatches())
+        named.trainer(tmp_path / "b", max_steps=6, module_rates={ModuleKey("unet", "0"): 0.01}).fit(ToyBatches())
+        assert all(map(torch.equal, plain.weights().values(), named.weights().values()))
+        files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.safetensors")]
+        assert len(files) == 2
+        assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+
+    def test_train_the_others_as_before(self, tmp_path: Path) -> None:
+        """Without clipping, the first step of a parameter depends on no other."""
+        plain, named = self.toy(), self.toy()
+        before = plain.weights()
+        for toy, rates in ((plain, {}), (named, self.RATES)):
+            settings = {"max_grad_norm": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+            trainer = toy.trainer(tmp_path, module_rates=rates, max_steps=1, **settings)
+            trainer.take_step(1, next(ToyBatches().steps(0)))
+        for name, value in plain.weights().items():
+            factor = 5 if name.startswith("0.") else 1
+            moved = (named.weights()[name] - before[name]) / (value - before[name])
+            torch.testing.assert_close(moved, torch.full_like(moved, factor), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+    def test_resume_is_bit_for_bit_one_run(self, tmp_path: Path, optimizer: str) -> None:
+        """The groups stand in another order than the parameters in a checkpoint."""
+        settings = {"max_steps": 7, "save_every_steps": 3, "optimizer": optimizer, "module_rates": self.RATES}
+        whole, resumed = self.toy(), self.toy()
+        expected = whole.trainer(tmp_path, **settings)
+        expected.fit(ToyBatches())
+        again = resumed.trainer(tmp_path / "again", **settings)
+        assert again.resume(checkpoint.saved_steps(tmp_path)[3]) == 3
+        again.fit(ToyBatches())
+        assert all(map(torch.equal, whole.weights().values(), resumed.weights().values()))
+        kept = [
+            [optim.read_state(trainer.optimizer, parameter) for _, parameter in optim.named(toy.params)]
+            for trainer, toy in ((expected, whole), (again, resumed))
+        ]
+        for one, other in zip(*kept, strict=True):
+            assert one
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_clipping_limits_the_gradient_and_zero_leaves_it(tmp_path: Path) -> None:
     norms = {}
     for limit in (0.0, 1e-3):
@@ -205,6 +272,16 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert "train.learning_rate: 0.01 in the checkpoint, 0.5 now" in text
     assert "model: absent in the checkpoint, x now" in text
     assert "train.seed" not in text
+
+
+def test_a_list_that_is_new_in_this_version_may_be_empty(tmp_path: Path) -> None:
+    Toy().trainer(tmp_path, max_steps=2).fit(ToyBatches())
+    later = Toy().trainer(tmp_path, max_steps=2, fingerprint={"adapter.new": ()})
+    assert later.resume(checkpoint.find_latest(tmp_path)) == 2
+    with pytest.raises(ConfigError, match=r"adapter.new: absent in the checkpoint, \['x'\] now"):
+        Toy().trainer(tmp_path, max_steps=2, fingerprint={"adapter.new": ("x",)}).resume(
+            checkpoint.saved_steps(tmp_path)[2]
+        )
 
 
 def test_a_longer_run_is_continued_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

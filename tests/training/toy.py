@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.types import Batch, LossOutput
+from lora_diffusion.core.types import Batch, LossOutput, ModuleKey
 from lora_diffusion.training.trainer import Trainer
 
 
@@ -59,9 +59,16 @@ class Toy:
         per_sample = error.float().square().mean(1)
         return LossOutput(per_sample, {"half": per_sample.detach().mean().item() / 2})
 
-    def trainer(self, run_path: Path, hooks: tuple[Any, ...] = (), fingerprint: Any = None, **settings: Any) -> Trainer:
+    def trainer(
+        self,
+        run_path: Path,
+        hooks: tuple[Any, ...] = (),
+        fingerprint: Any = None,
+        module_rates: Mapping[ModuleKey, float] | None = None,
+        **settings: Any,
+    ) -> Trainer:
         config = TrainConfig(**{"learning_rate": 0.01, "threads": "1", "precision": "fp32", **settings})
-        return Trainer(config, self.params, self.loss, run_path, hooks, fingerprint)
+        return Trainer(config, self.params, self.loss, run_path, hooks, fingerprint, module_rates)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

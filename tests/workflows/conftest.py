@@ -115,7 +115,17 @@ def pictures(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on UNet and text encoder, written in all formats in float32; shared, never changed."""
-    root = tmp_path_factory.mktemp("trained")
+    return _trained(tiny_base, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def trained_unevenly(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with modules of different ranks and alphas."""
+    own = ("adapter.module_ranks=[unet/attn=8, text_encoder/ff=2, 're:.*to_k=3']", "adapter.module_alphas=[unet/ff=9]")
+    return _trained(tiny_base, tmp_path_factory.mktemp("trained_unevenly"), *own)
+
+
+def _trained(tiny_base: Path, root: Path, *more: str) -> Path:
     fill_with_pictures(root / "pictures")
     settings = [
         f"model.path={tiny_base}",
@@ -134,6 +144,7 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.precision=fp32",
         "train.threads=1",
         "train.schedule=constant",
+        *more,
     ]
     assert main(["train", *settings]) == 0
     return root / "run"

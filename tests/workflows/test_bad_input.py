@@ -13,6 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.families.sd1 import FAMILY
+from lora_diffusion.training.run_folder import RunFolder
 from tests.workflows.conftest import Commands
 
 
@@ -108,12 +109,24 @@ def test_no_captions_at_all(training: Training) -> None:
     [
         (["train.max_step=5"], ['train.max_step: there is no such key (did you mean "train.max_steps"']),
         (["train.max_steps=many"], ["train.max_steps='many'", "whole number"]),
+        (['train.max_steps="500"'], ["train.max_steps='500'", "whole number"]),
+        (["data.flip=5"], ["data.flip=5", "true or false"]),
+        (["train.warmup_steps=1000"], ["train.warmup_steps=1000", "1000 steps"]),
+        (["preview.num_steps=1000"], ["preview.num_steps=1000: must be from 1 to 999"]),
         (["train.max_steps=2.5"], ["train.max_steps=2.5", "whole number"]),
         (["train.learning_rate=0"], ["train.learning_rate=0", "greater than 0"]),
         (["train.learning_rate=.nan"], ["train.learning_rate=nan"]),
         (["train.learning_rate=.inf"], ["train.learning_rate=inf"]),
         (["adapter.rank=0"], ["adapter.rank=0: must be 1 or greater"]),
         (["adapter.rank=33"], ["adapter.rank=33 is larger than", "the largest rank that fits all of them is 32"]),
+        (["adapter.module_ranks=attn"], ["adapter.module_ranks: 'attn' must be TARGET=VALUE"]),
+        (["adapter.module_ranks=atn=8"], ['adapter.module_ranks: "atn" matches no', 'did you mean "attn"']),
+        (["adapter.module_ranks=ff=8"], ['"ff" matches no trained module of unet. Use a group (attn']),
+        (["adapter.module_ranks=[unet/attn=8, attn=4]"], ['"unet/attn=8" acts on no module']),
+        (["adapter.module_ranks=attn=33"], ['"attn=33" is larger than', "fits all of them is 32"]),
+        (["adapter.module_alphas=attn=-1"], ["'attn=-1' must be TARGET=VALUE, the value a number greater than 0"]),
+        (["train.module_learning_rates=re:.*to_=1e-4"], ['train.module_learning_rates: "re:.*to_" matches no trained']),
+        (["train.module_learning_rates=attn=nan"], ["train.module_learning_rates: 'attn=nan' must be"]),
         (["adapter.targets=atn"], ['"atn" matches no module', 'did you mean "attn"']),
         (["adapter.targets=re:*"], ["is not a regular expression"]),
         (["adapter.targets=re:.*norm1"], ["cannot hold an adapter"]),
@@ -262,6 +275,14 @@ def _change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def _base_of(run: Path) -> str:
+    return RunFolder(run).config().model.path
+
+
+def _settings_of(run: Path) -> list[str]:
+    return ["--config", str(run / "config.yaml"), f"data.path={RunFolder(run).config().data.path}", "adapter.rank=4"]
+
+
 class TestOutputFolder:
     def _copy_of_a_run(self, training: Training, trained: Path) -> None:
         shutil.copytree(trained, training.output)
@@ -277,6 +298,24 @@ class TestOutputFolder:
         message = training.refused("--resume", "train.seed=7")
         assert "- train.seed: 0 -> 7" in message
         assert "- adapter.rank: 4 -> 2" in message
+
+    def test_resume_with_fewer_steps_than_were_made(self, training: Training, trained: Path) -> None:
+        self._copy_of_a_run(training, trained)
+        message = training.refused(*_settings_of(trained), "--resume", "train.max_steps=5")
+        assert "has made 8 steps already and cannot be continued as one of 5" in message
+
+    @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
+    def test_resume_on_a_changed_base(self, training: Training, own_base: Path, trained: Path, file: str) -> None:
+        self._copy_of_a_run(training, trained)
+        config = training.output / "config.yaml"
+        config.write_text(config.read_text().replace(str(_base_of(trained)), str(own_base)))
+        path = own_base / file
+        if path.suffix == ".json":
+            _change(path, beta_end=0.02)
+        else:
+            save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        message = training.refused(*_settings_of(training.output), "--resume")
+        assert "networks: " in message
 
     def test_holds_other_files(self, training: Training) -> None:
         training.output.mkdir()

@@ -23,6 +23,12 @@ ROUNDING = 0.5 / 255
 """Ours are read from 8-bit files."""
 
 
+@pytest.fixture(params=["trained", "trained_unevenly"])
+def run(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
 def _pipeline(base: Path) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -59,7 +65,7 @@ def test_base_alone(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
 def test_diffusers_draws_the_same_picture(
     command: Commands,
     tiny_base: Path,
-    trained: Path,
+    run: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,7 +75,7 @@ def test_diffusers_draws_the_same_picture(
     pipeline = _pipeline(tiny_base)
     base = _theirs(pipeline)
     with caplog.at_level(logging.WARNING):
-        pipeline.load_lora_weights(trained, weight_name=name, adapter_name="ours")
+        pipeline.load_lora_weights(run, weight_name=name, adapter_name="ours")
     assert not [record.getMessage() for record in caplog.records if "key" in record.getMessage().lower()]
 
     layers = [
@@ -78,30 +84,30 @@ def test_diffusers_draws_the_same_picture(
         for module in network.modules()
         if "ours" in getattr(module, "lora_A", {})
     ]
-    num_pairs = sum(key.endswith(("lora_up.weight", "lora_B.weight")) for key in load_file(trained / name))
+    num_pairs = sum(key.endswith(("lora_up.weight", "lora_B.weight")) for key in load_file(run / name))
     assert len(layers) == num_pairs
 
-    full = _ours(command, tiny_base, tmp_path / "1", f"{trained / name}")
+    full = _ours(command, tiny_base, tmp_path / "1", f"{run / name}")
     assert np.abs(full - base).max() > 0.02
     assert np.abs(full - _theirs(pipeline)).max() < TOLERANCE + ROUNDING
 
-    part = _ours(command, tiny_base, tmp_path / "0.8", f"{trained / name}:0.8")
+    part = _ours(command, tiny_base, tmp_path / "0.8", f"{run / name}:0.8")
     assert np.abs(part - full).max() > 4 * ROUNDING
     assert np.abs(part - _theirs(pipeline, scale=0.8)).max() < TOLERANCE + ROUNDING
     pipeline.set_adapters(["ours"], [0.8])
     assert np.abs(part - _theirs(pipeline)).max() < TOLERANCE + ROUNDING
 
 
-def test_peft_folder_gives_the_same_outputs(tiny_base: Path, trained: Path) -> None:
+def test_peft_folder_gives_the_same_outputs(tiny_base: Path, run: Path) -> None:
     """The networks with PEFT's adapters equal those with the kohya file in diffusers."""
     by_diffusers, by_peft = _pipeline(tiny_base), _pipeline(tiny_base)
-    by_diffusers.load_lora_weights(trained, weight_name="run.safetensors")
+    by_diffusers.load_lora_weights(run, weight_name="run.safetensors")
     ids = torch.arange(16)[None]
     latents, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     with torch.no_grad():
         plain = by_peft.text_encoder(ids)[0].clone()
-        text_encoder = PeftModel.from_pretrained(by_peft.text_encoder, trained / "run.peft" / "text_encoder")
-        unet = PeftModel.from_pretrained(by_peft.unet, trained / "run.peft" / "unet")
+        text_encoder = PeftModel.from_pretrained(by_peft.text_encoder, run / "run.peft" / "text_encoder")
+        unet = PeftModel.from_pretrained(by_peft.unet, run / "run.peft" / "unet")
         expected = by_diffusers.text_encoder(ids)[0]
         torch.testing.assert_close(text_encoder(ids)[0], expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(plain, expected, atol=1e-3)

@@ -30,11 +30,13 @@ def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
     [
         (["model.dtype=bf16"], "frozen weights", (0.5, 0.5)),
         (["model.quantization=8bit"], "frozen weights", (0.3, 0.9)),
-        (["model.quantization=nf4"], "frozen weights", (0.1, 0.3)),
+        (["model.quantization=nf4"], "frozen weights", (0.1, 0.35)),
         (["train.batch_size=4"], "activations", (3.0, 4.3)),
         (["data.resolution=32"], "activations", (3.0, 4.5)),
         (["train.gradient_checkpointing=true"], "activations", (0.3, 0.9)),
         (["adapter.rank=8"], "adapter", (2.0, 2.0)),
+        (["adapter.module_ranks=attn=8"], "adapter", (2.0, 2.0)),
+        (["adapter.module_ranks=[attn=8]", "train.module_learning_rates=attn=1e-5"], "optimizer", (2.0, 2.0)),
     ],
 )
 def test_settings_change_what_they_should(

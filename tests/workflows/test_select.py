@@ -130,7 +130,7 @@ def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp
     run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
     for path in (run / "checkpoints").iterdir():
         (path / "adapter.safetensors").write_bytes(b"other")
-    outcome = command("select", run)
+    outcome = command("select", run, "--evaluation", run / "evaluation")
     assert outcome.code == 2
     assert "no checkpoint of" in outcome.message
 

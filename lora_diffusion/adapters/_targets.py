@@ -1,0 +1,115 @@
+"""What a target means: a group, the path of a module, or re:PATTERN, in every part or, as "part/...", in one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_diffusion.config.per_module import Entry, read_entry
+from lora_diffusion.core.errors import TargetError
+from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.types import ModuleKey, Part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The modules among which the targets of one setting are looked up."""
+
+    key: str
+    """The setting, for messages."""
+    modules: Mapping[str, Mapping[str, nn.Module]]
+    """Part -> path -> module."""
+    declared: Mapping[str, Part]
+    """Part -> its groups, for all parts of the base."""
+    full: Sequence[str] = ()
+    """Parts that are not looked at, as they are trained in full."""
+    kind: str = "module"
+    """What messages call one of the modules."""
+
+    def find(self, target: str) -> list[ModuleKey]:
+        """Returns the modules that a target names.
+
+        Raises:
+            TargetError: it names none, or a part that is not looked at, or is no regular expression.
+        """
+        parts, bare = self._split(target)
+        found = [ModuleKey(part, path) for part in parts for path in self._match(part, bare)]
+        if not found:
+            words = [group for part in parts for group in self.declared[part].groups if self._match(part, group)]
+            groups = dict.fromkeys(words)
+            paths = dict.fromkeys(path for part in parts for path, own in self.modules[part].items() if kind_of(own))
+            raise TargetError(
+                f'{self.key}: "{target}" matches no {self.kind} of {", ".join(parts)}'
+                f"{suggestion(bare, groups | paths)}. Use a group ({', '.join(groups)}), the path of a Linear or "
+                "Conv2d module, or re:PATTERN."
+            )
+        return found
+
+    def _split(self, target: str) -> tuple[tuple[str, ...], str]:
+        if target.startswith("re:") or "/" not in target:
+            return tuple(self.modules), target
+        part, bare = target.split("/", 1)
+        if part not in self.declared:
+            raise TargetError(
+                f'{self.key}: "{target}" asks in part "{part}", which the base does not have'
+                f"{suggestion(part, self.declared)}. Parts: {', '.join(self.declared)}."
+            )
+        if part in self.full:
+            raise TargetError(
+                f'{self.key}: "{target}" asks in part {part}, which adapter.full trains in full, without targets and '
+                "ranks; drop one of the two."
+            )
+        if part not in self.modules:
+            raise TargetError(f'{self.key}: "{target}" asks in part {part}; add {part} to adapter.parts.')
+        return (part,), bare
+
+    def _match(self, part: str, bare: str) -> list[str]:
+        if bare.startswith("re:"):
+            return self._fullmatch(part, (bare.removeprefix("re:"),), bare)
+        if bare in self.declared[part].groups:
+            return self._fullmatch(part, self.declared[part].groups[bare], bare)
+        return [bare] if bare in self.modules[part] else []
+
+    def _fullmatch(self, part: str, patterns: Sequence[str], bare: str) -> list[str]:
+        try:
+            compiled = [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise TargetError(f'{self.key}: "{bare}" is not a regular expression: {error}.') from error
+        # Containers, activations and dropout have no weight of their own, so a pattern cannot mean them.
+        weighty = (
+            path for path, module in self.modules[part].items() if any(True for _ in module.parameters(recurse=False))
+        )
+        return [path for path in weighty if any(pattern.fullmatch(path) for pattern in compiled)]
+
+
+def settle(texts: Sequence[str], scope: Scope) -> dict[ModuleKey, Entry]:
+    """Returns module -> the last of the settings TARGET=VALUE that names it.
+
+    Raises:
+        TargetError: one of them names no module, or none that a later one does not name too.
+        ConfigError: one of them has another form.
+    """
+    if texts and not scope.modules:
+        raise TargetError(f"{scope.key} acts on no module, since adapter.full trains every part in full; drop it.")
+    entries = [read_entry(scope.key, text) for text in texts]
+    settled = {key: entry for entry in entries for key in scope.find(entry.target)}
+    if idle := [str(entry) for entry in entries if entry not in settled.values()]:
+        raise TargetError(
+            f"{idle[0]} acts on no module, since the last entry that matches a module counts, and later ones match all "
+            "that this one does. Drop it, or move it down."
+        )
+    return settled
+
+
+def kind_of(module: nn.Module) -> str:
+    """Returns linear or conv for a module that can hold an adapter, else ""."""
+    from torch import nn
+
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return "conv" if isinstance(module, nn.Conv2d) and module.groups == 1 else ""
