@@ -38,8 +38,8 @@ def check(config: Config, samples: Sequence[Sample]) -> None:
         return
     if not isinstance(samples[0], ImageText):
         raise ConfigError("evaluate: after_training and every_steps look at pictures, and this base makes none.")
-    selection.cases(config, samples[0].trigger)
     _references(config)
+    selection.cases(config, samples[0].trigger)
     load_clip(own.clip or default_clip(config.model.path))
     if own.after_training:
         selection.check_name(RunFolder(Path(config.output.path)).name(config))

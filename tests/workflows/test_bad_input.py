@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -508,3 +509,19 @@ class TestExportAndInspect:
             outcome = command("inspect", path)
             assert outcome.code == 2
             assert str(path) in outcome.message
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry run"])
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["train.tracker=tensorboard"], "tensorboard"),
+        (["train.optimizer=paged_adamw8bit"], "train.optimizer=paged_adamw8bit"),
+        (["evaluate.every_steps=5", "evaluate.references=/no/such/folder"], "evaluate.references=/no/such/folder"),
+    ],
+)
+def test_what_is_needed_later(
+    training: Training, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...], arguments: list[str], fragment: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert fragment in training.refused(*arguments, *dry)
