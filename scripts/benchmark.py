@@ -1,7 +1,7 @@
-"""Measures what the program costs: `train` a training step, `files` work on adapter files, `evaluate` scoring.
+"""Measures what the program costs: training steps, their memory, work on adapter files and on whole bases, scoring.
 
-The last two are in benchmark_files.py and benchmark_evaluate.py. A training step is compared with the plain diffusers
-and PEFT loop and with the floor.
+All but the first are in files of their own, benchmark_files.py and so on. A training step is compared with the plain
+diffusers and PEFT loop and with the floor.
 
     python scripts/benchmark.py train                          # Stable Diffusion 1.5, bf16 weights, 512 pixels, rank 16
     python scripts/benchmark.py train --size small --dtype fp32
@@ -361,7 +361,13 @@ def main() -> None:
     """Runs the benchmark that the command line names."""
     # Run as a file, Python finds what lies beside it but not the folder that it lies in.
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from scripts import benchmark_evaluate, benchmark_files, benchmark_memory
+    from scripts import (
+        benchmark_checkpoints,
+        benchmark_evaluate,
+        benchmark_files,
+        benchmark_memory,
+        benchmark_writers,
+    )
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -374,9 +380,11 @@ def main() -> None:
     train.add_argument("--arms", nargs="+", choices=ARMS, default=list(_DEFAULT_ARMS))
     train.add_argument("--json", action="store_true")
     train.set_defaults(run=run_train)
+    benchmark_checkpoints.add_parser(commands)
     benchmark_evaluate.add_parser(commands)
     benchmark_files.add_parser(commands)
     benchmark_memory.add_parser(commands)
+    benchmark_writers.add_parser(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

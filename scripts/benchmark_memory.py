@@ -11,11 +11,7 @@ before the networks were built; the C library is told to give freed memory back 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,34 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-_CROSS, _UP_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-BASES: dict[str, dict[str, Any]] = {
-    "sd1": {
-        # stable-diffusion-v1-5, unet/config.json and text_encoder/config.json
-        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "text_encoder": _CLIP_L,
-    },
-    "sdxl": {
-        # stable-diffusion-xl-base-1.0
-        "unet": {
-            "sample_size": 128,
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", _CROSS, _CROSS],
-            "up_block_types": [_UP_CROSS, _UP_CROSS, "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_G | {"hidden_act": "gelu", "projection_dim": 1280},
-    },
-}
+from scripts import full_size, own_process
+
 _TEXT_LENGTH = 77
 LARGEST_SHARE_OF_FULL, LARGEST_SHARE_OF_BF16, LARGEST_ERROR = 1 / 3, 0.30, 0.15
 
@@ -84,7 +54,7 @@ def config_of(case: Case, pixels: int) -> Any:
     """Returns the config that the case stands for: rank 16 on attention, AdamW, bf16."""
     from lora_diffusion.config.load import load
 
-    parts = list(BASES[case.family]) if case.trains_text else ["unet"]
+    parts = ["unet", *full_size.TOWERS[case.family]] if case.trains_text else ["unet"]
     values = {
         "model.family": case.family,
         "model.path": "random",
@@ -100,24 +70,6 @@ def config_of(case: Case, pixels: int) -> Any:
     return load(None, [f"{key}={value}" for key, value in values.items()])
 
 
-def skeleton_of(family: str) -> dict[str, Any]:
-    """Returns the networks of a published base on the meta device."""
-    import torch
-    from diffusers import UNet2DConditionModel
-    from diffusers.utils import logging
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    logging.set_verbosity_error()
-    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    with torch.device("meta"):
-        return {
-            name: UNet2DConditionModel(**sizes)
-            if name == "unet"
-            else kinds[name](CLIPTextConfig(vocab_size=49408, **sizes))
-            for name, sizes in BASES[family].items()
-        }
-
-
 def info_of(family: str) -> Any:
     """Returns what would be known of the base."""
     from lora_diffusion.core.types import BaseInfo
@@ -129,15 +81,16 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
     """Returns what `lora-diffusion estimate` would say."""
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.core import registry
+    from lora_diffusion.core.types import Example
     from lora_diffusion.families import _latent
     from lora_diffusion.workflows.estimation import step_memory
 
     config, family = config_of(case, pixels), registry.find("families", case.family)
-    skeleton, info = skeleton_of(case.family), info_of(case.family)
+    skeleton, info = full_size.networks(case.family), info_of(case.family)
 
     def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
         del options
-        return _latent.example(skeleton, info, trained, batch_size, size)
+        return Example(_latent.example(skeleton, info, trained, batch_size, size))
 
     made = plan(skeleton, family.parts, config.adapter)
     told = step_memory(config, SimpleNamespace(example=example), info, skeleton, made, (pixels, pixels))  # type: ignore[arg-type]
@@ -150,7 +103,7 @@ def measured(case: Case, pixels: int) -> dict[str, int]:
     from lora_diffusion.training.trainer import Trainer
 
     _warm_up()
-    before = _status("VmRSS")
+    before = own_process.resident_bytes()
     config = config_of(case, pixels)
     loaded = _load(case, config)
     weights = sum(_bytes(tensor) for tensor in _tensors(loaded.parts["unet"]))
@@ -158,29 +111,20 @@ def measured(case: Case, pixels: int) -> dict[str, int]:
     params, loss = _trained(case, config, loaded)
     trainer = Trainer(config.train, params, loss, Path(tempfile.mkdtemp()))
     batch = _batch(case, loaded, pixels // 8)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    own_process.reset_peak()
     for step in (1, 2):
         trainer.take_step(step, (batch,))
-    return {"peak": _status("VmHWM") - before, "weights": weights}
+    return {"peak": own_process.peak_bytes() - before, "weights": weights}
 
 
 def _warm_up() -> None:
     """Loads what every case loads, and the thread pools."""
     import bitsandbytes
     import torch
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
 
-    del bitsandbytes, UNet2DConditionModel, CLIPTextModel
+    del bitsandbytes
     x = torch.randn(256, 256, requires_grad=True)
     (x @ x).sum().backward()
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def _load(case: Case, config: Any) -> Any:
@@ -192,14 +136,9 @@ def _load(case: Case, config: Any) -> Any:
     from lora_diffusion.quantize import quantize
 
     device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
-    parts = {name: part for name, part in skeleton_of(case.family).items() if name in config.adapter.parts}
+    parts = {name: part for name, part in full_size.networks(case.family).items() if name in config.adapter.parts}
     for network in parts.values():
-        network.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
-        for name, parameter in network.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=rng)
-            else:
-                parameter.fill_(float(name.endswith("weight")))
+        own_process.fill(network, rng)
         for name, buffer in network.named_buffers():
             buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) if "ids" in name else torch.zeros(()))
         quantize(network, config.model.quantization, device)
@@ -223,7 +162,7 @@ def _trained(case: Case, config: Any, loaded: Any) -> tuple[Any, Any]:
         unet = loaded.parts["unet"].requires_grad_()
         return {"unet": dict(unet.named_parameters())}, partial(family.loss, loaded)
     variant = variants.find("lora", case.quantization)
-    made = plan(skeleton_of(case.family), family.parts, config.adapter)
+    made = plan(full_size.networks(case.family), family.parts, config.adapter)
     params = inject(loaded, made, variant, 0.0, 0)
     if case.gradient_checkpointing:
         memory.checkpoint_activations(loaded.parts)
@@ -270,33 +209,13 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _answer(connection: Any, function: Any, case: Case, pixels: int) -> None:
-    connection.send(function(case, pixels))
-
-
-def _alone(function: Any, case: Case, pixels: int) -> Any:
-    """Calls a function in a process of its own."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = str(2**17)
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    worker = context.Process(target=_answer, args=(theirs, function, case, pixels))
-    worker.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        return None
-    finally:
-        worker.join()
-
-
 def measure(names: list[str], pixels: int) -> dict[str, Any]:
     """Returns measured and estimated bytes of each case; what the machine has no memory for is null."""
     rows = {}
     for name in names:
         case = replace(CASES["sd1-bf16"], is_full=True) if name == _FULL else CASES[name]
-        told = None if case.is_full else _alone(estimated, case, pixels)
-        rows[name] = {"measured": _alone(measured, case, pixels), "estimated": told}
+        told = None if case.is_full else own_process.call(estimated, case, pixels)
+        rows[name] = {"measured": own_process.call(measured, case, pixels), "estimated": told}
         print(name, rows[name], file=sys.stderr, flush=True)
     return {"pixels": pixels, "cases": rows}
 

@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 
 from lora_diffusion import workflows
 from lora_diffusion.config.load import load
-from lora_diffusion.config.schema import Config
 from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core import logs
 from lora_diffusion.core.files import shipped_path
@@ -32,7 +30,7 @@ from lora_diffusion.core.types import Request
 from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
 from lora_diffusion.evaluation.clip import load_clip
 from lora_diffusion.evaluation.pictures import grid, save_image
-from lora_diffusion.quickstart import llava, whisper
+from lora_diffusion.quickstart import _writing, llava, whisper
 
 _RARE = "zwx"
 _CONCEPT = [
@@ -42,24 +40,11 @@ _CONCEPT = [
 ]
 
 
-class _Writer(NamedTuple):
-    """A base that writes, and how its adapters are scored."""
-
-    config: str
-    data: str
-    """Sample set to train on."""
-    compare: Callable[[Config, Path], Mapping[str, tuple[Any, Any]]]
-    """(config, adapter) -> test set -> scores before and after."""
-    scores: Mapping[str, str]
-    """Field of a score -> its name in the table."""
-
-
-_WRITERS = {
-    "whisper": _Writer("whisper/digits", "spoken-digits", whisper.compare, {"wer": "WER", "cer": "CER"}),
-    "llava": _Writer(
-        "llava/emoji", "emoji-questions", llava.compare, {"exact_match": "exact match", "token_f1": "token F1"}
-    ),
+_WRITERS: Mapping[str, tuple[_writing.Show, Mapping[str, str]]] = {
+    "whisper": (whisper.SHOW, {"wer": "WER", "cer": "CER"}),
+    "llava": (llava.SHOW, {"exact_match": "exact match", "token_f1": "token F1"}),
 }
+"""Task -> what is trained and scored, and each score's name in the table."""
 
 
 def main() -> None:
@@ -99,16 +84,14 @@ def main() -> None:
 
 def _measure_writer(task: str, seeds: Sequence[int], output: Path, changes: Sequence[str]) -> None:
     """Prints one row for each seed and test set, as soon as it is known."""
-    writer = _WRITERS[task]
-    titles = [f"{name} {moment}" for name in writer.scores.values() for moment in ("before", "after")]
+    show, names = _WRITERS[task]
+    titles = [f"{name} {moment}" for name in names.values() for moment in ("before", "after")]
     print(f"\n| seed | test set | {' | '.join(titles)} |\n|{'---|' * (2 + len(titles))}")
     for seed in seeds:
-        data = shipped_path("datasets") / writer.data / "train"
-        own = [f"data.path={data}", f"output.path={output / f'{task}-seed{seed}'}", f"train.seed={seed}"]
-        config = load(find_shipped(writer.config), [*own, *changes])
+        config = _writing.config_of(show, output / f"{task}-seed{seed}", [f"train.seed={seed}", *changes])
         result = workflows.train(config, overwrite=True)
-        for name, (before, after) in writer.compare(config, result.files[0]).items():
-            rates = [f"{getattr(one, score):.1%}" for score in writer.scores for one in (before, after)]
+        for name, (before, after) in _writing.compare(show, config, result.files[0]).items():
+            rates = [f"{getattr(one, score):.1%}" for score in names for one in (before, after)]
             print(f"| {seed} | {name} | {' | '.join(rates)} |", flush=True)
 
 

@@ -132,16 +132,20 @@ _NUM_WEIGHTS_7B = 7_063_427_072
 """Of llava-hf/llava-1.5-7b-hf, by which we know that the shape below is right."""
 
 
-def published_llava_parts() -> dict[str, torch.nn.Module]:
-    """Returns the parts of LLaVA-1.5 with 7 billion weights on the meta device."""
+def published_llava_config() -> LlavaConfig:
+    """Returns the config of LLaVA-1.5 with 7 billion weights."""
     tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     text = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(**tower, image_size=336, patch_size=14, projection_dim=768),
         text_config=LlamaConfig(**text, vocab_size=32064),
         image_token_index=32000,
     )
+
+
+def published_llava_parts() -> dict[str, torch.nn.Module]:
+    """Returns the parts of LLaVA-1.5 with 7 billion weights on the meta device."""
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(published_llava_config())
     assert sum(parameter.numel() for parameter in model.parameters()) == _NUM_WEIGHTS_7B
     return parts_of(model)

@@ -16,6 +16,8 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from scripts.full_size import whisper_config
+
 RATE = 16000
 _END = "<|endoftext|>"
 _SPECIAL = ("<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>")
@@ -87,30 +89,19 @@ def write_recording(path: Path, text: str | None = None, **kwargs: float) -> Pat
     return path
 
 
-_SHAPES = {  # width, layers, heads, mel bands, vocabulary, weights that openai/whisper-* has
-    "tiny": (384, 4, 6, 80, 51865, 37_760_640),
-    "base": (512, 6, 8, 80, 51865, 72_593_920),
-    "small": (768, 12, 12, 80, 51865, 241_734_912),
-    "medium": (1024, 24, 16, 80, 51865, 763_857_920),
-    "large-v3": (1280, 32, 20, 128, 51866, 1_543_490_560),
+_NUM_WEIGHTS = {
+    "tiny": 37_760_640,
+    "base": 72_593_920,
+    "small": 241_734_912,
+    "medium": 763_857_920,
+    "large-v3": 1_543_490_560,
 }
+"""Of openai/whisper-*, by which we know that the shapes are right."""
 
 
 def published_parts(name: str) -> dict[str, torch.nn.Module]:
     """Returns encoder and decoder of a published size on the meta device."""
-    width, layers, heads, bands, vocabulary, num_weights = _SHAPES[name]
-    config = WhisperConfig(
-        vocab_size=vocabulary,
-        num_mel_bins=bands,
-        d_model=width,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * width,
-        decoder_ffn_dim=4 * width,
-    )
     with torch.device("meta"):
-        model = WhisperForConditionalGeneration(config)
-    assert sum(parameter.numel() for parameter in model.model.parameters()) == num_weights
+        model = WhisperForConditionalGeneration(whisper_config(name))
+    assert sum(parameter.numel() for parameter in model.model.parameters()) == _NUM_WEIGHTS[name]
     return {"encoder": model.model.encoder, "decoder": model.model.decoder}

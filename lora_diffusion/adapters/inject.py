@@ -96,6 +96,9 @@ def add_adapter(
     switch = switch_of(loaded)
     if name in switch.weights:
         raise ConfigError(f'Two adapters are called "{name}"; give each its own name.')
+    if any(key.part in loaded.encoders for key in slots):
+        # What the encoders gave for prompts without this adapter.
+        loaded.text_cache.clear()
     for part, engine in dict.fromkeys((key.part, ENGINES[slot.variant]) for key, slot in slots.items()):
         own = {key.path: slot for key, slot in slots.items() if (key.part, ENGINES[slot.variant]) == (part, engine)}
         _install(loaded.parts[part], own, engine, name)

@@ -61,7 +61,10 @@ def remove(loaded: Loaded) -> None:
     """Takes all adapters out; weights that were merged stay merged, and the base has its own module names again."""
     switch = loaded.adapters
     if isinstance(switch, PeftSwitch):
-        for key, layer in list(switch.layers()):
+        layers = list(switch.layers())
+        if any(key.part in loaded.encoders for key, _ in layers):
+            loaded.text_cache.clear()
+        for key, layer in layers:
             loaded.parts[key.part].set_submodule(key.path, layer.get_base_layer())
     loaded.adapters = None
 

@@ -13,8 +13,9 @@ from torch import nn
 from lora_diffusion.adapters._engines import LAYERS, engine_of
 from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
+from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.core.delta import AXES, change_shape, without_tucker
-from lora_diffusion.core.errors import AdapterFileError, RunError
+from lora_diffusion.core.errors import AdapterFileError, RunError, UnsupportedError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 
 
@@ -52,8 +53,10 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
     Raises:
         AdapterFileError: the base lacks a module or has it in another shape; lists up to ten.
         ConfigError: the name is taken.
+        UnsupportedError: a variant that does not run on quantized layers, and the base has such.
     """
     check_fit(state, loaded.parts, f'The adapter "{name}"')
+    _check_quantization(state, getattr(loaded.options, "quantization", "none"), name)
 
     def make(key: ModuleKey, base: Any) -> ModuleAdapter:
         del base
@@ -63,6 +66,16 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
 
     slots = {key: Slot(adapter.variant, adapter.rank, adapter.alpha) for key, adapter in state}
     add_adapter(loaded, slots, name, make, weight=weight)
+
+
+def _check_quantization(state: AdapterState, quantization: str, name: str) -> None:
+    found = {adapter.variant for _, adapter in state}
+    unable = [own.stored for own in VARIANTS.values() if own.stored in found and quantization not in own.quantizations]
+    if unable:
+        raise UnsupportedError(
+            f'The adapter "{name}": {" and ".join(unable)} cannot run on a {quantization} base; set '
+            "model.quantization=none, or merge it into the base: lora-diffusion merge."
+        )
 
 
 def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) -> None:
@@ -85,6 +98,19 @@ def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) 
             "another shape. Load it with the base it was trained on.",
             faults[:10],
         )
+
+
+def weight_shapes(parts: Mapping[str, nn.Module]) -> dict[ModuleKey, tuple[int, ...]]:
+    """Returns the shapes of the weights of all linear, convolution and norm layers; the meta device is enough."""
+    from torch import nn
+
+    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
+    return {
+        ModuleKey(part, path): tuple(module.get_parameter("weight").shape)
+        for part, network in parts.items()
+        for path, module in network.named_modules()
+        if isinstance(module, kinds)
+    }
 
 
 def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapter) -> str | None:
@@ -129,7 +155,7 @@ def _wrong_change(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
     if found != (shape[0], math.prod(shape[1:])):
         return f"its change is {list(found)}, the base has {list(shape)}"
     magnitude = adapter.tensors.get("magnitude")
-    if magnitude is not None and magnitude.numel() != shape[AXES[adapter.variant]]:
+    if magnitude is not None and math.prod(magnitude.shape) != shape[AXES[adapter.variant]]:
         return f"magnitude is {list(magnitude.shape)}, the base has {list(shape)}"
     return None
 

@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
         action.add_argument("--debug", action="store_true", default=keep, help="show the traceback of an error")
     for action in (edit, strip):
         action.add_argument("--output", type=Path, help="write there instead of into the file itself")
+        action.add_argument("--overwrite", action="store_true", help="replace an adapter that is there")
     edit.add_argument(
         "--set",
         nargs="+",
@@ -60,12 +61,19 @@ def _edit(args: argparse.Namespace) -> None:
     values = dict(pair.split("=", 1) for pair in args.values)
     from lora_diffusion import workflows
 
-    change = workflows.edit_metadata(args.path, values, args.removed, thumbnail=args.thumbnail, output_path=args.output)
+    change = workflows.edit_metadata(
+        args.path,
+        values,
+        args.removed,
+        thumbnail=args.thumbnail,
+        output_path=args.output,
+        overwrite=args.overwrite,
+    )
     print_result(args, change.to_json(), change.text())
 
 
 def _strip(args: argparse.Namespace) -> None:
     from lora_diffusion import workflows
 
-    change = workflows.strip_metadata(args.path, args.keep, args.output)
+    change = workflows.strip_metadata(args.path, args.keep, args.output, overwrite=args.overwrite)
     print_result(args, change.to_json(), change.text())

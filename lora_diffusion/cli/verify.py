@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result
+from lora_diffusion.cli._shared import print_result, set_up_logs
 from lora_diffusion.core.errors import VerificationError
 
 
@@ -28,8 +28,10 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from lora_diffusion import workflows
 
+    if args.base:
+        set_up_logs(args)
     verification = workflows.verify(args.path, args.client, args.base)
     print_result(args, verification.to_json(), verification.text())
     if not verification.is_sound:
         bad = [verdict.title for verdict in verification.verdicts if not verdict.is_sound]
-        raise VerificationError(f"{args.path} would not be applied as it is meant in {', '.join(bad)}.")
+        raise VerificationError(f"{args.path} would not work as it is meant in {', '.join(bad)}.")

@@ -10,10 +10,12 @@ from typing import Any
 
 from lora_diffusion.compose.linear import Sum
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.formats.metadata import told_kind
 
 _OF_THE_BASE = (
     "modelspec.architecture",
     "modelspec.implementation",
+    "modelspec.predict_key",
     "modelspec.prediction_type",
     "modelspec.resolution",
     "modelspec.sai_model_spec",
@@ -24,7 +26,6 @@ _OF_THE_BASE = (
     "ss_v2",
 )
 """What is true of a sum if all adapters that tell it agree."""
-_DECIDING = ("modelspec.architecture", "ss_base_model_version", "ss_v2")
 _OUTDATED = ("modelspec.hash_sha256", "ss_network_args", "sshs_legacy_hash", "sshs_model_hash")
 _TRIGGER = "modelspec.trigger_phrase"
 
@@ -41,16 +42,17 @@ class Source:
 
 
 def check_one_base(sources: Sequence[Source]) -> None:
-    """Checks that adapters were made for one architecture, as far as their metadata tell.
+    """Checks that adapters were made for one kind of base, as far as their metadata tell, whoever's words they use.
 
     Raises:
         AdapterFileError: lists what they disagree about.
     """
     faults = []
-    for key in _DECIDING:
-        told = {source.name: source.metadata[key] for source in sources if key in source.metadata}
+    kinds = {source.name: told_kind(source.metadata) for source in sources}
+    for index, what in enumerate(("base", "prediction")):
+        told = {name: value for name, kind in kinds.items() if (value := kind[index])}
         if len(set(told.values())) > 1:
-            faults.append(f"{key} is " + ", ".join(f"{value} in {name}" for name, value in told.items()))
+            faults.append(f"{what}: " + ", ".join(f"{value} in {name}" for name, value in told.items()))
     if faults:
         raise AdapterFileError(
             "The adapters were made for different kinds of base and cannot be added; take adapters of one kind.", faults

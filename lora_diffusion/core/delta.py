@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core import lowrank
 from lora_diffusion.core.errors import AdapterFileError
 
 if TYPE_CHECKING:
+    import numpy
     from torch import Tensor
 
     from lora_diffusion.core.types import ModuleAdapter
+
+    NDArray = numpy.ndarray[Any, Any]
 
 _EPSILON = 2.0**-23
 """Added to a norm before division, as LyCORIS does with the step of float32 at 1."""
@@ -102,7 +104,8 @@ def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
 
 def _factor_shape(shapes: Mapping[str, tuple[int, ...]], factor: str) -> tuple[int, int]:
     if factor in shapes:
-        return shapes[factor][0], math.prod(shapes[factor][1:])
+        outputs, inputs, *kernel = shapes[factor]
+        return outputs, math.prod([inputs, *kernel])
     (rows, rank), (rank_too, columns) = shapes[f"{factor}_a"], shapes[f"{factor}_b"]
     core = shapes.get(f"t{factor[1]}")
     if core:
@@ -134,25 +137,66 @@ def norms(weight: Tensor, axis: int) -> Tensor:
 
 
 def delta_norm(adapter: ModuleAdapter) -> float:
-    """Returns the Frobenius norm of `delta_weight`, and of dora that of its change before the magnitude acts."""
-    plain = without_tucker(adapter)
-    tensors = plain.tensors
-    if "down" in tensors:
-        return lowrank.delta_norm(tensors["down"], tensors["up"], plain.scale)
-    if plain.variant == "lokr":
-        return abs(plain.scale) * math.prod(_factor_norm(tensors, factor) for factor in ("w1", "w2"))
-    if plain.rank**2 >= min(len(tensors["w1_a"]), tensors["w1_b"].shape[1]):
-        return float(delta_weight(plain).norm())
-    # The element-wise product of two matrices of rank r is a matrix of rank r^2 with these factors.
-    up = tensors["w1_a"].float()[:, :, None] * tensors["w2_a"].float()[:, None, :]
-    down = tensors["w1_b"].float()[:, None, :] * tensors["w2_b"].float()[None, :, :]
-    return lowrank.delta_norm(down.flatten(0, 1), up.flatten(1), plain.scale)
+    """Returns the Frobenius norm of `delta_weight`, and of dora that of its change before the magnitude acts.
+
+    The dense change is not made where the Gram matrices of the factors tell it, and torch is not needed: tensors may be
+    numpy arrays.
+    """
+    arrays = {name: _as_float64(tensor) for name, tensor in adapter.tensors.items()}
+    if "down" in arrays:
+        size = _product_norm(arrays["up"], _wide(arrays["down"], arrays.get("mid")))
+    elif adapter.variant == "lokr":
+        size = math.prod(_factor_norm(arrays, factor) for factor in ("1", "2"))
+    else:
+        size = _hadamard_norm(*(_pair(arrays, factor) for factor in ("1", "2")))
+    return abs(adapter.scale) * size
 
 
-def _factor_norm(tensors: Mapping[str, Tensor], factor: str) -> float:
-    if factor in tensors:
-        return float(tensors[factor].float().norm())
-    return lowrank.delta_norm(tensors[f"{factor}_b"], tensors[f"{factor}_a"], 1.0)
+def _as_float64(tensor: Any) -> NDArray:
+    import numpy
+
+    return numpy.asarray(tensor if isinstance(tensor, numpy.ndarray) else tensor.detach().cpu().double(), numpy.float64)
+
+
+def _product_norm(up: NDArray, down: NDArray) -> float:
+    """Returns the Frobenius norm of up @ down, from two matrices of the size of their rank."""
+    up, down = up.reshape(len(up), -1), down.reshape(len(down), -1)
+    return math.sqrt(max(0.0, float(((down @ down.T) * (up.T @ up)).sum())))
+
+
+def _wide(narrow: NDArray, core: NDArray | None) -> NDArray:
+    """Returns the factor that a Tucker core makes of the narrow one, its columns in an order of their own."""
+    import numpy
+
+    narrow = narrow.reshape(len(narrow), -1)
+    return narrow if core is None else numpy.tensordot(core, narrow, (1, 0)).reshape(len(core), -1)
+
+
+def _pair(arrays: Mapping[str, NDArray], factor: str) -> tuple[NDArray, NDArray]:
+    first, core = arrays[f"w{factor}_a"], arrays.get(f"t{factor}")
+    # With a core, the first factor has the rank first.
+    return (first if core is None else first.T), _wide(arrays[f"w{factor}_b"], core)
+
+
+def _factor_norm(arrays: Mapping[str, NDArray], factor: str) -> float:
+    import numpy
+
+    whole = arrays.get(f"w{factor}")
+    return _product_norm(*_pair(arrays, factor)) if whole is None else float(numpy.linalg.norm(whole))
+
+
+def _hadamard_norm(first: tuple[NDArray, NDArray], second: tuple[NDArray, NDArray]) -> float:
+    """Returns the Frobenius norm of the element-wise product of two products."""
+    import numpy
+
+    (up, down), (other_up, other_down) = first, second
+    rank = len(down) * len(other_down)
+    if rank >= min(len(up), down.shape[1]):
+        return float(numpy.linalg.norm((up @ down) * (other_up @ other_down)))
+    # It is a matrix of rank r^2 with these factors.
+    ups = up[:, :, None] * other_up[:, None, :]
+    downs = down[:, None, :] * other_down[None, :, :]
+    return _product_norm(ups, downs.reshape(rank, -1))
 
 
 def without_tucker(adapter: ModuleAdapter) -> ModuleAdapter:

@@ -6,6 +6,7 @@ LoraDiffusionError
 │   │   └── TargetError    a target names no module of the base
 │   ├── DataError          pictures, captions, folders
 │   ├── ModelError         the base model cannot be what was asked for
+│   │   └── MissingModelError  there is nothing of that name
 │   ├── AdapterFileError   an adapter file is damaged or of another architecture
 │   └── UnsupportedError   each part is right, the combination cannot work
 └── RunError               the input was right and the run failed; exit code 1
@@ -51,6 +52,15 @@ class DataError(InputError):
 
 class ModelError(InputError):
     """The base model is missing, incomplete or of another kind."""
+
+
+class MissingModelError(ModelError):
+    """There is no folder, file or hub id of the name of the base."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        """Keeps what is missing apart from what a family would take instead."""
+        self.message = message
+        super().__init__(f"{message} {remedy}")
 
 
 class AdapterFileError(InputError):

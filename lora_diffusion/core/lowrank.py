@@ -137,21 +137,6 @@ def norm(factors: Factors) -> float:
     return abs(factors.scale) * math.sqrt(max(0.0, square))
 
 
-def delta_norm(down: Tensor, up: Tensor, scale: float) -> float:
-    """Returns the Frobenius norm of scale * up @ down.
-
-    Args:
-        down: [rank, in] or [rank, in, k, k].
-        up: [out, rank] or [out, rank, 1, 1].
-        scale: alpha / rank.
-
-    >>> import torch
-    >>> round(delta_norm(torch.ones(1, 3), torch.ones(4, 1), 0.5), 6) == round(0.5 * 12**0.5, 6)
-    True
-    """
-    return norm(Factors(down, up, scale))
-
-
 def spectrum(factors: Factors) -> Tensor:
     """Returns the singular values of a change that are not rounding, largest first, [at most rank] float64."""
     return abs(factors.scale) * _decompose(factors).values

@@ -12,6 +12,7 @@ from lora_diffusion.core.types import (
     BaseInfo,
     Batch,
     Evidence,
+    Example,
     Loaded,
     LossOutput,
     Output,
@@ -70,10 +71,8 @@ class Family(Protocol):
         The batch is on the CPU, where the draws are made; the loss moves what it needs to the base's device.
         """
 
-    def example(
-        self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-    ) -> Mapping[str, Mapping[str, Any]]:
-        """Gives, for each part that a training step calls, keyword arguments on the meta device, in their order."""
+    def example(self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
+        """Gives what a training step calls, for a rehearsal without numbers."""
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""
@@ -94,11 +93,17 @@ class Format(Protocol):
     def portable(self, state: AdapterState) -> AdapterState:
         """Returns a state with the same changes that every program which reads the format reads right."""
 
-    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
-        """Writes the state atomically and as it is; `state.metadata` becomes the file's metadata."""
+    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype | None) -> None:
+        """Writes the state atomically and as it is; `state.metadata` becomes the file's metadata.
+
+        Without a number type each tensor keeps its own. Arrays are taken as well as tensors.
+        """
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
-        """Reads a file back; AdapterFileError names up to ten keys that the map does not know."""
+        """Reads a file in float32; AdapterFileError names up to ten keys that the map does not know."""
+
+    def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
+        """Reads a file as `read` does, but into numpy arrays of the numbers as they are stored, and without torch."""
 
 
 class Metric(Protocol):

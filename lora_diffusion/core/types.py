@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,8 @@ class AudioText(Sample):
     """Where in the file the sample begins, in seconds."""
     duration_s: float = 0.0
     """How long it is, in seconds."""
+    num_tokens: int = 0
+    """Of the transcript, with those that name language and task."""
     sampling_rate: int = 16000
     """In Hz, of what the base hears."""
     read_bytes: Callable[[], bytes] | None = None
@@ -132,6 +135,16 @@ class LossOutput:
     metrics: Mapping[str, float] = field(default_factory=dict)
     noise_levels: Tensor | None = None
     """[batch] in 0..1, on which the size of each loss depends before all else; None where there is no such thing."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a training step calls, all on the meta device."""
+
+    inputs: Mapping[str, Mapping[str, Any]]
+    """Part or head -> keyword arguments, in the order of the calls."""
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    """What makes the loss out of the parts' answer, where that takes much memory; no adapter sits on it."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +348,8 @@ class ModuleAdapter:
     loha        "w1_a", "w2_a" [out, rank] and "w1_b", "w2_b" [rank, in * k * k];
                 with ("t1", "t2" [rank, rank, k, k]) [rank, out] and [rank, in]
     lokr        "w1" or "w1_a" and "w1_b"; "w2" or "w2_a" and "w2_b", ("t2")
+
+    Float32, or numpy arrays of any number type in what `Format.read_stored` gives.
     """
     alpha: float
 
@@ -344,7 +359,8 @@ class ModuleAdapter:
         for name in ("down", "w2_b", "w1_b"):
             if name in self.tensors:
                 return int(self.tensors[name].shape[0])
-        return int(min(self.tensors["w2"].flatten(1).shape))
+        outputs, *inputs = self.tensors["w2"].shape
+        return min(outputs, math.prod(inputs))
 
     @property
     def scale(self) -> float:

@@ -22,6 +22,8 @@ ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 _SILENCE = 1e-3
 """A recording whose largest sample is below this, -60 dB, holds no speech."""
 _SHORTEST_S = 0.1
+_PLACEHOLDER_BYTES = 2**31 - 2**16
+"""Size from which on a WAV file's header does not tell its length: programs that write into a pipe do not know it."""
 
 Content = Path | Callable[[], bytes]
 """A file, or what gives the content of one."""
@@ -74,12 +76,13 @@ def decode(content: Content, sampling_rate: int, start_s: float = 0.0, duration_
     return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
 
 
-def check(content: Content, longest_s: float) -> Facts:
+def check(content: Content, longest_s: float, remedy: str = "cut it") -> Facts:
     """Returns the facts of a recording that can be trained on, decoded in full.
 
     Args:
         content: the file.
         longest_s: seconds; longer ones are refused before they are decoded.
+        remedy: what to do about those.
 
     Raises:
         RecordingError: it cannot be decoded, or is empty, silent or too long.
@@ -97,11 +100,14 @@ def check(content: Content, longest_s: float) -> Facts:
         raise RecordingError(name, f"holds {info.duration:.2f} s of sound; record it again or move it away.")
     if info.duration > longest_s:
         raise RecordingError(
-            name, f"is {clock(info.duration)} long, and the base hears {longest_s:g} s at once; cut it."
+            name, f"is {clock(info.duration)} long, and at most {clock(longest_s)} can be used; {remedy}."
         )
     sound = decode(lambda: data, info.samplerate)
-    if len(sound) < 0.99 * info.frames:
-        raise RecordingError(name, f"breaks off after {len(sound) / info.samplerate:.1f} of {info.duration:.1f} s.")
+    told_s = info.duration / _share_there(data)
+    if len(sound) < 0.99 * told_s * info.samplerate:
+        raise RecordingError(
+            name, f"breaks off after {len(sound) / info.samplerate:.1f} of {told_s:.1f} s; copy or export it again."
+        )
     if not np.isfinite(sound).all():
         raise RecordingError(name, "holds samples that are not numbers; export it again.")
     if np.abs(sound).max() < _SILENCE:
@@ -170,8 +176,16 @@ def _stream(content: Content) -> Any:
     return io.BytesIO(content()) if callable(content) else str(content)
 
 
+def _share_there(data: bytes) -> float:
+    """Returns how much of a WAV file is there by its header, at most 1; libsndfile takes what there is for all."""
+    told = 8 + int.from_bytes(data[4:8], "little")
+    return len(data) / told if data[:4] == b"RIFF" and len(data) < told < _PLACEHOLDER_BYTES else 1.0
+
+
 def _explain(content: Content, error: Exception) -> str:
     size = len(content()) if callable(content) else content.stat().st_size
     if size == 0:
         return "is empty (0 bytes); replace it or move it away."
-    return f"cannot be decoded ({str(error).strip().rstrip('.')}); it is damaged or no sound file, export it again."
+    # The whole message of libsndfile names the stream by its address.
+    reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
+    return f"cannot be decoded ({reason}); it is damaged or no sound file, export it again."

@@ -66,7 +66,7 @@ class _Chats:
         faults: list[str] = []
         folder, entries = (_list_saved if is_table else _list_files)(config, faults)
         checked = _check_pictures(entries, config, faults)
-        unreadable = len(entries) - len(checked)
+        unreadable = 0 if config.skip_bad else len(entries) - len(checked)
         samples = [_sample(entry, size) for entry, size in checked]
         samples = _count(samples, config, info, faults)
         stop(folder, "pictures", faults, unreadable)
@@ -149,9 +149,9 @@ class _Entry:
 def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
     path = Path(config.path).expanduser()
     if path.is_file() and path.suffix.lower() in conversations.ENDINGS:
-        folder = Folder(path.parent, _Chats.noun, (path,), ())
+        folder = Folder(path.parent, "files", (path,), ())
     else:
-        folder = list_folder(config.path, _Chats.noun, conversations.ENDINGS)
+        folder = replace(list_folder(config.path, _Chats.noun, conversations.ENDINGS), noun="files")
     entries = []
     for file, conversation in conversations.read_files(folder, faults):
         picture = _find_picture(file, conversation, config, faults)

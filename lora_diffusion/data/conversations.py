@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def read_files(folder: Folder, faults: list[str]) -> list[tuple[Path, Conversati
     found = []
     for file in folder.files:
         text = read_text(folder, file, faults)
-        for origin, entry in _entries(folder.name(file), file, text or "", faults):
+        for origin, entry in _entries(folder.name(file), file, text, faults) if text is not None else ():
             conversation = parse(entry, origin, faults)
             if conversation:
                 found.append((file, conversation))
@@ -141,16 +142,17 @@ def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
 
 def _check(turns: Sequence[Turn]) -> None:
     spoken = [turn for turn in turns if turn.role != "system"]
+    first = len(turns) - len(spoken) + 1
     if any(turn.role == "system" for turn in turns[1:]):
         raise ValueError("has a system turn that is not the first; move it to the beginning.")
-    for number, turn in enumerate(spoken):
-        wanted = "assistant" if number % 2 else "user"
+    for number, (turn, wanted) in enumerate(zip(spoken, cycle(("user", "assistant")), strict=False), start=first):
         if turn.role != wanted:
-            said = f"turn {turns.index(turn) + 1} is the {turn.role}'s"
-            raise ValueError(f"{said}, where the {wanted}'s is due: question and answer must take turns.")
+            raise ValueError(
+                f"turn {number} is the {turn.role}'s, where the {wanted}'s is due: question and answer must take turns."
+            )
     if not spoken or spoken[-1].role != "assistant":
         raise ValueError("ends without an answer; add what the assistant should say.")
-    empty = [number for number, turn in enumerate(spoken, start=1) if turn.role == "assistant" and not _bare(turn.text)]
+    empty = [n for n, turn in enumerate(spoken, start=first) if turn.role == "assistant" and not _bare(turn.text)]
     if empty:
         raise ValueError(f"has an empty answer (turn {empty[0]}); write it.")
     marks = [turn.text.count(IMAGE) for turn in turns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,7 +63,14 @@ class _Pictures:
     def metadata(self, samples: Sequence[ImageText], config: PictureDataConfig) -> dict[str, Any]:
         """Tells size, mirroring and buckets."""
         width, height = samples[0].size
-        return {"flip_aug": config.flip, "enable_bucket": config.buckets, "resolution": f"({width}, {height})"}
+        return {
+            "flip_aug": config.flip,
+            **dict.fromkeys(("color_aug", "random_crop", "shuffle_caption"), False),
+            "num_reg_images": 0,
+            "enable_bucket": config.buckets,
+            "bucket_info": _buckets(samples) if config.buckets else None,
+            "resolution": f"({width}, {height})",
+        }
 
     def headline(self, samples: Sequence[ImageText]) -> dict[str, Any]:
         """Gives the size of the first picture, and the trigger words."""
@@ -71,6 +79,19 @@ class _Pictures:
     def texts(self, sample: ImageText) -> tuple[str, ...]:
         """Gives the captions."""
         return sample.captions
+
+
+def _buckets(samples: Sequence[ImageText]) -> dict[str, Any]:
+    """Returns kohya's record of how many pictures each size has, repeats counted, and how far their shapes are off."""
+    counts: Counter[tuple[int, int]] = Counter()
+    errors = []
+    for sample in samples:
+        counts[sample.size] += sample.num_repeats
+        (width, height), (own_width, own_height) = sample.size, sample.original_size
+        errors.append(abs(own_width / own_height - width / height))
+    sizes = sorted(counts)
+    buckets = {str(index): {"resolution": list(size), "count": counts[size]} for index, size in enumerate(sizes)}
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
 
 
 KIND = _Pictures()

@@ -75,11 +75,11 @@ class _Recordings:
         is_table = (Path(config.path).expanduser() / _SAVED_BY_DATASETS).is_file()
         folder, recordings, faults = (_list_saved if is_table else _list_files)(config)
         checked = _check_all(folder, recordings, config, info, faults)
-        unreadable = len(recordings) - len(checked)
+        unreadable = 0 if config.skip_bad else len(recordings) - len(checked)
         samples = []
         for recording, facts in checked:
             samples += _samples(recording, facts, config, info, faults)
-        _check_tokens(samples, info, faults)
+        samples = _count_tokens(samples, info, faults)
         stop(folder, "transcripts", faults, unreadable)
         _tell(samples, checked, info)
         return samples
@@ -131,9 +131,9 @@ class _Recordings:
         )
 
     def largest(self, samples: Sequence[AudioText]) -> tuple[int, int]:
-        """Gives the longest recording in samples, and the longest transcript in bytes, no fewer than its tokens."""
+        """Gives the longest recording in samples, and the longest transcript in tokens."""
         longest_s = max(sample.duration_s for sample in samples)
-        return round(longest_s * samples[0].sampling_rate), max(len(s.transcript.encode()) for s in samples)
+        return round(longest_s * samples[0].sampling_rate), max(sample.num_tokens for sample in samples)
 
     def previews(self, samples: Sequence[AudioText], config: PreviewConfig) -> list[Request]:
         """Asks for the recordings that `preview.prompts` names by their keys, or for the first."""
@@ -175,23 +175,21 @@ def _list_files(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], 
     folder = list_folder(config.path, "recordings", audio.ENDINGS)
     faults: list[str] = []
     texts = transcripts.collect(folder, faults)
-    lacking = [path for path in folder.files if path not in texts and not _has_text_file(folder, path)]
-    if len(lacking) == len(folder.files):
+    lacking = [path for path in folder.files if path not in texts]
+    if len(lacking) == len(folder.files) and not faults:  # else what is wrong with the table is the reason
         faults.append(
             f"None of the {len(lacking)} recordings has a transcript: write it into name.txt beside name.wav, or into "
             "a metadata.csv with the columns file_name and transcription."
         )
-    else:
+    elif len(lacking) < len(folder.files):
         faults += [f"{folder.name(path)}: has no transcript; write {path.stem}.txt beside it." for path in lacking]
-    empty = [path for path, transcript in texts.items() if not transcripts.without_timestamps(transcript.text)]
-    faults += [f"{folder.name(path)}: its transcript in {texts[path].origin} is empty; write one." for path in empty]
+    faults += [
+        f"{folder.name(path)}: its transcript in {told.origin} is empty; write one."
+        for path, told in texts.items()
+        if told and not transcripts.without_timestamps(told.text)
+    ]
     nothing = Transcript("")
-    return folder, [_Recording(folder.name(p), p, texts.get(p, nothing)) for p in folder.files], faults
-
-
-def _has_text_file(folder: Folder, path: Path) -> bool:
-    """Says whether there is a text file, which then could not be read and is a fault already."""
-    return path.with_suffix(transcripts.BESIDE) in folder.others
+    return folder, [_Recording(folder.name(p), p, texts.get(p) or nothing) for p in folder.files], faults
 
 
 def _list_saved(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], list[str]]:
@@ -233,11 +231,14 @@ def _check_all(
     faults: list[str],
 ) -> list[tuple[_Recording, Facts]]:
     """Returns the recordings that can be used, with their facts; the others are faults or, if asked for, left out."""
-    longest_s = _LONGEST_FILE_S if config.long == "split" else info.max_duration_s * min(config.speeds)
+    longest_s = info.max_duration_s * min(config.speeds)
+    remedy = "cut it, or set data.long=split if its transcript has timestamps"
+    if config.long == "split":
+        longest_s, remedy = _LONGEST_FILE_S, "cut it"
 
     def check(recording: _Recording) -> Facts | str:
         try:
-            return audio.check(recording.read_bytes or recording.path, longest_s)
+            return audio.check(recording.read_bytes or recording.path, longest_s, remedy)
         except RecordingError as error:
             return error.reason
 
@@ -290,9 +291,9 @@ def _samples(
         faults.append(f"{recording.key}: is {audio.clock(facts.duration_s)} long, but {error}; correct it or cut it.")
 
 
-def _check_tokens(samples: Sequence[AudioText], info: SpeechInfo, faults: list[str]) -> None:
+def _count_tokens(samples: list[AudioText], info: SpeechInfo, faults: list[str]) -> list[AudioText]:
     if info.count_tokens is None:
-        return
+        return samples
     counts = info.count_tokens([sample.transcript for sample in samples])
     for sample, count in zip(samples, counts, strict=True):
         if count > info.max_tokens:
@@ -300,6 +301,7 @@ def _check_tokens(samples: Sequence[AudioText], info: SpeechInfo, faults: list[s
                 f"{sample.key}: its transcript has {count} tokens, and the base writes at most {info.max_tokens}; "
                 "cut it."
             )
+    return [replace(sample, num_tokens=count) for sample, count in zip(samples, counts, strict=True)]
 
 
 def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Facts]], info: SpeechInfo) -> None:

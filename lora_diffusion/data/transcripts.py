@@ -41,8 +41,10 @@ class Segment:
     text: str
 
 
-def collect(folder: Folder, faults: list[str]) -> dict[Path, Transcript]:
+def collect(folder: Folder, faults: list[str]) -> dict[Path, Transcript | None]:
     """Returns the transcript of each recording that has one: a text file beside it, or a line of a table.
+
+    None stands for one that cannot be used, which is a fault already.
 
     Tables are metadata.csv, metadata.tsv and any .jsonl file, with the columns file_name and transcription (or text,
     sentence, transcript), and language and task if need be.
@@ -51,11 +53,12 @@ def collect(folder: Folder, faults: list[str]) -> dict[Path, Transcript]:
         folder: the files.
         faults: one line is added for each thing that is wrong.
     """
-    found: dict[Path, Transcript] = {}
+    found: dict[Path, Transcript | None] = {}
     for file in folder.others:
         for path, transcript in _read(folder, file, faults):
-            if path in found and found[path].text != transcript.text:
-                origins = f"{found[path].origin} and {transcript.origin}"
+            earlier = found.get(path)
+            if earlier and transcript and earlier.text != transcript.text:
+                origins = f"{earlier.origin} and {transcript.origin}"
                 faults.append(f"{folder.name(path)}: {origins} say different things; keep one of them.")
             found[path] = transcript
     return found
@@ -68,6 +71,8 @@ def of_row(row: Mapping[str, Any], origin: str) -> Transcript:
         ValueError: it has none, or names an unknown task.
     """
     text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), None)
+    if None in row:  # where the reader of tables puts what is left over
+        raise ValueError("has more columns than the header; put texts that hold the delimiter into quotes.")
     if text is None:
         raise ValueError(f"has no transcript; give it a column {', '.join(TEXT_KEYS[:-1])} or {TEXT_KEYS[-1]}.")
     task = row.get("task") or None
@@ -123,19 +128,19 @@ def shifted(pieces: list[Segment]) -> str:
     return "".join(f"<|{p.start_s - start:.2f}|>{p.text}<|{p.end_s - start:.2f}|>" for p in pieces)
 
 
-def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path, Transcript]]:
+def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
     suffix = file.suffix.lower()
     if suffix == BESIDE:
         recordings = folder.by_stem.get(file.with_suffix(""), ())
         text = read_text(folder, file, faults) if recordings else None
-        for path in recordings if text is not None else ():
-            yield path, Transcript(" ".join((text or "").split()), origin=folder.name(file))
+        for path in recordings:
+            yield path, None if text is None else Transcript(" ".join(text.split()), origin=folder.name(file))
     elif suffix == ".jsonl" or (suffix in _TABLES and file.stem == "metadata"):
         text = read_text(folder, file, faults)
         yield from _read_table(folder, file, text or "", faults)
 
 
-def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript]]:
+def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
     recordings = set(folder.files)
     for number, row in _rows(file, text):
         place = f"{folder.name(file)}, line {number}"
@@ -148,9 +153,17 @@ def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Ite
             path = file.parent / name
             if path not in recordings:
                 raise ValueError(f"there is no recording {name}; correct the name or remove the line.")
-            yield path, of_row(row, place)
+            yield path, _usable(row, place, faults)
         except ValueError as error:
             faults.append(f"{place}: {error}")
+
+
+def _usable(row: Mapping[str, Any], place: str, faults: list[str]) -> Transcript | None:
+    try:
+        return of_row(row, place)
+    except ValueError as error:
+        faults.append(f"{place}: {error}")
+        return None
 
 
 def _rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:

@@ -174,13 +174,17 @@ def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
 
 
 def load_dtypes(options: Any, configs: Configs, device: torch.device) -> dict[str, torch.dtype]:
-    """Returns the number type of each component; a VAE that overflows in fp16 stays in fp32."""
+    """Returns the number type of each component; a VAE that overflows in fp16 stays in fp32.
+
+    Where the VAE does not tell it, that of Stable Diffusion XL overflows and the others do not.
+    """
     import torch
 
     from lora_diffusion.core.device import frozen_dtype
 
     dtype = frozen_dtype(options.dtype, device)
-    overflows = dtype == torch.float16 and configs["vae"].get("force_upcast", False)
+    is_sdxl = configs["unet"].get("addition_embed_type") == "text_time"
+    overflows = dtype == torch.float16 and configs["vae"].get("force_upcast", is_sdxl)
     return {"default": dtype, "vae": torch.float32 if overflows else dtype}
 
 

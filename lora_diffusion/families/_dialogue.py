@@ -11,9 +11,7 @@ from typing import Any
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.types import Chat, Turn
 from lora_diffusion.families._sources import explained, read_json
-
-IGNORED = -100
-"""What transformers puts for labels that have no loss."""
+from lora_diffusion.families._transformers import IGNORED
 
 
 @cache
@@ -142,7 +140,8 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     """Returns token ids and the characters of the text that each stands for, [start, end)."""
     # A template that writes the start token itself must not get a second one.
     is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True)
+    # Without verbose=False it warns of long ones, which are told of where they are counted.
+    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True, verbose=False)
     return told.input_ids, told.offset_mapping
 
 

@@ -36,7 +36,7 @@ def component_configs(shapes: Shapes, metadata: Mapping[str, str], layout: Layou
 
     Args:
         shapes: name -> shape of every tensor.
-        metadata: of the file; `modelspec.prediction_type` is read.
+        metadata: of the file; those of PREDICTION_KEYS are read.
         layout: family of the checkpoint.
 
     Raises:
@@ -179,12 +179,17 @@ _SAMPLERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+PREDICTION_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+"""Metadata that tell what a base predicts; the second is ComfyUI's word."""
+
+
 def _scheduler_config(shapes: Shapes, metadata: Mapping[str, str], family: str) -> dict[str, Any]:
     """Returns the family's scheduler, with what the file says of its training.
 
-    Fine-tunes mark themselves with empty tensors `v_pred` and `ztsnr`, others with `modelspec.prediction_type`.
+    Fine-tunes mark themselves with empty tensors `v_pred` and `ztsnr`, others in the metadata.
     """
-    told = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type", ""))
+    words = (metadata.get(key, "") for key in PREDICTION_KEYS)
+    told = next(({"v": "v_prediction", "epsilon": "epsilon"}.get(word) for word in words if word), None)
     usual = "v_prediction" if family == "sd2" else "epsilon"
     common = {
         "num_train_timesteps": 1000,

@@ -31,6 +31,8 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
 }
 _OPEN_CLIP = {
     "self_attn.q_proj": "attn.in_proj_weight#q",

@@ -22,6 +22,15 @@ _FLAT = {
 """Family -> text encoder -> prefixes in kohya's files; the first is written."""
 _LDM_UNET_IN_KOHYA = frozenset({"sdxl"})
 _TEXT = "text_model."
+_NORMS = {
+    "conv1": "norm1",
+    "conv2": "norm2",
+    "proj_in": "norm",
+    "attn1.to_q": "norm1",
+    "attn2.to_q": "norm2",
+    "ff.net.0.proj": "norm3",
+}
+"""Layer of a UNet's block -> the norm before it."""
 _LDM_PATHS = re.compile(
     r"((down|up)_blocks\.\d+\.|mid_block\.(resnets\.[01]|attentions\.0)\.|(time|add)_embedding\.linear_).*|conv_(in|out)"
 )
@@ -34,7 +43,8 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str
     "text_model.encoder.". PEFT folders are loaded on the live model and keep the live path.
 
     Args:
-        format_name: kohya, diffusers or peft; ldm is that of base checkpoints, see `_ldm`.
+        format_name: kohya, diffusers or peft; ldm is that of base checkpoints, see `_ldm`; norms gives what LyCORIS
+            calls the norm layers of the UNet's blocks.
         parts: part -> network; the meta device is enough. None maps all modules that a base of the family may have.
         family: which prefixes and block names.
 
@@ -45,6 +55,10 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str
     numbered = [path for path in paths.get("unet", ()) if parts or _standard.is_published(family, path)]
     if format_name == "ldm":
         return KeyMap(_ldm_pairs({**paths, "unet": numbered}, family))
+    if format_name == "norms":
+        norms = [found for path in paths["unet"] if (found := _norm_before(path))]
+        numbered += filter(None, map(_norm_before, numbered))
+        paths, format_name = {"unet": norms}, "kohya"
     if format_name not in _SPELLINGS:
         known = ", ".join(_SPELLINGS)
         raise UnsupportedError(f"Stable Diffusion adapters have no spelling {format_name!r}; known: {known}.")
@@ -59,6 +73,11 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str
         ((key, own[0]) for key, own in names.items()),
         ((key, name) for key, own in names.items() for name in own[1:]),
     )
+
+
+def _norm_before(path: str) -> str | None:
+    ends = ((layer, norm) for layer, norm in _NORMS.items() if path.endswith(f".{layer}"))
+    return next((path.removesuffix(layer) + norm for layer, norm in ends), None)
 
 
 class _Module(NamedTuple):

@@ -21,7 +21,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families import _sources
 from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
-from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, Shapes, component_configs
+from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, PREDICTION_KEYS, Shapes, component_configs
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,10 @@ class SingleFile:
 
     def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors."""
+        info = replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
-        return replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
+        return info
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders on the meta device."""
@@ -138,7 +139,7 @@ def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
 
 def _told_prediction(path: Path) -> bool:
     shapes, metadata = _header(path)
-    return "v_pred" in shapes or "modelspec.prediction_type" in metadata
+    return "v_pred" in shapes or any(key in metadata for key in PREDICTION_KEYS)
 
 
 @cache

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import frozen_name, pick_device
-from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.errors import MissingModelError, ModelError
 from lora_diffusion.core.files import builtin_path, content_hash
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
@@ -120,8 +120,8 @@ def local(name: str, builtins: Mapping[str, str], patterns: Sequence[str], forms
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return _download(name, tuple(patterns))
     near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
-    raise ModelError(
-        f"model.path={name}: there is no such folder or file{near}. Give {known}, {forms} such as owner/name."
+    raise MissingModelError(
+        f"model.path={name}: there is no such folder or file{near}.", f"Give {known}, {forms} such as owner/name."
     )
 
 

@@ -111,7 +111,8 @@ def _count_tokens(folder: Path, timestamps: bool, texts: Sequence[str]) -> list[
     tokenizer = read_processor(folder).tokenizer
     plain = [_written(text, timestamps) for text in texts]
     # Start, language, task and the mark for no timestamps come before, the end after.
-    return [len(ids) + 5 for ids in tokenizer(plain, add_special_tokens=False).input_ids]
+    # Without verbose=False it warns of long ones, which are told of where they are counted.
+    return [len(ids) + 5 for ids in tokenizer(plain, add_special_tokens=False, verbose=False).input_ids]
 
 
 def complete_generation_config(model: Any, tokenizer: Any, info: SpeechInfo) -> None:

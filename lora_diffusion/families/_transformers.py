@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+IGNORED = -100
+"""What transformers puts for labels that have no loss."""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 

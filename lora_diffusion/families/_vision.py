@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.types import Batch, Chat, ChatInfo, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.core.types import Batch, Chat, ChatInfo, Example, Loaded, ModuleKey, Request, Turn
 from lora_diffusion.families import _transformers
-from lora_diffusion.families._dialogue import IGNORED, expand, read_processor, render, spell, tokenize
+from lora_diffusion.families._dialogue import expand, read_processor, render, spell, tokenize
 from lora_diffusion.families._sources import read_json
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     looks = "pixels" if "pixels" in rows[0] else "features"
     return {
         "input_ids": pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=0),
-        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED),
+        "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=_transformers.IGNORED),
         "image_size": torch.stack([row["image_size"] for row in rows]),
         "num_tiles": torch.tensor([row[looks].shape[1] for row in rows]),
         looks: torch.cat([row[looks] for row in rows], dim=1),
@@ -209,28 +209,11 @@ def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: 
     return embedded.masked_scatter(is_picture, flat.to(embedded.dtype))
 
 
-def answer_loss(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy over the labels of each sample, [batch] float32.
-
-    Args:
-        hidden: [batch, tokens, width]; the state at a token foretells the next one.
-        head: gives the logits; only of tokens that are asked for, which saves most of the memory.
-        labels: [batch, tokens], -100 where there is none.
-    """
-    from torch.nn.functional import cross_entropy
-
-    wanted = labels[:, 1:].to(hidden.device)
-    is_answer = wanted != IGNORED
-    each = cross_entropy(head(hidden[:, :-1][is_answer]).float(), wanted[is_answer], reduction="none")
-    sums = each.new_zeros(len(labels)).index_add(0, is_answer.nonzero()[:, 0], each)
-    return sums / is_answer.sum(dim=1)
-
-
-def example(
-    parts: Mapping[str, Any], folder: Path, trained: frozenset[str], batch_size: int, length: int
-) -> dict[str, dict[str, Any]]:
-    """Returns keyword arguments on the meta device for each part that a training step calls."""
+def example(parts: Mapping[str, Any], folder: Path, trained: frozenset[str], batch_size: int, length: int) -> Example:
+    """Returns what a training step calls on conversations of `length` tokens."""
     import torch
+
+    from lora_diffusion.families._words import Head
 
     config = read_json(folder / "config.json")
     vision = parts["vision_tower"].config
@@ -239,21 +222,23 @@ def example(
     tiles = 1 + max((h * w // vision.image_size**2 for h, w in grids), default=0)
     patches = (vision.image_size // vision.patch_size) ** 2
     width = parts["projector"].linear_1.in_features
-    hidden = parts["language_model"].config.hidden_size
+    told = parts["language_model"].config
+    hidden = told.hidden_size
     with torch.device("meta"):
+        tower = {"pixel_values": torch.empty(batch_size * tiles, 3, vision.image_size, vision.image_size)}
         inputs: dict[str, dict[str, Any]] = {
+            **({"vision_tower": tower} if "vision_tower" in trained else {}),
+            "projector": {"image_features": torch.empty(batch_size * tiles, patches, width)},
             "language_model": {
                 "inputs_embeds": torch.empty(batch_size, length, hidden),
                 # Without a mask of its own, transformers looks into position ids, which hold no values here.
                 "attention_mask": torch.zeros(batch_size, 1, length, length),
                 "use_cache": False,
             },
-            "projector": {"image_features": torch.empty(batch_size * tiles, patches, width)},
+            # At most, all but the picture is an answer.
+            "head": {"hidden": torch.empty(batch_size * max(length - patches, 1), hidden)},
         }
-        if "vision_tower" in trained:
-            side = vision.image_size
-            inputs["vision_tower"] = {"pixel_values": torch.empty(batch_size * tiles, 3, side, side)}
-    return inputs
+    return Example(inputs, {"head": Head(told.vocab_size, hidden, is_tied=told.tie_word_embeddings)})
 
 
 def answer(loaded: Loaded, requests: Sequence[Request]) -> list[str]:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import Batch, Chat, ChatInfo, Loaded, LossOutput, Output, Part, Prepared, Request
+from lora_diffusion.core.types import (
+    Batch,
+    Chat,
+    ChatInfo,
+    Example,
+    Loaded,
+    LossOutput,
+    Output,
+    Part,
+    Prepared,
+    Request,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -156,19 +167,20 @@ class Llava:
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
         """Mean cross-entropy of the tokens of each sample's answers; one view of each picture is drawn."""
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families import _vision, _words
 
         features = _vision.draw_view(loaded, batch, rng)
         embedded = _vision.embed(loaded, batch.tensors["input_ids"], features, batch.tensors["image_size"])
         # Padding is on the right, where causal attention never looks, so no mask is needed.
         output = loaded.parts["language_model"](inputs_embeds=embedded, use_cache=False)
-        head = loaded.modules["model"].lm_head
-        return LossOutput(_vision.answer_loss(output.last_hidden_state, head, batch.tensors["labels"]))
+        head, labels = loaded.modules["model"].lm_head, batch.tensors["labels"]
+        # The state at a token foretells the next one.
+        return LossOutput(_words.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:]))
 
     def example(
         self, options: LlavaOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-    ) -> dict[str, dict[str, Any]]:
-        """Gives embeddings of the longest conversation, features for the projector, and pixels for a trained tower."""
+    ) -> Example:
+        """Gives pixels for a trained tower, features for the projector, and embeddings of the longest conversation."""
         from lora_diffusion.families import _vision
 
         return _vision.example(self.skeleton(options), _find(options), trained, batch_size, size[0])

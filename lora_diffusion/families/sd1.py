@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_diffusion.core.types import BaseInfo, Batch, ImageText, Loaded, LossOutput, Output, Part, Prepared, Request
+from lora_diffusion.core.types import (
+    BaseInfo,
+    Batch,
+    Example,
+    ImageText,
+    Loaded,
+    LossOutput,
+    Output,
+    Part,
+    Prepared,
+    Request,
+)
 from lora_diffusion.families._options import StableDiffusionOptions
 
 if TYPE_CHECKING:
@@ -107,11 +118,11 @@ class StableDiffusion1:
 
     def example(
         self, options: StableDiffusionOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> Example:
         """Gives latents, timesteps and text for the UNet, and token ids for a trained text encoder."""
         from lora_diffusion.families import _latent
 
-        return _latent.example(self.skeleton(options), self.check(options), trained, batch_size, size)
+        return Example(_latent.example(self.skeleton(options), self.check(options), trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""

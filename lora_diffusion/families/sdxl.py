@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.types import BaseInfo, Batch, ImageText, Loaded, LossOutput, Output, Part, Prepared, Request
+from lora_diffusion.core.types import (
+    BaseInfo,
+    Batch,
+    Example,
+    ImageText,
+    Loaded,
+    LossOutput,
+    Output,
+    Part,
+    Prepared,
+    Request,
+)
 from lora_diffusion.families._options import StableDiffusionOptions
 from lora_diffusion.families.sd1 import TEXT_ENCODER, UNET
 
@@ -107,13 +118,11 @@ class StableDiffusionXL:
 
         return _objective.loss(loaded, batch, rng, _encode)
 
-    def example(
-        self, options: SDXLOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-    ) -> dict[str, dict[str, Any]]:
+    def example(self, options: SDXLOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
         """Gives latents, timesteps, text and sizes for the UNet, and token ids for trained text encoders."""
         from lora_diffusion.families import _latent
 
-        return _latent.example(self.skeleton(options), self.check(options), trained, batch_size, size)
+        return Example(_latent.example(self.skeleton(options), self.check(options), trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""

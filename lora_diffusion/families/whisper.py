@@ -12,6 +12,7 @@ from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.types import (
     AudioText,
     Batch,
+    Example,
     Loaded,
     LossOutput,
     Output,
@@ -31,8 +32,6 @@ _BUILTIN = {"digits": "digits-whisper"}
 _PREFIXES = {"encoder": "model.encoder.", "decoder": "model.decoder."}
 _MAX_BATCH = 16
 """Recordings transcribed at once."""
-_IGNORED = -100
-"""What transformers puts for labels that have no loss."""
 _PROJECTIONS = r"(q|k|v|out)_proj"
 
 
@@ -172,20 +171,21 @@ class Whisper:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
+        from lora_diffusion.families import _transformers
+
         labels = [item.tensors["labels"] for item in items]
         tensors = {
             "features": torch.stack([item.tensors["features"] for item in items]),
             "num_frames": torch.stack([item.tensors["num_frames"] for item in items]),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=_transformers.IGNORED),
         }
         return Batch(tuple(item.key for item in items), tensors)
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
         """Mean cross-entropy of each sample's labels, padding left out; one view of each is drawn and masked."""
         import torch
-        from torch.nn.functional import cross_entropy
 
-        from lora_diffusion.families import _speech
+        from lora_diffusion.families import _speech, _words
 
         views, num_frames, labels = (batch.tensors[name] for name in ("features", "num_frames", "labels"))
         rows = torch.arange(len(batch))
@@ -194,33 +194,36 @@ class Whisper:
         labels = labels.to(loaded.device)
         model = loaded.modules["model"]
         # Given labels, transformers shifts them, and computes a mean over the batch that is not wanted.
-        ids = _speech.shift(labels, model.config)
-        output = model(input_features=features.to(loaded.device, model.dtype), decoder_input_ids=ids, use_cache=False)
-        each = cross_entropy(output.logits.float().transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none")
-        return LossOutput(each.sum(dim=1) / (labels != _IGNORED).sum(dim=1))
+        ids, features = _speech.shift(labels, model.config), features.to(loaded.device, model.dtype)
+        output = model.model(input_features=features, decoder_input_ids=ids, use_cache=False)
+        return LossOutput(_words.loss(output.last_hidden_state, model.proj_out, labels))
 
     def example(
         self, options: WhisperOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> Example:
         """Gives features for the encoder, which are always of full length, and token ids for the decoder."""
         import torch
 
+        from lora_diffusion.families._words import Head
+
         del trained
         config: Any = self.skeleton(options)["encoder"].config
-        length = min(size[1] + 4, config.max_target_positions)
+        width, length = config.d_model, min(max(size[1], 1), config.max_target_positions)
         with torch.device("meta"):
-            return {
+            inputs = {
                 "encoder": {
                     "input_features": torch.empty(batch_size, config.num_mel_bins, 2 * config.max_source_positions)
                 },
                 "decoder": {
                     "input_ids": torch.zeros(batch_size, length, dtype=torch.int64),
-                    "encoder_hidden_states": torch.empty(batch_size, config.max_source_positions, config.d_model),
+                    "encoder_hidden_states": torch.empty(batch_size, config.max_source_positions, width),
                     # Without a mask of its own, transformers looks into position ids, which hold no values here.
                     "attention_mask": torch.zeros(batch_size, 1, length, length),
                     "use_cache": False,
                 },
+                "head": {"hidden": torch.empty(batch_size * length, width)},
             }
+        return Example(inputs, {"head": Head(config.vocab_size, width, is_tied=True)})
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Transcribes recordings by greedy search, in batches of equal adapter weights."""

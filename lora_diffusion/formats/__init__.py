@@ -1,8 +1,21 @@
 """Spellings of adapter files, one object FORMAT in each file; find them with `core.registry`."""
 
-from lora_diffusion.formats._detect import detect, stored_dtypes
+from lora_diffusion.formats._arrays import in_float32
+from lora_diffusion.formats._detect import detect, is_adapter, stored_dtypes
 from lora_diffusion.formats._holding import READERS, check_output
 from lora_diffusion.formats._pickle import as_safetensors
+from lora_diffusion.formats._portable import fit_dimensions
 from lora_diffusion.formats._report import FileReport, describe_file
 
-__all__ = ["READERS", "FileReport", "as_safetensors", "check_output", "describe_file", "detect", "stored_dtypes"]
+__all__ = [
+    "READERS",
+    "FileReport",
+    "as_safetensors",
+    "check_output",
+    "describe_file",
+    "detect",
+    "fit_dimensions",
+    "in_float32",
+    "is_adapter",
+    "stored_dtypes",
+]

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core import lowrank
+from lora_diffusion.core.delta import change_shape
+from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.soundness import ABSURD
+from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats._client_file import PAIRS, FileModule
 from lora_diffusion.formats._client_rules import CLIENTS, LARGEST_FLOAT16, LOST, WRONG, Fate
 from lora_diffusion.formats._trial import Trial
@@ -48,7 +52,8 @@ def find_lost(trial: Trial) -> None:
         trial.suffer(fault, _fate(trial, fault), what, remedy.format(spelling), names)
     strays = list(trial.file.strays)
     if strays:
-        trial.suffer("stray", trial.client.fates["unknown"], "tensor(s) with unknown or repeated names", _AGAIN, strays)
+        fate = trial.client.fates.get("stray", trial.client.fates["unknown"])
+        trial.suffer("stray", fate, "tensor(s) with unknown or repeated names", _AGAIN, strays)
 
 
 def _fault(trial: Trial, module: FileModule) -> str | None:
@@ -69,7 +74,7 @@ def _fault(trial: Trial, module: FileModule) -> str | None:
 
 
 def _size_fault(trial: Trial, module: FileModule, weight: tuple[int, ...]) -> str | None:
-    if module.variant != "lora":
+    if module.variant != "lora" or len(weight) == 1:
         return None if _fits_otherwise(module, weight) else "shape"
     down, up = tuple(module.roles["down"].shape), tuple(module.roles["up"].shape)
     kernel = weight[2:]
@@ -86,14 +91,26 @@ def _plain(kernel: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fits_otherwise(module: FileModule, weight: tuple[int, ...]) -> bool:
-    roles = {role: tuple(tensor.shape) for role, tensor in module.roles.items()}
-    if module.variant == "full" and "diff" in roles:
-        return math.prod(roles["diff"]) == math.prod(weight)
-    if module.variant == "loha" and not {"t1", "t2"} & roles.keys():
-        pairs = [(roles[f"w{number}_a"], roles[f"w{number}_b"]) for number in (1, 2)]
-        inner = math.prod(weight[1:])
-        return all(len(a) == len(b) == 2 and (a[0], a[1], b[1]) == (weight[0], b[0], inner) for a, b in pairs)
-    return True
+    sizes = {role: tensor.numel() for role, tensor in module.roles.items()}
+    if module.variant in _WHOLE_SIZES:
+        whole, others = _WHOLE_SIZES[module.variant]
+        return sizes.get(whole, math.prod(weight)) == math.prod(weight) and sizes.get(others, weight[0]) == weight[0]
+    if len(weight) == 1:
+        return False
+    if module.variant in ("oft", "boft"):
+        return math.prod(module.roles["oft_blocks"].shape[-3:-1]) == weight[0]
+    if module.variant not in _KINDS_WITH_FACTORS:
+        return True
+    adapter = ModuleAdapter(module.variant.replace("tucker", "lora"), module.roles, 0.0)
+    try:
+        return change_shape(adapter) == (weight[0], math.prod(weight[1:]))
+    except AdapterFileError:
+        return False
+
+
+_WHOLE_SIZES = {"full": ("diff", "diff_b"), "norm": ("w_norm", "b_norm")}
+"""Kind -> the tensor of the size of the weight, and that of the size of the outputs."""
+_KINDS_WITH_FACTORS = ("tucker", "loha", "lokr")
 
 
 def _fate(trial: Trial, fault: str) -> Fate:
@@ -119,6 +136,17 @@ def _meant(trial: Trial, names: Iterable[str]) -> str:
     wrong = {prefix for prefix in prefixes if prefix in ("lora_te_", "lora_te1_", "lora_te2_")}
     own = {"sd1": "lora_te_", "sd2": "lora_te_", "sdxl": "lora_te1_ and lora_te2_"}[trial.base.family]
     return f"; text encoders of {trial.base.family} begin with {own}, not {', '.join(sorted(wrong))}" if wrong else ""
+
+
+def find_other_ranks(trial: Trial) -> None:
+    """Finds factors of another rank than the record beside them says, by which PEFT makes its layers."""
+    names = [
+        module.name
+        for module in trial.applied()
+        if module.variant == "lora" and module.recorded_rank not in (None, module.rank)
+    ]
+    what = "module(s) of another rank than the record of ranks says"
+    trial.suffer("rank", trial.client.fates["shape"], what, _CONVERT.format("diffusers"), names)
 
 
 def find_double_names(trial: Trial) -> None:
@@ -198,7 +226,7 @@ def _ignores(trial: Trial, module: FileModule) -> bool:
 def _is_along_inputs(trial: Trial, module: FileModule) -> bool:
     shape = tuple(module.roles["dora_scale"].shape)
     assert module.key, "an applied module is one of the base"
-    return len(shape) > 1 and shape[0] == 1 and math.prod(shape) == trial.base.shapes[module.key][1]
+    return len(shape) > 1 and shape[0] == 1 and (math.prod(shape),) == trial.base.shapes[module.key][1:2]
 
 
 def find_bad_numbers(trial: Trial) -> None:
@@ -209,6 +237,10 @@ def find_bad_numbers(trial: Trial) -> None:
         text = f"{len(spoilt)} module(s) with NaN or infinity; {trial.client.title} loads them and draws black pictures"
         trial.report("not finite", WRONG, text, "use an earlier checkpoint of the run", spoilt)
         trial.scale(dict.fromkeys(spoilt, math.nan))
+    absurd = [module.name for module in trial.applied() if module.name in trial.file.absurd - {*spoilt}]
+    if absurd:
+        remedy = "use an earlier checkpoint of the run, or find out whether its alphas are right"
+        trial.report("too large", WRONG, f"{len(absurd)} {ABSURD}", remedy, absurd)
     if not trial.client.small_floats:
         return
     large = [

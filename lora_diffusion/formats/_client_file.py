@@ -6,13 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.soundness import change_rms, is_absurd
+from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._lora_config import find_alpha
+from lora_diffusion.formats._arrays import Array, to_torch
+from lora_diffusion.formats._lora_config import find_alpha, find_rank
 from lora_diffusion.formats._spelling import PEFT_PREFIX
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
@@ -54,7 +57,16 @@ _NEEDED = {
     "tucker": ({"down", "up"},),
     "loha": ({"w1_a", "w1_b", "w2_a", "w2_b"},),
     "lokr": ({"w1", "w2"}, {"w1_a", "w1_b", "w2"}, {"w1", "w2_a", "w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"}),
+    "full": ({"diff"}, {"diff_b"}),
+    "norm": ({"w_norm"}, {"b_norm"}),
+    "glora": ({"a1", "a2", "b1", "b2"},),
+    "oft": ({"oft_blocks"},),
 }
+_CHANGE_ROLES = {
+    variant: frozenset(role for role, style in _SUFFIXES.values() if style == name)
+    for variant, name in (("lora", "kohya"), ("tucker", "kohya"), ("loha", "loha"), ("lokr", "lokr"))
+}
+"""Kind of adapter -> the roles of what makes its change of weight."""
 _RANK_ROLES = ("down", "w1_b", "w2_b")
 
 
@@ -64,7 +76,7 @@ class Base(NamedTuple):
     family: str
     """sd1, sd2 or sdxl."""
     shapes: Mapping[ModuleKey, tuple[int, ...]]
-    """Shape of each linear and convolution weight."""
+    """Shape of the weight of each linear, convolution and norm layer."""
     names: Sequence[KeyMap]
     """All spellings of its modules."""
 
@@ -88,13 +100,16 @@ class FileModule:
     roles: Mapping[str, Tensor]
     recorded_alpha: float | None = None
     """What diffusers' or PEFT's record says, which is no tensor."""
+    recorded_rank: int | None = None
+    """The same of the rank."""
 
     @property
     def variant(self) -> str:
         """The kind of adapter."""
         if self.style in PAIRS:
             return "tucker" if "mid" in self.roles else "lora"
-        return "boft" if self.style == "oft" and self.roles["oft_blocks"].dim() == 4 else self.style or "nothing"
+        blocks = self.roles.get("oft_blocks")
+        return "boft" if blocks is not None and blocks.dim() == 4 else self.style or "nothing"
 
     @property
     def is_dora(self) -> bool:
@@ -119,6 +134,16 @@ class FileModule:
         return float(alpha.float().flatten()[0]) if alpha is not None and alpha.numel() else None
 
     @property
+    def is_absurd(self) -> bool:
+        """Says whether its change of weight drowns the base; no, where its tensors tell no change."""
+        roles = {role: self.roles[role] for role in _CHANGE_ROLES.get(self.variant, ()) if role in self.roles}
+        adapter = ModuleAdapter(self.variant.replace("tucker", "lora"), roles, self.scale * self.rank)
+        try:
+            return bool(roles) and self.is_whole and is_absurd(change_rms(adapter))
+        except AdapterFileError:
+            return False
+
+    @property
     def scale(self) -> float:
         """What the product of the factors is to be multiplied with: alpha / rank, 1 without an alpha."""
         alpha = self.recorded_alpha if self.alpha is None else self.alpha
@@ -140,6 +165,11 @@ class AdapterFile:
     bad_numbers: Sequence[str] = field(default=())
     """Tensors with NaN or infinity."""
 
+    @cached_property
+    def absurd(self) -> frozenset[str]:
+        """Returns the modules whose change of weight drowns the base."""
+        return frozenset(module.name for module in self.modules if module.is_absurd)
+
     @property
     def metadata(self) -> Mapping[str, str]:
         """Returns the metadata of the file; those of a folder's files are not read by anyone."""
@@ -155,56 +185,21 @@ def read_file(path: Path, base: Base) -> AdapterFile:
     if path.is_dir():
         return _read_folder(path, base)
     header = _safetensors.read_header(path)
-    tensors = _safetensors.load_unchecked(path)
+    arrays = _safetensors.load_unchecked(path)
+    tensors = _in_torch(arrays)
     configs = read_configs(header.metadata, path)
     grouped, strays = _group(tensors)
     modules = []
     for name, (style, roles) in grouped.items():
         key = base.find(name)
         config = configs.get(key.part) if key else None
-        recorded = find_alpha(config, name.removeprefix(f"{key.part}.")) if key and config else None
-        modules.append(FileModule(name, key, _spelling_of(name, key), style, roles, recorded))
-    return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=_safetensors.non_finite(tensors))
+        recorded = _recorded(config, name.removeprefix(f"{key.part}.")) if key and config else ()
+        modules.append(FileModule(name, key, _spelling_of(name, key), style, roles, *recorded))
+    return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=_safetensors.non_finite(arrays))
 
 
-def guess_family(path: Path) -> str:
-    """Returns sd1, sd2 or sdxl, as an adapter's sizes, names or, at last, metadata tell.
-
-    Raises:
-        AdapterFileError: nothing tells it.
-    """
-    headers = [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
-    shapes = {name: info.shape for header in headers for name, info in header.tensors.items()}
-    votes = Counter(family for name, shape in shapes.items() if (family := _family_by_shape(name, shape)))
-    votes = votes or Counter(family for name in shapes for pattern, family in _BY_NAME if re.search(pattern, name))
-    if votes:
-        return votes.most_common(1)[0][0]
-    told = [header.metadata.get("ss_base_model_version", "") for header in headers]
-    for start, family in _BY_METADATA.items():
-        if told and told[0].startswith(start):
-            return family
-    raise AdapterFileError(f"{path} does not tell which base it is for; say it with --base sd1, sd2, sdxl or a folder.")
-
-
-_BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_BY_TEXT_WIDTH = {1024: "sd2", 1280: "sdxl"}
-_INNER = re.compile(r"(lora_down|lora_A|down)\.weight$|hada_w[12]_b$")
-"""Tensors whose second size is that of the module's input."""
-_BY_NAME = (
-    (r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|label_emb|add_embedding", "sdxl"),
-    (r"lora_te1_", "sdxl"),
-    (r"lora_te_|text_encoder\.", "sd1"),
-    (r"(lora_unet_|unet\.)(up|down)_blocks[._]3|(in|out)put_blocks[._](9|10|11)[._]", "sd1"),
-)
-_BY_METADATA = {"sdxl_": "sdxl", "sd_v2": "sd2", "sd_v1": "sd1"}
-
-
-def _family_by_shape(name: str, shape: tuple[int, ...]) -> str | None:
-    if len(shape) < 2 or not _INNER.search(name):
-        return None
-    if re.search(r"attn2[._](processor\.)?to[._][kv]", name):
-        return _BY_WIDTH.get(shape[1])
-    return _BY_TEXT_WIDTH.get(shape[1]) if re.search(r"self_attn[._]", name) else None
+def _in_torch(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: to_torch(array) for name, array in arrays.items()}
 
 
 def _group(names: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], list[str]]:
@@ -243,7 +238,7 @@ def _spelling_of(name: str, key: ModuleKey | None) -> str:
     """
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     if key is None or not prefix:
-        return "bare" if key else "unknown"
+        return "unknown" if key is None else "processor" if ".processor." in name else "bare"
     if key.part != "unet":
         return prefix if "text_model" in name or "text_projection" in name else f"{prefix} short"
     if prefix == "lora_unet_":
@@ -269,14 +264,15 @@ def _read_folder(path: Path, base: Base) -> AdapterFile:
     headers, bad = [], []
     for folder, file in zip(part_folders(path), tensor_files(path), strict=True):
         headers.append(_safetensors.read_header(file))
-        tensors = _safetensors.load_unchecked(file)
+        arrays = _safetensors.load_unchecked(file)
+        tensors = _in_torch(arrays)
         config = read_config(folder)
         grouped, own_strays = _group(tensors)
         part = folder.name if folder != path else _part_of(grouped, base)
         modules += _folder_modules(part, grouped, config, base)
         strays += own_strays
         names += tensors
-        bad += _safetensors.non_finite(tensors)
+        bad += _safetensors.non_finite(arrays)
     return AdapterFile(path, modules, strays, names, headers, is_folder=True, bad_numbers=bad)
 
 
@@ -288,7 +284,11 @@ def _folder_modules(
         key = ModuleKey(part, path)
         is_there = name.startswith(PEFT_PREFIX) and key in base.shapes
         spelling = "in-model" if is_there else "unknown"
-        yield FileModule(name, key if is_there else None, spelling, style, roles, find_alpha(config, path))
+        yield FileModule(name, key if is_there else None, spelling, style, roles, *_recorded(config, path))
+
+
+def _recorded(config: Mapping[str, Any], path: str) -> tuple[float, int]:
+    return find_alpha(config, path), find_rank(config, path)
 
 
 def _part_of(names: Iterable[str], base: Base) -> str:

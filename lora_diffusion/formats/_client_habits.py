@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from lora_diffusion.formats import _client_checks as shared
 from lora_diffusion.formats import _client_rules as rules
 from lora_diffusion.formats._client_file import FileModule
-from lora_diffusion.formats._client_rules import HIDDEN, LOST, Client, Fate
+from lora_diffusion.formats._client_rules import HIDDEN, LOST, WRONG, Client, Fate
 from lora_diffusion.formats._safetensors import content_hash
 from lora_diffusion.formats._trial import Trial
 
@@ -77,6 +77,11 @@ def _forget_alpha(trial: Trial) -> None:
         if module.style == "peft" and module.alpha is not None and module.scale
     }
     shared.report_scales(trial, factors, "alpha forgotten", "lora_A and lora_B, with which A1111 forgets alpha")
+    turned = [module.name for module in trial.applied() if module.style == "peft" and "dora_scale" in module.roles]
+    if turned:
+        text = f"{len(turned)} module(s) with lora_A and lora_B, with which A1111 forgets the DoRA magnitude"
+        trial.report("dora forgotten", WRONG, text, _CONVERT.format("kohya"), turned)
+        trial.scale(dict.fromkeys(turned))
 
 
 def _fuse_attention(trial: Trial) -> None:
@@ -274,8 +279,8 @@ CHECKS: Mapping[Client, tuple[Callable[[Trial], None], ...]] = {
     ),
     rules.DIFFUSERS_DOTTED: (
         *(_take_for_own, _refuse_names_without_lora, shared.find_lost, _read_first_style, _refuse_unmatched_part),
-        *_COMMON,
+        *(shared.find_other_ranks, *_COMMON),
     ),
-    rules.PEFT_FOLDER: (shared.find_lost, *_COMMON),
+    rules.PEFT_FOLDER: (shared.find_lost, shared.find_other_ranks, *_COMMON),
 }
 """What is looked for in turn, until nothing of the file is left."""

@@ -50,7 +50,7 @@ class Client:
 
 _KOHYA_UNET = ("lora_unet_", "lora_unet_ ldm")
 _DIFFUSERS_DOTTED = ("unet.", "unet. attention", "unet. processor", "text_encoder.", "text_encoder. short")
-_COMFY_UNET = (*_KOHYA_UNET, "unet.", "unet. processor", "diffusion_model.")
+_COMFY_UNET = (*_KOHYA_UNET, "unet.", "unet. processor", "processor", "diffusion_model.")
 _COMFY_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 _COMFY_NAMES = (*_COMFY_UNET, *_COMFY_TEXT)
 _COMFY_STYLES = frozenset(("kohya", "peft", "diffusers", "linear_layer", "processor"))
@@ -169,6 +169,7 @@ DIFFUSERS = Client(
     variants=frozenset(("lora",)),
     fates={
         "unknown": Fate("module", LOST, "warns of unexpected keys and goes on"),
+        "stray": _RAISES,
         "spelling": _RAISES,
         "style": _RAISES,
         "variant": _RAISES,

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._spelling import refuse_unread
 from lora_diffusion.formats.peft import tensor_files
 
 
@@ -16,6 +17,7 @@ def detect(path: Path) -> str:
 
     Raises:
         AdapterFileError: no format, or two at once.
+        UnsupportedError: no format, and a kind of adapter that is not read.
     """
     names = [name for header in _headers(path) for name in header.tensors]
     found = formats_of(names)
@@ -23,10 +25,21 @@ def detect(path: Path) -> str:
         return found[0]
     if found:
         raise AdapterFileError(f"{path} mixes the spellings of {' and '.join(found)}; no program reads all of it.")
+    if not names:
+        raise AdapterFileError(f"{path} holds no tensors; get the file again.")
+    refuse_unread(names, path)
     raise AdapterFileError(
         f"{path} is not an adapter in a known format ({', '.join(registry.available('formats'))}). Its first tensors:",
         names[:5],
     )
+
+
+def is_adapter(path: Path) -> bool:
+    """Says whether a whole file or folder holds tensors of an adapter, in whatever spelling."""
+    try:
+        return bool(formats_of([name for header in _headers(path) for name in header.tensors]))
+    except AdapterFileError:
+        return False
 
 
 def stored_dtypes(path: Path) -> set[str]:

@@ -80,12 +80,28 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata, text[:2], length)
 
 
+def encode(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> bytes:
+    """Returns the start of a file as the library writes it, the length of the header included.
+
+    Like the library it writes empty metadata, which hashes depend on, and leaves out those that are None.
+    """
+    places = {
+        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.place} for name, info in tensors.items()
+    }
+    table = {"__metadata__": dict(metadata), **places} if metadata is not None else places
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
 def damaged(path: Path, reason: str) -> AdapterFileError:
     """Returns the error for a file that no copy of itself can be."""
     return AdapterFileError(f"{path} is damaged: {reason}. Download or copy it again.")
 
 
 def _check_start(path: Path, start: bytes, length: int, num_bytes: int) -> None:
+    if not num_bytes:
+        raise damaged(path, "it is empty")
     is_json = start[LENGTH_BYTES:] == b"{"
     if is_json and length <= min(num_bytes - LENGTH_BYTES, LARGEST_HEADER_BYTES):
         return

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleAdapter
+from lora_diffusion.formats._arrays import as_array, widen
 from lora_diffusion.formats._kronecker import is_whole, kronecker_settings, peft_rank
 
 _MOVED = "text_model."
@@ -82,15 +85,20 @@ def find_alpha(config: Mapping[str, Any], path: str) -> float:
     alpha / sqrt(rank).
     """
     alpha = float(_found(config, "alpha_pattern", path, _alpha(config)))
-    return alpha * math.sqrt(_rank(config, path)) if config.get("use_rslora") else alpha
+    return alpha * math.sqrt(find_rank(config, path)) if config.get("use_rslora") else alpha
+
+
+def find_rank(config: Mapping[str, Any], path: str) -> int:
+    """Returns the rank of the layer that PEFT makes for a module."""
+    return int(_found(config, "rank_pattern", path, config.get("r", 1)))
 
 
 def without_recorded_scale(adapter: ModuleAdapter, config: Mapping[str, Any], path: str) -> ModuleAdapter:
     """Returns an adapter whose scale is what PEFT makes of the record: lokr with two whole factors has none."""
     if not is_whole(adapter):
         return adapter
-    scale = find_alpha(config, path) / _rank(config, path)
-    first = adapter.tensors["w1"] if scale == 1 else adapter.tensors["w1"] * scale
+    scale = find_alpha(config, path) / find_rank(config, path)
+    first: Any = adapter.tensors["w1"] if scale == 1 else widen(as_array(adapter.tensors["w1"])) * numpy.float32(scale)
     return replace(adapter, tensors={**adapter.tensors, "w1": first}, alpha=float(adapter.rank))
 
 
@@ -113,8 +121,13 @@ def check_config(config: Any, source: Path) -> None:
     if not isinstance(kind, str):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: peft_type is no text.")
     if kind not in known or asked or config.get("bias", "none") != "none":
-        what = f"a {kind} adapter" if kind not in known else f"{kind.lower()} with {', '.join(asked) or 'bias'}"
-        raise UnsupportedError(f"{source} is {what}; {', '.join(known)} without it can be read.")
+        if kind not in known:
+            raise UnsupportedError(
+                f"{source} describes an adapter of the kind {shown(kind.lower())}; {', '.join(known).lower()} can be "
+                "read."
+            )
+        what = ", ".join(asked) or "bias"
+        raise UnsupportedError(f"{source} is {kind.lower()} with {what}; {', '.join(known)} without it can be read.")
 
 
 def _check_patterns(patterns: Any, field: str, source: Path) -> None:
@@ -147,10 +160,6 @@ def _is_number(value: Any) -> bool:
 
 def _alpha(config: Mapping[str, Any]) -> Any:
     return config.get("lora_alpha", config.get("alpha"))
-
-
-def _rank(config: Mapping[str, Any], path: str) -> int:
-    return int(_found(config, "rank_pattern", path, config.get("r", 1)))
 
 
 def _found(config: Mapping[str, Any], patterns: str, path: str, default: Any) -> Any:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import Array
 from lora_diffusion.formats._spelling import PEFT
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 WRONG_AXIS = (
     "PEFT has a magnitude for each output, and this adapter one for each input. Train with adapter.variant=dora_out, "
@@ -34,7 +34,7 @@ def check_one_kind(part: str, adapters: Iterable[ModuleAdapter]) -> None:
         )
 
 
-def peft_tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype) -> dict[str, Tensor]:
+def peft_tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype | None) -> dict[str, Array]:
     """Returns the tensors of a module by their names in a file.
 
     Raises:
@@ -48,8 +48,8 @@ def peft_tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype) -> dict[
     tensors = dict(adapter.tensors)
     if "magnitude" in tensors:
         # PEFT: [out], and [1, out, 1, 1] on a convolution.
-        flat = tensors["magnitude"].flatten()
-        tensors["magnitude"] = flat if tensors["down"].dim() == 2 else flat.view(1, -1, 1, 1)
+        flat = tensors["magnitude"].reshape(-1)
+        tensors["magnitude"] = flat if tensors["down"].ndim == 2 else flat.reshape(1, -1, 1, 1)
     suffixes = PEFT["lora" if adapter.variant == "dora_out" else adapter.variant]
     return {
         f"{name}{suffix}": _safetensors.cast(name, tensors[tensor], dtype)

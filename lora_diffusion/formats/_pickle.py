@@ -11,6 +11,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import as_array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ def as_safetensors(path: Path) -> Iterator[Path]:
     Raises:
         AdapterFileError: see `load_pickle`.
     """
-    tensors = load_pickle(path)
+    tensors = {name: as_array(tensor) for name, tensor in load_pickle(path).items()}
     with TemporaryDirectory() as folder:
         copy = Path(folder) / f"{path.stem}.safetensors"
         _safetensors.save(tensors, {}, copy)

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
+from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 
 _ATTENTION = re.compile(r"(.*\.self_attn\.)([qkv]|out)_proj")
 _MATRICES = ("q", "k", "v", "out")
+
+
+def fit_dimensions(state: AdapterState, shapes: Mapping[ModuleKey, tuple[int, ...]]) -> AdapterState:
+    """Gives lora factors as many dimensions as the base's weights have, two or four; no number changes.
+
+    kohya and diffusers refuse factors of two dimensions on 1x1 convolutions, and of four on linear layers.
+
+    Args:
+        state: the adapter; tensors or arrays.
+        shapes: those of the base's weights; modules that it lacks, or has in other sizes, stay as they are.
+    """
+    modules = {key: _fitted(adapter, shapes[key]) if key in shapes else adapter for key, adapter in state}
+    return replace(state, modules=modules)
+
+
+def _fitted(adapter: ModuleAdapter, weight: tuple[int, ...]) -> ModuleAdapter:
+    if "down" not in adapter.tensors or "mid" in adapter.tensors:
+        return adapter
+    down, up = adapter.tensors["down"], adapter.tensors["up"]
+    is_same_size = (up.shape[0], down.shape[1], *_plain(down.shape[2:])) == (*weight[:2], *_plain(weight[2:]))
+    if not is_same_size:
+        return adapter
+    ones = (1,) * (len(weight) - 2)
+    shapes = {"down": (*down.shape[:2], *weight[2:])}
+    tensors = {
+        name: tensor.reshape(shapes.get(name, (*tensor.shape[:2], *ones))) for name, tensor in adapter.tensors.items()
+    }
+    return replace(adapter, tensors=tensors)
+
+
+def _plain(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    return () if math.prod(kernel) == 1 else tuple(kernel)
 
 
 def share_alpha(state: AdapterState) -> AdapterState:
@@ -32,16 +67,16 @@ def share_alpha(state: AdapterState) -> AdapterState:
 
 
 def complete_attention(state: AdapterState) -> AdapterState:
-    """Adds zeros for those of q, k, v and out of a text encoder's layer that are missing where another is lora.
+    """Adds lora zeros for those of q, k, v and out of a text encoder's layer that are missing where another is there.
 
-    A1111 applies attention in OpenCLIP towers only where all four are there, and diffusers refuses a text encoder
-    without any out and without mlp.
+    A1111 applies attention in OpenCLIP towers only where all four are there, of whatever kinds, and diffusers refuses a
+    text encoder without any out and without mlp. What is dora_out stays alone, since no reader of it mixes kinds.
     """
     modules: dict[ModuleKey, ModuleAdapter] = {}
     for key, adapter in state:
         modules[key] = adapter
         match = _ATTENTION.fullmatch(key.path)
-        if match and adapter.variant == "lora":
+        if match and adapter.variant != "dora_out":
             for name in _MATRICES:
                 other = ModuleKey(key.part, f"{match[1]}{name}_proj")
                 if other not in state.modules and other not in modules:
@@ -51,5 +86,6 @@ def complete_attention(state: AdapterState) -> AdapterState:
 
 def _zeros_like(adapter: ModuleAdapter) -> ModuleAdapter:
     # All four are square matrices of one size. One row is enough to change nothing.
-    down, up = adapter.tensors["down"][:1] * 0, adapter.tensors["up"][:, :1] * 0
-    return ModuleAdapter("lora", {"down": down, "up": up}, adapter.alpha)
+    outputs, inputs = change_shape(adapter)
+    some = next(iter(adapter.tensors.values()))
+    return ModuleAdapter("lora", {"down": some.new_zeros(1, inputs), "up": some.new_zeros(outputs, 1)}, adapter.alpha)

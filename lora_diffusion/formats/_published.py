@@ -9,7 +9,7 @@ from functools import cache
 from lora_diffusion.core.types import ModuleKey
 
 Shape = tuple[int, ...]
-"""[out, in] of a linear layer, [out, in, k, k] of a convolution."""
+"""[out, in] of a linear layer, [out, in, k, k] of a convolution, [width] of a norm."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ _LAYERS = 2
 @cache
 def published(family: str) -> Mapping[ModuleKey, Shape]:
     """Returns the shape of each linear and convolution weight of sd1, sd2 or sdxl, paths as transformers 5.6 has them.
+
+    Of the norm layers those of the UNet's blocks are there, which LyCORIS can train and ComfyUI finds.
 
     >>> published("sd1")[ModuleKey("unet", "mid_block.attentions.0.proj_in")]
     (1280, 1280, 1, 1)
@@ -112,6 +114,8 @@ def _way_up(net: _UNet) -> Iterator[tuple[str, Shape]]:
 
 
 def _residual(block: str, inner: int, outer: int, embedding: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{block}.norm1", (inner,)
+    yield f"{block}.norm2", (outer,)
     yield f"{block}.conv1", (outer, inner, 3, 3)
     yield f"{block}.time_emb_proj", (outer, embedding)
     yield f"{block}.conv2", (outer, outer, 3, 3)
@@ -122,10 +126,12 @@ def _residual(block: str, inner: int, outer: int, embedding: int) -> Iterator[tu
 def _attention(block: str, width: int, depth: int, net: _UNet) -> Iterator[tuple[str, Shape]]:
     if not depth:
         return
+    yield f"{block}.norm", (width,)
     for name in ("proj_in", "proj_out"):
         yield f"{block}.{name}", (width, width) if net.is_linear else (width, width, 1, 1)
     for number in range(depth):
         own = f"{block}.transformer_blocks.{number}"
+        yield from ((f"{own}.norm{index}", (width,)) for index in (1, 2, 3))
         for attention, source in (("attn1", width), ("attn2", net.context)):
             yield f"{own}.{attention}.to_q", (width, width)
             yield f"{own}.{attention}.to_k", (width, source)

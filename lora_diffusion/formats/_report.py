@@ -8,21 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_diffusion.core.delta import change_shape, delta_norm
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.logs import name_some, shown
+from lora_diffusion.core.soundness import ABSURD, change_rms, is_absurd
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import Array, as_array, widen
 from lora_diffusion.formats._detect import formats_of
 from lora_diffusion.formats._lora_config import find_alpha
 from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -33,8 +32,6 @@ _PREFIXES = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
-_ABSURD_RMS = 1.0
-"""Root mean square of a change above which it drowns the weight: those of trained networks have 0.01 to 0.2."""
 _BLOCK = re.compile(r"(?:down|up|input|output)_blocks_\d+|mid_block|middle_block|layers_\d+")
 
 
@@ -89,7 +86,6 @@ class _Module:
     adapter: ModuleAdapter | None
     """None where tensors are missing, of several kinds, or do not fit each other."""
     alpha: float | None
-    num_weights: int = 0
 
     @property
     def variant(self) -> str:
@@ -149,25 +145,23 @@ def _configs(path: Path, headers: list[_safetensors.Header]) -> dict[str, dict[s
     return read_configs(headers[0].metadata, path)
 
 
-def _module(
-    name: str, group: Group, tensors: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]
-) -> _Module:
+def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]) -> _Module:
     own = {tensor: tensors[full] for tensor, full in group.names.items()}
     part = _part(name)
     alpha = find_alpha(configs[part], name.removeprefix(f"{part}.")) if part in configs else None
     if "alpha" in own:
-        alpha = float(own.pop("alpha").float().mean())
+        alpha = float(widen(own.pop("alpha")).mean())
     # What a magnitude does depends on the base; the change before it is known.
-    plain = {tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude")}
+    plain: dict[str, Any] = {tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude")}
     if len(group.kinds) != 1 or group.lacking:
         return _Module(name, group, None, alpha)
     adapter = ModuleAdapter(next(iter(group.kinds)), plain, 1.0)
     try:
-        num_weights = math.prod(change_shape(adapter))
+        is_empty = not math.prod(change_shape(adapter))
     except AdapterFileError:
         return _Module(name, group, None, alpha)
     adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
-    return _Module(name, group, adapter if num_weights else None, alpha, num_weights)
+    return _Module(name, group, None if is_empty else adapter, alpha)
 
 
 def _part(name: str) -> str:
@@ -182,10 +176,15 @@ def _block(name: str) -> str:
 def _norms(modules: Iterable[_Module]) -> dict[str, float]:
     """Returns the Frobenius norm of the change of each sound module."""
     return {
-        module.name: delta_norm(module.adapter)
+        module.name: delta_norm(_widened(module.adapter))
         for module in modules
         if module.adapter and not _safetensors.non_finite(module.adapter.tensors)
     }
+
+
+def _widened(adapter: ModuleAdapter) -> ModuleAdapter:
+    tensors: dict[str, Any] = {name: widen(as_array(array)) for name, array in adapter.tensors.items()}
+    return replace(adapter, tensors=tensors)
 
 
 def _block_norms(norms: Mapping[str, float]) -> dict[str, float]:
@@ -193,10 +192,6 @@ def _block_norms(norms: Mapping[str, float]) -> dict[str, float]:
     for name, norm in norms.items():
         squares[_block(name)] = squares.get(_block(name), 0.0) + norm**2
     return {block: square**0.5 for block, square in sorted(squares.items(), key=lambda item: _natural(item[0]))}
-
-
-def _is_absurd(module: _Module, norm: float) -> bool:
-    return not norm <= _ABSURD_RMS * module.num_weights**0.5
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -207,7 +202,7 @@ def _problems(
     formats: list[str],
     strange: list[str],
     modules: list[_Module],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Array],
     norms: Mapping[str, float],
 ) -> Iterable[str]:
     if len(formats) > 1:
@@ -217,8 +212,10 @@ def _problems(
         **_incomplete(modules),
         "tensor(s) with NaN or infinity": _safetensors.non_finite(tensors),
         "tensor(s) that are empty or hold whole numbers": _safetensors.not_weights(tensors),
-        "module(s) whose change is larger than any weight, so that pictures fall to pieces": [
-            module.name for module in modules if module.name in norms and _is_absurd(module, norms[module.name])
+        ABSURD: [
+            module.name
+            for module in modules
+            if module.adapter and module.name in norms and is_absurd(change_rms(module.adapter, norms[module.name]))
         ],
         "module(s) that change nothing, since a factor is zero": [name for name, norm in norms.items() if norm == 0],
         "module(s) whose tensors do not fit each other": [

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy
 
 from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, VerificationError
-from lora_diffusion.core.files import atomic_path, save_tensors
+from lora_diffusion.core.files import atomic_path
+from lora_diffusion.formats._arrays import (
+    DTYPES,
+    Array,
+    as_array,
+    is_finite,
+    is_floating,
+    name_of,
+    raw,
+    same_bits,
+    to_torch,
+    widen,
+)
 from lora_diffusion.formats._header import LENGTH_BYTES, damaged
 from lora_diffusion.formats._header import Header as Header
 from lora_diffusion.formats._header import TensorInfo as TensorInfo
+from lora_diffusion.formats._header import encode as encode
 from lora_diffusion.formats._header import read_header as read_header
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 _SHOWN_NAMES = 10
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads all tensors, on the CPU, and the metadata.
+def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Reads all tensors, as they are stored, and the metadata.
 
     Raises:
         AdapterFileError: see `read_header`; or tensors hold NaN or infinity, or no weights at all, up to ten named.
@@ -48,55 +61,66 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, dict(header.metadata)
 
 
-def load_unchecked(path: Path) -> dict[str, Tensor]:
-    """Reads all tensors whatever numbers they hold."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def load_unchecked(path: Path) -> dict[str, Array]:
+    """Reads all tensors whatever numbers they hold, in the order in which they are stored."""
+    header = read_header(path)
+    start = LENGTH_BYTES + header.num_bytes
+    content = bytearray(path.stat().st_size - start)
+    with path.open("rb") as stream:
+        stream.seek(start)
+        if stream.readinto(content) != len(content):
+            raise damaged(path, "it was cut off while it was read")
+    stored = sorted(header.tensors.items(), key=lambda item: item[1].place)
+    return {
+        name: numpy.ndarray(info.shape, DTYPES[info.dtype], buffer=content, offset=info.place[0])
+        for name, info in stored
+    }
 
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise damaged(path, str(error)) from error
 
-
-def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def non_finite(tensors: Mapping[str, Any]) -> list[str]:
     """Returns the names of tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    return [name for name, tensor in tensors.items() if not is_finite(as_array(tensor))]
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    import torch
-
-    # NaN and infinity stay in a sum, which costs a fifth; but large numbers can overflow in it. Sums know no 8-bit
-    # floats, and neither does isfinite.
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    kind = torch.float32 if wide.dtype.itemsize < 4 and wide.is_floating_point() else None
-    return bool(torch.isfinite(wide.sum(dtype=kind))) or bool(torch.isfinite(wide).all())
-
-
-def not_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+def not_weights(tensors: Mapping[str, Array]) -> list[str]:
     """Returns the names of tensors that are empty, or hold several whole numbers; one alone may be an alpha."""
     return [
-        name
-        for name, tensor in tensors.items()
-        if tensor.numel() == 0 or (tensor.numel() > 1 and not tensor.is_floating_point())
+        name for name, tensor in tensors.items() if tensor.size == 0 or (tensor.size > 1 and not is_floating(tensor))
     ]
 
 
-def save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+def layout(tensors: Mapping[str, Array]) -> dict[str, TensorInfo]:
+    """Returns the order in which the safetensors library would store tensors, and the place of each."""
+    types = list(DTYPES)
+    found, start = {}, 0
+    for name in sorted(tensors, key=lambda name: (-types.index(name_of(tensors[name])), name)):
+        end = start + tensors[name].nbytes
+        found[name] = TensorInfo(name_of(tensors[name]), tensors[name].shape, (start, end))
+        start = end
+    return found
+
+
+def save(tensors: Mapping[str, Array], metadata: Mapping[str, str], path: Path) -> None:
     """Writes tensors that `cast` gave atomically, after reading them back and comparing them bit for bit.
 
     Raises:
         VerificationError: what was read back differs; nothing stands under the name then.
     """
+    places = layout(tensors)
     with atomic_path(path) as temporary:
-        save_tensors(tensors, temporary, metadata)
+        _write(temporary, encode(places, metadata), (raw(tensors[name]) for name in places))
         again, told = load_unchecked(temporary), dict(read_header(temporary).metadata)
         if told != dict(metadata) or again.keys() != tensors.keys():
             raise VerificationError(f"{path} was read back with other names or metadata; is the disk sound?")
-        changed = [name for name, tensor in tensors.items() if not _same_bits(tensor, again[name])]
+        changed = [name for name, tensor in tensors.items() if not same_bits(tensor, again[name])]
         if changed:
             raise VerificationError(f"{path} was read back with other numbers; is the disk sound?", changed[:10])
+
+
+def _write(path: Path, header: bytes, pieces: Iterable[memoryview]) -> None:
+    with path.open("wb") as stream:
+        stream.write(header)
+        stream.writelines(pieces)
 
 
 def rewrite(path: Path, metadata: Mapping[str, str], output: Path) -> None:
@@ -107,17 +131,10 @@ def rewrite(path: Path, metadata: Mapping[str, str], output: Path) -> None:
         VerificationError: what was read back differs; nothing stands under the name then.
     """
     old = read_header(path)
-    places = {
-        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": info.place}
-        for name, info in old.tensors.items()
-    }
-    table = {"__metadata__": dict(metadata), **places} if metadata else places
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % LENGTH_BYTES)
     with atomic_path(output) as temporary:
         with path.open("rb") as source, temporary.open("wb") as target:
             source.seek(LENGTH_BYTES + old.num_bytes)
-            target.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            target.write(encode(old.tensors, metadata or None))
             shutil.copyfileobj(source, target)
         new = read_header(temporary)
         if dict(new.metadata) != dict(metadata) or new.tensors != old.tensors:
@@ -133,28 +150,24 @@ def content_hash(path: Path, header: Header) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    import torch
+def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
+    """Returns a tensor of torch, or an array, as a file can hold it: in its number type and in one piece.
 
-    if first.dtype != second.dtype:
-        return False
-    if first.element_size() == 2:  # whole numbers are compared several times faster than small floats
-        first, second = first.view(torch.int16), second.view(torch.int16)
-    return torch.equal(first, second)
-
-
-def cast(module: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor as a file can hold it: in its number type, on the CPU, in one piece.
+    Args:
+        module: whose it is, for messages.
+        tensor: the numbers.
+        dtype: number type in the file; None keeps that of the tensor.
 
     Raises:
         NonFiniteError: it holds NaN or infinity, or becomes infinite in `dtype`; names the module.
     """
-    small = tensor.detach().to("cpu", dtype).contiguous()
-    if _is_finite(small):
+    own = as_array(tensor)
+    small = own if dtype is None else as_array(to_torch(own).to(dtype))
+    if is_finite(small):
         return small
-    if not _is_finite(tensor):
+    if not is_finite(own):
         raise NonFiniteError(f"The adapter of {module} holds NaN or infinity; use an earlier checkpoint.")
     raise NonFiniteError(
-        f"The adapter of {module} has values up to {float(tensor.abs().max()):g}, which {dtype} cannot hold; "
+        f"The adapter of {module} has values up to {numpy.abs(widen(own)).max():g}, which {dtype} cannot hold; "
         "write the file with output.dtype=bf16 or fp32."
     )

@@ -6,16 +6,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lora_diffusion.core.keymap import KeyMap
+    from lora_diffusion.formats._arrays import Array
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before every name in its own files."""
@@ -71,10 +71,11 @@ _COMPLETE: Mapping[str, tuple[frozenset[str], ...]] = {
     ),
 }
 _UNREAD = {
-    r"\.b?oft_": "oft",
+    r"\.boft_": "boft",
+    r"\.oft_|^oft_|\.rescale$": "oft",
     r"\.diff(_b)?$": "full difference",
     r"\.[wb]_norm$": "norm",
-    r"\.on_input$": "ia3",
+    r"\.on_input$|\.ia3_l$": "ia3",
     r"\.[ab][12]\.weight$": "glora",
     r"\.scale$": "lora with a scale of its own",
     r"^bundle_emb\.": "embedding",
@@ -135,8 +136,22 @@ def unread_kind(name: str) -> str | None:
     return next((kind for mark, kind in _UNREAD.items() if re.search(mark, name)), None)
 
 
+def refuse_unread(names: Iterable[str], source: Path) -> None:
+    """Raises where a tensor belongs to a kind of adapter that is known but not read.
+
+    Raises:
+        UnsupportedError: names the kind.
+    """
+    found = next(((kind, name) for name in names if (kind := unread_kind(name))), None)
+    if found:
+        raise UnsupportedError(
+            f"{source} holds an adapter of the kind {found[0]} ({shown(found[1])}); lora, dora, loha and lokr can be "
+            "read."
+        )
+
+
 def read_modules(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Array],
     key_map: KeyMap,
     find_alpha: Callable[[str], float | None],
     source: Path,
@@ -144,13 +159,13 @@ def read_modules(
     """Turns the tensors of a file into modules, whatever mixture of spellings and kinds they are in.
 
     Args:
-        tensors: name -> CPU tensor.
+        tensors: name -> array, as stored.
         key_map: knows the module names.
         find_alpha: module name -> alpha; None means that it equals the rank.
         source: the file, for messages.
 
     Returns:
-        modules with float32 tensors.
+        modules with the arrays as they are.
 
     Raises:
         AdapterFileError: a name without meaning, half a pair, an unknown module, one named twice, or factors that do
@@ -169,7 +184,7 @@ def read_modules(
         key = key_map.key(name)
         if key in adapters:
             twice.append(f"{key.part}/{key.path}: {name} and another name")
-        own = {tensor: tensors[full].float() for tensor, full in group.names.items() if tensor != "alpha"}
+        own = {tensor: tensors[full] for tensor, full in group.names.items() if tensor != "alpha"}
         adapters[key] = _adapter(name, next(iter(group.kinds)), own, find_alpha(name), source)
     if twice:
         raise AdapterFileError(
@@ -180,7 +195,7 @@ def read_modules(
     return adapters
 
 
-def _adapter(name: str, kind: str, tensors: dict[str, Tensor], alpha: float | None, source: Path) -> ModuleAdapter:
+def _adapter(name: str, kind: str, tensors: dict[str, Any], alpha: float | None, source: Path) -> ModuleAdapter:
     try:
         change_shape(ModuleAdapter(kind, tensors, 0.0))
     except AdapterFileError as error:
@@ -190,16 +205,16 @@ def _adapter(name: str, kind: str, tensors: dict[str, Tensor], alpha: float | No
     return replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
 
 
-def _with_magnitude(name: str, tensors: dict[str, Tensor], source: Path) -> tuple[str, dict[str, Tensor]]:
+def _with_magnitude(name: str, tensors: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
     """Returns the variant, and the tensors with the magnitude in the shape that ModuleAdapter gives it."""
     found = [tensor for tensor in ("magnitude", "magnitude_out") if tensor in tensors]
     if not found:
         return "lora", tensors
     magnitude = tensors.pop(found[0])
     down, up = tensors["down"], tensors["up"]
-    inputs, outputs, ones = down.shape[1], up.shape[0], (1,) * (down.dim() - 2)
-    is_row = magnitude.dim() > 1 and magnitude.shape[0] == 1 and found == ["magnitude"]
-    if magnitude.numel() != (inputs if is_row else outputs) or len(found) > 1:
+    inputs, outputs, ones = down.shape[1], up.shape[0], (1,) * (down.ndim - 2)
+    is_row = magnitude.ndim > 1 and magnitude.shape[0] == 1 and found == ["magnitude"]
+    if magnitude.size != (inputs if is_row else outputs) or len(found) > 1:
         raise AdapterFileError(
             f"{source}: {name} has a DoRA magnitude {list(magnitude.shape)}, but the weight has {inputs} inputs and "
             f"{outputs} outputs; get the file again."
@@ -228,11 +243,7 @@ def _refuse_incomplete(groups: Mapping[str, Group], source: Path) -> None:
 def _refuse_strange(strange: Sequence[str], source: Path) -> None:
     if not strange:
         return
-    kind = unread_kind(strange[0])
-    if kind:
-        raise UnsupportedError(
-            f"{source} holds an adapter of the kind {kind} ({strange[0]}); lora, dora, loha and lokr can be read."
-        )
+    refuse_unread(strange, source)
     raise AdapterFileError(
         f"{source}: {len(strange)} of its tensors have names that this format does not use, or name a module twice. "
         "See 'lora-diffusion inspect'.",

@@ -13,9 +13,10 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import _client_rules as rules
-from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule, guess_family, read_file
+from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule, read_file
 from lora_diffusion.formats._client_habits import CHECKS
 from lora_diffusion.formats._client_rules import CLIENTS, HIDDEN, LOST, Client
+from lora_diffusion.formats._guess import guess_family, sized_as
 from lora_diffusion.formats._published import PUBLISHED, published
 from lora_diffusion.formats._trial import Problem, Trial, Verdict
 
@@ -31,6 +32,7 @@ __all__ = [
     "guess_family",
     "published",
     "read_file",
+    "sized_as",
     "verify",
 ]
 

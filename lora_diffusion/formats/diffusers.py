@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import Array, in_float32, widen
 from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
 from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
@@ -23,7 +24,6 @@ from lora_diffusion.formats.metadata import without_hashes
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lora_diffusion.core.keymap import KeyMap
 
@@ -47,7 +47,7 @@ class _Diffusers:
         """Gives each attention of a text encoder all its matrices."""
         return complete_attention(state)
 
-    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
+    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype | None) -> None:
         """Writes one file; ranks and alphas stand in its header.
 
         Raises:
@@ -56,7 +56,7 @@ class _Diffusers:
             UnsupportedError: diffusers cannot load a variant, or mixes of them in one part.
         """
         check_holds(self, (adapter.variant for _, adapter in state))
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Array] = {}
         parts: dict[str, dict[str, ModuleAdapter]] = {}
         for key, adapter in state:
             name = key_map.name(key)
@@ -76,6 +76,10 @@ class _Diffusers:
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file; without a record of alphas alpha = rank, as diffusers takes it."""
+        return in_float32(self.read_stored(path, key_map))
+
+    def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
+        """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
         tensors, metadata = _safetensors.load(path)
         configs = read_configs(metadata, path)
         metadata.pop(_CONFIG_KEY, None)
@@ -86,7 +90,7 @@ class _Diffusers:
         def alpha_of(name: str) -> float | None:
             beside = groups[name].names.get("alpha")
             if beside is not None:
-                return float(tensors[beside].float())
+                return float(widen(tensors[beside]).item())
             key = key_map.key(name)
             return (
                 find_alpha(configs[key.part], key_map.name(key).removeprefix(f"{key.part}."))

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
+
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import Array, in_float32, widen
 from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._portable import complete_attention, share_alpha
 from lora_diffusion.formats._spelling import KOHYA, group_names, read_modules, split_name, unread_kind
@@ -21,7 +24,6 @@ from lora_diffusion.formats.metadata import hashes, without_hashes
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lora_diffusion.core.keymap import KeyMap
 
@@ -45,7 +47,7 @@ class _Kohya:
         """Gives each part one alpha, and each attention of a text encoder all its matrices."""
         return share_alpha(complete_attention(state))
 
-    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
+    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype | None) -> None:
         """Writes one file, with the hashes that A1111 and Civitai know files by.
 
         Raises:
@@ -53,10 +55,8 @@ class _Kohya:
             NonFiniteError: a value does not fit `dtype`.
             UnsupportedError: a module is of a variant that the readers of this spelling misread.
         """
-        import torch
-
         check_holds(self, (adapter.variant for _, adapter in state))
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Array] = {}
         for key, adapter in state:
             name = key_map.name(key)
             suffixes = KOHYA["lora" if adapter.variant == "dora" else adapter.variant]
@@ -64,15 +64,17 @@ class _Kohya:
                 if tensor in adapter.tensors:
                     tensors[f"{name}{suffix}"] = _safetensors.cast(name, adapter.tensors[tensor], dtype)
             # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
-            tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+            tensors[f"{name}.alpha"] = numpy.array(adapter.alpha, numpy.float32)
         # diffusers refuses a file with alphas that also holds its own record of them.
         told = {key: value for key, value in without_hashes(state.metadata).items() if key != "lora_adapter_metadata"}
         _safetensors.save(tensors, {**told, **hashes(tensors, told)}, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file; a module without alpha has alpha = rank, and a warning tells how programs take it."""
-        import numpy
+        return in_float32(self.read_stored(path, key_map))
 
+    def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
+        """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
         tensors, metadata = _safetensors.load(path)
         groups, _ = group_names(tensors)
         without = [name for name, group in groups.items() if "alpha" not in group.names]
@@ -81,10 +83,10 @@ class _Kohya:
             full = groups[name].names.get("alpha")
             if full is None:
                 return None
-            if tensors[full].numel() != 1:
+            if tensors[full].size != 1:
                 raise AdapterFileError(f"{path}: {full} must be one number, not {list(tensors[full].shape)}.")
             # The shortest text that names a float32, so that 1.3 comes back as 1.3.
-            return float(str(numpy.float32(tensors[full].float().item())))
+            return float(str(widen(tensors[full]).reshape(-1)[0]))
 
         modules = read_modules(tensors, key_map, find_alpha, path)
         if without:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.core.errors import ConfigError, UnsupportedError
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import logger
+from lora_diffusion.formats._arrays import Array, raw
+from lora_diffusion.formats._safetensors import TensorInfo, encode, layout
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lora_diffusion.core.types import AdapterState
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
@@ -39,6 +40,62 @@ _BASES: Mapping[str, _Base] = {
     ),
     "stable-diffusion-xl-v1-base": _Base("sdxl_base_v1-0", False, "https://github.com/Stability-AI/generative-models"),
 }
+
+
+_ARCHITECTURES = {
+    "sd1": ("stable-diffusion-v1", "stable-diffusion-v1"),
+    "sd2": ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base"),
+}
+"""Family -> architecture where epsilon is predicted, and where v is."""
+_FAMILIES = {
+    **dict.fromkeys(("sdxl", "stable-diffusion-xl"), "sdxl"),
+    **dict.fromkeys(("sd_v2", "sd_2", "stable-diffusion-v2"), "sd2"),
+    **dict.fromkeys(("sd_v1", "sd_1", "stable-diffusion-v1"), "sd1"),
+}
+"""How `ss_base_model_version` (of kohya, then of ai-toolkit) and `modelspec.architecture` begin -> family."""
+
+
+def told_family(metadata: Mapping[str, str]) -> str | None:
+    """Returns sd1, sd2 or sdxl if the metadata tell it."""
+    told = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    return next((family for text in told for start, family in _FAMILIES.items() if text.startswith(start)), None)
+
+
+def told_prediction(metadata: Mapping[str, str]) -> str | None:
+    """Returns epsilon or v_prediction if the words for the base tell it."""
+    version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
+    if version.endswith("_v") or "-768-v" in architecture:
+        return "v_prediction"
+    return "epsilon" if version in ("sd_v1", "sd_v2") or "v2-512" in architecture else None
+
+
+def told_kind(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """Returns family and prediction, as far as the metadata tell them; an architecture of another kind as it is."""
+    return told_family(metadata) or metadata.get("modelspec.architecture"), told_prediction(metadata)
+
+
+def with_base(metadata: Mapping[str, str], family: str) -> dict[str, str]:
+    """Returns metadata that also hold what A1111 and Forge list a file by; what is there stays.
+
+    Nothing is added for other families than sd1, sd2 and sdxl, nor for sd2 where the prediction is not told.
+    """
+    missing = [key for key in VISIBLE if key not in metadata]
+    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key", "")
+    prediction = told_prediction(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(told)
+    if not missing or family not in _ARCHITECTURES:
+        return dict(metadata)
+    if family == "sd2" and prediction is None:
+        logger.warning(
+            "The metadata do not tell whether the base predicts epsilon (sd_v2) or v (sd_v2_v), so that A1111 and "
+            "Forge may hide the new file: lora-diffusion metadata edit FILE --set ss_base_model_version=sd_v2_v "
+            "--set ss_v2=True"
+        )
+        return dict(metadata)
+    epsilon, velocity = _ARCHITECTURES[family]
+    architecture = velocity if prediction == "v_prediction" else epsilon
+    known = {**_version_of(architecture, prediction), "modelspec.architecture": f"{architecture}/lora"}
+    return {**metadata, **{key: known[key] for key in missing}}
 
 
 def build(
@@ -76,11 +133,8 @@ def build(
         raise UnsupportedError(
             f"Headers have no name for {architecture}, only for {', '.join(_BASES)}; use another format."
         )
-    base = _BASES[architecture]
-    is_v_prediction = prediction_type == "v_prediction"
-    version = base.version + ("_v" if is_v_prediction and base.version in ("sd_v1", "sd_v2") else "")
     values: dict[str, Any] = {
-        **({"ss_base_model_version": version, "ss_v2": base.is_v2} if version else {}),
+        **_version_of(architecture, prediction_type),
         "ss_network_module": _module_of(state),
         "ss_network_dim": max(adapter.rank for _, adapter in state),
         "ss_network_alpha": max(adapter.alpha for _, adapter in state),
@@ -88,18 +142,28 @@ def build(
         **{f"ss_{key}": value for key, value in (training or {}).items() if value is not None},
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": base.implementation,
+        "modelspec.implementation": _BASES[architecture].implementation,
         "modelspec.title": name,
         "modelspec.date": datetime.fromtimestamp(int(written_at)).isoformat(),
     }
     if resolution:
         values["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
     if prediction_type:
-        values["modelspec.prediction_type"] = "v" if is_v_prediction else "epsilon"
+        # The first is modelspec's word, the second that of ComfyUI.
+        predicted = "v" if prediction_type == "v_prediction" else "epsilon"
+        values |= {"modelspec.prediction_type": predicted, "modelspec.predict_key": predicted}
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
     values |= {f"modelspec.{key}": value for key, value in (about or {}).items() if value is not None}
     return {key: _text(value) for key, value in values.items()}
+
+
+def _version_of(architecture: str, prediction: str | None) -> dict[str, str]:
+    """Returns kohya's words for a base; none where it has none."""
+    version, is_v2, _ = _BASES[architecture]
+    if prediction == "v_prediction" and version in ("sd_v1", "sd_v2"):
+        version += "_v"
+    return {"ss_base_model_version": version, "ss_v2": str(is_v2)} if version else {}
 
 
 def _module_of(state: AdapterState) -> str:
@@ -133,8 +197,15 @@ def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in HASHES}
 
 
-def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def hashes(
+    tensors: Mapping[str, Array], metadata: Mapping[str, str], places: Mapping[str, TensorInfo] | None = None
+) -> dict[str, str]:
     """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors, and modelspec's own hash.
+
+    Args:
+        tensors: by name.
+        metadata: of the file.
+        places: where the tensors stand in the file, in that order; those of the safetensors library without them.
 
     The first two are taken from the file as it would be with only the ss_ metadata: the first over all that follows the
     header, the second over 64 KiB at 1 MiB (of a smaller file: over nothing). The third, over the bytes of the tensors
@@ -142,28 +213,25 @@ def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 
     Source: precalculate_safetensors_hashes in library/train_util.py of sd-scripts; modelspec 1.0.1.
     """
-    from safetensors.torch import save
-
-    content = save(dict(tensors), {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    header_end = 8 + int.from_bytes(content[:8], "little")
-    legacy = content[LEGACY_START : LEGACY_START + LEGACY_BYTES]
+    places = places or layout(tensors)
+    header = encode(places, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    digest, legacy, position = hashlib.sha256(), bytearray(), len(header)
+    legacy += header[LEGACY_START : LEGACY_START + LEGACY_BYTES]
+    for name in places:
+        piece = raw(tensors[name])
+        digest.update(piece)
+        legacy += piece[max(0, LEGACY_START - position) : max(0, LEGACY_START + LEGACY_BYTES - position)]
+        position += len(piece)
     found = {
-        "sshs_model_hash": hashlib.sha256(memoryview(content)[header_end:]).hexdigest(),
+        "sshs_model_hash": digest.hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
     }
     if any(key.startswith("modelspec.") for key in metadata):
-        found["modelspec.hash_sha256"] = f"0x{_hash_by_name(content, header_end)}"
+        by_name = hashlib.sha256()
+        for name in sorted(tensors):
+            by_name.update(raw(tensors[name]))
+        found["modelspec.hash_sha256"] = f"0x{by_name.hexdigest()}"
     return found
-
-
-def _hash_by_name(content: bytes, header_end: int) -> str:
-    places = json.loads(content[8:header_end])
-    places.pop("__metadata__", None)
-    digest = hashlib.sha256()
-    for name in sorted(places):
-        start, end = places[name]["data_offsets"]
-        digest.update(memoryview(content)[header_end + start : header_end + end])
-    return digest.hexdigest()
 
 
 def change(metadata: Mapping[str, str], values: Mapping[str, str], removed: Iterable[str] = ()) -> dict[str, str]:

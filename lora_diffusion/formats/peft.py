@@ -17,6 +17,7 @@ from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.files import atomic_path, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._arrays import Array, in_float32
 from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._lora_config import (
     check_config,
@@ -31,7 +32,6 @@ from lora_diffusion.formats.metadata import without_hashes
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from lora_diffusion.core.keymap import KeyMap
 
@@ -58,7 +58,7 @@ class _Peft:
         """Returns the state as it is: PEFT reads the rank and alpha of each module from its record."""
         return state
 
-    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype) -> None:
+    def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype | None) -> None:
         """Writes a folder with one folder for each part, or the folder of a whole model.
 
         Raises:
@@ -74,7 +74,7 @@ class _Peft:
         with atomic_path(path) as folder:
             for part, adapters in groups.items():
                 check_one_kind(part or "the model", adapters.values())
-                tensors: dict[str, Tensor] = {}
+                tensors: dict[str, Array] = {}
                 for name, adapter in adapters.items():
                     tensors |= peft_tensors(PEFT_PREFIX + name, adapter, dtype)
                 _safetensors.save(tensors, {**without_hashes(state.metadata), "format": "pt"}, folder / part / _TENSORS)
@@ -82,13 +82,17 @@ class _Peft:
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads such a folder, or that of one part, whose part is then told by its names."""
+        return in_float32(self.read_stored(path, key_map))
+
+    def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
+        """Reads a folder as `read` does, and keeps the numbers as arrays of their own type."""
         modules: dict[ModuleKey, ModuleAdapter] = {}
         metadata: dict[str, str] = {}
         for folder in part_folders(path):
+            config = read_config(folder)
             tensors, told = _safetensors.load(folder / _TENSORS)
             part = _part_of([name.removeprefix(PEFT_PREFIX) for name in tensors], folder, path, key_map)
             named = {_joined(part, name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
-            config = read_config(folder)
             for key, adapter in read_modules(named, key_map, partial(_alpha, config, part), folder).items():
                 modules[key] = without_recorded_scale(adapter, config, _split(key_map, key)[1])
             metadata.update(told)

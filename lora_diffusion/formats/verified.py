@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
+
 from lora_diffusion.core.errors import VerificationError
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Format
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
+from lora_diffusion.formats._arrays import Array, as_array, same_bits, widen
+from lora_diffusion.formats._safetensors import cast
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,41 +50,51 @@ def write_verified(state: AdapterState, key_map: KeyMap, format_: Format, path: 
     return write_exactly(format_.portable(state), key_map, format_, path, dtype).path
 
 
-def write_exactly(state: AdapterState, key_map: KeyMap, format_: Format, path: Path, dtype: torch.dtype) -> Written:
-    """Writes a state as it is, reads the file back and compares every number; arguments as of `write_verified`.
+def write_exactly(
+    state: AdapterState, key_map: KeyMap, format_: Format, path: Path, dtype: torch.dtype | None
+) -> Written:
+    """Writes a state as it is, reads the file back and compares every bit.
+
+    Args:
+        state: the adapter; tensors, or arrays as `Format.read_stored` gives them.
+        key_map: names of the base's modules in this format.
+        format_: how to spell the file.
+        path: file or folder; replaced if it exists.
+        dtype: number type in the file; None keeps that of each tensor.
 
     Raises:
         VerificationError: the file holds anything but the state rounded to `dtype`.
         UnsupportedError: the format cannot hold a variant.
     """
     format_.write(state, key_map, path, dtype)
-    again = format_.read(path, key_map)
+    again = format_.read_stored(path, key_map)
     faults = [f"{key.part}/{key.path}: is missing" for key in state.modules if key not in again.modules]
     faults += [f"{key.part}/{key.path}: was not written" for key in again.modules if key not in state.modules]
     lost = whole = 0.0
     for key, adapter in state:
         if key in again.modules:
-            rounded = {name: tensor.to(dtype).float() for name, tensor in adapter.tensors.items()}
+            rounded = {name: cast(key.path, tensor, dtype) for name, tensor in adapter.tensors.items()}
             fault = _difference(adapter, rounded, again.modules[key])
             faults += [f"{key.part}/{key.path}: {fault}"] if fault else []
-            lost += _squares(tensor.float() - rounded[name] for name, tensor in adapter.tensors.items())
-            whole += _squares(rounded.values())
+            if dtype is not None:
+                lost += _squares(
+                    widen(as_array(tensor)) - widen(rounded[name]) for name, tensor in adapter.tensors.items()
+                )
+                whole += _squares(map(widen, rounded.values()))
     if faults:
         raise VerificationError(f"{path} does not hold what was to be written; do not use it.", faults[:10])
     return Written(path, math.sqrt(lost / whole) if whole else 0.0)
 
 
-def _difference(told: ModuleAdapter, rounded: Mapping[str, Tensor], found: ModuleAdapter) -> str:
-    import torch
-
+def _difference(told: ModuleAdapter, rounded: Mapping[str, Array], found: ModuleAdapter) -> str:
     if (found.variant, found.tensors.keys()) != (told.variant, told.tensors.keys()):
         return f"is {found.variant} of {', '.join(found.tensors)}"
     # An alpha is kept as float32.
     if not math.isclose(found.scale, told.scale, rel_tol=1e-6):
         return f"its scale became {found.scale:g} instead of {told.scale:g}"
-    changed = [name for name, tensor in rounded.items() if not torch.equal(tensor, found.tensors[name])]
+    changed = [name for name, array in rounded.items() if not same_bits(array, as_array(found.tensors[name]))]
     return f"the numbers of {', '.join(changed)} differ" if changed else ""
 
 
-def _squares(tensors: Iterable[Tensor]) -> float:
-    return sum(float(tensor.flatten().dot(tensor.flatten())) for tensor in tensors)
+def _squares(arrays: Iterable[Array]) -> float:
+    return sum(float(numpy.vdot(array, array)) for array in arrays)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
     They do so in train mode only, which changes nothing else: their dropout is 0 and they hold no batch statistics.
     """
     for network in parts.values():
-        device = next(network.parameters()).device
+        device = next(chain(network.parameters(), network.buffers())).device
         settings = {"use_reentrant": False, "context_fn": partial(_recompute_contexts, device)}
         if enable := getattr(network, "enable_gradient_checkpointing", None):  # diffusers
             enable(partial(checkpoint, **settings))

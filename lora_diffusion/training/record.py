@@ -86,9 +86,11 @@ def metadata(
         batches: how the data was shown.
         step: optimizer steps made.
     """
-    written_at = time.time()
+    written_at, run = time.time(), RunFolder(Path(config.output.path).expanduser())
     training = {
         **_training(config, batches, step),
+        # The config is written when a run begins, or goes on.
+        "training_started_at": run.config_path.stat().st_mtime,
         "training_finished_at": written_at,
         "cache_latents": True if info.prediction else None,
         "zero_terminal_snr": info.zero_terminal_snr if info.prediction else None,
@@ -103,7 +105,7 @@ def metadata(
     return build(
         state,
         architecture=info.architecture,
-        name=RunFolder(Path(config.output.path)).name(config),
+        name=run.name(config),
         written_at=written_at,
         prediction_type=info.prediction,
         training=training,

@@ -10,8 +10,7 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError, InputError
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import detect, stored_dtypes
-from lora_diffusion.formats.clients import guess_family
+from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, is_adapter, stored_dtypes
 
 
 def check_target(path: Path, format_: Format, overwrite: bool) -> None:
@@ -21,16 +20,39 @@ def check_target(path: Path, format_: Format, overwrite: bool) -> None:
         ConfigError: it exists and is not to be, or must not be, replaced.
     """
     check_writable(path.absolute().parent, "--output")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
-    if path.is_dir() and not format_.is_folder:
+    if path.is_dir() and overwrite and not format_.is_folder:
         raise ConfigError(f"--output {path} is a folder, and {format_.name} writes a file; name a file in it.")
-    if path.is_dir() and any(path.iterdir()) and detect(path) != format_.name:
-        raise ConfigError(f"--output {path} is a folder that holds something else; give another name.")
+    if path.is_file() and overwrite and format_.is_folder:
+        raise ConfigError(f"--output {path} is a file, and {format_.name} writes a folder; give another name.")
+    check_replaceable(path, overwrite)
 
 
-def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
-    """Reads an adapter without its base.
+def check_replaceable(path: Path, overwrite: bool) -> None:
+    """Checks that nothing stands under a name, or an adapter that is to be replaced.
+
+    Raises:
+        ConfigError: what stands there is not to be, or must not be, replaced.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"--output {path} exists; give another name or --overwrite.")
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if not is_empty and not is_adapter(path):
+        what = "a folder that holds something else" if path.is_dir() else "no adapter, and nothing else is replaced"
+        raise ConfigError(f"--output {path} is {what}; give another name.")
+
+
+def read_alone(path: Path) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base, in float32; raises as `read_stored_alone`."""
+    family, state = read_stored_alone(path)
+    return family, in_float32(state)
+
+
+def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base and without torch, into arrays of the numbers as they are stored.
+
+    Factors get as many dimensions as the weights of the published base have.
 
     Args:
         path: file or folder.
@@ -39,33 +61,53 @@ def read_alone(path: Path, family_name: str | None = None) -> tuple[Family, Adap
 
     Raises:
         AdapterFileError: it cannot be read, or no family knows all of it.
+        UnsupportedError: it is of a kind, or for a kind of base, that is not known.
         ConfigError: there is no such family.
     """
     format_: Format = registry.find("formats", detect(path))
+    told = clients.sized_as(path) if family_name in clients.PUBLISHED else None
+    if told not in (None, family_name):
+        raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
     guess = family_name or _guess(path)
+    # Sizes alone may deceive: a text encoder of SDXL is as wide as Whisper large.
+    others = [] if family_name else [name for name in registry.available("families") if name != guess]
     faults: list[InputError] = []
-    for name in [guess] if guess else registry.available("families"):
+    unnamed: list[InputError] = []
+    for name in [guess, *others] if guess else others:
         family: Family = registry.find("families", name)
         try:
-            return family, format_.read(path, family.key_map(format_.name, None))
+            names = family.key_map(format_.name, None)
+        except UnsupportedError as error:
+            unnamed.append(error)
+            continue
+        try:
+            state = format_.read_stored(path, names)
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
-    # A family without names for the format says less than one that misses a module.
-    raise next((fault for fault in faults if isinstance(fault, AdapterFileError)), faults[0])
+            continue
+        return family, fit_dimensions(state, clients.published(name)) if name in clients.PUBLISHED else state
+    # A family without names for the format says less than one that cannot read the file.
+    raise (faults or unnamed)[0]
 
 
 def _guess(path: Path) -> str | None:
     try:
-        return guess_family(path)
+        return clients.guess_family(path)
     except AdapterFileError:
         return None
 
 
 def common_dtype(paths: Iterable[Path]) -> str:
     """Returns the number type that all tensors of adapters are stored in, fp32 where they differ."""
-    names = {"F16": "fp16", "BF16": "bf16"}
-    found = set().union(*(stored_dtypes(path) for path in paths))
-    return names.get(found.pop(), "fp32") if len(found) == 1 else "fp32"
+    found = {stored_dtype(path) for path in paths}
+    return (found.pop() or "fp32") if len(found) == 1 else "fp32"
+
+
+def stored_dtype(path: Path) -> str | None:
+    """Returns the number type that the matrices of an adapter are stored in, None for several or an unusual one."""
+    names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+    found = stored_dtypes(path)
+    return names.get(found.pop()) if len(found) == 1 else None
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:

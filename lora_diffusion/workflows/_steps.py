@@ -8,12 +8,12 @@ from typing import Any
 
 from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.plan import plan as make_plan
-from lora_diffusion.adapters.soundness import check_sizes
 from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.soundness import check_sizes
 from lora_diffusion.core.types import AdapterState, AudioText, Chat, ImageText, Loaded, ModuleAdapter, Output, Sample
 from lora_diffusion.evaluation.pictures import grid
 from lora_diffusion.formats import detect

@@ -16,10 +16,11 @@ from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.compose.extract import Extraction
 from lora_diffusion.compose.linear import Term, part_weights
 from lora_diffusion.compose.merge import Merged
+from lora_diffusion.compose.tensor_file import TensorFile
 from lora_diffusion.config.schema import AdapterConfig, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
-from lora_diffusion.core.errors import ConfigError, ModelError
+from lora_diffusion.core.errors import ConfigError, MissingModelError, ModelError
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.lowrank import RankRule
@@ -29,6 +30,9 @@ from lora_diffusion.formats import metadata
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.workflows._files import check_target, file_names, hash_adapter
 from lora_diffusion.workflows._steps import read_adapter
+
+_UNET = "model.diffusion_model."
+"""How names of the UNet begin in a base in one file."""
 
 
 @dataclass(frozen=True)
@@ -211,19 +215,23 @@ def find_model(path: str, family: str | None = None) -> ModelOptions:
     Raises:
         ModelError: no family takes it; says why for each.
     """
-    faults: dict[str, str] = {}
+    faults: dict[str, list[str]] = {}
     for name in [family] if family else registry.available("families"):
         found: Family = registry.find("families", name)
         options: ModelOptions = found.options_type(family=name, path=path)
         try:
             found.check(options)
+        except MissingModelError as error:
+            faults.setdefault(str(error) if family else error.message, []).append(name)
         except ModelError as error:
-            faults[name] = str(error)
+            faults.setdefault(str(error), []).append(name)
         else:
             return options
-    if len(set(faults.values())) == 1:
-        raise ModelError(faults.popitem()[1])
-    raise ModelError(f"{path} is no base of a known family.", [f"{name}: {fault}" for name, fault in faults.items()])
+    if len(faults) == 1:
+        raise ModelError(next(iter(faults)))
+    raise ModelError(
+        f"{path} is no base of a known family.", [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
+    )
 
 
 def _open(model: ModelOptions, *more: str) -> tuple[Family, Checkpoint]:
@@ -242,6 +250,8 @@ def _check_output(base: Path, output: Path, overwrite: bool) -> None:
         raise ConfigError(f"--output {output} lies in the base that is read; give another name.")
     if new.exists() and not overwrite:
         raise ConfigError(f"--output {output} exists; give another name or --overwrite.")
+    if new.is_file() and not _is_checkpoint(new):
+        raise ConfigError(f"--output {output} is no base, and nothing else is replaced; give another name.")
     is_base = any((new / name).is_file() for name in ("model_index.json", "config.json"))
     if new.is_dir() and any(new.iterdir()) and not is_base:
         raise ConfigError(f"--output {output} is a folder that holds something else; give another name.")
@@ -249,3 +259,11 @@ def _check_output(base: Path, output: Path, overwrite: bool) -> None:
         raise ConfigError(f"--output {output}: a base in one file becomes one; name a file that ends in .safetensors.")
     if base.is_dir() and new.is_file():
         raise ConfigError(f"--output {output} is a file, and the base is a folder; name a folder.")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Says whether a file is a whole safetensors file with names of a base."""
+    try:
+        return any(name.startswith(_UNET) for name in TensorFile(path).tensors)
+    except ModelError:
+        return False

@@ -20,6 +20,7 @@ from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.formats import clients, detect
+from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.workflows._files import check_target, common_dtype, file_names, hash_adapter, read_alone
 
@@ -172,6 +173,6 @@ def _source(path: Path, term: Term) -> Source:
 
 
 def _write(made: Sum, sources: Sequence[Source], family: Family, format_: Format, path: Path, dtype: str) -> None:
-    told = record.metadata(sources, made, path.stem, time.time())
+    told = with_base(record.metadata(sources, made, path.stem, time.time()), family.name)
     key_map = family.key_map(format_.name, None)
     write_verified(AdapterState(made.modules, told), key_map, format_, path, find_dtype(dtype))

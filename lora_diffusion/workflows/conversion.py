@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import READERS, as_safetensors, detect
+from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions
+from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
-from lora_diffusion.workflows._files import check_target, common_dtype, read_alone
+from lora_diffusion.workflows._files import check_target, common_dtype, read_stored_alone, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def convert(
 ) -> Conversion:
     """Writes an adapter in another spelling, with the same tensors, alphas and metadata.
 
+    The kind of base, by which A1111 and Forge list files, is added to the metadata where it is missing.
+
     Args:
         input_path: adapter file, or folder saved by PEFT.
         output_path: file, or folder if the format is one.
@@ -90,15 +92,17 @@ def convert(
     """
     format_: Format = registry.find("formats", READERS.get(format_name, format_name))
     check_target(output_path, format_, overwrite)
-    with one_thread(), as_safetensors(input_path) if is_pickle else nullcontext(input_path) as path:
+    with as_safetensors(input_path) if is_pickle else nullcontext(input_path) as path:
         source: Format = registry.find("formats", detect(path))
         if model_path is None:
-            family, state = read_alone(path, family_name)
+            family, state = read_stored_alone(path, family_name)
             names = family.key_map(format_.name, None)
         else:
             family, state, names = _read_for(model_path, family_name, path, source, format_)
+        state = replace(state, metadata=with_base(state.metadata, family.name))
+        kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
-        written = write_exactly(state, names, format_, output_path, find_dtype(dtype))
+        written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
     return Conversion(
         output_path,
         source.name,
@@ -116,11 +120,12 @@ def _read_for(
 ) -> tuple[Family, AdapterState, KeyMap]:
     """Returns the family of a base, the adapter with the names of its modules, and those in the target format."""
     # Only now, since it takes seconds to import what builds a base.
-    from lora_diffusion.adapters.state import check_fit
+    from lora_diffusion.adapters.state import check_fit, weight_shapes
     from lora_diffusion.workflows.checkpoints import find_model
 
     model = find_model(model_path, family_name)
     family: Family = registry.find("families", model.family)
-    state = source.read(path, family.key_map(source.name, model))
-    check_fit(state, family.skeleton(model), str(path))
+    skeleton = family.skeleton(model)
+    state = fit_dimensions(source.read_stored(path, family.key_map(source.name, model)), weight_shapes(skeleton))
+    check_fit(state, skeleton, str(path))
     return family, state, family.key_map(target.name, model)

@@ -73,16 +73,18 @@ def step_memory(
     """Rehearses a step on samples of a size; the skeleton cannot be used afterwards."""
     device, trained = pick_device(), frozenset(config.adapter.parts)
     dtype, kind = frozen_dtype(config.model.dtype, device), config.model.quantization
-    examples = family.example(config.model, trained, config.train.batch_size, size)
-    parts = {name: skeleton[name] for name in examples}
+    example = family.example(config.model, trained, config.train.batch_size, size)
+    called = {**skeleton, **example.heads}
+    parts = {name: called[name] for name in example.inputs}
     weights = sum(weight_bytes(network, kind, dtype) for network in parts.values())
     for network in parts.values():
+        network.requires_grad_(False)
         stand_in(network, [path for path, _ in chosen(network, kind)])
     variant = variants.find(config.adapter.variant, kind)
     loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
     params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
     return memory.estimate(
-        loaded.parts, examples, params, config.train, weights_bytes=weights, dtype=dtype, device=device
+        loaded.parts, example.inputs, params, config.train, weights_bytes=weights, dtype=dtype, device=device
     )
 
 

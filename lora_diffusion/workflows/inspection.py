@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.formats import FileReport, describe_file
 
 
 def inspect(path: Path) -> FileReport:
     """Says what an adapter file is; needs no base model."""
-    with one_thread():
-        return describe_file(path)
+    return describe_file(path)

@@ -13,6 +13,7 @@ from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import metadata as texts
 from lora_diffusion.formats._safetensors import load_unchecked, read_header, rewrite
 from lora_diffusion.formats.thumbnail import data_url
+from lora_diffusion.workflows._files import check_replaceable
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def edit_metadata(
     *,
     thumbnail: Path | None = None,
     output_path: Path | None = None,
+    overwrite: bool = False,
 ) -> MetadataChange:
     """Sets and takes out texts, computes the hashes of the file anew and writes it.
 
@@ -73,27 +75,31 @@ def edit_metadata(
         removed: names.
         thumbnail: a picture that becomes modelspec.thumbnail.
         output_path: where to write; the file itself without one.
+        overwrite: replace another adapter that is there.
 
     Raises:
         InputError: the file, a picture or a name cannot be used; nothing is written then.
     """
     pictures = {"modelspec.thumbnail": data_url(thumbnail)} if thumbnail else {}
     old = read_header(_file(path)).metadata
-    return _write(path, texts.change(old, {**values, **pictures}, removed), output_path)
+    return _write(path, texts.change(old, {**values, **pictures}, removed), output_path, overwrite)
 
 
-def strip_metadata(path: Path, kept: Sequence[str] = (), output_path: Path | None = None) -> MetadataChange:
+def strip_metadata(
+    path: Path, kept: Sequence[str] = (), output_path: Path | None = None, *, overwrite: bool = False
+) -> MetadataChange:
     """Takes out all texts but those that clients need to list the file, and those that are asked for.
 
     Args:
         path: safetensors file.
         kept: names; one that ends in "*" means all that begin so.
         output_path: where to write; the file itself without one.
+        overwrite: replace another adapter that is there.
 
     Raises:
         InputError: the file or a name cannot be used; nothing is written then.
     """
-    return _write(path, texts.strip(read_header(_file(path)).metadata, kept), output_path)
+    return _write(path, texts.strip(read_header(_file(path)).metadata, kept), output_path, overwrite)
 
 
 def _file(path: Path) -> Path:
@@ -103,13 +109,17 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _write(path: Path, metadata: Mapping[str, str], output_path: Path | None) -> MetadataChange:
+def _write(path: Path, metadata: Mapping[str, str], output_path: Path | None, overwrite: bool) -> MetadataChange:
     target = output_path or path
     check_writable(target.absolute().parent, "--output")
     if target.is_dir():
         raise ConfigError(f"--output {target} is a folder; name a file.")
-    old = read_header(path).metadata
-    computed = texts.hashes(load_unchecked(path), metadata)
+    if target.resolve() != path.resolve():
+        check_replaceable(target, overwrite)
+    header = read_header(path)
+    old, tensors = header.metadata, load_unchecked(path)
+    # The tensors stay in the order that the file has, which need not be that of the safetensors library.
+    computed = texts.hashes(tensors, metadata, {name: header.tensors[name] for name in tensors})
     new = {**metadata, **{key: value for key, value in computed.items() if key in metadata}}
     rewrite(path, new, target)
     return MetadataChange(

@@ -27,7 +27,7 @@ _SETTINGS = {
     "trained parts and modules": "ss_network_args",
     "rank": "ss_network_dim",
     "alpha": "ss_network_alpha",
-    "pictures per epoch": "ss_num_train_images",
+    "samples per epoch": "ss_num_train_images",
     "size": "modelspec.resolution",
     "steps": "ss_steps",
     "batch size": "ss_total_batch_size",
@@ -40,6 +40,11 @@ _SETTINGS = {
 """Label -> metadata that tells it."""
 _READS = {"comfyui": "kohya", "a1111": "kohya", "forge": "kohya", "kohya": "kohya"}
 """Client -> the spelling that it reads; diffusers reads its own and kohya's."""
+_WRITERS = {
+    "llava": ("image-text-to-text", "AutoModelForImageTextToText"),
+    "whisper": ("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"),
+}
+"""Families that write -> what the hub calls what they do, and the class of transformers that loads their bases."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Package:
     base: str
     """A hub id, or what else the base is called."""
     evaluation: Evaluation | None = None
+
+    @property
+    def writer(self) -> tuple[str, str] | None:
+        """What _WRITERS says of its family."""
+        return _WRITERS.get(self.metadata.get("modelspec.architecture", "").split("/")[0])
 
 
 def collect(source: Path) -> Package:
@@ -149,8 +159,11 @@ def _head(package: Package) -> dict[str, Any]:
         "instance_prompt": trigger,
         "widget": widget or None,
     }
-    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", "lora-diffusion"]
     kept = {key: value for key, value in head.items() if value}
+    if package.writer:
+        task = package.writer[0]
+        return {"library_name": "peft", "pipeline_tag": task, "tags": [task, "lora", "lora-diffusion"], **kept}
+    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", "lora-diffusion"]
     return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **kept}
 
 
@@ -167,6 +180,8 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
         "pictures": package.pictures,
         "trigger": trigger,
         "trigger_code": _code(f" {trigger}" if trigger else ""),
+        "model_class": package.writer and package.writer[1],
+        "folder": package.adapters.get("peft"),
         "clients": clients,
         "others": others,
         "network_module": metadata.get("ss_network_module", "networks.lora"),

@@ -15,7 +15,7 @@ from lora_diffusion.core.protocols import Family
 from lora_diffusion.formats import clients
 from lora_diffusion.formats.clients import Base, Verdict
 
-_FORMATS = ("kohya", "diffusers", "peft")
+_SPELLINGS = ("kohya", "diffusers", "peft", "norms")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def warn(path: Path, found: Sequence[str]) -> None:
 
 def _published(name: str) -> Base:
     family: Family = registry.find("families", name)
-    return Base(name, clients.published(name), [family.key_map(format_name, None) for format_name in _FORMATS])
+    return Base(name, clients.published(name), [family.key_map(spelling, None) for spelling in _SPELLINGS])
 
 
 def _named(path: str) -> Base:
@@ -114,14 +114,7 @@ def _named(path: str) -> Base:
 
 
 def _of(family: Family, model: ModelOptions) -> Base:
-    from torch import nn
+    from lora_diffusion.adapters.state import weight_shapes
 
-    from lora_diffusion.core.types import ModuleKey
-
-    shapes = {
-        ModuleKey(part, path): tuple(module.weight.shape)
-        for part, network in family.skeleton(model).items()
-        for path, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    return Base(family.name, shapes, [family.key_map(name, model) for name in _FORMATS])
+    shapes = weight_shapes(family.skeleton(model))
+    return Base(family.name, shapes, [family.key_map(name, model) for name in _SPELLINGS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import resource
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_diffusion.cli import main as cli
 
@@ -54,6 +57,25 @@ def test_answers_without_the_heavy_libraries(arguments: list[str], code: int) ->
         [sys.executable, "-c", _RUN_AND_TELL, *arguments], check=False, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == repr((code, [])), done.stderr
+
+
+def test_work_on_files_does_not_wait_for_torch(tmp_path: Path) -> None:
+    """torch alone takes longer to import than these commands to run."""
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 2048) / 8, f"{stem}.lora_up.weight": torch.ones(640, 2) / 8}
+    for name, dtype in (("half", torch.float16), ("brain", torch.bfloat16), ("full", torch.float32)):
+        path = tmp_path / f"{name}.safetensors"
+        own = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        save_file({**own, f"{stem}.alpha": torch.tensor(2.0)}, path, {"ss_seed": "1"})
+        commands = [["inspect", path], ["metadata", "edit", path, "--set", "modelspec.title=t"]]
+        commands += [["convert", path, tmp_path / f"{name}.{to}", "--to", to] for to in ("kohya", "diffusers", "peft")]
+        for arguments in commands:
+            done = subprocess.run(
+                [sys.executable, "-c", _RUN_AND_TELL, *map(str, arguments)], check=False, capture_output=True, text=True
+            )
+            code, heavy = ast.literal_eval(done.stdout.splitlines()[-1])
+            assert code == 0, done.stderr
+            assert {*heavy} <= {"numpy"}, arguments
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "train.max_step=3"]], ids=" ".join)

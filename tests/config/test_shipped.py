@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,8 +17,10 @@ from lora_diffusion.config.load import load
 from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.files import shipped_path
-from tests.families import full_size
-from tests.tiny_llava import published_llava_parts
+from lora_diffusion.core.types import BaseInfo
+from lora_diffusion.workflows.estimation import step_memory
+from scripts import full_size
+from tests.tiny_llava import published_llava_config, published_llava_parts
 from tests.tiny_whisper import published_parts
 
 PUBLISHED = {
@@ -33,6 +39,35 @@ def test_there_are_some_and_all_are_listed() -> None:
     assert sorted(path for path, _ in shipped().values()) == FILES
     others = [path for path in shipped_path("configs").rglob("*") if path.is_file() and path not in FILES + SUITES]
     assert others == []
+
+
+LONGEST = {"whisper": (1, 100), "llava": (1024, 1)}
+"""Family -> sizes of the sample that the headings speak of: tokens of a transcript, and of a conversation."""
+
+
+def headings() -> Iterator[Any]:
+    for path in FILES:
+        if path.parent.name in LONGEST and not load(path).model.path.startswith("builtin:"):
+            marks = [] if path.stem == "tiny" else [pytest.mark.slow]
+            yield pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=marks)
+
+
+@pytest.mark.parametrize("path", list(headings()))
+def test_heading_gives_the_memory_that_is_estimated(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = path.parent.name
+    published = full_size.whisper_config(path.stem) if name == "whisper" else published_llava_config()
+    published.save_pretrained(tmp_path)
+    monkeypatch.setattr(import_module(f"lora_diffusion.families.{name}"), "_find", lambda options: tmp_path)
+    config = load(path, ["model.dtype=bf16", "train.precision=bf16"])
+    family = registry.find("families", name)
+    skeleton = family.skeleton(config.model)
+    made = plan(skeleton, family.parts, config.adapter)
+    told = step_memory(config, family, BaseInfo(0, 0, "", "", ""), skeleton, made, LONGEST[name])
+    heading = re.search(r"About ([\d.]+) GiB", path.read_text("utf-8").splitlines()[0])
+    assert heading
+    assert told.total_bytes / 2**30 == pytest.approx(float(heading[1]), rel=0.03)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

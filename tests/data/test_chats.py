@@ -99,6 +99,21 @@ FAULTS: dict[str, tuple[Any, str]] = {
         {"image": "a.png", "conversations": [{"from": "human", "value": "<image>a"}, {"from": "human", "value": "b"}]},
         "turn 2 is the user's, where the assistant's is due",
     ),
+    "the same question twice": (
+        {"image": "a.png", "conversations": [{"from": "human", "value": "<image>a"}] * 2},
+        "turn 2 is the user's, where the assistant's is due",
+    ),
+    "two answers after a system turn": (
+        {
+            "image": "a.png",
+            "conversations": [
+                {"from": "system", "value": "be short"},
+                {"from": "human", "value": "<image>a"},
+                *[{"from": "gpt", "value": "b"}] * 2,
+            ],
+        },
+        "turn 4 is the assistant's, where the user's is due",
+    ),
     "answer first": (
         {"image": "a.png", "conversations": [{"from": "gpt", "value": "<image>a"}, {"from": "human", "value": "b"}]},
         "turn 1 is the assistant's, where the user's is due",
@@ -143,6 +158,13 @@ class TestFaults:
         assert len(caught.value.faults) == len(FAULTS) + 1
         assert not any("\n" in fault for fault in caught.value.faults)
         assert any(fault.startswith("more.jsonl, line 1: is not JSON") for fault in caught.value.faults)
+
+    def test_a_file_of_another_encoding_is_one_fault(self, folder: Path) -> None:
+        (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
+        with pytest.raises(DataError, match="1 fault in 1 files and pictures") as caught:
+            _read(folder)
+        (told,) = caught.value.faults
+        assert told.startswith("chats.json: byte 0xfc at position 14 (line 1) is not UTF-8")
 
     def test_too_long_ones_are_skipped_if_asked(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_chats(folder, [LAYOUTS["LLaVA"], FAULTS["too long"][0]])

@@ -132,7 +132,7 @@ class TestFaults:
             "empty.flac": "is empty (0 bytes)",
             "silent.wav": "is silent",
             "nothing.wav": "holds 0.00 s of sound",
-            "long.flac": "is 2:00:00 long, and the base hears 1 s at once",
+            "long.flac": "is 2:00:00 long, and at most 1.0 s can be used; cut it, or set data.long=split",
             "latin.txt": "byte 0xfc at position 2 (line 1) is not UTF-8",
             "wide.txt": "is not UTF-8",
             "blank.wav": "its transcript in blank.txt is empty",
@@ -142,6 +142,7 @@ class TestFaults:
         assert faults.keys() == expected.keys()
         for name, text in expected.items():
             assert text in faults[name]
+        assert " at 0x" not in str(raised.value)  # addresses of streams
 
     def test_a_file_that_breaks_off(self, tmp_path: Path) -> None:
         path = write_recording(tmp_path / "a.flac", "one", seconds=0.9)
@@ -149,12 +150,47 @@ class TestFaults:
         with pytest.raises(DataError, match=r"a\.flac: (breaks off|cannot be decoded)"):
             _read(tmp_path)
 
+    def test_a_wav_file_that_breaks_off(self, tmp_path: Path) -> None:
+        path = write_recording(tmp_path / "a.wav", "one", seconds=0.9)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DataError, match=r"a\.wav: breaks off after 0\.4 of 0\.9 s"):
+            _read(tmp_path)
+
+    def test_a_wav_file_from_a_pipe_has_no_length(self, tmp_path: Path) -> None:
+        path = write_recording(tmp_path / "a.wav", "one", seconds=0.9)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:4] + b"\xff\xff\xff\xff" + whole[8:])
+        (sample,) = _read(tmp_path)
+        assert sample.duration_s == pytest.approx(0.9)
+
+    def test_a_table_that_cannot_be_read_is_the_only_fault(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav")
+        (tmp_path / "metadata.csv").write_bytes("file_name,transcription\na.wav,gr\xfcn".encode("latin-1"))
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        (fault,) = raised.value.faults
+        assert fault.startswith("metadata.csv: byte 0xfc at position 32 (line 2) is not UTF-8")
+
+    def test_a_comma_without_quotes_is_no_end_of_a_transcript(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav")
+        write_recording(tmp_path / "b.wav")
+        (tmp_path / "metadata.csv").write_text("file_name,transcription\na.wav,one, two\nb.wav,three\n")
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        (fault,) = raised.value.faults
+        assert fault.startswith("metadata.csv, line 2: has more columns than the header")
+
     def test_bad_ones_can_be_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_recording(tmp_path / "good.wav", "one")
         soundfile.write(tmp_path / "silent.wav", np.zeros(RATE // 2), RATE)
         (tmp_path / "silent.txt").write_text("one")
         assert [sample.key for sample in _read(tmp_path, skip_bad=True)] == ["good.wav"]
         assert "Left out recordings that cannot be used: 1 (silent.wav)." in caplog.text
+        write_recording(tmp_path / "mute.wav")
+        with pytest.raises(DataError) as caught:
+            _read(tmp_path, skip_bad=True)
+        assert "data.skip_bad" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("line", "fault"),
@@ -204,7 +240,7 @@ class TestLong:
 
     def test_slow_views_count(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav", "one", seconds=0.9)
-        with pytest.raises(DataError, match=r"is 0.9 s long, and the base hears 0.8 s at once"):
+        with pytest.raises(DataError, match=r"is 0.9 s long, and at most 0.8 s can be used"):
             _read(tmp_path, speeds=(1.0, 0.8))
 
     def test_joined_segments_are_as_few_as_can_be(self) -> None:

@@ -38,7 +38,7 @@ def test_rates_are_edits_over_length_and_worst_come_first() -> None:
 def test_page(tmp_path: Path) -> None:
     before = judge(["a", "b"], ["one <two>", "three"], ["none", "three"], lambda text: text)
     after = judge(["a", "b"], ["one <two>", "three"], ["one two", "three"], lambda text: text)
-    page = whisper._page({"new accent and words": (before, after)})
+    page = whisper.SHOW.page({"new accent and words": (before, after)})
     training = Training(metrics=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], facts={"adapter.rank": "8"})
     write_text_page(tmp_path / "report.html", page, training=training, next_commands=("do this",))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -277,10 +277,10 @@ class TestBase:
         skeleton = setup.family.skeleton(setup.options())
         for trained in (frozenset[str](), frozenset(setup.family.parts)):
             size = KINDS[setup.family.sample_type].largest(setup.samples)
-            examples = setup.family.example(setup.options(), trained, 2, size)
-            assert trained <= examples.keys()
-            for part, inputs in examples.items():
-                assert skeleton[part](**inputs)[0].is_meta
+            example = setup.family.example(setup.options(), trained, 2, size)
+            assert trained <= example.inputs.keys()
+            for name, inputs in example.inputs.items():
+                assert {**skeleton, **example.heads}[name](**inputs)[0].is_meta
 
 
 class TestNames:

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from torch import nn
 
 from lora_diffusion.families._names import key_map
-from tests.families.full_size import skeleton
+from scripts.full_size import skeleton
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,12 @@ def test_a_vae_that_overflows_stays_in_fp32(base: Path, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     loaded = FAMILY.load(SDXLOptions(path=str(tmp_path), dtype="fp16"), torch.device("cpu"))
     assert loaded.modules["vae"].dtype == torch.float16
+    config_path = tmp_path / "vae" / "config.json"
+    config = json.loads(config_path.read_text())
+    del config["force_upcast"]
+    config_path.write_text(json.dumps(config))
+    loaded = FAMILY.load(SDXLOptions(path=str(tmp_path), dtype="fp16"), torch.device("cpu"))
+    assert loaded.modules["vae"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -99,6 +99,8 @@ def test_every_key_is_consumed_under_the_names_of_checkpoints(family: str, base:
         (("v_pred", "ztsnr"), {}, "v_prediction", True),
         ((), {"modelspec.prediction_type": "v"}, "v_prediction", False),
         ((), {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+        ((), {"modelspec.predict_key": "v"}, "v_prediction", False),
+        ((), {"modelspec.predict_key": "epsilon"}, "epsilon", False),
     ],
 )
 def test_marks_of_fine_tunes_are_read(

@@ -10,7 +10,7 @@ import pytest
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.types import ModuleKey
 from lora_diffusion.families._names import key_map
-from tests.families.full_size import skeleton
+from scripts.full_size import skeleton
 
 TO_Q = ModuleKey("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
 TEXT = ModuleKey("text_encoder", "encoder.layers.3.self_attn.q_proj")

@@ -37,7 +37,7 @@ _ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "not a safetensors file"),
+        (b"", "is empty"),
         (b"hello world, this is text", "not a safetensors file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"PK\x03\x04 and so on", "is a pickle"),

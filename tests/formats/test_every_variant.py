@@ -22,7 +22,7 @@ from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.families._names import key_map
 from lora_diffusion.formats import check_output, describe_file, detect
 from lora_diffusion.formats.verified import write_exactly, write_verified
-from tests.families.full_size import skeleton
+from scripts.full_size import skeleton
 from tests.formats.trained import FAMILIES, MIXED, PIPELINES, answers, bare, names_of, parts_of, trained
 from tests.tiny_adapters import same
 
@@ -242,6 +242,29 @@ def test_kohya_files_are_complete_and_have_one_alpha_in_each_part(family: str, t
     expected, found = _expected(uneven, family), _expected(again, family)
     for part, answer in found.items():
         torch.testing.assert_close(answer, expected[part], **_CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["dora", "loha", "lokr"])
+def test_attention_of_a_text_encoder_is_completed_beside_other_kinds(variant: str, tmp_path: Path) -> None:
+    state = trained("sd2", variant)
+    modules = {key: own for key, own in state if key.path.endswith(("q_proj", "v_proj"))}
+    partial, kohya, names = AdapterState(modules), registry.find("formats", "kohya"), names_of("kohya", "sd2")
+    path = write_verified(partial, names, kohya, tmp_path / "a.safetensors", torch.float32)
+    again = kohya.read(path, names)
+    added = [own for key, own in again if key not in modules]
+    assert len(added) == len(modules)
+    assert {(own.variant, float(own.tensors["up"].abs().sum())) for own in added} == {("lora", 0.0)}
+    assert same(replace(again, modules={key: again.modules[key] for key in modules}), partial)
+    for part, answer in _expected(again, "sd2").items():
+        torch.testing.assert_close(answer, _expected(partial, "sd2")[part], **_CLOSE)
+
+
+def test_dora_along_outputs_stays_alone(tmp_path: Path) -> None:
+    state = trained("sd1", "dora_out")
+    modules = {key: own for key, own in state if key.path.endswith("q_proj")}
+    names, diffusers = names_of("diffusers", "sd1"), registry.find("formats", "diffusers")
+    path = write_verified(AdapterState(modules), names, diffusers, tmp_path / "a.safetensors", torch.float32)
+    assert diffusers.read(path, names).modules.keys() == modules.keys()
 
 
 def _full_state(family: str, *variants: str) -> AdapterState:

@@ -24,9 +24,16 @@ _FORMATS = ("kohya", "diffusers", "peft")
 _LINEAR = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 _CONV = ModuleKey("unet", "mid_block.resnets.0.conv1")
 _TEXT = ModuleKey("text_encoder", "encoder.layers.0.self_attn.q_proj")
+_NORM = ModuleKey("unet", "mid_block.resnets.0.norm1")
 _SHAPES = {_LINEAR: (6, 6), _CONV: (6, 4, 3, 3), _TEXT: (4, 4)}
-_NAMES = [key_map(name, None, "sd1") for name in _FORMATS]
-_BASE = clients.Base("sd1", _SHAPES, _NAMES)
+_NAMES = [key_map(name, None, "sd1") for name in (*_FORMATS, "norms")]
+_NORM_NAME = _NAMES[3].name(_NORM)
+_BASE = clients.Base("sd1", {**_SHAPES, _NORM: (4,)}, _NAMES)
+_LOKR = {
+    _LINEAR: {"w1": (2, 2), "w2": (3, 3)},
+    _TEXT: {"w1_a": (2, 1), "w1_b": (1, 2), "w2": (2, 2)},
+    _CONV: {"w1": (2, 2), "w2_a": (1, 3), "w2_b": (1, 2), "t2": (1, 1, 3, 3)},
+}
 
 
 def _pair(shape: tuple[int, ...], rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +60,25 @@ def _lycoris() -> bytes:
     return save({**tensors, f"{loha}.alpha": torch.tensor(1.0)}, {"ss_network_module": "lycoris.kohya"})
 
 
+def _rare() -> bytes:
+    """Kinds that are known and not read."""
+    names = [_NAMES[0].name(key) for key in (_LINEAR, _CONV, _TEXT)]
+    tensors = {f"{names[0]}.oft_blocks": torch.ones(2, 3, 3), f"{names[0]}.rescale": torch.ones(6, 1)}
+    tensors |= {f"{names[1]}.diff": torch.ones(6, 4, 3, 3), f"{names[1]}.diff_b": torch.ones(6)}
+    tensors |= {f"{names[2]}.{role}.weight": torch.ones(4, 4) for role in ("a1", "a2", "b1", "b2")}
+    tensors |= {f"{_NORM_NAME}.{role}": torch.ones(4) for role in ("w_norm", "b_norm")}
+    return save(tensors, {"ss_network_module": "lycoris.kohya"})
+
+
+def _lokr() -> bytes:
+    tensors = {
+        f"{_NAMES[0].name(key)}.lokr_{role}": torch.ones(shape)
+        for key, shapes in _LOKR.items()
+        for role, shape in shapes.items()
+    }
+    return save({**tensors, f"{_NAMES[0].name(_CONV)}.alpha": torch.tensor(1.0)}, {"ss_base_model_version": "sd_v1"})
+
+
 def _dotted(prefix: Callable[[ModuleKey], str], record: dict[str, str]) -> bytes:
     tensors = {}
     for key, shape in _SHAPES.items():
@@ -66,6 +92,8 @@ _RECORD = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, va
 CONTENTS = {
     "kohya": _kohya(),
     "lycoris": _lycoris(),
+    "lokr": _lokr(),
+    "rare": _rare(),
     "diffusers": _dotted(_NAMES[1].name, _RECORD),
     "peft": _dotted(lambda key: f"base_model.model.{key.path}", {}),
 }
@@ -76,9 +104,10 @@ _JSON = st.recursive(
 )
 _TYPES = ("F32", "F16", "BF16", "I64", "I8", "BOOL", "F8_E4M3")
 _PIECES = ("lora_unet_", "lora_te2_", "unet.", ".alpha", ".dora_scale", ".lora_down.weight", ".lora_mid.weight")
-_OTHERS = (".lora_A.default.weight", ".hada_t1", ".lokr_w1_a", ".oft_blocks", ".diff", "lora_adapter_metadata")
+_OTHERS = (".lora_A.default.weight", ".hada_t1", ".lokr_w1_a", ".oft_blocks", ".diff", ".rescale", ".w_norm")
+_RECORDED = (_NORM_NAME, "lora_adapter_metadata")
 _HOSTILE = ("../../x", "/etc/passwd", "\x1b[2J", "\ud800", "", "__metadata__")
-_WORDS = st.sampled_from((*_TYPES, *_PIECES, *_OTHERS, *_HOSTILE))
+_WORDS = st.sampled_from((*_TYPES, *_PIECES, *_OTHERS, *_RECORDED, *_HOSTILE))
 _VALUES = _JSON | _WORDS | st.lists(st.integers(0, 4), max_size=5)
 
 
@@ -198,7 +227,11 @@ def _verify(path: Path) -> None:
 
 def _read(path: Path) -> None:
     name = detect(path)
-    registry.find("formats", name).read(path, _NAMES[_FORMATS.index(name)])
+    state = registry.find("formats", name).read(path, _NAMES[_FORMATS.index(name)])
+    for other, names in zip(_FORMATS, _NAMES[:-1], strict=True):
+        format_ = registry.find("formats", other)
+        _attempt(lambda own=(format_, names): own[0].write(state, own[1], path.parent / own[0].name, torch.float32))
+        _attempt(lambda own=format_: own.portable(state))
 
 
 def _look(path: Path) -> None:
@@ -241,7 +274,7 @@ _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthChec
 
 @pytest.mark.parametrize("kind", CONTENTS)
 @settings(
-    max_examples=125, deadline=None, derandomize=True, database=None, phases=_PHASES, suppress_health_check=_CHECKS
+    max_examples=84, deadline=None, derandomize=True, database=None, phases=_PHASES, suppress_health_check=_CHECKS
 )
 @given(draw=st.data())
 def test_mutated_files(folder: Path, kind: str, draw: st.DataObject) -> None:
@@ -251,7 +284,7 @@ def test_mutated_files(folder: Path, kind: str, draw: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTENTS)
-@settings(max_examples=5000, deadline=None, database=None, phases=_PHASES, suppress_health_check=_CHECKS)
+@settings(max_examples=3334, deadline=None, database=None, phases=_PHASES, suppress_health_check=_CHECKS)
 @given(draw=st.data())
 def test_very_many_mutated_files(folder: Path, kind: str, draw: st.DataObject) -> None:
     """20,000 files."""
@@ -268,5 +301,5 @@ def test_unchanged_files_are_read(kind: str, tmp_path: Path) -> None:
         (path / "unet").mkdir(parents=True)
         (path / "unet" / "adapter_model.safetensors").write_bytes(CONTENTS[kind])
         (path / "unet" / "adapter_config.json").write_text(json.dumps(_CONFIG))
-    assert describe_file(path).num_modules
-    assert len(clients.verify(path, _BASE)) == len(clients.CLIENTS)
+    _inspect(path)
+    assert all(verdict.num_modules >= 2 for verdict in clients.verify(path, _BASE))

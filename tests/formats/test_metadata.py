@@ -33,7 +33,7 @@ def test_texts() -> None:
     assert json.loads(told["ss_dataset_dirs"]) == {"d": {"img_count": 2}}
     assert told["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert told["modelspec.resolution"] == "512x768"
-    assert told["modelspec.prediction_type"] == "epsilon"
+    assert told["modelspec.prediction_type"] == told["modelspec.predict_key"] == "epsilon"
     assert told["modelspec.trigger_phrase"] == "sks"
     assert all(isinstance(value, str) for value in told.values())
 

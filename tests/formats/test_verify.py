@@ -7,16 +7,19 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_diffusion.adapters.state import weight_shapes
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.types import AdapterState, ModuleKey
@@ -34,13 +37,7 @@ _METADATA = {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.arch
 
 
 def _base_of(parts: Mapping[str, torch.nn.Module], family: str) -> Base:
-    shapes = {
-        ModuleKey(part, path): tuple(module.weight.shape)
-        for part, network in parts.items()
-        for path, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-    }
-    return Base(family, shapes, [key_map(name, parts, family) for name in _FORMATS])
+    return Base(family, weight_shapes(parts), [key_map(name, parts, family) for name in (*_FORMATS, "norms")])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, base: Base) -> dict[str, Pat
     folder = tmp_path_factory.mktemp("files")
     state = AdapterState(random_state(tiny_loaded(), alpha=3.0).modules, _METADATA)
     paths = {}
-    for name, names in zip(_FORMATS, base.names, strict=True):
+    for name, names in zip(_FORMATS, base.names[:-1], strict=True):
         paths[name] = folder / (name if name == "peft" else f"{name}.safetensors")
         registry.find("formats", name).write(state, names, paths[name], torch.float32)
     return paths
@@ -114,7 +111,7 @@ def _loha(tensors: Tensors) -> Tensors:
     stem = f"lora_unet_{_Q}"
     factors = {"w1_a": (32, 2), "w1_b": (2, 32), "w2_a": (32, 2), "w2_b": (2, 32)}
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(stem)}
-    own = {f"{stem}.hada_{role}": torch.ones(shape) for role, shape in factors.items()}
+    own = {f"{stem}.hada_{role}": torch.full(shape, 0.1) for role, shape in factors.items()}
     return {**kept, **own, f"{stem}.alpha": torch.tensor(1.0)}
 
 
@@ -125,7 +122,28 @@ def _uneven_alpha(tensors: Tensors) -> Tensors:
     }
 
 
+def _processor(tensors: Tensors) -> Tensors:
+    own = f"lora_unet_{_Q}"
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+    return {f"{path}.{role}.weight": tensors[f"{own}.lora_{role}.weight"] for role in ("down", "up")}
+
+
+def _in_place_of_query(kind: str, shapes: dict[str, tuple[int, ...]]) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        kept = {name: tensor for name, tensor in tensors.items() if _Q not in name}
+        own = {f"lora_unet_{_Q}.{kind}{role}": torch.full(shape, 0.1) for role, shape in shapes.items()}
+        return {**kept, **own}
+
+    return change
+
+
+def _hybrid(tensors: Tensors) -> Tensors:
+    return _rename("lora_up", "lora_B")(_rename("lora_down", "lora_A")(tensors))
+
+
 _LOST, _WRONG = "lost", "wrong"
+_KIND_OF_LYCORIS = {"comfyui": {}, "forge": {}, "a1111": {}}
+_MISFITS = {"comfyui": {"shape": _LOST}, "a1111": {"shape": _LOST}, "forge": {"shape": _WRONG}}
 
 
 def _all(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -189,7 +207,21 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
     ),
     "overflow": (
         _change(f"{_Q}.lora_up.weight", lambda tensor: tensor * 1e6),
-        {"comfyui": {}, "a1111": {"float16 overflow": _WRONG}, "diffusers": {"float16 overflow": _WRONG}},
+        {
+            "comfyui": {"too large": _WRONG},
+            "a1111": {"too large": _WRONG, "float16 overflow": _WRONG},
+            "diffusers": {"too large": _WRONG, "float16 overflow": _WRONG},
+        },
+    ),
+    "overflow without effect": (
+        lambda tensors: _change(f"{_Q}.lora_up.weight", lambda tensor: tensor * 1e6)(
+            _change(f"{_Q}.lora_down.weight", lambda tensor: tensor * 1e-7)(tensors)
+        ),
+        {"comfyui": {}, "a1111": {"float16 overflow": _WRONG}, "kohya": {"float16 overflow": _WRONG}},
+    ),
+    "absurd alpha": (
+        _change(f"{_Q}.alpha", lambda tensor: tensor * 1e4),
+        {client: {"too large": _WRONG} for client in ("comfyui", "forge", "a1111", "kohya")},
     ),
     "nan": (_change(f"{_Q}.lora_up.weight", lambda t: t * math.nan), _all({"not finite": _WRONG})),
     "wrong size": (
@@ -211,8 +243,69 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
         ),
         {"comfyui": {}, "a1111": {}, "kohya": {}, "diffusers": {"text encoder": _LOST}},
     ),
+    "hybrid names with dora": (
+        lambda tensors: _hybrid(_change(".alpha", lambda tensor: tensor / tensor * 4)(_dora(1)(tensors))),
+        {"comfyui": {}, "a1111": {"dora forgotten": _WRONG}, "kohya": {"style": _LOST}, "diffusers": {"style": _LOST}},
+    ),
+    "unknown ending": (
+        _add(f"lora_unet_{_Q}.noise", torch.ones(1)),
+        {"comfyui": {"stray": _LOST}, "kohya": {"stray": _LOST}, "diffusers": {"stray": _LOST}},
+    ),
+    "norm layers": (
+        lambda tensors: {
+            **tensors,
+            **{
+                f"lora_unet_{name}.{role}": torch.full((32,), 0.1)
+                for name in ("down_blocks_0_resnets_0_norm1", "down_blocks_0_attentions_0_transformer_blocks_0_norm2")
+                for role in ("w_norm", "b_norm")
+            },
+        },
+        {**_KIND_OF_LYCORIS, "kohya": {"kind norm": _LOST}, "diffusers": {"kind norm": _LOST}},
+    ),
+    "half a norm": (
+        _add("lora_unet_down_blocks_0_resnets_0_norm1.w_norm", torch.ones(32)),
+        {"comfyui": {}, "a1111": {"no type": _LOST}},
+    ),
+    "factors of a norm": (
+        lambda tensors: {
+            **tensors,
+            "lora_unet_down_blocks_0_resnets_0_norm1.lora_down.weight": torch.ones(2, 32),
+            "lora_unet_down_blocks_0_resnets_0_norm1.lora_up.weight": torch.ones(32, 2),
+            "lora_unet_down_blocks_0_resnets_0_norm1.dora_scale": torch.ones(1, 32),
+        },
+        {"comfyui": {"shape": _LOST}, "kohya": {"shape": _LOST}},
+    ),
+    "processor names without unet": (
+        _processor,
+        {"comfyui": {}, "a1111": {"spelling": _LOST}, "kohya": {"spelling": _LOST}, "diffusers": {"spelling": _LOST}},
+    ),
+    "norm of another size": (
+        lambda tensors: {
+            **tensors,
+            **{f"lora_unet_down_blocks_0_resnets_0_norm1.{role}": torch.ones(31) for role in ("w_norm", "b_norm")},
+        },
+        _MISFITS,
+    ),
+    "tucker core of another size": (
+        _add("lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight", torch.ones(4, 3, 3, 3)),
+        _MISFITS,
+    ),
+    "lokr of another size": (_in_place_of_query("lokr_", {"w1": (4, 4), "w2": (8, 9)}), _MISFITS),
+    "loha core of another size": (
+        _in_place_of_query("hada_", {"w1_a": (32, 2), "w1_b": (2, 31), "w2_a": (32, 2), "w2_b": (2, 31)}),
+        {client: {**own, "alpha missing": _WRONG} if client == "forge" else own for client, own in _MISFITS.items()},
+    ),
+    "oft of another size": (
+        _in_place_of_query("oft_", {"blocks": (4, 4, 4)}),
+        {"comfyui": {"shape": _LOST}, "a1111": {"shape": _LOST}},
+    ),
+    "oft of this size": (
+        _in_place_of_query("", {"oft_blocks": (4, 8, 8), "rescale": (32, 1)}),
+        {"comfyui": {}, "a1111": {}, "forge": {"kind oft": _LOST}, "diffusers": {"kind oft": _LOST}},
+    ),
+    "rescale alone": (_in_place_of_query("", {"rescale": (32, 1)}), {"comfyui": {"no_up": _LOST}}),
     "hybrid names": (
-        lambda tensors: _rename("lora_up", "lora_B")(_rename("lora_down", "lora_A")(tensors)),
+        _hybrid,
         {"comfyui": {}, "a1111": {"alpha forgotten": _WRONG}, "kohya": {"style": _LOST}, "diffusers": {"style": _LOST}},
     ),
     "tucker": (
@@ -223,7 +316,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
         lambda tensors: {
             f"unet.{name}": t
             for name, t in {
-                "conv_in.lora_A.default.weight": torch.ones(2, 4, 3, 3),
+                "conv_in.lora_A.default.weight": torch.full((2, 4, 3, 3), 0.1),
                 "conv_in.lora_B.default.weight": torch.ones(32, 2, 1, 1),
             }.items()
         },
@@ -256,7 +349,10 @@ def test_fault_is_found_for_each_client(fault: str, faulty: Path, base: Base) ->
         assert verdict.is_sound == (not expected)
         if any(factor is None for factor in verdict.factors.values()):
             assert verdict.largest_difference is None
-        elif expected not in ({}, {"stray": _LOST}, {"alpha missing": _WRONG}) or verdict.num_applied == 0:
+        elif (
+            expected not in ({}, {"stray": _LOST}, {"alpha missing": _WRONG}, {"too large": _WRONG})
+            or verdict.num_applied == 0
+        ):
             assert verdict.largest_difference > 0.05
 
 
@@ -450,6 +546,29 @@ def test_numbers_too_small_for_float16(files: dict[str, Path], base: Base, tmp_p
     assert only(path, base, "a1111").largest_difference == pytest.approx(float(moved), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["diffusers", "peft"])
+def test_rank_other_than_the_record_says(
+    name: str, files: dict[str, Path], base: Base, tmp_path: Path, pipeline: Any
+) -> None:
+    path = tmp_path / "a.safetensors"
+    if name == "diffusers":
+        tensors, record = load_file(files[name]), {f"unet.{key}": value for key, value in _RANK_5.items()}
+        save_file(tensors, path, {"lora_adapter_metadata": json.dumps(record)})
+        _assert_diffusers_does_what_the_rules_say(pipeline, path, base)
+    else:
+        path = Path(shutil.copytree(files[name], tmp_path / "peft"))
+        config_path = path / "unet" / "adapter_config.json"
+        config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "r": 5}))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            PeftModel.from_pretrained(copy.deepcopy(pipeline.unet), path / "unet")
+    verdict = only(path, base, "diffusers")
+    assert kinds(verdict) == {"rank": _LOST}
+    assert verdict.num_applied == 0
+
+
+_RANK_5 = {"r": 5, "lora_alpha": 5, "target_modules": ".*attn1.to_q"}
+
+
 def test_truncated_file_and_unknown_client(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(files["kohya"].read_bytes()[:-1])
@@ -477,3 +596,29 @@ def test_family_is_told_by_content(files: dict[str, Path], tmp_path: Path) -> No
         clients.guess_family(path)
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path, {"ss_base_model_version": "sd_v2_v"})
     assert clients.guess_family(path) == "sd2"
+    save_file({stem: torch.ones(1, 768)}, path, {"modelspec.architecture": "whisper/lora"})
+    with pytest.raises(AdapterFileError, match="architecture whisper/lora; rules are known"):
+        clients.guess_family(path)
+
+
+_TE1 = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+_QUERY = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "version", "family"),
+    [
+        ({f"{_TE1}.lora_down.weight": (2, 768)}, "sd_v1", "sd1"),
+        ({f"{_TE1}.lora_down.weight": (2, 768)}, "", "sdxl"),
+        ({f"{_QUERY}.lokr_w1": (32, 32), f"{_QUERY}.lokr_w2": (32, 32)}, "sd_v2_v", "sd2"),
+        ({f"{_QUERY}.lora_down.weight": (2, 1024)}, "sd_v1", "sd2"),
+        *(({"lora_te_x.lokr_w1": (2, 2)}, version, family)
+          for version, family in (("sd_1.5", "sd1"), ("sd_2.1", "sd2"), ("sdxl_1.0", "sdxl"))),
+    ],
+)  # fmt: skip
+def test_sizes_then_metadata_then_names_tell_the_base(
+    tensors: dict[str, tuple[int, ...]], version: str, family: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path, {"ss_base_model_version": version})
+    assert clients.guess_family(path) == family

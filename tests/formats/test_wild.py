@@ -17,7 +17,7 @@ from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.families._names import key_map
 from lora_diffusion.formats import detect
-from tests.families.full_size import skeleton
+from scripts.full_size import skeleton
 from tests.formats.wild import Name, dotted, flat, old_processor, spelled
 from tests.tiny_adapters import same
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scripts import benchmark_memory
+from scripts import benchmark_memory, full_size
 from scripts.benchmark_memory import Case
 
 SMALL = {"block_out_channels": [32, 64, 64], "norm_num_groups": 8, "attention_head_dim": 4}
@@ -13,12 +13,15 @@ TOWER = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads":
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = benchmark_memory.BASES["sd1"]["unet"] | {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 8}
-    large = benchmark_memory.BASES["sdxl"]
-    second = large["unet"] | SMALL | {"transformer_layers_per_block": [1, 1, 1]}
-    towers = {name: sizes | TOWER for name, sizes in large.items() if name != "unet"}
-    monkeypatch.setitem(benchmark_memory.BASES, "sd1", {"unet": first, "text_encoder": towers["text_encoder"]})
-    monkeypatch.setitem(benchmark_memory.BASES, "sdxl", {"unet": second, **towers})
+    first, second = full_size.UNETS["sd1"], full_size.UNETS["sdxl"] | {"transformer_layers_per_block": [1, 1, 1]}
+    channels = {"block_out_channels": [32, 64, 64, 64], "norm_num_groups": 8}
+    unets = {"sd1": first | channels, "sdxl": second | SMALL}
+    towers = {
+        family: {name: (kind, sizes | TOWER) for name, (kind, sizes) in full_size.TOWERS[family].items()}
+        for family in unets
+    }
+    monkeypatch.setattr(full_size, "UNETS", unets)
+    monkeypatch.setattr(full_size, "TOWERS", towers)
 
 
 @pytest.mark.parametrize(

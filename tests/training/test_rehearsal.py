@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora_diffusion.families._words import Head
 from lora_diffusion.training.rehearsal import stand_in, take_step
 
 CPU = torch.device("cpu")
@@ -50,6 +51,18 @@ def test_more_samples_need_in_proportion_more() -> None:
         inner[0].weight.requires_grad_()
         sizes.append(peak(inner, batch))
     assert 1.8 < sizes[1] / sizes[0] < 2.1
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_logits_are_counted(is_tied: bool) -> None:
+    tokens, width, vocabulary = 256, 64, 2**14
+    inner = network()
+    inner[0].weight.requires_grad_()
+    parts = {"decoder": Call(inner), "head": Head(vocabulary, width, is_tied=is_tied)}
+    made = torch.empty(tokens, width, device="meta")
+    examples = {"decoder": {"x": made}, "head": {"hidden": made}}
+    # The probabilities are kept until the backward pass makes their gradient.
+    assert 2 <= take_step(parts, examples, CPU, torch.float32, nullcontext) / (4 * tokens * vocabulary) < 3.5
 
 
 def test_nothing_is_kept_before_the_first_trained_layer() -> None:

@@ -408,7 +408,7 @@ class TestGenerate:
         ("spoil", "reason"),
         [
             (_cut, "is damaged"),
-            (_empty, "is not a safetensors file"),
+            (_empty, "is damaged: it is empty"),
             (_pickle, "is a pickle"),
             (_for_sdxl, "made for another architecture"),
             (_wider, "does not fit this base"),

@@ -22,6 +22,16 @@ from tests.workflows.conftest import Commands
 FAMILIES = {"sd1": (320, 768, 768), "sd2": (320, 1024, 1024), "sdxl": (640, 2048, 768)}
 """Family -> width of the block, of its text, and of the first text encoder."""
 
+BASES = {
+    family: {"ss_base_model_version": version, "ss_v2": v2, "modelspec.architecture": f"stable-diffusion-{name}/lora"}
+    for family, version, v2, name in (
+        ("sd1", "sd_v1", "False", "v1"),
+        ("sd2", "sd_v2_v", "True", "v2-768-v"),
+        ("sdxl", "sdxl_base_v1-0", "False", "xl-v1-base"),
+    )
+}
+"""Family -> the metadata by which A1111 and Forge list files."""
+
 
 def published(family: str, variant: str = "lora") -> AdapterState:
     """Returns an adapter of a few modules in the sizes of a published base."""
@@ -49,7 +59,7 @@ def published(family: str, variant: str = "lora") -> AdapterState:
             tensors["magnitude"] = torch.rand((1, inputs) if variant == "dora" else (outputs, 1), generator=generator)
         half = {name: tensor.half().float() for name, tensor in tensors.items()}
         modules[key] = ModuleAdapter(variant, half, 1.3 + index)
-    return AdapterState(modules, {"ss_output_name": "mine", "ss_sd_model_name": "none"})
+    return AdapterState(modules, {**BASES[family], "ss_output_name": "mine", "ss_sd_model_name": "none"})
 
 
 def same_file(first: Path, second: Path) -> bool:
@@ -159,6 +169,13 @@ def test_base_of_another_build_gives_the_names(command: Commands, tiny_base: Pat
     command.good("convert", first, tmp_path / "second", "--to", "kohya", "--model", tiny_base)
     command.good("convert", first, tmp_path / "third", "--to", "kohya", "--family", "sd1")
     assert same_file(tmp_path / "second", tmp_path / "third")
+    dora = {
+        key: replace(own, variant="dora", tensors={**own.tensors, "magnitude": torch.ones(1, 64, 1, 1)})
+        for key, own in modules.items()
+    }
+    turned = write(AdapterState(dora, BASES["sd1"]), "sd1", "kohya", tmp_path / "dora.safetensors")
+    command.good("convert", turned, tmp_path / "dora again", "--to", "kohya", "--model", tiny_base)
+    assert same_file(tmp_path / "dora again", turned)
     wrong = replace(
         next(iter(modules.values())), tensors={"down": torch.ones(2, 5, 1, 1), "up": torch.ones(64, 2, 1, 1)}
     )
@@ -196,3 +213,43 @@ def test_no_library_that_takes_seconds_is_imported(arguments: list[str], tmp_pat
     )
     command = [sys.executable, "-c", code, "convert", str(first), str(tmp_path / "second"), *arguments]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr.strip().endswith("0 []")
+
+
+def test_factors_get_the_dimensions_of_the_weight(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width, model in ((1280, []), (64, ["--model", tiny_base])):
+        down, up = (torch.randn(shape, generator=generator).half() for shape in ((2, width), (width, 2)))
+        flat = {ModuleKey("unet", f"mid_block.attentions.0.{name}"): {"down": down, "up": up} for name in ("proj_in",)}
+        deep = {ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"): {
+            "down": down[..., None, None], "up": up[..., None, None]}}  # fmt: skip
+        modules = {key: ModuleAdapter("lora", own, 2.0) for key, own in {**flat, **deep}.items()}
+        first = write(AdapterState(modules, BASES["sd1"]), "sd1", "kohya", tmp_path / f"{width}.safetensors")
+        commands = [["convert", first, "{}", "--to", "kohya", *model]]
+        commands += [] if model else [["resize", first, "{}", "--rank", 2], ["compose", first, "--output", "{}"]]
+        for number, words in enumerate(commands):
+            output = tmp_path / f"{width}-{number}.safetensors"
+            command.good(*(output if word == "{}" else word for word in words))
+            shapes = {name: tuple(tensor.shape) for name, tensor in load_file(output).items()}
+            stem = "lora_unet_mid_block_attentions_0_"
+            assert shapes[f"{stem}proj_in.lora_down.weight"] == (2, width, 1, 1)
+            assert shapes[f"{stem}proj_in.lora_up.weight"] == (width, 2, 1, 1)
+            assert shapes[f"{stem}transformer_blocks_0_attn2_to_q.lora_down.weight"] == (2, width)
+            if words[0] == "convert":
+                assert torch.equal(load_file(output)[f"{stem}proj_in.lora_down.weight"].flatten(1), down)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_is_told_where_it_was_not(command: Commands, family: str, tmp_path: Path) -> None:
+    bare = replace(published(family), metadata={})
+    silent = write(bare, family, "diffusers", tmp_path / "first.safetensors")
+    outputs = [tmp_path / f"{name}.safetensors" for name in ("converted", "resized", "composed")]
+    messages = [
+        command.good("convert", silent, outputs[0], "--to", "kohya").message,
+        command.good("resize", silent, outputs[1], "--rank", 2).message,
+        command.good("compose", silent, "--output", outputs[2]).message,
+    ]
+    for output, message in zip(outputs, messages, strict=True):
+        with safe_open(output, "pt") as file:
+            told = BASES[family].items() <= file.metadata().items()
+        # Only the prediction tells what a base of Stable Diffusion 2 is called.
+        assert (told, "metadata edit FILE" in message) == (family != "sd2", family == "sd2")

@@ -8,6 +8,7 @@ from lora_diffusion import workflows
 from lora_diffusion.cli.main import main
 from lora_diffusion.config.load import load
 from tests.tiny import save_tiny_sdxl_pipeline
+from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
 
 
 def estimate(base: Path, *overrides: str) -> Any:
@@ -54,6 +55,25 @@ def test_trained_towers_count(tmp_path: Path) -> None:
     )
     assert both.weights_bytes > alone.weights_bytes
     assert both.activation_bytes > alone.activation_bytes
+
+
+def test_only_what_is_trained_and_what_lies_behind_it_counts(tmp_path: Path) -> None:
+    base, picture = save_tiny_llava(tmp_path / "base"), write_picture(tmp_path / "data" / "a.png", 0).name
+    write_chats(tmp_path / "data", [entry(picture, "What?", "cat " * 9)])
+    values = [f"model.path={base}", f"data.path={tmp_path / 'data'}", "output.path=unused", "model.family=llava"]
+    model, projector, both = (
+        workflows.estimate(load(None, [*values, "train.batch_size=8", "adapter.rank=1", f"adapter.parts=[{parts}]"]))
+        for parts in ("language_model", "projector", "language_model, projector")
+    )
+    assert model.memory.activation_bytes < 0.8 * both.memory.activation_bytes
+    assert projector.memory.activation_bytes > 0.8 * both.memory.activation_bytes
+
+
+def test_frozen_unet_has_no_gradients_of_its_own(tiny_base: Path) -> None:
+    alone, both = (
+        estimate(tiny_base, f"adapter.parts={parts}") for parts in ("[text_encoder]", "[unet, text_encoder]")
+    )
+    assert alone.memory.activation_bytes < 1.05 * both.memory.activation_bytes
 
 
 def test_command_prints_json(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,9 @@ def test_files_of_a_run_and_tools(train: Train, command: Commands, base: Path, d
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all("language_model.layers" in name for name in changed)
     command.good("resize", adapter, tmp_path / "small.peft", "--rank", "1")
+    command.good("convert", adapter, tmp_path / "same.peft", "--to", "peft")
+    assert said("--model", base, "--adapter", f"{tmp_path / 'same.peft'}:1") == with_adapter
+    assert "use peft" in command("convert", adapter, tmp_path / "other.safetensors", "--to", "kohya").err
 
 
 def test_score(command: Commands, base: Path, data: Path) -> None:

@@ -39,7 +39,13 @@ def test_what_training_tells(command: Commands, file: Path) -> None:
     assert known.items() <= told.items()
     assert told["modelspec.unet_dtype"] == "float32"
     assert told["ss_cache_latents"] == "True"
-    assert float(told["ss_training_finished_at"]) > 1.7e9
+    assert 1.7e9 < float(told["ss_training_started_at"]) < float(told["ss_training_finished_at"])
+    buckets = json.loads(told["ss_bucket_info"])
+    counts = {tuple(bucket["resolution"]): bucket["count"] for bucket in buckets["buckets"].values()}
+    # Of the four pictures one is of 24x12.
+    assert counts == {(16, 16): 3, (20, 12): 1}
+    assert buckets["mean_img_ar_error"] == pytest.approx((2 - 20 / 12) / 4)
+    assert (told["ss_num_reg_images"], told["ss_shuffle_caption"]) == ("0", "False")
     tensors = load_file(file)
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -64,6 +70,25 @@ def test_edit_changes_texts_and_no_tensor(command: Commands, file: Path, tmp_pat
     small = Image.open(io.BytesIO(base64.b64decode(after["modelspec.thumbnail"].split(",")[1])))
     assert small.size == (LONGEST_SIDE, LONGEST_SIDE // 3)
     assert told["removed"] == ["ss_seed"]
+
+
+def test_hash_is_that_of_the_bytes_in_their_order(command: Commands, file: Path, tmp_path: Path) -> None:
+    content, path = file.read_bytes(), tmp_path / "turned.safetensors"
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, at, pieces = json.loads(content[8:start]), 0, []
+    metadata = header.pop("__metadata__")
+    turned = {}
+    for name in reversed(header):
+        first, last = header[name]["data_offsets"]
+        pieces.append(content[start + first : start + last])
+        turned[name] = {**header[name], "data_offsets": [at, at + last - first]}
+        at += last - first
+    text = json.dumps({"__metadata__": metadata, **turned}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(pieces))
+    command.good("metadata", "edit", path, "--set", "modelspec.title=x")
+    after = _show(command, path)
+    assert after["sshs_model_hash"] == hashlib.sha256(_data(path)).hexdigest() != metadata["sshs_model_hash"]
+    assert after["modelspec.hash_sha256"] == metadata["modelspec.hash_sha256"]
 
 
 def test_strip_keeps_what_lists_the_file(command: Commands, file: Path) -> None:

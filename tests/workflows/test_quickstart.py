@@ -2,25 +2,79 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lora_diffusion.config.shipped import find_shipped
-from lora_diffusion.quickstart import style
+from lora_diffusion.core.files import shipped_path
+from lora_diffusion.quickstart import _writing, llava, style, whisper
 from tests.workflows.conftest import Commands
+
+
+def shortened(config: str, num_steps: int, folder: Path) -> Path:
+    """Writes a shipped config with fewer steps."""
+    text = find_shipped(config).read_text(encoding="utf-8")
+    for key, value in (("max_steps", num_steps), ("warmup_steps", num_steps - 1)):
+        text, count = re.subn(rf"{key}: \d+", f"{key}: {value}", text)
+        assert count == 1
+    (folder / "short.yaml").write_text(text, encoding="utf-8")
+    return folder / "short.yaml"
+
+
+def few_chats(source: Path, folder: Path) -> None:
+    """Copies the first three conversations of a file, and their pictures."""
+    folder.mkdir(parents=True)
+    entries = json.loads((source / "chats.json").read_text(encoding="utf-8"))[:3]
+    (folder / "chats.json").write_text(json.dumps(entries), encoding="utf-8")
+    for name in {entry["image"] for entry in entries}:
+        shutil.copy(source / name, folder)
+
+
+def few_recordings(source: Path, folder: Path) -> None:
+    """Copies the first three recordings, and their transcripts."""
+    folder.mkdir(parents=True)
+    header, *rows = (source / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    (folder / "metadata.csv").write_text("\n".join([header, *rows[:3]]), encoding="utf-8")
+    for row in rows[:3]:
+        shutil.copy(source / row.split(",")[0], folder)
 
 
 def test_quickstart_leaves_adapter_grid_and_report(
     command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = tmp_path / "short.yaml"
-    text = find_shipped("sd1/style").read_text(encoding="utf-8")
-    short.write_text(re.sub(r"max_steps: \d+", "max_steps: 12", text), encoding="utf-8")
-    assert "max_steps: 12" in short.read_text(encoding="utf-8")
+    short = shortened("sd1/style", 12, tmp_path)
     monkeypatch.setattr(style, "find_shipped", lambda name: short)
     result = json.loads(command.good("quickstart", "--output", tmp_path / "run", "--json").out)
     assert all(Path(result[name]).is_file() for name in ("adapter", "grid", "report"))
     assert len(result["next"]) == 3
     scores = {label: row["clip_image"]["mean"] for label, row in result["scores"].items()}
     assert scores["real pictures"] > scores["base, with trigger"]
+
+
+@pytest.mark.parametrize(("show", "copy"), [(llava.SHOW, few_chats), (whisper.SHOW, few_recordings)])
+def test_quickstart_of_models_that_write_scores_before_and_after(
+    show: _writing.Show,
+    copy: Callable[[Path, Path], None],
+    command: Commands,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shipped, short = shipped_path("datasets") / show.data, shortened(show.config, 2, tmp_path)
+    for folder in ("train", *show.tests.values()):
+        copy(shipped / folder, tmp_path / "datasets" / show.data / folder)
+    monkeypatch.setattr(_writing, "find_shipped", lambda name: short)
+    monkeypatch.setattr(_writing, "shipped_path", lambda name: tmp_path / name)
+    name = show.config.split("/")[0]
+    result = json.loads(command.good("quickstart", name, "--output", tmp_path / "run", "--json").out)
+    assert Path(result["adapter"]).is_dir()
+    assert len(result["next"]) == 3
+    assert set(result["scores"]) == set(show.tests)
+    assert json.loads((tmp_path / "run" / "scores.json").read_text()) == result["scores"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for title, moments in result["scores"].items():
+        assert title in page
+        assert moments["before"][show.score] >= 0
+        assert moments["after"][show.score] >= 0

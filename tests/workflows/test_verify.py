@@ -31,7 +31,7 @@ def test_faults_have_their_own_exit_codes(command: Commands, trained: Path, tiny
     outcome = command("verify", path, "--base", tiny_base, "--client", "kohya", "--client", "comfyui")
     assert outcome.code == 1
     assert "text encoders of sd1 begin with lora_te_, not lora_te2_" in outcome.out
-    assert "would not be applied as it is meant in kohya sd-scripts, ComfyUI" in outcome.message
+    assert "would not work as it is meant in kohya sd-scripts, ComfyUI" in outcome.message
     assert command("verify", path, "--base", tiny_base, "--client", "comfy").code == 2
     outcome = command("verify", trained / "run.safetensors")
     assert (outcome.code, "Name its base with --base, say --base tiny-sd" in outcome.message) == (2, True)
@@ -42,7 +42,7 @@ def test_faults_have_their_own_exit_codes(command: Commands, trained: Path, tiny
 def test_full_size_file_needs_no_base(command: Commands, tmp_path: Path) -> None:
     path, stem = tmp_path / "a.safetensors", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     tensors = {f"{stem}.lora_down.weight": torch.ones(2, 2048), f"{stem}.lora_up.weight": torch.ones(640, 2)}
-    save_file({**tensors, f"{stem}.alpha": torch.tensor(2.0)}, path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    save_file({**tensors, f"{stem}.alpha": torch.tensor(0.02)}, path, {"ss_base_model_version": "sdxl_base_v1-0"})
     told = json.loads(command.good("verify", path, "--json").out)
     assert (told["base"], told["sound"]) == ("sdxl", True)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_whisper import save_tiny_whisper, write_recording
 from tests.workflows.conftest import Commands, Outcome
@@ -92,6 +93,22 @@ def test_files_of_a_run_and_tools(train, command: Commands, base: Path, recordin
     command.good("merge", "--model", base, "--adapter", f"{adapter}:1", "--output", tmp_path / "merged")
     assert heard("--model", tmp_path / "merged") == with_adapter
     command.good("resize", adapter, tmp_path / "small.peft", "--rank", "1")
+    card = json.loads(command.good("push", run, "--repo", "maria/words", "--dry-run", "--json").out)["card"]
+    assert "pipeline_tag: automatic-speech-recognition" in card
+    names: dict[str, object] = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("maria/words", str(run)), names)
+    assert isinstance(names["model"], PeftModel)
+
+
+def test_adapter_as_wide_as_a_text_encoder_is_not_taken_for_one(command: Commands, tmp_path: Path) -> None:
+    folder, prefix = tmp_path / "large.peft", "base_model.model.model.decoder.layers.0.self_attn.q_proj"
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {f"{prefix}.lora_A.weight": torch.ones(2, 1280), f"{prefix}.lora_B.weight": torch.ones(1280, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = command.good("convert", folder, tmp_path / "same.peft", "--to", "peft").out
+    assert "for whisper: modules 1 in decoder" in told
 
 
 def test_score(command: Commands, base: Path, recordings: Path) -> None:

@@ -19,8 +19,8 @@ from scripts.build_builtin.subjects import SCORER, read_subjects, visible
 
 DEFAULT_OUTPUT = Path(__file__).parents[3] / "datasets" / "emoji-questions"
 PIXELS = 64
-NUM_NEW_TRAINING, NUM_KNOWN_TRAINING = 48, 24
-NUM_NEW_TESTS, NUM_KNOWN_TESTS = 40, 24
+NUM_NEW_TRAINING, NUM_KNOWN_TRAINING = 96, 240
+NUM_NEW_TESTS, NUM_KNOWN_TESTS = 40, 60
 _README = f"""# emoji-questions
 
 Questions about small drawings, for trying what an adapter teaches a LLaVA: `builtin:emoji-llava` has never seen the

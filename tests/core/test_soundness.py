@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_diffusion.adapters.soundness import check_sizes
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.soundness import check_sizes
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 
 

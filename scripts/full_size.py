@@ -1,4 +1,4 @@
-"""The published sizes of the bases, on the meta device: no weights, no memory."""
+"""The sizes of published bases, whose networks are made on the meta device: no weights, no memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, WhisperConfig
 
 _CROSS, _UP_CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -49,11 +49,54 @@ TOWERS: dict[str, dict[str, tuple[type[Any], dict[str, Any]]]] = {
 }
 
 
-@cache
-def skeleton(family: str) -> dict[str, nn.Module]:
-    """Returns the parts of a published base on the meta device; shared, never changed."""
+_WHISPERS = {  # openai/whisper-*, config.json: width, layers, heads, mel bands, vocabulary
+    "tiny": (384, 4, 6, 80, 51865),
+    "base": (512, 6, 8, 80, 51865),
+    "small": (768, 12, 12, 80, 51865),
+    "medium": (1024, 24, 16, 80, 51865),
+    "large-v3": (1280, 32, 20, 128, 51866),
+}
+LLAVA_1B: dict[str, dict[str, Any]] = {
+    # TinyLlama/TinyLlama-1.1B-Chat-v1.0, with the vocabulary of LLaVA-1.5
+    "text_config": {
+        "vocab_size": 32064,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    # openai/clip-vit-base-patch32, with the patches of LLaVA-1.5 and small pictures
+    "vision_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 112,
+        "patch_size": 14,
+    },
+}
+
+
+def networks(family: str) -> dict[str, nn.Module]:
+    """Returns new parts of a published Stable Diffusion on the meta device."""
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel(**UNETS[family])}
         for part, (kind, sizes) in TOWERS[family].items():
             parts[part] = kind(CLIPTextConfig(vocab_size=49408, **sizes))
     return parts
+
+
+@cache
+def skeleton(family: str) -> dict[str, nn.Module]:
+    """Returns the same parts; shared, never changed."""
+    return networks(family)
+
+
+def whisper_config(name: str, **changes: Any) -> WhisperConfig:
+    """Returns the config of openai/whisper-NAME."""
+    width, layers, heads, bands, vocabulary = _WHISPERS[name]
+    sizes = {"vocab_size": vocabulary, "num_mel_bins": bands, "d_model": width}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": 4 * width}
+    return WhisperConfig(**sizes | changes)

@@ -1,0 +1,133 @@
+"""The whole way for a model that writes: train on a sample set, score what it writes before and after, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion import workflows
+from lora_diffusion.config.load import load
+from lora_diffusion.config.schema import Config
+from lora_diffusion.config.shipped import find_shipped
+from lora_diffusion.core.files import shipped_path, write_json
+from lora_diffusion.evaluation.text_page import TextPage, write_text_page
+
+NUM_EXAMPLES = 12
+"""Of each test set, on the page."""
+
+Scores = Mapping[str, tuple[Any, Any]]
+"""Test set -> how the base wrote, and how it did with the adapter."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is trained and how it is scored."""
+
+    config: str
+    """Shipped config."""
+    data: str
+    """Sample set; its folder `train` is trained on."""
+    tests: Mapping[str, str]
+    """How a test set is called -> its folder in the sample set."""
+    examine: Callable[..., Sequence[Any]]
+    """(options of the base, folders, adapters) -> the scores of each folder."""
+    score: str
+    """Field of the scores that is told first."""
+    heading: str
+    """What that field says."""
+    page: Callable[[Scores], TextPage]
+    commands: Callable[[str, str], Sequence[str]]
+    """(base, adapter with its weight) -> command lines to try."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the quickstart left."""
+
+    adapter: Path
+    report: Path
+    scores: Scores
+    score: str
+    heading: str
+    next_commands: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "adapter": str(self.adapter),
+            "report": str(self.report),
+            "scores": rates(self.scores),
+            "next": list(self.next_commands),
+            "seconds": round(self.seconds, 1),
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        width = max(map(len, self.scores)) + 2
+        rows = [
+            f"  {name:<{width}}{getattr(before, self.score):6.1%} before, {getattr(after, self.score):6.1%} after"
+            for name, (before, after) in self.scores.items()
+        ]
+        lines = [
+            f"Done in {self.seconds:.0f} s.",
+            f"  adapter  {self.adapter}",
+            f"  report   {self.report}",
+            self.heading,
+            *rows,
+            "Try next:",
+            *(f"  {command}" for command in self.next_commands),
+        ]
+        return "\n".join(lines)
+
+
+def quickstart(show: Show, output_path: Path, *, overwrite: bool = False) -> Shown:
+    """Trains, scores the test sets before and after, and writes adapter, scores and page.
+
+    Raises:
+        ConfigError: the folder holds another run and `overwrite` is not set.
+    """
+    started = time.perf_counter()
+    config = config_of(show, output_path)
+    adapter = workflows.train(config, overwrite=overwrite).files[0]
+    scores = compare(show, config, adapter)
+    write_json(output_path / "scores.json", rates(scores))
+    report_path, commands = output_path / "report.html", tuple(show.commands(config.model.path, f"{adapter}:1"))
+    seconds = time.perf_counter() - started
+    training = workflows.read_training(output_path)
+    facts = {**training.facts, "whole quickstart": f"{seconds:.0f} s"}
+    write_text_page(report_path, show.page(scores), training=replace(training, facts=facts), next_commands=commands)
+    return Shown(adapter, report_path, scores, show.score, show.heading, commands, seconds)
+
+
+def config_of(show: Show, output_path: Path, changes: Sequence[str] = ()) -> Config:
+    """Returns the shipped config on the sample set; `changes` are key=value."""
+    own = [f"data.path={_data(show) / 'train'}", f"output.path={output_path}"]
+    return load(find_shipped(show.config), [*own, *changes])
+
+
+def compare(show: Show, config: Config, adapter: Path) -> Scores:
+    """Returns the scores of each test set without and with the adapter."""
+    folders = [_data(show) / folder for folder in show.tests.values()]
+    before = show.examine(config.model, folders)
+    after = show.examine(config.model, folders, [(adapter, 1.0)])
+    return dict(zip(show.tests, zip(before, after, strict=True), strict=True))
+
+
+def rates(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the scores as plain values, without those of single texts."""
+    return {
+        name: {moment: _without_texts(one.to_json()) for moment, one in (("before", before), ("after", after))}
+        for name, (before, after) in scores.items()
+    }
+
+
+def _without_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not isinstance(value, list)}
+
+
+def _data(show: Show) -> Path:
+    return shipped_path("datasets") / show.data
