@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import print_result, set_up_logs, size
+from lora_diffusion.config.rules import MAX_DRAWING_STEPS
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.weighted import weighted_file
 
@@ -63,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if args.steps < 1:
-        raise ConfigError(f"--steps {args.steps}: must be 1 or greater.")
+    if not 1 <= args.steps <= MAX_DRAWING_STEPS:
+        raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
     for seed in args.seed or ():

@@ -197,6 +197,9 @@ def _convert(
         for key, value in given.items() if isinstance(given, Mapping) else ():
             if key not in hints:
                 continue
+            if not _is_typed(value, hints[key]):
+                faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
+                continue
             try:
                 alone = _is_list(hints[key]) and isinstance(value, str | int | float)
                 OmegaConf.update(section, key, _escaped([value] if alone else value))
@@ -207,6 +210,21 @@ def _convert(
         typed = typing.cast(dict[str, Any], OmegaConf.to_container(section, resolve=True))
         sections[name] = section_type(**{key: _tuples(value) for key, value in typed.items()})
     return sections, faults
+
+
+def _is_typed(value: Any, hint: Any) -> bool:
+    """Says whether numbers and truth values are written as such; OmegaConf would take "500" for 500 and 5 for true."""
+    if _is_list(hint):
+        own = typing.get_args(hint)[0]
+        return all(_is_typed(item, own) for item in value) if isinstance(value, list) else _is_typed(value, own)
+    members = set(typing.get_args(hint) or (hint,))
+    if isinstance(value, bool):
+        return bool(members & {bool, str})
+    if isinstance(value, int):
+        return bool(members & {int, float, str})
+    if isinstance(value, str):
+        return not members <= {int, float, bool, type(None)}
+    return True
 
 
 def _is_list(hint: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
+from lora_diffusion.config.schema import DEFAULT_STEPS
 from lora_diffusion.core.errors import ConfigError
 
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
@@ -27,6 +28,9 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
 def _each_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: len(v) > 0 and set(v) <= set(choices)), f"must name one or more of {', '.join(choices)}"
 
+
+MAX_DRAWING_STEPS = 999
+"""Bases know 1000 noise levels, and samplers that look one step ahead need one more than their steps."""
 
 RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model.path": _FILLED,
@@ -60,7 +64,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.preview_every_steps": _NOT_NEGATIVE,
     "train.tracker": _one_of("none", "tensorboard"),
     "preview.seeds": _SEEDS,
-    "preview.num_steps": _AT_LEAST_ONE,
+    "preview.num_steps": (lambda v: 1 <= v <= MAX_DRAWING_STEPS, f"must be from 1 to {MAX_DRAWING_STEPS}"),
     "preview.guidance": _AT_LEAST_ONE,
     "evaluate.weights": (
         lambda v: len(v) > 0 and len(set(v)) == len(v) and all(weight > 0 and math.isfinite(weight) for weight in v),
@@ -100,6 +104,11 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         yield f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
     if train.max_steps is not None and 0 < train.max_steps <= train.warmup_steps:
         yield f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
+    if train.max_steps is None and train.epochs is None and train.warmup_steps >= DEFAULT_STEPS:
+        yield (
+            f"train.warmup_steps={train.warmup_steps}: must be less than the {DEFAULT_STEPS} steps that are made "
+            "without train.max_steps"
+        )
     if train.text_encoder_learning_rate is not None and not any("text" in part for part in adapter.parts):
         yield (
             f"train.text_encoder_learning_rate={train.text_encoder_learning_rate}: no text encoder is trained; "

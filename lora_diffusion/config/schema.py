@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
 
+DEFAULT_STEPS = 1000
+"""Optimizer steps where neither train.max_steps nor train.epochs is given."""
 REQUIRED: Any = "???"
 """A value that the user must give (OmegaConf's marker for a missing value)."""
 

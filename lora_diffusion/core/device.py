@@ -51,11 +51,16 @@ def find_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
+def frozen_name(name: str, device: torch.device) -> str:
+    """Returns what `model.dtype` means: auto is bf16 on a GPU that is fast at it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
+
+
 def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the number type of frozen weights; auto is bf16 on a GPU that is fast at it, else fp32."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
-    return find_dtype(name)
+    """Returns the number type of frozen weights."""
+    return find_dtype(frozen_name(name, device))
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

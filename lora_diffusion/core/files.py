@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TEMPORARY = ".part-"
 
@@ -62,9 +69,17 @@ def check_writable(folder: Path, setting: str) -> None:
         )
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what `atomic_path` left in a folder when the process was killed."""
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
+def remove_leftovers(folder: Path, depth: str = "", older_than_s: float = 0.0) -> None:
+    """Deletes what `atomic_path` left in a folder when the process was killed.
+
+    Args:
+        folder: may be missing.
+        depth: pattern of the folders below it that are looked at instead, such as "*/*/".
+        older_than_s: younger ones stay; not 0 where other processes write too.
+    """
+    for leftover in folder.glob(f"{depth}{_TEMPORARY}*"):
+        if older_than_s and time.time() - leftover.stat().st_mtime < older_than_s:
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
@@ -95,10 +110,40 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the disk is full or failing, which the library reports by an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
 def sha256(path: Path) -> str:
     """Returns the hex digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Returns the sha256 of a file; a file that did not change is read once by a process.
+
+    Its length counts besides its time: file systems tell times some milliseconds apart as equal.
+    """
+    return _hash(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@cache
+def _hash(path: Path, changed_ns: int, num_bytes: int) -> str:
+    del changed_ns, num_bytes
+    return sha256(path)
 
 
 def default_cache_path() -> Path:

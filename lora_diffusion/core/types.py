@@ -188,6 +188,8 @@ class BaseInfo:
     """Whether the last timestep of its schedule holds no signal."""
     path: Path = Path()
     """Where it lies on this machine; what a hub id names is fetched by then."""
+    files: tuple[Path, ...] = ()
+    """Those there that decide what training sees: weights of its parts, settings of its noise schedule."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.config.schema import CacheConfig, DataConfig
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.files import atomic_path, check_writable, default_cache_path
+from lora_diffusion.core.files import atomic_path, check_writable, default_cache_path, remove_leftovers, save_tensors
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import Loaded, Prepared, Sample
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _VERSION = 2
 """Raised whenever the same sample would be opened or stored differently."""
+_LEFTOVER_AGE_S = 3600.0
+"""Half-written files that are older were left by a killed process; younger ones may be another's work."""
 _MEMORY_BYTES = 2**30
 """Items that need no more than this are kept in memory, which saves some percent of a small base's step."""
 
@@ -102,6 +104,7 @@ def prepare(
     paths = [_cache_file(root, base_key, kind.identity(sample, data)) for sample in samples]
     missing = {path: sample for path, sample in zip(paths, samples, strict=True) if _read(path, sample) is None}
     if missing:
+        remove_leftovers(root, "*/*/", _LEFTOVER_AGE_S)
         told = (len(missing), len(samples), kind.noun)
         logger.info("Preparing %d of %d %s; the others are in the cache.", *told)
     batches = _split(missing, kind, data)
@@ -157,13 +160,11 @@ def _read_again(path: Path, sample: Sample) -> Prepared:
 
 
 def _write(path: Path, item: Prepared) -> None:
-    from safetensors.torch import save_file
-
     metadata = {"content": path.stem, "group": item.group, "key": item.key, "num_repeats": str(item.num_repeats)}
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in item.tensors.items()}
     try:
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_tensors(tensors, temporary, metadata)
     except OSError as error:
         raise ConfigError(
             f"cache.path: {path.parent} cannot be written ({error.strerror}); free space or set another cache.path."

@@ -24,6 +24,10 @@ _WEAK = frozenset({"style"})
 """Part of a trigger ("blob style"), but none by itself."""
 
 _WORD = re.compile(r"\w+")
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Burmese, Khmer, kana and Chinese characters, by the blocks of Unicode."""
 _CUT = "\0"
 _LINK = rf"(?:{'|'.join(sorted(_LINKING))})\b"
 _DANGLING_BEFORE = re.compile(rf"(?:\b{_LINK}\s+|{_CUT}\s*)*{_CUT}(?=\s*(?:[,.;:]|$|{_LINK}))", re.IGNORECASE)
@@ -136,13 +140,19 @@ def find_trigger(captions: Sequence[str]) -> str:
 def phrase_pattern(phrase: str) -> re.Pattern[str]:
     """Returns a pattern for a fixed phrase: whole words, any case, any white space between them."""
     words = r"\s+".join(map(re.escape, phrase.split()))
-    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    return _whole(words, phrase[:1], phrase[-1:])
 
 
 def words_pattern(trigger: str) -> re.Pattern[str]:
     """Returns a pattern for each telling word of a trigger that `find_trigger` found, wherever it stands."""
     words = [word for word in _WORD.findall(trigger) if word.lower() not in _SAY_NOTHING]
-    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+    return re.compile("|".join(_whole(re.escape(word), word[0], word[-1]).pattern for word in words), re.IGNORECASE)
+
+
+def _whole(pattern: str, first: str, last: str) -> re.Pattern[str]:
+    """Wants no letter beside the pattern, except where its end is of a script that sets no spaces between words."""
+    before, after = "" if _UNSPACED.match(first) else r"(?<![^\W_])", "" if _UNSPACED.match(last) else r"(?![^\W_])"
+    return re.compile(f"{before}{pattern}{after}", re.IGNORECASE)
 
 
 def without_trigger(caption: str, trigger: re.Pattern[str]) -> str:
@@ -155,4 +165,4 @@ def without_trigger(caption: str, trigger: re.Pattern[str]) -> str:
     text = _DANGLING_BEFORE.sub(_CUT, text)
     text = _DANGLING_AFTER.sub(rf"\1{_CUT}", text).replace(_CUT, " ")
     text = re.sub(r"\s+(?=[,.;:])", "", _tidy_space(text))
-    return ", ".join(filter(None, (part.strip(" ;:") for part in text.split(",")))).strip(" ,")
+    return ", ".join(filter(None, (part.strip(" ;:_") for part in text.split(",")))).strip(" ,")

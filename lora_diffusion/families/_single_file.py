@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.files import atomic_path, default_cache_path, write_json
+from lora_diffusion.core.files import atomic_path, content_hash, default_cache_path, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families import _sources
@@ -52,7 +52,7 @@ class SingleFile:
 
     def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors."""
-        info = replace(describe(self._configs, self.layout, options), path=self.path)
+        info = replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
         return info
@@ -83,7 +83,7 @@ class SingleFile:
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes the whole file."""
         del components
-        return f"{self.path.name}={_sources.content_hash(self.path)}"
+        return f"{self.path.name}={content_hash(self.path)}"
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import MissingModelError, ModelError
-from lora_diffusion.core.files import builtin_path, sha256
+from lora_diffusion.core.files import builtin_path, content_hash
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
+from lora_diffusion.families._completeness import missing, missing_of_vae
 from lora_diffusion.families._components import (
     LAYOUTS,
     Layout,
@@ -88,7 +90,8 @@ def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
     """
     layout = LAYOUTS[options.family]
     frozen = ["vae", *layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
-    settings = [options.dtype, *([options.quantization] if options.quantization != "none" else [])]
+    settings = [frozen_name(options.dtype, pick_device())]
+    settings += [options.quantization] if options.quantization != "none" else []
     if (skip := getattr(options, "clip_skip", None)) is not None:
         settings.append(f"clip_skip={skip}")
     return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"
@@ -146,13 +149,24 @@ class Folder:
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
         with explained(self.path):
-            return replace(describe(self._configs(), self.layout, options), path=self.path)
+            info = describe(self._configs(), self.layout, options)
+        networks = [file for name in ("unet", *self.layout.towers) for file in self._weight_files(name)]
+        files = (*networks, self.path / "scheduler" / "scheduler_config.json")
+        return replace(info, path=self.path, files=files)
 
     def skeleton(self) -> dict[str, nn.Module]:
-        """Builds UNet and text encoders from their configs."""
+        """Builds UNet and text encoders from their configs, once the weight files hold all tensors of these."""
+        configs = self._configs()
         with explained(self.path):
-            parts = build_skeleton(self._configs(), self.layout)
-        self._check_complete(parts["unet"])
+            parts = build_skeleton(configs, self.layout)
+            lacking = {name: missing(part, self._weight_files(name)) for name, part in parts.items()}
+            lacking["vae"] = missing_of_vae(configs["vae"], self._weight_files("vae"))
+        faults = [f"{name}/{tensor}" for name, tensors in lacking.items() for tensor in tensors]
+        if faults:
+            raise ModelError(
+                f"The base {self.path} lacks {len(faults)} tensors that its configs announce; fetch it again.",
+                faults[:10],
+            )
         return parts
 
     def load(self, options: Any, device: torch.device) -> Loaded:
@@ -161,13 +175,13 @@ class Folder:
 
         silence_progress()
         info = self.info(options)
-        names = [file.name for file in _weight_files(self.path / "unet", _weights("unet"))]
-        has_plain = any(not name.removeprefix(_weights("unet")).startswith(".fp16") for name in names)
+        self.skeleton()
+        is_half = ".fp16" in self._weight_files("unet")[0].name
         with explained(self.path):
             pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(
                 self.path,
                 dtype=load_dtypes(options, self._configs(), device),
-                variant=None if has_plain else "fp16",
+                variant="fp16" if is_half else None,
                 local_files_only=True,
                 use_safetensors=True,
                 **unwanted(self.layout),
@@ -179,20 +193,11 @@ class Folder:
         files = [file for name in components for file in sorted((self.path / name).iterdir()) if file.is_file()]
         return " ".join(f"{file.parent.name}/{file.name}={content_hash(file)}" for file in files)
 
-    def _check_complete(self, unet: nn.Module) -> None:
-        """Refuses a UNet whose files lack tensors: diffusers would fill them with random numbers."""
-        from safetensors import safe_open
-
-        names: set[str] = set()
-        for file in _weight_files(self.path / "unet", _weights("unet")):
-            with safe_open(file, framework="np") as weights:
-                names.update(weights.keys())
-        missing = sorted(unet.state_dict().keys() - names)
-        if missing:
-            raise ModelError(
-                f"The UNet of {self.path} lacks {len(missing)} tensors that its config announces; fetch it again.",
-                missing[:10],
-            )
+    def _weight_files(self, name: str) -> list[Path]:
+        """Returns those that are loaded: in half precision only where there are no others."""
+        files = _weight_files(self.path / name, _weights(name))
+        plain = [file for file in files if not file.name.removeprefix(_weights(name)).startswith(".fp16")]
+        return plain or files
 
     def _configs(self) -> dict[str, dict[str, Any]]:
         self._check_family()
@@ -225,7 +230,7 @@ class Folder:
         folder, stem = self.path / name, _weights(name)
         if not (folder / "config.json").is_file():
             return f"{name}: {folder / 'config.json'} is missing"
-        weights = _weight_files(folder, stem)
+        weights = self._weight_files(name)
         if not weights and list(folder.glob("*.bin")):
             return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
         if not weights:
@@ -277,17 +282,6 @@ def explained(path: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(f"The base {path} cannot be used; a config or its weights are wrong. {what}") from error
-
-
-def content_hash(path: Path) -> str:
-    """Returns the sha256 of a file; a file that did not change is read once."""
-    return _hash(path, path.stat().st_mtime_ns)
-
-
-@cache
-def _hash(path: Path, changed_ns: int) -> str:
-    del changed_ns
-    return sha256(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.types import AudioText, Loaded, Request, SpeechInfo
+from lora_diffusion.families import _transformers
 from lora_diffusion.families._sources import explained, read_json
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
         architecture="whisper",
         source=options.path,
         path=folder,
+        files=_transformers.weight_files(folder),
         sampling_rate=extractor.sampling_rate,
         max_duration_s=float(extractor.chunk_length),
         max_tokens=config.get("max_target_positions", 448),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.types import ModuleKey
-from lora_diffusion.families._sources import content_hash, damage, explained, local, read_json, silence_progress
+from lora_diffusion.families._sources import damage, explained, local, read_json, silence_progress
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,13 @@ def _check_weights(folder: Path) -> None:
         faults += [f"{folder / name} is missing" for name in sorted(wanted - {file.name for file in files})]
     if faults:
         raise ModelError(f"The weights of the base {folder} cannot be read.", faults)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Returns the files that a checked folder is loaded from."""
+    if (folder / _WEIGHTS[0]).is_file():
+        return (folder / _WEIGHTS[0],)
+    return tuple(folder / name for name in sorted(set(read_json(folder / _WEIGHTS[1])["weight_map"].values())))
 
 
 def fingerprint(folder: Path, names: Sequence[str]) -> str:

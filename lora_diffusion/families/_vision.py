@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.types import Batch, Chat, ChatInfo, Example, Loaded, ModuleKey, Request, Turn
 from lora_diffusion.families import _transformers
@@ -102,6 +103,7 @@ def describe(folder: Path, options: LlavaOptions) -> ChatInfo:
         architecture=config["model_type"].replace("_", "-"),
         source=options.path,
         path=folder,
+        files=_transformers.weight_files(folder),
         max_tokens=config["text_config"].get("max_position_embeddings", ChatInfo.max_tokens),
         count_tokens=partial(_count_tokens, folder, options.chat_template),
     )
@@ -128,7 +130,8 @@ def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool) -> 
     files = ["model.safetensors"]
     if index.is_file():
         files = sorted({file for name, file in read_json(index)["weight_map"].items() if "vision_tower" in name})
-    return f"{told} {_transformers.fingerprint(folder, files)} {options.dtype} {options.quantization}"
+    dtype = frozen_name(options.dtype, pick_device())
+    return f"{told} {_transformers.fingerprint(folder, files)} {dtype} {options.quantization}"
 
 
 def pixels(loaded: Loaded, picture: Any) -> Tensor:

@@ -6,19 +6,22 @@ import json
 import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_diffusion.core.errors import CheckpointError, ConfigError
-from lora_diffusion.core.files import atomic_path, remove_leftovers, sha256, write_json
+from lora_diffusion.core.files import atomic_path, remove_leftovers, save_tensors, sha256, write_json
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.training import optim
 from lora_diffusion.training.optim import Params, named
 
+NETWORKS = "networks"
+"""Key of the fingerprint that names the base's networks by content; checkpoints of version 0.1.0 lack it."""
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -76,8 +79,8 @@ def save(
     try:
         with atomic_path(path) as temporary:
             temporary.mkdir()
-            save_file({name: _plain(value) for name, value in named(params)}, temporary / _ADAPTER)
-            save_file(_moments(params, optimizer), temporary / _OPTIMIZER)
+            save_tensors({name: _plain(value) for name, value in named(params)}, temporary / _ADAPTER)
+            save_tensors(_moments(params, optimizer), temporary / _OPTIMIZER)
             digests = {name: sha256(temporary / name) for name in (_ADAPTER, _OPTIMIZER)}
             write_json(temporary / _STATE, {**vars(state), "sha256": digests})
     except OSError as error:
@@ -130,8 +133,7 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     faults = [
         f"{key}: {then.get(key, 'absent')} in the checkpoint, {now[key]} now"
         for key in sorted(now)
-        # A list that the version of the checkpoint did not know was as good as empty.
-        if then.get(key, []) != now[key]
+        if not _agree(key, then, now[key])
     ]
     if faults:
         raise ConfigError(
@@ -139,6 +141,31 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
             "anew with --overwrite or another output.path.",
             faults,
         )
+
+
+def check_length(path: Path, num_steps: int) -> None:
+    """Checks that a run of `num_steps` optimizer steps has not gone past its end already.
+
+    Raises:
+        ConfigError: the checkpoint is of a later step.
+    """
+    done = read_state(path).step
+    if done > num_steps:
+        raise ConfigError(
+            f"The run has made {done} steps already and cannot be continued as one of {num_steps}; set train.max_steps "
+            "or train.epochs higher, or start a new run in another output.path."
+        )
+
+
+def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
+    if key not in then:
+        # A list that the version of the checkpoint did not know was as good as empty.
+        return key == NETWORKS or value == []
+    if key == "base" and isinstance(value, str):
+        # Version 0.1.0 kept the word auto for the number type that it stood for.
+        words = zip_longest(str(then[key]).split(), value.split())
+        return all(old in (new, "auto") for old, new in words)
+    return bool(then[key] == value)
 
 
 def load_params(path: Path, params: Params) -> None:

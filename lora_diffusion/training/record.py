@@ -15,12 +15,13 @@ from accelerate import PartialState
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
-from lora_diffusion.core.files import sha256
+from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import Kind
 from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags
 from lora_diffusion.formats.thumbnail import data_url
+from lora_diffusion.training import checkpoint
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import METRICS_NAME
@@ -34,25 +35,33 @@ _OF_OBJECTIVE = {
 """Key of the `model:` section, where the family has it -> kohya's word for it."""
 
 
-def fingerprint(config: Config, kind: Kind, base: str, samples: Sequence[Sample]) -> dict[str, Any]:
+def fingerprint(
+    config: Config, kind: Kind, base: str, files: Sequence[Path], samples: Sequence[Sample]
+) -> dict[str, Any]:
     """Returns setting -> value of all that changes the result besides the `train:` section.
 
     Args:
         config: the run's config.
         kind: kind of the samples.
-        base: names the weights of the base by content.
+        base: names what prepares the data, as the family's `cache_key` gives it.
+        files: the rest of the base, see BaseInfo; their bytes are hashed.
         samples: the data; bytes, texts and repeats are hashed.
     """
     values = to_values(config)
     settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
     listed = [(sample.key, sample.num_repeats, *kind.identity(sample, config.data)) for sample in samples]
-    return settings | {"base": base, "data": hashlib.sha256(json.dumps(listed).encode()).hexdigest()}
+    hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}
+    return settings | {"base": base} | digests
 
 
-def final_loss(run: RunFolder) -> float:
-    """Returns the mean loss over the last tenth of the steps."""
-    lines = (run.path / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+def final_loss(run: RunFolder) -> float | None:
+    """Returns the mean loss over the last tenth of the steps; None where their record is gone."""
+    path = run.path / METRICS_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     losses = [json.loads(line)["loss"] for line in lines]
+    if not losses:
+        return None
     last = losses[-max(1, len(losses) // 10) :]
     return float(sum(last) / len(last))
 
@@ -170,7 +179,7 @@ def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
 def _thumbnail(config: Config) -> str | None:
     if config.output.thumbnail != _PREVIEW:
         return data_url(Path(config.output.thumbnail).expanduser()) if config.output.thumbnail else None
-    previews = sorted(RunFolder(Path(config.output.path)).previews_path.glob("step-*.png"))
+    previews = sorted(RunFolder(Path(config.output.path).expanduser()).previews_path.glob("step-*.png"))
     return data_url(previews[-1]) if previews else None
 
 
@@ -181,7 +190,7 @@ def _base_hashes(info: BaseInfo) -> dict[str, str]:
     with info.path.open("rb") as stream:
         stream.seek(LEGACY_START)
         legacy = hashlib.sha256(stream.read(LEGACY_BYTES)).hexdigest()[:8]
-    return {"sd_model_hash": legacy, "new_sd_model_hash": sha256(info.path)}
+    return {"sd_model_hash": legacy, "new_sd_model_hash": content_hash(info.path)}
 
 
 def _precision(precision: str) -> str:

@@ -151,8 +151,8 @@ def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
         if overwrite and run.config_path.is_file():
             logger.info("Replacing the run in %s", run.path)
             _remove(run)
-        if run.path.is_dir():
-            remove_leftovers(run.path)
+        for folder in (run.path, run.previews_path):
+            remove_leftovers(folder)
         write_text(run.config_path, to_yaml(config))
     except OSError as error:
         raise ConfigError(

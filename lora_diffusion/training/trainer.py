@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
-from lora_diffusion.config.schema import TrainConfig
+from lora_diffusion.config.schema import DEFAULT_STEPS, TrainConfig
 from lora_diffusion.core.device import compute_dtype
 from lora_diffusion.core.errors import ConfigError, NonFiniteError
 from lora_diffusion.core.logs import logger, name_some
@@ -31,7 +31,6 @@ from lora_diffusion.training import checkpoint, optim, schedule
 from lora_diffusion.training.hooks import Hook
 from lora_diffusion.training.tracking import check_tracker, open_trackers
 
-_DEFAULT_STEPS = 1000
 # These say how long, how fast or how visibly a run computes, not what.
 _FREE_SETTINGS = frozenset(
     {"max_steps", "epochs", "threads", "gradient_checkpointing", "save_every_steps", "keep_checkpoints"}
@@ -265,4 +264,4 @@ def total_steps(config: TrainConfig, num_steps_per_epoch: int) -> int:
         raise ConfigError(f"train.max_steps={config.max_steps} and train.epochs={config.epochs}: give one of the two.")
     if config.epochs is not None:
         return config.epochs * num_steps_per_epoch
-    return _DEFAULT_STEPS if config.max_steps is None else config.max_steps
+    return DEFAULT_STEPS if config.max_steps is None else config.max_steps

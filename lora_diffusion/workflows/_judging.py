@@ -39,8 +39,8 @@ def check(config: Config, samples: Sequence[Sample]) -> None:
         return
     if not isinstance(samples[0], ImageText):
         raise ConfigError("evaluate: after_training and every_steps look at pictures, and this base makes none.")
-    selection.cases(config, samples[0].trigger)
     _references(config)
+    selection.cases(config, samples[0].trigger)
     models = Scorers(selection.scorers(config))
     for kind in models.names.keys() & LOADERS.keys():
         models.find(kind)

@@ -24,12 +24,13 @@ from lora_diffusion.core.tuning import use_channels_last, use_threads
 from lora_diffusion.core.types import AdapterState, Loaded, Prepared, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.batches import Batches
-from lora_diffusion.data.kinds import KINDS, Report
+from lora_diffusion.data.kinds import KINDS, Kind, Report
 from lora_diffusion.formats import check_output
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training import checkpoint, memory, optim, record, run_folder
 from lora_diffusion.training.hooks import Hook, PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.tracking import check_tracker
 from lora_diffusion.training.trainer import Trainer, total_steps
 from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows import verification
@@ -44,8 +45,8 @@ class TrainResult:
 
     run_path: Path
     num_steps: int
-    loss: float
-    """Mean over the last tenth of the steps."""
+    loss: float | None
+    """Mean over the last tenth of the steps; None where their record is gone."""
     files: tuple[Path, ...]
     selection: Selection | None = None
     """With evaluate.after_training: which checkpoint and weight are the best."""
@@ -67,8 +68,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
     variant = variants.find(config.adapter.variant, config.model.quantization)
-    optim.check(config.train, pick_device())
-    check_output(config.output.formats, variant.stored)
+    _check_settings(config, variant)
     info = family.check(config.model)
     plan = make_plan(family.skeleton(config.model), family.parts, config.adapter, config.train.module_learning_rates)
     _check_spellings(family, config)
@@ -82,15 +82,17 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     processes = process_group()
     processes.wait_for_everyone()
     with run_folder.alone(run) if processes.is_main_process else nullcontext():
+        trained = frozenset(config.adapter.parts)
+        fingerprint = record.fingerprint(config, kind, family.cache_key(config.model, trained), info.files, samples)
+        latest = checkpoint.find_latest(run.path) if resume else None
+        if latest:
+            checkpoint.check_fingerprint(latest, fingerprint)
+            checkpoint.check_length(latest, _num_steps(samples, kind, family, config))
+        processes.wait_for_everyone()
         if processes.is_main_process:
             run_folder.prepare(run, config, overwrite=overwrite)
             write_json(run.plan_path, plan.to_json())
         use_threads(config.train.threads, run.path / "machine.json")
-        trained = frozenset(config.adapter.parts)
-        fingerprint = record.fingerprint(config, kind, family.cache_key(config.model, trained), samples)
-        latest = checkpoint.find_latest(run.path) if resume else None
-        if latest:
-            checkpoint.check_fingerprint(latest, fingerprint)
         loaded = family.load(config.model, pick_device())
         use_channels_last(loaded.parts.values(), loaded.device)
         with processes.main_process_first():
@@ -118,6 +120,17 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         if processes.is_main_process:
             judging.write_picture_losses(measured, trainer, family, run)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
+
+
+def _check_settings(config: Config, variant: variants.Variant) -> None:
+    optim.check(config.train, pick_device())
+    check_tracker(config.train.tracker)
+    check_output(config.output.formats, variant.stored)
+
+
+def _num_steps(samples: Sequence[Sample], kind: Kind, family: Family, config: Config) -> int:
+    stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
+    return total_steps(config.train, _batches(stubs, family, config).num_steps_per_epoch)
 
 
 def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:
@@ -214,7 +227,7 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
     variant = variants.find(config.adapter.variant, config.model.quantization)
-    check_output(config.output.formats, variant.stored)
+    _check_settings(config, variant)
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
     plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates)
@@ -223,7 +236,6 @@ def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
     cache.check(config.cache)
     record.check_thumbnail(config)
     samples = kind.read(config.data, info)
+    judging.check(config, samples)
     needed = step_memory(config, family, info, skeleton, plan, kind.largest(samples))
-    stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
-    num_steps_per_epoch = _batches(stubs, family, config).num_steps_per_epoch
-    return Outlook(kind.describe(samples), plan, needed, total_steps(config.train, num_steps_per_epoch))
+    return Outlook(kind.describe(samples), plan, needed, _num_steps(samples, kind, family, config))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from lora_diffusion.core.errors import AdapterFileError, DataError
-from lora_diffusion.core.files import atomic_path, remove_leftovers, sha256, write_json, write_text
+from lora_diffusion.core.files import atomic_path, remove_leftovers, save_tensors, sha256, write_json, write_text
 from lora_diffusion.core.keymap import KeyMap, suggestion
 from lora_diffusion.core.rng import derive, derive_seed
 from lora_diffusion.core.types import ModuleKey
@@ -37,6 +40,29 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     write_json(tmp_path / "kept.json", {"a": 1})
     remove_leftovers(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_leftovers_that_another_process_may_be_writing_stay(tmp_path: Path) -> None:
+    for age_s, name in ((10, "new"), (10_000, "old")):
+        path = tmp_path / "ab" / f".part-1234-{name}"
+        write_text(path, "half")
+        os.utime(path, (path.stat().st_mtime - age_s,) * 2)
+    remove_leftovers(tmp_path, "*/", older_than_s=3600)
+    assert [file.name for file in (tmp_path / "ab").iterdir()] == [".part-1234-new"]
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_tensors_that_the_disk_does_not_take_are_an_os_error(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, atomic_path(tmp_path / "a") as temporary:
+            save_tensors({"x": torch.zeros(2**16)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:

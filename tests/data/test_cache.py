@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from lora_diffusion.config.schema import CacheConfig
@@ -158,3 +161,22 @@ def test_batches_stay_below_the_pixel_limit(dataset, family, loaded, tmp_path, m
     family.shapes.clear()
     cache.prepare(family, loaded, samples, _UNET, config, dataset.config(flip=True))
     assert [shape[:2] for shape in family.shapes] == [(1, 2)] * 5
+
+
+def test_a_full_disk_is_said_in_one_line(run, monkeypatch):
+    def fail(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(ConfigError, match=r"cache\.path.*No space left on device.*free space"):
+        run()
+
+
+def test_what_a_killed_process_left_is_removed(run, tmp_path):
+    run()
+    path = _files(tmp_path)[0]
+    left = path.with_name(".part-1234-x")
+    path.rename(left)
+    os.utime(left, (0, 0))
+    run()
+    assert path.is_file() and not left.exists()

@@ -48,3 +48,21 @@ def test_found_words_are_cut_wherever_they_stand():
     pattern = words_pattern("style of zwx")
     assert without_trigger("a cat in the style of zwx", pattern) == "a cat"
     assert without_trigger("zwx hat of a man, flat style", pattern) == "hat of a man, flat"
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "prior"),
+    [
+        ("赛博朋克猫", "赛博朋克", "猫"),
+        ("ねこのイラスト", "イラスト", "ねこの"),
+        ("zwx_dog", "zwx", "dog"),
+        ("a dog, blob_style", "blob_style", "a dog"),
+    ],
+)
+@pytest.mark.parametrize("pattern", [phrase_pattern, words_pattern])
+def test_triggers_in_scripts_without_spaces_and_beside_underscores(caption, trigger, prior, pattern):
+    assert without_trigger(caption, pattern(trigger)) == prior
+
+
+def test_a_trigger_is_no_piece_of_a_word():
+    assert not phrase_pattern("zwx").search("zwxy dog")

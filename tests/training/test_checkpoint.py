@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from lora_diffusion.core.errors import CheckpointError
 from lora_diffusion.training import checkpoint
@@ -85,9 +87,9 @@ def test_the_last_good_one_outlives_a_failed_write(tmp_path: Path, monkeypatch: 
     train(tmp_path, 1, keep_checkpoints=1)
 
     def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(CheckpointError, match=r"step-000002 cannot be written: .*No space.*--resume"):
         train(tmp_path, 2, keep_checkpoints=1)
     assert list(checkpoint.saved_steps(tmp_path)) == [1]

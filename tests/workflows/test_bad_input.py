@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.families.sd1 import FAMILY
+from lora_diffusion.training.run_folder import RunFolder
 from tests.workflows.conftest import Commands
 
 
@@ -108,6 +110,10 @@ def test_no_captions_at_all(training: Training) -> None:
     [
         (["train.max_step=5"], ['train.max_step: there is no such key (did you mean "train.max_steps"']),
         (["train.max_steps=many"], ["train.max_steps='many'", "whole number"]),
+        (['train.max_steps="500"'], ["train.max_steps='500'", "whole number"]),
+        (["data.flip=5"], ["data.flip=5", "true or false"]),
+        (["train.warmup_steps=1000"], ["train.warmup_steps=1000", "1000 steps"]),
+        (["preview.num_steps=1000"], ["preview.num_steps=1000: must be from 1 to 999"]),
         (["train.max_steps=2.5"], ["train.max_steps=2.5", "whole number"]),
         (["train.learning_rate=0"], ["train.learning_rate=0", "greater than 0"]),
         (["train.learning_rate=.nan"], ["train.learning_rate=nan"]),
@@ -197,6 +203,17 @@ class TestBase:
         assert "lacks 1 tensors" in message
         assert "conv_in.weight" in message
 
+    @pytest.mark.parametrize("weights", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+    def test_another_network_that_lacks_tensors(self, training: Training, own_base: Path, weights: str) -> None:
+        path = own_base / f"{weights}.safetensors"
+        tensors = load_file(path)
+        gone = sorted(tensors)[:12]
+        save_file({name: tensor for name, tensor in tensors.items() if name not in gone}, path)
+        for arguments in ((), ("--dry-run",)):
+            message = training.refused(*arguments)
+            assert "lacks 12 tensors" in message
+            assert message.count(f"- {weights.split('/')[0]}/") == 10
+
     def test_git_lfs_pointer(self, training: Training, own_base: Path) -> None:
         weights = own_base / "vae" / "diffusion_pytorch_model.safetensors"
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
@@ -259,6 +276,14 @@ def _change(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def _base_of(run: Path) -> str:
+    return RunFolder(run).config().model.path
+
+
+def _settings_of(run: Path) -> list[str]:
+    return ["--config", str(run / "config.yaml"), f"data.path={RunFolder(run).config().data.path}", "adapter.rank=4"]
+
+
 class TestOutputFolder:
     def _copy_of_a_run(self, training: Training, trained: Path) -> None:
         shutil.copytree(trained, training.output)
@@ -274,6 +299,24 @@ class TestOutputFolder:
         message = training.refused("--resume", "train.seed=7")
         assert "- train.seed: 0 -> 7" in message
         assert "- adapter.rank: 4 -> 2" in message
+
+    def test_resume_with_fewer_steps_than_were_made(self, training: Training, trained: Path) -> None:
+        self._copy_of_a_run(training, trained)
+        message = training.refused(*_settings_of(trained), "--resume", "train.max_steps=5")
+        assert "has made 8 steps already and cannot be continued as one of 5" in message
+
+    @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
+    def test_resume_on_a_changed_base(self, training: Training, own_base: Path, trained: Path, file: str) -> None:
+        self._copy_of_a_run(training, trained)
+        config = training.output / "config.yaml"
+        config.write_text(config.read_text().replace(str(_base_of(trained)), str(own_base)))
+        path = own_base / file
+        if path.suffix == ".json":
+            _change(path, beta_end=0.02)
+        else:
+            save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        message = training.refused(*_settings_of(training.output), "--resume")
+        assert "networks: " in message
 
     def test_holds_other_files(self, training: Training) -> None:
         training.output.mkdir()
@@ -466,3 +509,19 @@ class TestExportAndInspect:
             outcome = command("inspect", path)
             assert outcome.code == 2
             assert str(path) in outcome.message
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry run"])
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["train.tracker=tensorboard"], "tensorboard"),
+        (["train.optimizer=paged_adamw8bit"], "train.optimizer=paged_adamw8bit"),
+        (["evaluate.every_steps=5", "evaluate.references=/no/such/folder"], "evaluate.references=/no/such/folder"),
+    ],
+)
+def test_what_is_needed_later(
+    training: Training, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...], arguments: list[str], fragment: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert fragment in training.refused(*arguments, *dry)

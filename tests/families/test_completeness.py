@@ -1,0 +1,39 @@
+"""Which tensors weight files lack, whatever version of the libraries wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+
+from lora_diffusion.families._completeness import missing, missing_of_vae
+from tests.tiny import tiny_pipeline
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def test_old_names_are_read_as_the_libraries_read_them(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    tower = {f"text_model.{name}": tensor for name, tensor in pipeline.text_encoder.state_dict().items()}
+    tower["text_model.embeddings.position_ids"] = torch.arange(4)
+    save_file(tower, tmp_path / "tower.safetensors")
+    assert missing(pipeline.text_encoder, [tmp_path / "tower.safetensors"]) == []
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    tensors = vae.state_dict()
+    for new, old in OLD.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    assert any(".proj_attn." in name for name in tensors)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    assert missing_of_vae(vae.config, [tmp_path / "vae.safetensors"]) == []
+
+
+def test_shards_are_read_together(tmp_path: Path) -> None:
+    tower = tiny_pipeline().text_encoder
+    names = sorted(tower.state_dict())
+    files = []
+    for index, own in enumerate((names[::2], names[1::2][1:])):
+        files.append(tmp_path / f"model-{index}.safetensors")
+        save_file({name: tower.state_dict()[name] for name in own}, files[-1])
+    assert missing(tower, files) == [names[1]]
