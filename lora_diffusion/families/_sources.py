@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import MissingModelError, ModelError
-from lora_diffusion.core.files import builtin_path, content_hash
+from lora_diffusion.core.files import builtin_path, content_hash, user_path
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
@@ -114,7 +114,7 @@ def local(name: str, builtins: Mapping[str, str], patterns: Sequence[str], forms
         if name.removeprefix("builtin:") not in builtins:
             raise ModelError(f"model.path={name}: there is no such built-in base of this family; known: {known}.")
         return builtin_path(builtins[name.removeprefix("builtin:")])
-    path = Path(name).expanduser()
+    path = user_path(name, "model.path")
     if path.exists():
         return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
