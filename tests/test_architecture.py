@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "workflows": {"core", "config", "data", "quantize", "adapters", "formats", "training", "compose", "evaluation"},
     "quickstart": {"core", "config", "data", "evaluation", "workflows"},
     "cli": {"core", "config", "workflows", "quickstart"},
+    "__main__": {"cli"},
 }
 """Room -> rooms that it may import; families, formats and metrics are otherwise reached through core.registry."""
 

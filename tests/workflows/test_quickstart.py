@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion import workflows
+from lora_diffusion.config.schema import Config
 from lora_diffusion.config.shipped import find_shipped
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.quickstart import _writing, llava, style, whisper
+from lora_diffusion.quickstart import NAMES, _writing, llava, style, whisper
 from tests.workflows.conftest import Commands
 
 
@@ -78,3 +81,17 @@ def test_quickstart_of_models_that_write_scores_before_and_after(
         assert title in page
         assert moments["before"][show.score] >= 0
         assert moments["after"][show.score] >= 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_an_earlier_quickstart_is_continued_or_replaced_as_a_run_is(
+    name: str, option: str, command: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Config, **options: bool) -> None:
+        raise ConfigError(str(sorted(key for key, value in options.items() if value)))
+
+    monkeypatch.setattr(workflows, "train", train)
+    outcome = command("quickstart", name, "--output", tmp_path / "run", f"--{option}")
+    assert outcome.code == 2
+    assert str([option]) in outcome.err
