@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -81,21 +80,9 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-_PATHS = frozenset({"path", "images", "references", "thumbnail", "chat_template"})
-"""Keys of every section whose value may begin with "~"."""
-
-
 def broken_rules(sections: Mapping[str, Any]) -> list[str]:
     """Returns one line for each value out of range and each pair of values that cannot go together."""
-    return [*_ranges(sections), *_homes(sections), *_relations(sections)]
-
-
-def _homes(sections: Mapping[str, Any]) -> Iterator[str]:
-    for name, section in sections.items():
-        for key in _PATHS & vars(section).keys():
-            value = str(getattr(section, key))
-            if value.startswith("~") and os.path.expanduser(value) == value:  # noqa: PTH111 - pathlib's raises
-                yield f"{name}.{key}={value}: there is no such home folder"
+    return [*_ranges(sections), *_relations(sections)]
 
 
 def _ranges(sections: Mapping[str, Any]) -> Iterator[str]:

@@ -186,13 +186,6 @@ def test_values_that_do_not_go_together(overrides: tuple[str, ...]) -> None:
     assert len(_faults(*overrides)) == 1
 
 
-@pytest.mark.parametrize("key", ["data.path", "output.path", "model.path", "output.thumbnail"])
-def test_the_home_of_nobody(key: str) -> None:
-    (found,) = _faults(f"{key}=~nobody-of-this-name/x")
-    assert found == f"{key}=~nobody-of-this-name/x: there is no such home folder"
-    assert load(None, [*NEEDED, f"{key}=~/x", "output.title=~art"]).output.title == "~art"
-
-
 def test_every_range_is_of_a_key() -> None:
     values = to_values(load(None, NEEDED))
     assert [name for name in RANGES if name.split(".")[1] not in values[name.split(".")[0]]] == []
