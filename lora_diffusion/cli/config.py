@@ -60,9 +60,10 @@ def copy(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Loads a config and says that it is right; faults are errors."""
     from lora_diffusion.config.load import load
+    from lora_diffusion.workflows import check_config
 
     path, overrides = config_and_overrides(args)
-    load(path, overrides)
+    check_config(load(path, overrides))
     print_result(args, {"file": str(path), "ok": True}, f"{path or 'The config'} is right.")
 
 

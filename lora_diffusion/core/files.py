@@ -50,6 +50,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def user_path(name: str, setting: str) -> Path:
+    """Returns a path in which a leading `~` or `~user` stands for the home folder.
+
+    Args:
+        name: as the user gave it.
+        setting: where, for the message, say "data.path".
+
+    Raises:
+        ConfigError: nobody of that name is known here.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{setting}={name}: there is no home folder {Path(name).parts[0]} here; write the whole path."
+        ) from error
+
+
 def check_writable(folder: Path, setting: str) -> None:
     """Checks that a folder exists or could be made, and that files can be written into it; changes nothing.
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.config.schema import CacheConfig, DataConfig
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.files import atomic_path, check_writable, default_cache_path, remove_leftovers, save_tensors
+from lora_diffusion.core.files import (
+    atomic_path,
+    check_writable,
+    default_cache_path,
+    remove_leftovers,
+    save_tensors,
+    user_path,
+)
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import Loaded, Prepared, Sample
@@ -69,7 +76,7 @@ def check(config: CacheConfig) -> None:
 
 
 def _root(config: CacheConfig) -> Path:
-    return Path(config.path).expanduser() if config.path else default_cache_path() / "prepared"
+    return user_path(config.path, "cache.path") if config.path else default_cache_path() / "prepared"
 
 
 def prepare(

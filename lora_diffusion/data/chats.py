@@ -16,6 +16,7 @@ from PIL import Image
 from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.extras import require
+from lora_diffusion.core.files import user_path
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import Chat, ChatInfo, Request, Turn
 from lora_diffusion.data import conversations, images
@@ -62,7 +63,7 @@ class _Chats:
 
     def read(self, config: ChatDataConfig, info: ChatInfo) -> list[Chat]:
         """Reads the files, or a data set that was saved to the disk, and decodes every picture once."""
-        is_table = (Path(config.path).expanduser() / _SAVED_BY_DATASETS).is_file()
+        is_table = (user_path(config.path, "data.path") / _SAVED_BY_DATASETS).is_file()
         faults: list[str] = []
         folder, entries = (_list_saved if is_table else _list_files)(config, faults)
         checked = _check_pictures(entries, config, faults)
@@ -147,7 +148,7 @@ class _Entry:
 
 
 def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
-    path = Path(config.path).expanduser()
+    path = user_path(config.path, "data.path")
     if path.is_file() and path.suffix.lower() in conversations.ENDINGS:
         folder = Folder(path.parent, "files", (path,), ())
     else:
@@ -165,7 +166,7 @@ def _find_picture(file: Path, conversation: Conversation, config: ChatDataConfig
     if not isinstance(name, str):
         faults.append(f'{conversation.origin}: names no picture; give it a key "image" with its file name.')
         return None
-    root = Path(config.images).expanduser() if config.images else file.parent
+    root = user_path(config.images, "data.images") if config.images else file.parent
     path = root / name
     if path.is_file():
         return path
@@ -178,7 +179,7 @@ def _find_picture(file: Path, conversation: Conversation, config: ChatDataConfig
 
 def _list_saved(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
     datasets = require("datasets", "Reading a data set that was saved to the disk")
-    root = Path(config.path).expanduser()
+    root = user_path(config.path, "data.path")
     table = datasets.load_from_disk(str(root))
     columns = getattr(table, "column_names", ())
     column = next((name for name in conversations.IMAGE_KEYS if name in columns), None)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.files import user_path
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def list_folder(path: str, noun: str, endings: Sequence[str]) -> Folder:
     Raises:
         DataError: there is no such folder, or no file to train on in it.
     """
-    root = Path(path).expanduser()
+    root = user_path(path, "data.path")
     if not root.exists():
         raise DataError(f"data.path={path}: there is no such folder (looked at {root.absolute()}); correct the path.")
     if not root.is_dir():

@@ -14,6 +14,7 @@ from typing import Any
 from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.extras import require
+from lora_diffusion.core.files import user_path
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import AudioText, Request, SpeechInfo
@@ -72,7 +73,7 @@ class _Recordings:
 
     def read(self, config: RecordingDataConfig, info: SpeechInfo) -> list[AudioText]:
         """Reads a folder, or a data set that was saved to the disk, and decodes every recording once."""
-        is_table = (Path(config.path).expanduser() / _SAVED_BY_DATASETS).is_file()
+        is_table = (user_path(config.path, "data.path") / _SAVED_BY_DATASETS).is_file()
         folder, recordings, faults = (_list_saved if is_table else _list_files)(config)
         checked = _check_all(folder, recordings, config, info, faults)
         unreadable = 0 if config.skip_bad else len(recordings) - len(checked)
@@ -194,7 +195,7 @@ def _list_files(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], 
 
 def _list_saved(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], list[str]]:
     datasets = require("datasets", "Reading a data set that was saved to the disk")
-    root = Path(config.path).expanduser()
+    root = user_path(config.path, "data.path")
     table = datasets.load_from_disk(str(root))
     column = next((name for name in transcripts.FILE_KEYS if name in getattr(table, "column_names", ())), None)
     if column is None:

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.files import builtin_path
+from lora_diffusion.core.files import builtin_path, user_path
 from lora_diffusion.evaluation import _transformers_clip
 from lora_diffusion.evaluation.encoding import Preprocessing, encode_pictures
 
@@ -109,8 +109,9 @@ def _is_of_transformers(name: str, known: Sequence[str]) -> bool:
     """Says whether a folder or hub id lacks what open_clip needs."""
     if name == BUILTIN or name.partition("/")[0] in known or name.startswith("hf-hub:"):
         return False
-    if Path(name).expanduser().is_dir():
-        return not (Path(name).expanduser() / _OPEN_CLIP_CONFIG).is_file()
+    folder = user_path(name, "scorer")
+    if folder.is_dir():
+        return not (folder / _OPEN_CLIP_CONFIG).is_file()
     try:
         hf_hub_download(name, _OPEN_CLIP_CONFIG)
     except EntryNotFoundError:
@@ -122,8 +123,9 @@ def _source(name: str, known: Sequence[str]) -> tuple[str, str | None]:
     """Returns what open_clip calls a model, and its tag."""
     if name == BUILTIN:
         return f"local-dir:{builtin_path('emoji-clip')}", None
-    if Path(name).expanduser().is_dir():
-        return f"local-dir:{Path(name).expanduser().resolve()}", None
+    folder = user_path(name, "scorer")
+    if folder.is_dir():
+        return f"local-dir:{folder.resolve()}", None
     architecture, _, tag = name.partition("/")
     if architecture in known:
         return architecture, tag or None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import user_path
 
 _LAYER = re.compile(r"(?:.*?(\d+)\.)?(weight|bias)")
 
@@ -52,7 +52,7 @@ def load_probe(name: str, device: str | torch.device = "cpu") -> Probe:
         ModelError: no such file, or it holds something else.
     """
     del device  # one product of a matrix and a vector
-    path = Path(name).expanduser()
+    path = user_path(name, "--scorer probe")
     if not path.is_file():
         raise ModelError(f"--scorer probe={name}: there is no such file; give a .safetensors file.")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import user_path
 from lora_diffusion.core.types import Chat, Turn
 from lora_diffusion.families._sources import explained, read_json
 from lora_diffusion.families._transformers import IGNORED
@@ -31,7 +32,7 @@ def read_processor(folder: Path, chat_template: str | None) -> Any:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     config = read_json(folder / "config.json")
     if chat_template:
-        file = Path(chat_template).expanduser()
+        file = user_path(chat_template, "model.chat_template")
         if not file.is_file():
             raise ModelError(f"model.chat_template={chat_template}: there is no such file; correct the path.")
         processor.chat_template = file.read_text(encoding="utf-8")

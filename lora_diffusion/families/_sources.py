@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import MissingModelError, ModelError
-from lora_diffusion.core.files import builtin_path, content_hash
+from lora_diffusion.core.files import builtin_path, content_hash, user_path
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _BUILTIN = {"emoji": "emoji-sd"}
 _HUB_PATTERNS = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
+_OTHER_WEIGHTS = ("-*", ".fp16", ".fp16-*")
+"""How weights end where a hub repository holds no plain ones, best first: in pieces, in half precision, both."""
 _FORMS = "a diffusers folder, a .safetensors checkpoint or a hub id"
 
 
@@ -75,7 +77,17 @@ def find(options: ModelOptions) -> Source:
         from lora_diffusion.families._single_file import SingleFile
 
         return SingleFile(path, layout)
+    if _is_hub_id(options.path):
+        _fetch_other_weights(options.path, path, layout)
     return Folder(path, layout)
+
+
+def _fetch_other_weights(name: str, path: Path, layout: Layout) -> None:
+    """Fetches weights of the networks for which a hub repository holds no plain file."""
+    for ending in _OTHER_WEIGHTS:
+        lacking = [one for one in layout.networks if not _weight_files(path / one, _weights(one))]
+        if lacking:
+            _download(name, tuple(f"{one}/{_weights(one)}{ending}.safetensors" for one in lacking))
 
 
 def unwanted(layout: Layout) -> dict[str, None]:
@@ -114,15 +126,20 @@ def local(name: str, builtins: Mapping[str, str], patterns: Sequence[str], forms
         if name.removeprefix("builtin:") not in builtins:
             raise ModelError(f"model.path={name}: there is no such built-in base of this family; known: {known}.")
         return builtin_path(builtins[name.removeprefix("builtin:")])
-    path = Path(name).expanduser()
+    path = user_path(name, "model.path")
     if path.exists():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+    if _is_hub_id(name):
         return _download(name, tuple(patterns))
     near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise MissingModelError(
         f"model.path={name}: there is no such folder or file{near}.", f"Give {known}, {forms} such as owner/name."
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    is_spelled_so = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
+    return bool(is_spelled_so) and not Path(name).exists()
 
 
 @cache

@@ -21,16 +21,18 @@ class Result(Protocol):
         """Returns lines for people."""
 
 
-def quickstart(name: str, output_path: Path, *, overwrite: bool = False) -> Result:
+def quickstart(name: str, output_path: Path, *, resume: bool = False, overwrite: bool = False) -> Result:
     """Runs the quickstart of that name.
 
     Args:
         name: one of NAMES.
         output_path: run folder.
+        resume: continue an earlier run there; a finished one is only scored again.
         overwrite: replace an earlier run there.
 
     Raises:
-        ConfigError: the folder holds another run and `overwrite` is not set.
+        ConfigError: the folder holds another run, and neither `resume` nor `overwrite` is set.
     """
-    result: Result = import_module(f"{__name__}.{_HOMES[name]}").quickstart(output_path, overwrite=overwrite)
+    home = import_module(f"{__name__}.{_HOMES[name]}")
+    result: Result = home.quickstart(output_path, resume=resume, overwrite=overwrite)
     return result

@@ -84,15 +84,15 @@ class Shown:
         return "\n".join(lines)
 
 
-def quickstart(show: Show, output_path: Path, *, overwrite: bool = False) -> Shown:
+def quickstart(show: Show, output_path: Path, *, resume: bool = False, overwrite: bool = False) -> Shown:
     """Trains, scores the test sets before and after, and writes adapter, scores and page.
 
     Raises:
-        ConfigError: the folder holds another run and `overwrite` is not set.
+        ConfigError: the folder holds another run, and neither `resume` nor `overwrite` is set.
     """
     started = time.perf_counter()
     config = config_of(show, output_path)
-    adapter = workflows.train(config, overwrite=overwrite).files[0]
+    adapter = workflows.train(config, resume=resume, overwrite=overwrite).files[0]
     scores = compare(show, config, adapter)
     write_json(output_path / "scores.json", rates(scores))
     report_path, commands = output_path / "report.html", tuple(show.commands(config.model.path, f"{adapter}:1"))

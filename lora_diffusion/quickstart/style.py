@@ -52,16 +52,16 @@ class QuickstartResult:
         return "\n".join(lines)
 
 
-def quickstart(output_path: Path, *, overwrite: bool = False) -> QuickstartResult:
+def quickstart(output_path: Path, *, resume: bool = False, overwrite: bool = False) -> QuickstartResult:
     """Trains the blob style on the built-in base and shows what it changed on faces that were not trained on.
 
     Raises:
-        ConfigError: the folder holds another run and `overwrite` is not set.
+        ConfigError: the folder holds another run, and neither `resume` nor `overwrite` is set.
     """
     started = time.perf_counter()
     data = shipped_path("datasets") / "blob-style"
     config = load(find_shipped("sd1/style"), [f"data.path={data / 'train'}", f"output.path={output_path}"])
-    trained = workflows.train(config, overwrite=overwrite)
+    trained = workflows.train(config, resume=resume, overwrite=overwrite)
     comparison = workflows.compare(config, trained.files[0], data / "references", Request("", 0))
     grid_path = output_path / "before-after.png"
     rows = [[row.images[index] for row in comparison.rows] for index in range(_NUM_GRID_ROWS)]

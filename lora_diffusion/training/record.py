@@ -15,7 +15,7 @@ from accelerate import PartialState
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
-from lora_diffusion.core.files import content_hash
+from lora_diffusion.core.files import content_hash, user_path
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import Kind
@@ -86,7 +86,7 @@ def metadata(
         batches: how the data was shown.
         step: optimizer steps made.
     """
-    written_at, run = time.time(), RunFolder(Path(config.output.path).expanduser())
+    written_at, run = time.time(), RunFolder(user_path(config.output.path, "output.path"))
     training = {
         **_training(config, batches, step),
         # The config is written when a run begins, or goes on.
@@ -155,7 +155,7 @@ def check_thumbnail(config: Config) -> None:
         DataError: it cannot be read as one.
     """
     if config.output.thumbnail not in (None, _PREVIEW):
-        data_url(Path(config.output.thumbnail).expanduser())
+        data_url(user_path(config.output.thumbnail, "output.thumbnail"))
 
 
 _PREVIEW = "preview"
@@ -178,8 +178,8 @@ def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
 
 def _thumbnail(config: Config) -> str | None:
     if config.output.thumbnail != _PREVIEW:
-        return data_url(Path(config.output.thumbnail).expanduser()) if config.output.thumbnail else None
-    previews = sorted(RunFolder(Path(config.output.path).expanduser()).previews_path.glob("step-*.png"))
+        return data_url(user_path(config.output.thumbnail, "output.thumbnail")) if config.output.thumbnail else None
+    previews = sorted(RunFolder(user_path(config.output.path, "output.path")).previews_path.glob("step-*.png"))
     return data_url(previews[-1]) if previews else None
 
 

@@ -14,7 +14,7 @@ from lora_diffusion.config.describe import differences
 from lora_diffusion.config.load import load, to_yaml
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import check_writable, remove_leftovers, write_text
+from lora_diffusion.core.files import check_writable, remove_leftovers, user_path, write_text
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
 
@@ -92,11 +92,11 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
     Raises:
         ConfigError: the folder holds another run or other files, cannot be written, or lies inside the data.
     """
-    run = RunFolder(Path(config.output.path).expanduser())
+    run = RunFolder(user_path(config.output.path, "output.path"))
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; give one of the two.")
     check_writable(run.path, "output.path")
-    if Path(config.data.path).expanduser().resolve() in (run.path.resolve(), *run.path.resolve().parents):
+    if user_path(config.data.path, "data.path").resolve() in (run.path.resolve(), *run.path.resolve().parents):
         raise ConfigError(
             f"output.path={run.path} lies inside data.path={config.data.path}, so that pictures made by the run would "
             "become training pictures; name a folder outside."

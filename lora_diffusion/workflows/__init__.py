@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.composition import Composition as Composition
     from lora_diffusion.workflows.composition import compose as compose
     from lora_diffusion.workflows.composition import resize as resize
+    from lora_diffusion.workflows.config_check import check_config as check_config
     from lora_diffusion.workflows.conversion import Conversion as Conversion
     from lora_diffusion.workflows.conversion import convert as convert
     from lora_diffusion.workflows.data_check import check_data as check_data
@@ -57,6 +58,7 @@ _HOMES = {
     "data_check": ("check_data",),
     "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
     "comparison": ("compare",),
+    "config_check": ("check_config",),
     "composition": ("Composition", "compose", "resize"),
     "conversion": ("Conversion", "convert"),
     "estimation": ("Estimate", "estimate"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import write_json
+from lora_diffusion.core.files import user_path, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import ImageText, Loaded, Prepared, Request, Sample
@@ -82,7 +82,7 @@ def prepare_early_stop(
 
 
 def _references(config: Config) -> list[Path]:
-    folder = Path(str(config.evaluate.references)).expanduser()
+    folder = user_path(str(config.evaluate.references), "evaluate.references")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.ENDINGS)
     if not found:
         raise ConfigError(f"evaluate.references={folder}: there is no picture; give a folder that holds some.")

@@ -14,7 +14,7 @@ from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import check_writable, sha256
+from lora_diffusion.core.files import check_writable, sha256, user_path
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family, Metric
 from lora_diffusion.core.tuning import use_threads
@@ -235,7 +235,7 @@ def _cases(question: Question, told: Sequence[str], faults: Faults) -> Sequence[
 def _training_folder(question: Question, config: Config | None) -> Path | None:
     if question.training or not config:
         return question.training
-    folder = Path(config.data.path).expanduser()
+    folder = user_path(config.data.path, "data.path")
     if folder.is_dir():
         return folder
     logger.warning("The training pictures of the run are not at %s any more; give --training DIR.", folder)

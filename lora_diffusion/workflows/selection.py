@@ -19,7 +19,7 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import atomic_path, sha256, write_json
+from lora_diffusion.core.files import atomic_path, sha256, user_path, write_json
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.protocols import Family, Format, Metric
@@ -168,7 +168,7 @@ def question(run: RunFolder, config: Config, folder: Path) -> Question:
         prompts=cases(config, trigger),
         run=run.path,
         weights=own.weights,
-        references=Path(own.references).expanduser(),
+        references=user_path(own.references, "evaluate.references"),
         metrics=own.metrics,
         scorers=scorers(config),
         seeds=own.seeds,

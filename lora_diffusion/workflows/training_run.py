@@ -110,7 +110,8 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
             config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint, plan.module_rates()
         )
         if resume:
-            logger.info("Continuing after step %d", trainer.resume(latest))
+            step = trainer.resume(latest)
+            logger.info(f"Continuing after step {step}" if latest else f"No checkpoint in {run.path}; starting anew")
         trainer.fit(batches)
 
         state = read_state(loaded)

@@ -20,6 +20,7 @@ LIMIT_S = 0.5
 PROGRAM = [sys.executable, "-m", "lora_diffusion.cli.main"]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL", "safetensors", "accelerate")
 
+_RUN = ("model.path=x", "data.path=y", "output.path=z")
 _RUN_AND_TELL = f"""
 import sys
 from lora_diffusion.cli.main import main
@@ -49,6 +50,8 @@ print("\\n" + repr((code, heavy)))
         (["config", "show", "train.batch_size=4"], 0),
         (["config", "check", "model.path=x", "data.path=y", "output.path=z"], 0),
         (["config", "check", "train.seed=-1"], 2),
+        (["config", "check", *_RUN, "model.quantization=nf4", "adapter.variant=lora"], 0),
+        (["config", "check", *_RUN, "model.quantization=nf4", "adapter.variant=loha"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -147,3 +150,24 @@ def test_environment_is_not_needed(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "sd1/style" in json.loads(done.stdout)
+
+
+def test_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "lora_diffusion", "--version"], check=False, capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout
+
+
+@pytest.mark.parametrize(("command", "can_continue"), [("train", True), ("quickstart", True), ("config", False)])
+def test_stopping_by_hand_names_resume_where_it_works(
+    command: str, can_continue: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(args: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, function in ((cli.train, "run"), (cli.quickstart, "run"), (cli.config, "show")):
+        monkeypatch.setattr(module, function, stop)
+    assert cli.main([command, *(["show"] if command == "config" else [])]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 2
+    assert ("--resume" in line) is can_continue

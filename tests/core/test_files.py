@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion.core.errors import AdapterFileError, DataError
-from lora_diffusion.core.files import atomic_path, remove_leftovers, save_tensors, sha256, write_json, write_text
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError
+from lora_diffusion.core.files import (
+    atomic_path,
+    remove_leftovers,
+    save_tensors,
+    sha256,
+    user_path,
+    write_json,
+    write_text,
+)
 from lora_diffusion.core.keymap import KeyMap, suggestion
 from lora_diffusion.core.rng import derive, derive_seed
 from lora_diffusion.core.types import ModuleKey
@@ -98,3 +106,10 @@ def test_faults_stand_one_below_the_other() -> None:
     assert str(DataError("Two faults.", ["a", "b"])) == "Two faults.\n  - a\n  - b"
     assert suggestion("attm", ["attn", "ff"]) == ' (did you mean "attn"?)'
     assert suggestion("zzz", ["attn"]) == ""
+
+
+def test_an_unknown_home_folder_is_told_with_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a", "data.path") == tmp_path / "a"
+    with pytest.raises(ConfigError, match=r"data\.path=~nobody-of-this-name/a: there is no home folder"):
+        user_path("~nobody-of-this-name/a", "data.path")
