@@ -110,9 +110,20 @@ def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
         network.set_submodule(path, _MAKERS[kind, type(plain)](plain, device).requires_grad_(False).eval())
     network.to(device)
     if kind != "none":
+        leave_file(network)
         setattr(network, _FLAGS[kind], True)
         # It warns of each product whose input is not fp16 already.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def leave_file(network: nn.Module) -> None:
+    """Copies weights on the CPU, in place, out of the file that they may be mapped from.
+
+    As long as one tensor of a file is in use, all of it that was ever read counts as memory of the process.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.device.type == "cpu" and tensor.is_floating_point():  # quantized ones are integers
+            tensor.data = tensor.data.clone()
 
 
 def _linear_8bit(layer: Any, device: torch.device) -> nn.Module:

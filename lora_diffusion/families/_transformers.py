@@ -119,10 +119,11 @@ def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.de
 def place(model: nn.Module, parts: Mapping[str, nn.Module], kind: str, device: torch.device) -> None:
     """Quantizes the parts if asked, and moves the model."""
     if kind != "none":
-        from lora_diffusion.quantize import quantize
+        from lora_diffusion.quantize import leave_file, quantize
 
         for part in parts.values():
             quantize(part, kind, device)
+        leave_file(model)
     model.to(device)
 
 
