@@ -175,6 +175,6 @@ def find(name: str, quantization: str = "none") -> Variant:
         remedy = f"use one of {', '.join(able)} or " if able else ""
         raise UnsupportedError(
             f"adapter.variant={name} cannot train on a {quantization} base; {remedy}"
-            f"set model.quantization to one of {', '.join(variant.quantizations)}."
+            f"set model.quantization={' or '.join(variant.quantizations)}."
         )
     return variant
