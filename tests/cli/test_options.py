@@ -12,7 +12,7 @@ import yaml
 from lora_diffusion.cli.main import build_parser, main
 
 OPTIONS = {
-    "quickstart": "what --output --overwrite",
+    "quickstart": "what --output --resume --overwrite",
     "train": "--config --resume --dry-run --overwrite overrides",
     "generate": "--config --model --adapter --prompt --negative --seed --steps --guidance --size --output",
     "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --training "

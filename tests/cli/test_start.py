@@ -130,13 +130,25 @@ def test_disk_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, ca
     assert error.count("\n") == 1
 
 
-def test_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*_: object) -> None:
+@pytest.mark.parametrize(
+    ("command", "target", "resumes"),
+    [(["config", "list"], "cli.config.print_result", False), (["train", "sd1/style"], "workflows.train", True)],
+)
+def test_interrupt_says_how_to_go_on(
+    command: list[str],
+    target: str,
+    resumes: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_diffusion.cli.config.print_result", interrupt)
-    assert cli.main(["config", "list"]) == 1
-    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(f"lora_diffusion.{target}", interrupt)
+    assert cli.main([*command, *(["data.path=x"] if resumes else [])]) == 1
+    error = capsys.readouterr().err
+    assert "stopped" in error
+    assert ("--resume" in error) == resumes
 
 
 def test_environment_is_not_needed(tmp_path: Path) -> None:
