@@ -154,7 +154,9 @@ class _ConvProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
         ctx.weight, ctx.settings, ctx.shape = weight, settings, x.shape
-        return torch.conv2d(x, torch.empty_like(weight), bias, *settings)
+        wide = torch.empty_like(weight)
+        # Activations are in channels_last, and torch lays the weight out like them beside the first copy.
+        return torch.conv2d(x, wide.clone(memory_format=torch.channels_last), bias, *settings)
 
     @staticmethod
     @once_differentiable
