@@ -22,16 +22,17 @@ from torch.utils._pytree import tree_leaves
 from lora_diffusion.core.products import product_dtype
 
 
-def stand_in(network: nn.Module, quantized: Iterable[str]) -> None:
+def stand_in(network: nn.Module, quantized: Iterable[str], kind: str) -> None:
     """Lets layers behave as their quantized forms will: each use of the weight makes a wide copy of it.
 
     Args:
         network: changed in place, before it gets an adapter.
         quantized: paths of plain layers.
+        kind: 8bit or nf4.
     """
     for path in quantized:
         layer = network.get_submodule(path)
-        layer.__class__ = _STAND_INS[type(layer)]
+        layer.__class__ = _STAND_INS[kind, type(layer)]
 
 
 def take_step(
@@ -138,14 +139,14 @@ class _LinearProduct(torch.autograd.Function):
     """Widens the weight for each use, as bitsandbytes does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keeps_input: bool) -> Tensor:
+        ctx.weight, ctx.input = weight, x if keeps_input else None
         return functional.linear(x, torch.empty_like(weight), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0] @ torch.empty_like(ctx.weight).to(gradients[0].dtype), None, None
+        return gradients[0] @ torch.empty_like(ctx.weight).to(gradients[0].dtype), None, None, None
 
 
 class _ConvProduct(torch.autograd.Function):
@@ -170,7 +171,14 @@ class _ConvProduct(torch.autograd.Function):
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Returns what the layer would."""
-        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias)
+        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias, False)
+        return answer
+
+
+class _Linear8bit(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Returns what the layer would; bitsandbytes keeps the input until the backward pass."""
+        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias, True)
         return answer
 
 
@@ -182,5 +190,9 @@ class _Conv2d(nn.Conv2d):
         return answer
 
 
-_STAND_INS: Mapping[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
-"""Class of a plain layer -> what stands for its quantized form."""
+_STAND_INS: Mapping[tuple[str, type[nn.Module]], type[nn.Module]] = {
+    ("8bit", nn.Linear): _Linear8bit,
+    ("nf4", nn.Linear): _Linear,
+    ("nf4", nn.Conv2d): _Conv2d,
+}
+"""(kind, class of a plain layer) -> what stands for its quantized form."""

@@ -79,7 +79,7 @@ def step_memory(
     weights = sum(weight_bytes(network, kind, dtype) for network in parts.values())
     for network in parts.values():
         network.requires_grad_(False)
-        stand_in(network, [path for path, _ in chosen(network, kind)])
+        stand_in(network, [path for path, _ in chosen(network, kind)], kind)
     variant = variants.find(config.adapter.variant, kind)
     loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
     params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)

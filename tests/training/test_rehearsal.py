@@ -76,9 +76,20 @@ def test_a_quantized_weight_is_wide_only_while_it_is_used() -> None:
     plain, quantized = network(1024, 3), network(1024, 3)
     for inner in (plain, quantized):
         inner[0].bias.requires_grad_()
-    stand_in(quantized, ["2", "4"])
+    stand_in(quantized, ["2", "4"], "nf4")
     more = peak(quantized, 8, 1024) - peak(plain, 8, 1024)
     assert 4 * 1024**2 * 0.9 < more < 4 * 1024**2 * 1.5
+
+
+def test_layers_in_8_bits_keep_their_inputs() -> None:
+    peaks = {}
+    for kind in ("nf4", "8bit"):
+        with torch.device("meta"):
+            inner = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).requires_grad_(False)
+        inner[0].bias.requires_grad_()
+        stand_in(inner, [str(index) for index in range(1, 6)], kind)
+        peaks[kind] = peak(inner)
+    assert peaks["8bit"] - peaks["nf4"] >= 4 * (4 * 1024 * 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
