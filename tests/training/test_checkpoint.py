@@ -1,6 +1,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,14 +62,20 @@ def test_damage_everywhere_starts_over(tmp_path: Path, caplog: pytest.LogCapture
     assert "starts over" in caplog.text
 
 
-def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+_KILLED_WHILE_WRITING = """
+import os, sys
+from pathlib import Path
+from lora_diffusion.training import checkpoint
+from tests.training.test_checkpoint import train
+checkpoint.write_json = lambda *_: os._exit(9)
+train(Path(sys.argv[1]), 3)
+"""
+
+
+def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path) -> None:
     train(tmp_path, 2)
-    monkeypatch.setattr(checkpoint, "write_json", lambda *_: os._exit(9))
-    child = os.fork()
-    if child == 0:
-        train(tmp_path, 3)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    command = [sys.executable, "-c", _KILLED_WHILE_WRITING, str(tmp_path)]
+    assert subprocess.run(command, check=False, cwd=Path(__file__).parents[2]).returncode == 9
     leftovers = [path for path in checkpoint.folder(tmp_path).iterdir() if path.name.startswith(".part-")]
     assert len(leftovers) == 1
     found = checkpoint.find_latest(tmp_path)
