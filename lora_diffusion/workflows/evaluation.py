@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
-from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.device import pick_device, process_group
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, sha256, user_path
 from lora_diffusion.core.logs import logger, name_some
@@ -132,6 +132,7 @@ def evaluate(question: Question) -> Evaluation:
     _check_rest(question, tried, metrics, faults)
     faults.stop("evaluate")
 
+    process_group().wait_for_everyone()  # all have looked into the folder before one writes into it
     use_threads("auto", question.output_path / "machine.json")
     loaded = family.load(model, device)
     task = Task(
