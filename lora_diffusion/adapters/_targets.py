@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diffusion.config.per_module import Entry, read_entry
 from lora_diffusion.core.errors import TargetError
-from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.keymap import question, suggestion
 from lora_diffusion.core.types import ModuleKey, Part
 
 if TYPE_CHECKING:
@@ -43,12 +44,29 @@ class Scope:
             words = [group for part in parts for group in self.declared[part].groups if self._match(part, group)]
             groups = dict.fromkeys(words)
             paths = dict.fromkeys(path for part in parts for path, own in self.modules[part].items() if kind_of(own))
+            near = self._near(parts, bare, paths) if bare.startswith("re:") else suggestion(bare, groups | paths)
             raise TargetError(
                 f'{self.key}: "{target}" matches no {self.kind} of {", ".join(parts)}'
-                f"{suggestion(bare, groups | paths)}. Use a group ({', '.join(groups)}), the path of a Linear or "
-                "Conv2d module, or re:PATTERN."
+                f"{near}. Use a group ({', '.join(groups)}), the path of a Linear or Conv2d module, or re:PATTERN."
             )
         return found
+
+    def _near(self, parts: Sequence[str], bare: str, paths: Iterable[str]) -> str:
+        """Suggests patterns that match: the given one for the end of a path, and those with one word corrected."""
+        pattern = bare.removeprefix("re:")
+        tries = [f".*{pattern}"]
+        known = sorted({name for path in paths for name in path.split(".")})
+        for word in re.finditer(r"(?<!\\)\b\w{2,}", pattern):
+            for name in difflib.get_close_matches(word[0], known):
+                tries.append(pattern[: word.start()] + name + pattern[word.end() :])
+        return question([f"re:{text}" for text in tries if self._holds_adapters(parts, text)][:3])
+
+    def _holds_adapters(self, parts: Sequence[str], pattern: str) -> bool:
+        try:
+            found = [self.modules[part][path] for part in parts for path in self._match(part, f"re:{pattern}")]
+        except TargetError:  # what was a pattern is none any more
+            return False
+        return bool(found) and all(map(kind_of, found))
 
     def _split(self, target: str) -> tuple[tuple[str, ...], str]:
         if target.startswith("re:") or "/" not in target:
