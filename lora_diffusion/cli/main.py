@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lora-diffusion {args.command}: {error}; is the disk full or a folder gone?", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        advice = "; give the same command with --resume to continue" if hasattr(args, "resume") else ""
+        instead = " instead of --overwrite" if getattr(args, "overwrite", False) else ""
+        advice = f"; give the same command with --resume{instead} to continue" if hasattr(args, "resume") else ""
         print(f"\nlora-diffusion {args.command}: stopped{advice}.", file=sys.stderr)
         return 1
     return 0

@@ -132,12 +132,16 @@ def test_disk_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, ca
 
 @pytest.mark.parametrize(
     ("command", "target", "resumes"),
-    [(["config", "list"], "cli.config.print_result", False), (["train", "sd1/style"], "workflows.train", True)],
+    [
+        (["config", "list"], "cli.config.print_result", ""),
+        (["train", "sd1/style"], "workflows.train", "with --resume to"),
+        (["train", "sd1/style", "--overwrite"], "workflows.train", "with --resume instead of --overwrite to"),
+    ],
 )
 def test_interrupt_says_how_to_go_on(
     command: list[str],
     target: str,
-    resumes: bool,
+    resumes: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -148,7 +152,8 @@ def test_interrupt_says_how_to_go_on(
     assert cli.main([*command, *(["data.path=x"] if resumes else [])]) == 1
     error = capsys.readouterr().err
     assert "stopped" in error
-    assert ("--resume" in error) == resumes
+    assert resumes in error
+    assert ("--resume" in error) == bool(resumes)
 
 
 def test_environment_is_not_needed(tmp_path: Path) -> None:
