@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; a file or folder written there takes the name when the block ends well.
 
     The content is flushed to the disk before the rename. A folder that stands under the name is replaced.
+
+    Raises:
+        OSError: it cannot be written; names a file, which Python leaves out where a disk fills up in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
@@ -43,6 +47,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -69,22 +77,27 @@ def user_path(name: str, setting: str) -> Path:
 
 
 def check_writable(folder: Path, setting: str) -> None:
-    """Checks that a folder exists or could be made, and that files can be written into it; changes nothing.
+    """Checks that a folder exists or could be made, and that files can be written into it; leaves nothing behind.
 
     Args:
         folder: what will be written into.
         setting: who asks for it, for the message, say "output.path".
 
     Raises:
-        ConfigError: a file is in the way, or the access rights forbid it.
+        ConfigError: a file is in the way, or the access rights or the file system forbid it.
     """
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not nearest.is_dir():
         raise ConfigError(f"{setting}={folder}: {nearest} is a file or a broken link; name a folder.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    try:
+        # The access rights of /proc and the like allow what no one can do there.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
         raise ConfigError(
-            f"{setting}={folder}: {nearest} cannot be written; correct its access rights or name another."
-        )
+            f"{setting}={folder}: {nearest} cannot be written ({error.strerror}); correct its access rights or name "
+            "another."
+        ) from error
 
 
 def remove_leftovers(folder: Path, depth: str = "", older_than_s: float = 0.0) -> None:

@@ -10,6 +10,7 @@ import pytest
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError
 from lora_diffusion.core.files import (
     atomic_path,
+    check_writable,
     remove_leftovers,
     save_tensors,
     sha256,
@@ -71,6 +72,28 @@ def test_tensors_that_the_disk_does_not_take_are_an_os_error(tmp_path: Path) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/plan\.json"):
+            write_text(tmp_path / "plan.json", "x" * 2**17)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "output.path")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that holds no files of users")
+def test_folder_whose_rights_promise_too_much() -> None:
+    with pytest.raises(ConfigError, match=r"cache\.path=/proc/x: /proc cannot be written"):
+        check_writable(Path("/proc/x"), "cache.path")
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
