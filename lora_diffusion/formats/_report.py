@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.delta import change_shape, delta_norm
-from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.errors import AdapterFileError, LoraDiffusionError
 from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.core.soundness import ABSURD, change_rms, is_absurd
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, as_array, widen
 from lora_diffusion.formats._detect import formats_of
+from lora_diffusion.formats._guess import guess_family
 from lora_diffusion.formats._lora_config import find_alpha
 from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
+from lora_diffusion.formats.metadata import told_kind
 from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
 
 _PREFIXES = {
@@ -43,6 +45,8 @@ class FileReport:
     format: str
     """Format names joined by "+"; more than one is among the problems."""
     variant: str
+    family: str | None
+    """sd1, sd2 or sdxl; for other bases the architecture in the metadata; None if nothing tells it."""
     num_modules: Mapping[str, int]
     """By part, guessed from the prefixes."""
     ranks: Mapping[str, int]
@@ -68,14 +72,16 @@ class FileReport:
             "alphas": [f"{alpha} ({count})" for alpha, count in self.alphas.items()],
             "tensors": [f"{count} {dtype}" for dtype, count in self.dtypes.items()],
         }
-        lines = [self.path, f"{self.format} spelling, {self.variant}"]
+        base = f" for {shown(self.family)}" if self.family else ""
+        lines = [self.path, f"{self.format} spelling, {self.variant}{base}"]
         lines += [f"{label:<9}{', '.join(values)}" for label, values in counts.items()]
         lines += ["norm of the change of each block:"]
         lines += [f"  {block:<36}{norm:.4g}" for block, norm in self.block_norms.items()]
         lines += ["metadata:", *(f"  {shown(name)}: {shown(value)}" for name, value in sorted(self.metadata.items()))]
-        lines += (
-            ["problems:", *(f"  {problem}" for problem in self.problems)] if self.problems else ["no problems found"]
-        )
+        if self.problems:
+            lines += [f"problems of this adapter{base}:", *(f"  {problem}" for problem in self.problems)]
+        else:
+            lines += ["no problems found"]
         return "\n".join(lines)
 
 
@@ -115,19 +121,29 @@ def describe_file(path: Path) -> FileReport:
     configs = _configs(path, headers)
     modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
     norms = _norms(modules)
+    metadata = {key: value for header in headers for key, value in header.metadata.items()}
     variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
     return FileReport(
         path=str(path),
         format="+".join(formats) or "unknown",
         variant=" and ".join(name for name in variants if name) or "unknown",
+        family=_family(path, metadata),
         num_modules=_count(_part(module.name) for module in modules),
         ranks=_count(str(module.adapter.rank) for module in modules if module.adapter),
         alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules if module.adapter),
         dtypes=_count(info.dtype for header in headers for info in header.tensors.values()),
         block_norms=_block_norms(norms),
-        metadata={key: value for header in headers for key, value in header.metadata.items()},
+        metadata=metadata,
         problems=tuple(_problems(formats, strange, modules, tensors, norms)),
     )
+
+
+def _family(path: Path, metadata: Mapping[str, str]) -> str | None:
+    try:
+        return guess_family(path)
+    except LoraDiffusionError:
+        kind = told_kind(metadata)[0]
+        return kind.removesuffix("/lora") if kind else None
 
 
 def _full_name(folder: str, name: str) -> str:

@@ -82,3 +82,26 @@ def test_missing_alpha_and_other_variants(tmp_path: Path) -> None:
     save_file({"lora_unet_a.hada_w1_a": torch.ones(2, 2)}, path)
     report = describe_file(path)
     assert (report.format, report.variant) == ("kohya", "loha")
+
+
+@pytest.mark.parametrize(
+    ("width", "metadata", "family"),
+    [
+        (768, {}, "sd1"),
+        (2048, {"ss_base_model_version": "sd_v1"}, "sdxl"),
+        (160, {"ss_base_model_version": "sd_v2_v"}, "sd2"),
+        (160, {"modelspec.architecture": "whisper/lora"}, "whisper"),
+        (160, {}, None),
+    ],
+)
+def test_family_of_the_base_is_told_with_the_problems(
+    width: int, metadata: dict[str, str], family: str | None, tmp_path: Path
+) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    path = tmp_path / "a.safetensors"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, width)}, path, metadata)
+    report = describe_file(path)
+    assert report.family == family
+    lines = report.text().splitlines()
+    assert lines[1] == "kohya spelling, lora" + (f" for {family}" if family else "")
+    assert ("problems of this adapter" + (f" for {family}:" if family else ":")) in lines
