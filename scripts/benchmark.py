@@ -91,22 +91,17 @@ class Cost:
 
 
 def build_unet(setting: Setting) -> Any:
-    """Returns the frozen network with random weights; at no time is there a second copy of them."""
+    """Returns the frozen network with random weights."""
     import torch
     from diffusers import UNet2DConditionModel
     from diffusers.utils import logging
 
+    from scripts.full_size import fill
+
     logging.set_verbosity_error()
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SIZES[setting.size]).to(_dtype(setting))
-    unet = unet.to_empty(device=_device()).requires_grad_(False).eval()
-    rng = torch.Generator(_device()).manual_seed(0)
-    for name, parameter in unet.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=rng)
-        else:
-            parameter.fill_(float(name.endswith("weight")))
-    return unet
+        unet = UNet2DConditionModel(**SIZES[setting.size])
+    return fill(unet, torch.Generator(_device()).manual_seed(0), _dtype(setting))
 
 
 def _dtype(setting: Setting) -> Any:

@@ -53,38 +53,25 @@ sys.exit(code)
 """
 
 
-def random_weights(network: Any, rng: Any) -> Any:
-    """Returns a network of the meta device in float16 with weights of the usual size."""
-    import torch
-
-    network = network.half().to_empty(device="cpu").requires_grad_(False)
-    for name, tensor in network.state_dict().items():
-        if tensor.dim() > 1:
-            tensor.copy_(torch.randn(tensor.shape, generator=rng) * tensor[0].numel() ** -0.5)
-        elif tensor.is_floating_point():
-            tensor.fill_(float(name.endswith("weight")))
-    return network
-
-
 def write_base(base: str, folder: Path) -> Path:
     """Writes a base of _BASES."""
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler
 
-    from scripts import full_size
+    from scripts.full_size import fill, networks
 
     rng, (family, shard_size) = torch.Generator().manual_seed(0), _BASES[base]
     with torch.device("meta"):
-        networks = {**full_size.networks(family), "vae": AutoencoderKL(**_VAE)}
+        parts = {**networks(family), "vae": AutoencoderKL(**_VAE)}
     if not shard_size:
         # The whole table of names is in the tests, where it checks the program's own.
         from tests.families.ldm import save_single_file
 
-        whole = SimpleNamespace(**{name: random_weights(network, rng) for name, network in networks.items()})
+        whole = SimpleNamespace(**{name: fill(network, rng, torch.float16) for name, network in parts.items()})
         return save_single_file(whole, folder / f"{base}.safetensors")
     path = folder / base
-    for name in list(networks):
-        random_weights(networks.pop(name), rng).save_pretrained(path / name, max_shard_size=shard_size)
+    for name in list(parts):
+        fill(parts.pop(name), rng, torch.float16).save_pretrained(path / name, max_shard_size=shard_size)
     EulerDiscreteScheduler().save_pretrained(path / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         (path / name).mkdir()

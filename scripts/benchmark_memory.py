@@ -138,7 +138,7 @@ def _load(case: Case, config: Any) -> Any:
     device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
     parts = {name: part for name, part in full_size.networks(case.family).items() if name in config.adapter.parts}
     for network in parts.values():
-        own_process.fill(network, rng)
+        full_size.fill(network, rng)
         for name, buffer in network.named_buffers():
             buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) if "ids" in name else torch.zeros(()))
         quantize(network, config.model.quantization, device)

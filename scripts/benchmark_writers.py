@@ -55,7 +55,7 @@ def build_base(family: str, folder: Path) -> None:
 
     processor = {"whisper": _whisper_processor, "llava": _llava_processor}[family]()
     model = {"whisper": _whisper, "llava": _llava}[family](processor.tokenizer)
-    own_process.fill(model, torch.Generator().manual_seed(0))
+    full_size.fill(model, torch.Generator().manual_seed(0))
     model.tie_weights()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

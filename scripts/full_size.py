@@ -1,4 +1,4 @@
-"""The sizes of published bases, whose networks are made on the meta device: no weights, no memory."""
+"""The sizes of published bases, whose networks are made on the meta device: no memory until they are filled."""
 
 from __future__ import annotations
 
@@ -85,6 +85,20 @@ def networks(family: str) -> dict[str, nn.Module]:
         for part, (kind, sizes) in TOWERS[family].items():
             parts[part] = kind(CLIPTextConfig(vocab_size=49408, **sizes))
     return parts
+
+
+def fill(network: nn.Module, rng: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Gives a network of the meta device random weights on the generator's device, frozen; buffers hold anything.
+
+    At no time is there a second copy of the weights.
+    """
+    network.to(dtype).to_empty(device=rng.device).requires_grad_(False).eval()
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=rng)
+        else:
+            parameter.fill_(float(name.endswith("weight")))
+    return network
 
 
 @cache

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a process of its own, and returns its answer, or None if it did not get that far.
@@ -59,13 +56,3 @@ def peak_bytes() -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def fill(network: nn.Module, rng: torch.Generator) -> None:
-    """Gives a network of the meta device random weights in bf16 on the CPU, frozen; its buffers hold anything."""
-    network.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False).eval()
-    for name, parameter in network.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=rng)
-        else:
-            parameter.fill_(float(name.endswith("weight")))
