@@ -169,17 +169,16 @@ class _ConvProduct(torch.autograd.Function):
 
 
 class _Linear(nn.Linear):
+    keeps_input = False
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Returns what the layer would."""
-        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias, False)
+        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias, self.keeps_input)
         return answer
 
 
-class _Linear8bit(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        """Returns what the layer would; bitsandbytes keeps the input until the backward pass."""
-        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias, True)
-        return answer
+class _Linear8bit(_Linear):
+    keeps_input = True  # bitsandbytes does, until the backward pass
 
 
 class _Conv2d(nn.Conv2d):
