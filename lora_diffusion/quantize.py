@@ -1,8 +1,9 @@
 """Frozen weights in 8 or 4 bits through bitsandbytes, so that a large base fits a small card.
 
 Quantized are linear layers and, in NF4, convolutions, which hold two thirds of a Stable Diffusion 1.5 UNet. Kept in
-high precision are norms, embeddings, the convolutions at the input, at the output and in the last block before it, and
-what reads the timestep and the sizes: they are small, and everything else depends on them.
+high precision are norms, embeddings, the convolutions at the input, at the output and in the last block before it, what
+reads the timestep and the sizes, and in NF4 the first layer of a CLIP text encoder: they are small, and everything else
+depends on them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _KEPT = re.compile(
     r"(.*\.)?(time_embedding|time_emb_proj|add_embedding|conv_in|conv_out|text_projection"
     r"|patch_embedding|embed_tokens|lm_head)(\..*)?"
 )
+_FIRST_TEXT_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.0\.")
 _DEVICES = ("cuda", "cpu", "xpu")
 _INT8_THRESHOLD = 6.0
 """Inputs beyond this are multiplied in 16 bits (Dettmers et al. 2022, arXiv 2208.07339, section 3.2)."""
@@ -66,10 +68,14 @@ def chosen(network: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
         kind: none, 8bit or nf4.
     """
     # Its errors reach the output undamped: in NF4 these convolutions, 1 or 2 % of the weights, raise the loss of the
-    # built-in base by half, and all others together do not.
+    # built-in base by half, and all others together do not. What NF4 does to its text encoder is the first layer's.
     last_block = f"up_blocks.{len(getattr(network, 'up_blocks', ())) - 1}."
     for path, module in network.named_modules():
-        is_kept = _KEPT.fullmatch(path) or (isinstance(module, nn.Conv2d) and path.startswith(last_block))
+        is_kept = (
+            _KEPT.fullmatch(path)
+            or (isinstance(module, nn.Conv2d) and path.startswith(last_block))
+            or (kind == "nf4" and _FIRST_TEXT_LAYER.match(path))
+        )
         if (kind, type(module)) in _MAKERS and not is_kept:
             yield path, module
 

@@ -27,7 +27,8 @@ from tests.tiny import save_tiny_pipeline, save_tiny_sd2_pipeline, save_tiny_sdx
 CPU = torch.device("cpu")
 SAVERS = {"sd1": save_tiny_pipeline, "sd2": save_tiny_sd2_pipeline, "sdxl": save_tiny_sdxl_pipeline}
 LAYERS = {"8bit": {nn.Linear: "Linear8bitLt"}, "nf4": {nn.Linear: "Linear4bit", nn.Conv2d: "Conv2d4bit"}}
-PEFT_LAYERS = {"Linear8bitLt": "Linear8bitLt", "Linear4bit": "Linear4bit", "Conv2d4bit": "Conv2d", "Conv2d": "Conv2d"}
+PLAIN = {"8bit": {"Conv2d"}, "nf4": {"Conv2d", "Linear"}}
+PEFT_LAYERS = {name: name for name in ("Linear8bitLt", "Linear4bit", "Conv2d", "Linear")} | {"Conv2d4bit": "Conv2d"}
 # Mean difference of a loss against fp32, relative: 8 bits round to 1/127, 4 bits to about 9 % of a weight's size.
 CLOSE = {"8bit": 0.01, "nf4": 0.1}
 
@@ -95,6 +96,7 @@ def test_only_what_should_be_is_quantized(load: Any, family: str, kind: str) -> 
             is_kept = any(word in path for word in ("time_emb", "add_emb", "conv_in", "conv_out", "text_projection"))
             last_block = f"up_blocks.{len(network.up_blocks) - 1}." if part == "unet" else None
             is_kept |= isinstance(module, nn.Conv2d) and bool(last_block) and path.startswith(last_block)
+            is_kept |= kind == "nf4" and part != "unet" and "encoder.layers.0." in path
             expected = LAYERS[kind].get(type(module), type(module).__name__)
             assert type(stored).__name__ == (type(module).__name__ if is_kept else expected), path
             if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.Embedding):
@@ -109,7 +111,9 @@ def test_peft_chooses_its_quantized_layers(load: Any, family: str, kind: str) ->
     assert isinstance(loaded.adapters, PeftSwitch)
     found = {(type(layer.get_base_layer()).__name__, type(layer).__name__) for _, layer in loaded.adapters.layers()}
     assert found == {(base, layer) for base, layer in PEFT_LAYERS.items() if base in {own for own, _ in found}}
-    assert {base for base, _ in found} == {*LAYERS[kind].values(), "Conv2d"}
+    assert {base for base, _ in found} == {*LAYERS[kind].values(), *PLAIN[kind]}
+    for part, network in loaded.parts.items():
+        assert any(LAYERS[kind][nn.Linear] == type(module).__name__ for module in network.modules()), part
 
 
 def test_bytes_are_those_of_the_estimate(load: Any, family: str, kind: str) -> None:
