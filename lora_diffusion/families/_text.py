@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.core.types import Loaded
 
 _PROMPTS_AT_ONCE = 32
@@ -36,9 +36,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 @cache
 def _warn_of_cut(prompts: tuple[str, ...], limit: int) -> None:
     """Warns of prompts once in a process."""
-    logger.warning(
-        "%d prompt(s) are longer than %d tokens and were cut: %s", len(prompts), limit, name_some([*prompts])
-    )
+    names = name_some([shown(prompt) for prompt in prompts])
+    logger.warning("%d prompt(s) are longer than %d tokens and were cut: %s", len(prompts), limit, names)
 
 
 def encode(tower: nn.Module, token_ids: Tensor, skip: int) -> Tensor:
