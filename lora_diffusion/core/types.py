@@ -34,8 +34,9 @@ class ImageText(Sample):
 
     captions: tuple[str, ...] = ()
     """Rendered captions; one of them is drawn each time the picture is used."""
-    prior_caption: str | None = None
-    """The caption without the trigger words, or None where no trigger is known."""
+    prior_captions: tuple[str, ...] = ()
+    """What must not change its meaning: the caption without the trigger words, then with other words in their place.
+    Empty where no trigger is known."""
     trigger: str = ""
     """The words that call up what is trained, the same in all samples of a data set; "" where none are known."""
     size: tuple[int, int] = (0, 0)

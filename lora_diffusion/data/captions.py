@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,19 @@ _LINKING = frozenset(_LINKING_WORDS.split())
 _SAY_NOTHING = _LINKING | frozenset(_MEDIA_WORDS.split())
 _WEAK = frozenset({"style"})
 """Part of a trigger ("blob style"), but none by itself."""
+
+_THINGS = """
+    airplane anchor balloon banana basket bear bed bell bicycle bird boat book bottle box bread bridge broom brush
+    bus butterfly button cactus cake camera candle car carrot castle chair cheese church city clock cloud coin crown
+    cup desk dog door dragon drum fan fire fish flag flower forest gift girl glass grapes guitar hammer hand hat
+    heart horse house kettle key king kite knife ladder lamp leaf lemon lion man map mirror monkey moon mountain mouse
+    mushroom needle notebook pencil piano pig pizza planet rabbit rainbow ring river road robot rocket rope scissors
+    sea sheep shell shoe snake snow soldier spoon star sun sword table teacher telephone tent tiger tower train tree
+    truck trumpet violin wheel window woman
+"""
+"""What pictures show, as any text encoder knows it."""
+_FEWEST_OTHERS, _OTHERS_IN_ALL = 4, 64
+"""Of each caption, and of all together where there are few."""
 
 _WORD = re.compile(r"\w+")
 _UNSPACED = re.compile(
@@ -166,3 +180,26 @@ def without_trigger(caption: str, trigger: re.Pattern[str]) -> str:
     text = _DANGLING_AFTER.sub(rf"\1{_CUT}", text).replace(_CUT, " ")
     text = re.sub(r"\s+(?=[,.;:])", "", _tidy_space(text))
     return ", ".join(filter(None, (part.strip(" ;:_") for part in text.split(",")))).strip(" ,")
+
+
+def priors(caption: str, trigger: re.Pattern[str], seed: str, num_captions: int) -> Lines:
+    """Returns the caption without the trigger, then some with the name of something else in its place.
+
+    They keep their meaning when an adapter learns the trigger. Without the others, only the trigger's absence would
+    tell the two apart, and an adapter would take any subject for the trained one.
+
+    Args:
+        caption: one that may hold the trigger.
+        trigger: as `phrase_pattern` and `words_pattern` give it.
+        seed: chooses the other words.
+        num_captions: in the whole data set; a caption of few gets more others.
+
+    Returns:
+        Nothing where the trigger is not in the caption.
+    """
+    if not trigger.search(caption):
+        return ()
+    together = re.compile(rf"(?:{trigger.pattern})(?:\s+(?:{trigger.pattern}))*", trigger.flags)
+    num_others = max(_OTHERS_IN_ALL // num_captions, _FEWEST_OTHERS)
+    others = random.Random(seed).sample(_THINGS.split(), num_others)  # noqa: S311
+    return (without_trigger(caption, trigger), *(together.sub(word, caption) for word in others))

@@ -28,7 +28,7 @@ class _Pictures:
     def identity(self, sample: ImageText, config: PictureDataConfig) -> list[Any]:
         """Names the picture by its bytes, and how it is scaled, cropped and captioned."""
         place = [sample.size, sample.original_size, sample.crop, config.flip]
-        return [sha256(sample.path), *place, sample.captions, sample.prior_caption]
+        return [sha256(sample.path), *place, sample.captions, sample.prior_captions]
 
     def open(self, sample: ImageText, config: PictureDataConfig) -> ImageText:
         """Decodes the picture, scaled and cropped to its bucket."""

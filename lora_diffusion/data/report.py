@@ -33,8 +33,8 @@ class DataReport:
     """Pictures in an epoch, repeats counted."""
     num_captions: int
     trigger: str
-    prior_example: tuple[str, str] | None
-    """A caption and the same without the trigger."""
+    prior_example: tuple[str, ...]
+    """A caption, the same without the trigger, and with other words in its place."""
     buckets: dict[str, int]
     """"width x height" -> pictures, most frequent first."""
     largest_crop: tuple[str, float]
@@ -57,7 +57,8 @@ class DataReport:
             f"Trigger:      {self.trigger or 'none'}",
         ]
         if self.prior_example:
-            lines.append(f'Without it:   "{self.prior_example[0]}" becomes "{self.prior_example[1]}"')
+            caption, *priors = (f'"{text}"' for text in self.prior_example)
+            lines.append(f"Without it:   {caption} becomes {' or '.join(priors)}")
         lines += [
             f"Buckets:      {buckets}",
             f"Largest crop: {self.largest_crop[1]:.0%} of {self.largest_crop[0]}",
@@ -90,13 +91,13 @@ def describe(samples: Sequence[ImageText]) -> DataReport:
     crops = [(sample.key, images.crop_share(look.size, sample.size)) for sample, look in pairs]
     lengths = [(sample.key, len(text.split())) for sample in samples for text in sample.captions]
     sizes = Counter(f"{sample.size[0]}x{sample.size[1]}" for sample in samples)
-    priors = ((sample.captions[0], sample.prior_caption) for sample in samples)
+    priors = ((sample.captions[0], *sample.prior_captions[:2]) for sample in samples if sample.prior_captions)
     return DataReport(
         num_pictures=len(samples),
         num_shown=sum(sample.num_repeats for sample in samples),
         num_captions=sum(bool(text) for sample in samples for text in sample.captions),
         trigger=samples[0].trigger,
-        prior_example=next(((text, prior) for text, prior in priors if prior is not None), None),
+        prior_example=next(priors, ()),
         buckets=dict(sizes.most_common()),
         largest_crop=max(crops, key=lambda crop: crop[1]),
         num_upscaled=sum(images.cover_scale(look.size, sample.size) > 1 for sample, look in pairs),

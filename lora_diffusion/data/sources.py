@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_diffusion.config.schema import PictureDataConfig
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import BaseInfo, ImageText
 from lora_diffusion.data import captions, images, preflight
@@ -50,7 +51,7 @@ def read(config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
             key=folder.name(path),
             path=path,
             captions=texts[path],
-            prior_caption=priors.get(path),
+            prior_captions=priors.get(path, ()),
             trigger=trigger,
             num_repeats=repeats[path],
             size=size,
@@ -116,8 +117,8 @@ def _fill_captions(
 
 def _split_trigger(
     folder: Folder, texts: Mapping[Path, captions.Lines], wanted: str, faults: list[str]
-) -> tuple[str, dict[Path, str]]:
-    """Returns the trigger, and the first caption of each picture without it where that makes a difference."""
+) -> tuple[str, dict[Path, captions.Lines]]:
+    """Returns the trigger, and what the first caption of each picture is without it where that makes a difference."""
     is_found = wanted == _AUTO
     trigger = " ".join(wanted.split())
     if is_found:
@@ -132,8 +133,9 @@ def _split_trigger(
                 f'{folder.name(path)}: data.trigger="{trigger}" is not in its caption "{lacking[0]}"; '
                 "add the words to the caption, or correct data.trigger."
             )
-    priors = {path: captions.without_trigger(lines[0], pattern) for path, lines in texts.items()}
-    return trigger, {path: prior for path, prior in priors.items() if prior != texts[path][0]}
+    return trigger, {
+        path: captions.priors(lines[0], pattern, content_hash(path), len(texts)) for path, lines in texts.items()
+    }
 
 
 def _report(samples: Sequence[ImageText], sizes: Mapping[Path, tuple[int, int]]) -> None:

@@ -2,12 +2,13 @@
 
 Tensors of a prepared item are of two kinds. A view tensor has a row for each view of the picture ("moments", and
 "time_ids" where the base asks for sizes). A text column NAME has a row for each caption; NAME_empty holds the empty
-caption and NAME_prior, if the sample has one, the caption without trigger words.
+caption and NAME_prior, where the base is asked for them, the captions that must keep their meaning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from lora_diffusion.diffusion import noise as noises
 from lora_diffusion.diffusion.weighting import min_snr_weight
 from lora_diffusion.families import _latent
 
-_EMPTY_SHARE_OF_PRIORS = 0.2
+_EMPTY_SHARE_OF_PRIORS, _CUT_SHARE_OF_PRIORS = 0.2, 0.4
+"""Of the draws without trigger words: the empty caption, and the own caption cut; the others name other things."""
 _VIEWS = ("moments", "time_ids")
 
 Rows = Mapping[str, Tensor]
@@ -37,8 +39,9 @@ def prepare(
         samples: with pixels.
         describe: prompts -> text columns with one row for each prompt, on the CPU.
     """
-    priors = [sample.prior_caption for sample in samples if sample.prior_caption is not None]
-    prompts = list(dict.fromkeys(["", *(caption for sample in samples for caption in sample.captions), *priors]))
+    has_priors = loaded.options.prior_weight > 0
+    texts = [(*sample.captions, *(sample.prior_captions if has_priors else ())) for sample in samples]
+    prompts = list(dict.fromkeys(["", *chain.from_iterable(texts)]))
     columns = describe(prompts)
 
     def rows(suffix: str, *wanted: str) -> dict[str, Tensor]:
@@ -50,32 +53,34 @@ def prepare(
         assert sample.pixels is not None, f"{sample.key} has no pixels"
         tensors = {"moments": _latent.encode_moments(loaded.modules["vae"], sample.pixels)}
         tensors |= rows("", *sample.captions) | rows("_empty", "")
-        if sample.prior_caption is not None:
-            tensors |= rows("_prior", sample.prior_caption)
+        if has_priors and sample.prior_captions:
+            tensors |= rows("_prior", *sample.prior_captions)
         items.append(Prepared(sample.key, tensors, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats))
     return items
 
 
 def collate(items: Sequence[Prepared]) -> Batch:
-    """Stacks items; captions are padded with zeros to the largest number of them."""
+    """Stacks items; captions and priors are padded with zeros to the largest number of them."""
     columns = _columns(items[0].tensors)
     tensors = {name: torch.stack([item.tensors[name] for item in items]) for name in _VIEWS if name in items[0].tensors}
     tensors["num_captions"] = torch.tensor([len(item.tensors[columns[0]]) for item in items])
-    tensors["has_prior"] = torch.tensor([f"{columns[0]}_prior" in item.tensors for item in items])
+    tensors["num_priors"] = torch.tensor([len(item.tensors.get(f"{columns[0]}_prior", ())) for item in items])
     for name in columns:
         empty, prior = f"{name}_empty", f"{name}_prior"
         tensors[name] = pad_sequence([item.tensors[name] for item in items], batch_first=True)
         tensors[empty] = torch.cat([item.tensors[empty] for item in items])
-        tensors[prior] = torch.cat([item.tensors.get(prior, item.tensors[empty]) for item in items])
+        rows = [item.tensors.get(prior, item.tensors[empty]) for item in items]
+        tensors[prior] = pad_sequence(rows, batch_first=True)
     return Batch(tuple(item.key for item in items), tensors)
 
 
 def loss(loaded: Loaded, batch: Batch, rng: torch.Generator, encode: Encode) -> LossOutput:
     """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked.
 
-    With `prior_weight` each picture that has trigger words is also shown without them, at the same noise, and its loss
-    grows by the squared distance to what the base predicts there. Only the words differ between the two, so the
-    gradient of the pair says what belongs to the words; draws of their own would bury that under the noise's.
+    With `prior_weight` each picture that has trigger words is also shown without them or with others in their place, at
+    the same noise, and its loss grows by the squared distance to what the base predicts there. Only the words differ
+    between the two, so the gradient of the pair says what belongs to the words; draws of their own would bury that
+    under the noise's.
     """
     options, schedule = loaded.options, loaded.modules["schedule"]
     prediction, unet, device = loaded.modules["prediction"], loaded.parts["unet"], loaded.device
@@ -90,7 +95,7 @@ def loss(loaded: Loaded, batch: Batch, rng: torch.Generator, encode: Encode) -> 
     if options.min_snr_gamma is not None:
         weights = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
 
-    pairs = batch.tensors["has_prior"].nonzero().flatten() if options.prior_weight else torch.zeros(0).long()
+    pairs = batch.tensors["num_priors"].nonzero().flatten() if options.prior_weight else torch.zeros(0).long()
     if len(pairs):
         kept = pairs.to(device)
         plain = {**{name: values[pairs] for name, values in views.items()}, **_draw_priors(batch, pairs, rng)}
@@ -128,11 +133,15 @@ def _draw_captions(batch: Batch, dropout: float, rng: torch.Generator) -> dict[s
 
 
 def _draw_priors(batch: Batch, chosen: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
-    """Draws what must keep its meaning: the caption without trigger words, or the empty one, which guidance needs."""
+    """Draws what must keep its meaning: one of the sample's priors, or the empty caption, which guidance needs."""
     tensors = batch.tensors
-    is_empty = torch.rand(len(chosen), generator=rng) < _EMPTY_SHARE_OF_PRIORS
+    last = tensors["num_priors"][chosen] - 1
+    others = torch.minimum(1 + _latent.draw_indices(last.clamp(min=1), rng), last)
+    kinds = torch.rand(len(chosen), generator=rng)
+    is_empty = kinds < _EMPTY_SHARE_OF_PRIORS
+    picks = torch.where(kinds < _EMPTY_SHARE_OF_PRIORS + _CUT_SHARE_OF_PRIORS, 0, others)
     return {
-        name: _with_empty(tensors[f"{name}_prior"][chosen], tensors[f"{name}_empty"][chosen], is_empty)
+        name: _with_empty(tensors[f"{name}_prior"][chosen, picks], tensors[f"{name}_empty"][chosen], is_empty)
         for name in _columns(tensors)
     }
 

@@ -32,7 +32,8 @@ class StableDiffusionOptions(ModelOptions):
     """Share of draws with the empty caption, which keeps guidance working in long runs."""
     prior_weight: float = 0.0
     """Weight of the loss that keeps the trained look to its trigger words: each picture is also shown under its caption
-    without them, and must give what the base gives. 1 weighs both alike, 0 turns it off; steps take twice as long."""
+    without them, or with "house" or another word in their place, and must give what the base gives. 1 weighs both
+    alike, 0 turns it off; steps take twice as long."""
 
     ranges: ClassVar[Mapping[str, Any]] = {
         "prediction": _one_of("auto", "epsilon", "v_prediction"),

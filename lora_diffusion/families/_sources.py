@@ -106,6 +106,8 @@ def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
     settings += [options.quantization] if options.quantization != "none" else []
     if (skip := getattr(options, "clip_skip", None)) is not None:
         settings.append(f"clip_skip={skip}")
+    if getattr(options, "prior_weight", 0):
+        settings.append("priors")
     return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"
 
 

@@ -23,12 +23,12 @@ _NUM_LEVELS = 8
 
 def without_caption(sample: ImageText) -> ImageText:
     """Returns the sample with an empty caption."""
-    return replace(sample, captions=("",), prior_caption=None)
+    return replace(sample, captions=("",), prior_captions=())
 
 
 def with_one_caption(sample: ImageText) -> ImageText:
-    """Returns the sample as it is measured: with its first caption and never with the one without trigger words."""
-    return replace(sample, captions=sample.captions[:1], prior_caption=None)
+    """Returns the sample as it is measured: with its first caption and never with those without trigger words."""
+    return replace(sample, captions=sample.captions[:1], prior_captions=())
 
 
 def measure(

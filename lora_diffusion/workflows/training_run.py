@@ -137,8 +137,8 @@ def _num_steps(samples: Sequence[Sample], kind: Kind, family: Family, config: Co
 def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:
     for line in plan.lines():
         logger.info(line)
-    priors = (getattr(sample, "prior_caption", None) for sample in samples)
-    if getattr(config.model, "prior_weight", 0) and all(prior is None for prior in priors):
+    has_priors = any(getattr(sample, "prior_captions", ()) for sample in samples)
+    if getattr(config.model, "prior_weight", 0) and not has_priors:
         logger.warning(
             "model.prior_weight=%g does nothing, since no trigger words were found: give all captions the same made-up "
             "words, or name them with data.trigger, so that the rest of the base stays as it is.",

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from lora_diffusion.data.captions import find_trigger, phrase_pattern, without_trigger, words_pattern
+from lora_diffusion.data.captions import find_trigger, phrase_pattern, priors, without_trigger, words_pattern
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,21 @@ def test_triggers_in_scripts_without_spaces_and_beside_underscores(caption, trig
 
 def test_a_trigger_is_no_piece_of_a_word():
     assert not phrase_pattern("zwx").search("zwxy dog")
+
+
+@pytest.mark.parametrize("pattern", [phrase_pattern, words_pattern])
+def test_priors_name_other_things_in_place_of_the_trigger(pattern):
+    cut, *others = priors("a photo of sks dog on the beach", pattern("sks dog"), "seed", 5)
+    assert cut == "a photo on the beach"
+    assert len(set(others)) == len(others) == 12
+    for text in others:
+        assert re.fullmatch(r"a photo of (?!dog|sks)[a-z]+ on the beach", text), text
+
+
+def test_priors_are_few_where_there_are_many_captions():
+    pattern = phrase_pattern("zwx")
+    assert (
+        priors("a zwx", pattern, "1", 500) == priors("a zwx", pattern, "1", 100) != priors("a zwx", pattern, "2", 500)
+    )
+    assert [len(priors("a zwx", pattern, "1", num)) for num in (1, 2, 500)] == [65, 33, 5]
+    assert priors("a cat", pattern, "1", 1) == ()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def test_reads_folder_and_subfolders_sorted_without_hidden_ones(dataset):
     assert samples[0].captions == ("a dog, zwx", "a big dog, zwx")
     assert samples[1].captions == ("a cat, zwx",)
     assert [sample.trigger for sample in samples] == ["zwx", "zwx"]
-    assert [sample.prior_caption for sample in samples] == ["a dog", "a cat"]
+    assert [sample.prior_captions[0] for sample in samples] == ["a dog", "a cat"]
     assert {(sample.size, sample.num_repeats, sample.pixels) for sample in samples} == {((64, 64), 1, None)}
 
 
@@ -161,7 +162,7 @@ def test_optional_captions_take_the_default(dataset):
     dataset.picture("d.png", "")
     samples = dataset.read(captions="optional")
     assert [sample.captions[0] for sample in samples] == ["", "zwx cat", "zwx dog", ""]
-    assert [sample.prior_caption for sample in samples] == [None, "cat", "dog", None]
+    assert [sample.prior_captions[:1] for sample in samples] == [(), ("cat",), ("dog",), ()]
     samples = dataset.read(captions="optional", default_caption="a  zwx thing")
     assert samples[0].captions == ("a zwx thing",)
 
@@ -202,13 +203,13 @@ def test_a_fixed_trigger_must_be_in_every_caption(dataset):
     (fault,) = _faults(dataset, trigger="blob style")
     assert fault.startswith('a.png: data.trigger="blob style" is not in its caption "a cat"')
     samples = dataset.read(trigger="")
-    assert {(sample.trigger, sample.prior_caption) for sample in samples} == {("", None)}
+    assert {(sample.trigger, sample.prior_captions) for sample in samples} == {("", ())}
 
 
 def test_one_picture_has_a_trigger_only_if_it_is_given(dataset):
     dataset.picture("a.png", "a zwx cat\na zwx animal")
-    assert dataset.read()[0].prior_caption is None
-    assert dataset.read(trigger="zwx")[0].prior_caption == "a cat"
+    assert dataset.read()[0].prior_captions == ()
+    assert dataset.read(trigger="zwx")[0].prior_captions[0] == "a cat"
 
 
 def test_buckets_keep_the_shape_and_squares_do_not(dataset):
@@ -254,7 +255,10 @@ def test_report(dataset):
         dataset.text(f"{name}.txt", "a cat, zwx")
     report = describe(dataset.read())
     assert (report.num_pictures, report.num_shown, report.num_captions) == (4, 6, 4)
-    assert (report.trigger, report.prior_example) == ("zwx", ("a small dog in zwx style", "a small dog in style"))
+    assert report.trigger == "zwx"
+    *texts, other = report.prior_example
+    assert texts == ["a small dog in zwx style", "a small dog in style"]
+    assert re.fullmatch("a small dog in (?!zwx)[a-z]+ style", other)
     assert report.buckets == {"64x64": 3, "88x40": 1}
     assert report.largest_crop[0] == "3_dog/wide.png" and 0 < report.largest_crop[1] < 0.1
     assert report.num_upscaled == 0

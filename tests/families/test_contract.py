@@ -406,7 +406,7 @@ class TestLoss:
 
     def test_zero_adapter_changes_nothing(self, own: Setup, base: Loaded, parts: tuple[str, ...]) -> None:
         batch = own.batch(base, frozenset(parts))
-        batch = replace(batch, tensors={**batch.tensors, "has_prior": torch.zeros(len(batch), dtype=torch.bool)})
+        batch = replace(batch, tensors={**batch.tensors, "num_priors": torch.zeros(len(batch), dtype=torch.int64)})
         before = own.family.loss(base, batch, derive(0, "loss")).per_sample
         own.inject(base, *parts)
         torch.testing.assert_close(own.family.loss(base, batch, derive(0, "loss")).per_sample, before)

@@ -57,6 +57,6 @@ def test_usual_loss_is_the_mean_at_a_level() -> None:
 
 
 def test_measured_samples_have_one_caption_and_no_prior() -> None:
-    sample = ImageText("0.png", Path("0.png"), captions=("a zwx cat", "zwx"), prior_caption="a cat")
-    assert (with_one_caption(sample).captions, with_one_caption(sample).prior_caption) == (("a zwx cat",), None)
-    assert (without_caption(sample).captions, without_caption(sample).prior_caption) == (("",), None)
+    sample = ImageText("0.png", Path("0.png"), captions=("a zwx cat", "zwx"), prior_captions=("a cat", "a house"))
+    assert (with_one_caption(sample).captions, with_one_caption(sample).prior_captions) == (("a zwx cat",), ())
+    assert (without_caption(sample).captions, without_caption(sample).prior_captions) == (("",), ())
