@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.config or args.model:
         model = load(args.config, [f"model.path={args.model}"] if args.model else [], required=False).model
         if model.path == REQUIRED:
-            raise ConfigError(f"{args.config} names no base; give model.path in it, or --model instead of --config.")
+            raise ConfigError(f"{args.config or '--model'} names no base; give model.path in it, or --model NAME.")
     set_up_logs(args)
     from lora_diffusion import workflows
     from lora_diffusion.core.device import process_group

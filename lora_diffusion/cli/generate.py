@@ -10,6 +10,7 @@ from typing import Any
 from lora_diffusion.cli._shared import print_result, set_up_logs, size
 from lora_diffusion.config.rules import MAX_DRAWING_STEPS
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import is_text
 from lora_diffusion.core.weighted import weighted_file
 
 
@@ -37,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion.config.load import load
     from lora_diffusion.config.schema import REQUIRED
 
-    _check_numbers(args)
+    _check(args)
     config = load(args.config, [f"model.path={args.model}"] if args.model else [], required=False)
     if config.model.path == REQUIRED:
-        raise ConfigError(f"{args.config} names no base; give model.path in it, or --model instead of --config.")
+        raise ConfigError(f"{args.config or '--model'} names no base; give model.path in it, or --model NAME.")
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
     from lora_diffusion import workflows
@@ -63,11 +64,16 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
     if not 1 <= args.steps <= MAX_DRAWING_STEPS:
         raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
+    if args.guidance == 1 and args.negative:
+        raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
+    for text in (*args.prompt, args.negative):
+        if not is_text(text):
+            raise ConfigError(f"{text!r} is not UTF-8; type the prompt in a terminal that is set to UTF-8.")
     for seed in args.seed or ():
         if not 0 <= seed < 2**63:
             raise ConfigError(f"--seed {seed}: must be 0 or greater, and less than 2^63.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_diffusion import __version__
 from lora_diffusion.cli import (
@@ -57,6 +59,12 @@ _COMMANDS = (
     config,
 )
 
+_AFTER_EQUALS = re.compile(r"^(--[\w-]+=)~(?=/|$)")
+
+
+def _at_home(match: re.Match[str]) -> str:
+    return f"{match[1]}{Path.home()}"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser with all commands."""
@@ -78,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line; overrides may stand before, between and behind options, which argparse cannot do."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # Shells expand ~ at the start of a word only, which it is not in --output=~/pictures.
+    args, rest = parser.parse_known_args([_AFTER_EQUALS.sub(_at_home, text) for text in given])
     if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

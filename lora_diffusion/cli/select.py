@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     if not 0 <= args.text_weight <= 1:
         raise ConfigError(f"--text-weight {args.text_weight:g}: must be between 0 and 1.")
+    for name in _LIMITS:
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be a finite number.")
+    for text in args.overrides:
+        if not text.startswith("evaluate."):
+            raise ConfigError(
+                f"{text}: only evaluate.key=value changes how the run is evaluated; its training is done."
+            )
     set_up_logs(args)
     from lora_diffusion import workflows
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion import workflows
 
     if args.dry_run:
-        outlook = workflows.dry_run(config, overwrite=args.overwrite)
+        outlook = workflows.dry_run(config, resume=args.resume, overwrite=args.overwrite)
         print_result(args, outlook.to_json(), outlook.text())
         return
     result = workflows.train(config, resume=args.resume, overwrite=args.overwrite)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.docs import field_docs
-from lora_diffusion.config.rules import broken_rules
+from lora_diffusion.config.rules import contradictions, out_of_range
 from lora_diffusion.config.schema import DATA_SECTIONS, REQUIRED, Config, ModelOptions
 from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
@@ -46,8 +46,9 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = T
     faults += type_faults
     if required:
         faults += _missing(sections)
+    faults += out_of_range(sections)
     if not faults:
-        faults += broken_rules(sections)
+        faults += contradictions(sections)
     if faults:
         raise ConfigError(
             f"The config from {source} has {len(faults)} fault(s); mend them or see the keys with "

@@ -58,7 +58,7 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.warmup_steps": _NOT_NEGATIVE,
     "train.max_grad_norm": _NOT_NEGATIVE,
     "train.precision": _one_of("auto", "fp32", "bf16", "fp16"),
-    "train.threads": (lambda v: v == "auto" or (v.isdigit() and int(v) > 0), "must be auto or a number of threads"),
+    "train.threads": (lambda v: v == "auto" or (v.isdecimal() and int(v) > 0), "must be auto or a number of threads"),
     "train.save_every_steps": _NOT_NEGATIVE,
     "train.keep_checkpoints": _NOT_NEGATIVE,
     "train.preview_every_steps": _NOT_NEGATIVE,
@@ -80,12 +80,8 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def broken_rules(sections: Mapping[str, Any]) -> list[str]:
-    """Returns one line for each value out of range and each pair of values that cannot go together."""
-    return [*_ranges(sections), *_relations(sections)]
-
-
-def _ranges(sections: Mapping[str, Any]) -> Iterator[str]:
+def out_of_range(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yields one line for each value out of range."""
     own = {name: getattr(type(section), "ranges", {}) for name, section in sections.items()}
     rules = {**RANGES, **{f"{name}.{key}": rule for name, table in own.items() for key, rule in table.items()}}
     for dotted, (allows, text) in rules.items():
@@ -97,7 +93,8 @@ def _ranges(sections: Mapping[str, Any]) -> Iterator[str]:
             yield f"{dotted}={value}: must be a finite number"
 
 
-def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
+def contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
+    """Yields one line for each pair of values that cannot go together."""
     data, adapter, train = sections["data"], sections["adapter"], sections["train"]
     preview, output = sections["preview"], sections["output"]
     if train.max_steps is not None and train.epochs is not None:
@@ -118,8 +115,7 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         part, _, rate = text.partition("=")
         if part not in adapter.parts or not 0 < read_number(rate) < math.inf:
             yield f"train.part_learning_rates: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
-    if preview.prompts and not train.preview_every_steps:
-        yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
+    yield from _preview_relations(preview, train)
     yield from _per_module_faults(sections)
     yield from _evaluate_relations(sections["evaluate"])
     yield from data.faults()
@@ -127,6 +123,15 @@ def _relations(sections: Mapping[str, Any]) -> Iterator[str]:
         yield "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield f"output.name={output.name}: must be a plain file name without folders"
+
+
+def _preview_relations(preview: Any, train: Any) -> Iterator[str]:
+    if preview.prompts and not train.preview_every_steps:
+        yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
+    if preview.seeds != type(preview)().seeds and not train.preview_every_steps:
+        yield "preview.seeds: no previews are drawn; set train.preview_every_steps or drop the seeds"
+    if preview.negative and preview.guidance == 1:
+        yield "preview.negative: does nothing at preview.guidance=1, which turns guidance off; drop one of the two"
 
 
 def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _TEMPORARY = ".part-"
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -56,6 +58,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def is_text(name: str) -> bool:
+    """Says whether a file name or an argument is UTF-8.
+
+    Python reads the bytes that are none as lone surrogates, which can be neither printed nor stored.
+    """
+    return not _SURROGATES.search(name)
 
 
 def user_path(name: str, setting: str) -> Path:
@@ -181,7 +191,7 @@ def default_cache_path() -> Path:
     """Returns the folder for what can be made again: $LORA_DIFFUSION_CACHE, or lora-diffusion in the user's cache."""
     own = os.environ.get("LORA_DIFFUSION_CACHE")
     if own:
-        return Path(own)
+        return user_path(own, "LORA_DIFFUSION_CACHE")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-diffusion"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import user_path
+from lora_diffusion.core.files import is_text, user_path
 
 
 @dataclass(frozen=True)
@@ -29,40 +31,49 @@ class Folder:
 
     @cached_property
     def by_stem(self) -> dict[Path, tuple[Path, ...]]:
-        """The files to train on by their path without ending."""
+        """The files to train on by their path without ending, as `spelled` gives it."""
         stems: dict[Path, tuple[Path, ...]] = {}
         for file in self.files:
-            stem = file.with_suffix("")
+            stem = spelled(file.with_suffix(""))
             stems[stem] = (*stems.get(stem, ()), file)
         return stems
 
 
-def list_folder(path: str, noun: str, endings: Sequence[str]) -> Folder:
+def spelled(path: Path) -> Path:
+    """Returns a path whose accented letters are single characters; macOS writes letter and accent apart."""
+    return Path(unicodedata.normalize("NFC", str(path)))
+
+
+def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "data.path") -> Folder:
     """Returns the files of a folder and its subfolders, without hidden ones.
 
     Args:
-        path: `data.path`.
+        path: the folder, as the user gave it.
         noun: what messages call the files to train on.
         endings: how their names end, in small letters; any case is found.
+        setting: where the user gave it, for messages.
 
     Raises:
-        DataError: there is no such folder, or no file to train on in it.
+        DataError: there is no such folder, no file to train on in it, or one whose name is not UTF-8.
     """
-    root = user_path(path, "data.path")
+    root = user_path(path, setting)
     if not root.exists():
-        raise DataError(f"data.path={path}: there is no such folder (looked at {root.absolute()}); correct the path.")
+        raise DataError(f"{setting}={path}: there is no such folder (looked at {root.absolute()}); correct the path.")
     if not root.is_dir():
-        raise DataError(f"data.path={path} is a file; give the folder that holds the {noun}.")
+        raise DataError(f"{setting}={path} is a file; give the folder that holds the {noun}.")
     try:
         found = list(_walk(root, {root.resolve()}))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); correct its access rights.") from error
+    odd = [os.fsencode(file.relative_to(root)) for file in found if not is_text(str(file.relative_to(root)))]
+    if odd:
+        raise DataError(f"{setting}={path}: {len(odd)} file name(s) are not UTF-8; rename them.", [*map(repr, odd)])
     files = tuple(file for file in found if file.suffix.lower() in endings)
     if not files:
         counts = Counter(file.suffix.lower() or "(no ending)" for file in found).most_common(5)
         present = ", ".join(f"{count} {ending}" for ending, count in counts) or "nothing"
         raise DataError(
-            f"data.path={path} and its subfolders hold no {noun} ({', '.join(endings)}), but {present}; "
+            f"{setting}={path} and its subfolders hold no {noun} ({', '.join(endings)}), but {present}; "
             f"give the folder with the {noun}, or convert them."
         )
     return Folder(root, noun, files, tuple(file for file in found if file.suffix.lower() not in endings))

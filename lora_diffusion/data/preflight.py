@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.data import images
 from lora_diffusion.data._progress import watch
-from lora_diffusion.data.folder import Folder, list_folder
+from lora_diffusion.data.folder import Folder, list_folder, spelled
 
 _OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".svg", ".psd", ".dng")
 _OTHER_CAPTIONS = (".txt", ".caption", ".cap", ".captions", ".text", ".tag", ".tags", ".prompt", ".json", ".md")
@@ -25,6 +26,25 @@ def list_pictures(path: str) -> Folder:
     folder = list_folder(path, "pictures", images.ENDINGS)
     _warn_of_names(folder)
     return folder
+
+
+def find_pictures(path: str, setting: str) -> list[Path]:
+    """Returns the pictures of a folder and its subfolders, all of which can be read.
+
+    Args:
+        path: the folder, as the user gave it.
+        setting: where the user gave it, for messages.
+
+    Raises:
+        DataError: there is no such folder, no picture in it, or some that cannot be read, which are all listed.
+    """
+    folder = list_folder(path, "pictures", images.ENDINGS, setting)
+    faults: list[str] = []
+    measure(folder, False, faults)
+    if faults:
+        num = len(folder.files)
+        raise DataError(f"{setting}={path}: {len(faults)} of {num} pictures cannot be read; correct them.", faults)
+    return list(folder.files)
 
 
 def _warn_of_names(folder: Folder) -> None:
@@ -90,6 +110,6 @@ def add_missing_captions(folder: Folder, missing: Sequence[Path], num_pictures: 
 def warn_of_orphans(folder: Folder, endings: Sequence[str]) -> None:
     """Warns once of caption files that have no picture."""
     captions = [file for file in folder.others if file.suffix.lower() in endings]
-    orphans = [folder.name(file) for file in captions if file.with_suffix("") not in folder.by_stem]
+    orphans = [folder.name(file) for file in captions if spelled(file.with_suffix("")) not in folder.by_stem]
     if orphans:
         logger.warning("Caption files without a picture, not used: %d (%s).", len(orphans), name_some(orphans))

@@ -18,6 +18,8 @@ from lora_diffusion.data.folder import Folder, stop
 _KOHYA = re.compile(r"(\d+)_(.*)")
 _CAPTION_RULES = ("required", "optional")
 _AUTO = "auto"
+_MANY_REPEATS = 200
+"""People ask for up to 100; beyond this the number is more likely a year or a count."""
 
 
 def read(config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
@@ -81,6 +83,8 @@ def _read_kohya_names(
         logger.info("Folder %s: each of its %d pictures is shown %s times an epoch.", name, count, name.split("_")[0])
         if int(name.split("_")[0]) == 0:
             faults.append(f"{name}: asks for 0 repeats; rename the folder to 1_... or move it away.")
+        elif int(name.split("_")[0]) > _MANY_REPEATS:
+            logger.warning("A number before _ asks for repeats: rename folder %s if it was meant otherwise.", name)
     return repeats, words
 
 

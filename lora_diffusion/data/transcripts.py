@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.data.folder import Folder, read_text
+from lora_diffusion.data.folder import Folder, read_text, spelled
 
 BESIDE = ".txt"
 _TABLES = (".csv", ".tsv", ".jsonl")
@@ -131,7 +131,7 @@ def shifted(pieces: list[Segment]) -> str:
 def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
     suffix = file.suffix.lower()
     if suffix == BESIDE:
-        recordings = folder.by_stem.get(file.with_suffix(""), ())
+        recordings = folder.by_stem.get(spelled(file.with_suffix("")), ())
         text = read_text(folder, file, faults) if recordings else None
         for path in recordings:
             yield path, None if text is None else Transcript(" ".join(text.split()), origin=folder.name(file))

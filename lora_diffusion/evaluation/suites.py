@@ -42,13 +42,16 @@ def shipped_suites() -> dict[str, Path]:
     return {path.stem: path for path in sorted((shipped_path("configs") / "evaluate").glob("*.yaml"))}
 
 
-def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequence[str] = ()) -> tuple[Case, ...]:
+def read_cases(
+    source: str | Path, triggers: Sequence[str] = (), classes: Sequence[str] = (), setting: str = "--prompts "
+) -> tuple[Case, ...]:
     """Returns the cases of a suite with its placeholders filled in; equal prompts of a kind are one case, the first.
 
     Args:
         source: YAML file, or name of a shipped suite.
         triggers: {trigger}, {trigger2}, ...
         classes: {class}, {class2}, ...
+        setting: how the user named the source, for messages.
 
     Raises:
         ConfigError: no such suite, or it is wrong; all faults of the file are listed at once.
@@ -57,7 +60,7 @@ def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequen
     path = Path(source) if Path(source).is_file() else known.get(str(source))
     if path is None:
         raise ConfigError(
-            f"--prompts {source}: there is no such file or suite{suggestion(str(source), known)}. "
+            f"{setting}{source}: there is no such file or suite{suggestion(str(source), known)}. "
             f"Suites that come along: {', '.join(known)}."
         )
     values = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
@@ -74,7 +77,7 @@ def read_cases(source: str | Path, triggers: Sequence[str] = (), classes: Sequen
             cases.setdefault((case.kind, case.prompt), case)
     if faults:
         distinct = list(dict.fromkeys(faults))
-        raise ConfigError(f"--prompts {path} has {len(distinct)} fault(s).", distinct)
+        raise ConfigError(f"{setting}{path} has {len(distinct)} fault(s).", distinct)
     if repeated:
         # Drawn from the same noise, they would be the same pictures, and be counted as more.
         logger.warning("%s repeats %d prompt(s), which count once: %s", path, len(repeated), name_some(repeated))

@@ -154,11 +154,11 @@ def check_thumbnail(config: Config) -> None:
     Raises:
         DataError: it cannot be read as one.
     """
-    if config.output.thumbnail not in (None, _PREVIEW):
+    if config.output.thumbnail not in (None, PREVIEW):
         data_url(user_path(config.output.thumbnail, "output.thumbnail"))
 
 
-_PREVIEW = "preview"
+PREVIEW = "preview"
 
 
 def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
@@ -177,7 +177,7 @@ def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
 
 
 def _thumbnail(config: Config) -> str | None:
-    if config.output.thumbnail != _PREVIEW:
+    if config.output.thumbnail != PREVIEW:
         return data_url(user_path(config.output.thumbnail, "output.thumbnail")) if config.output.thumbnail else None
     previews = sorted(RunFolder(user_path(config.output.path, "output.path")).previews_path.glob("step-*.png"))
     return data_url(previews[-1]) if previews else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,15 @@ from lora_diffusion.core.files import check_writable, remove_leftovers, user_pat
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
 
+_LONGEST_NAME = 200
+"""Bytes; file systems allow 255, of which endings and temporary files need some."""
 _FREE = ("output.", "cache.", "preview.", "train.threads", "train.save_every_steps", "train.keep_checkpoints")
 _FREE += ("evaluate.", "train.preview_every_steps", "train.tracker", "train.max_steps", "train.epochs")
 
+_CHOICE = ("selection.json", "best.safetensors")
+"""What `select` writes, besides the file that it chose."""
 _OWN = ("plan.json", "metrics.jsonl", "progress.json", "picture_losses.json", "machine.json", "checkpoints", "previews")
-_OWN += ("tensorboard", "evaluation", "selection.json", "best.safetensors", "report.html", "report.json", "report.csv")
+_OWN += ("tensorboard", "evaluation", "report.html", "report.json", "report.csv")
 """What a run writes besides its config and adapters."""
 
 
@@ -96,6 +101,11 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; give one of the two.")
     check_writable(run.path, "output.path")
+    if len(name := run.name(config).encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            f"output.name: the adapter's name has {len(name)} bytes; give one of at most {_LONGEST_NAME}, or, without "
+            "output.name, a shorter folder name in output.path."
+        )
     if user_path(config.data.path, "data.path").resolve() in (run.path.resolve(), *run.path.resolve().parents):
         raise ConfigError(
             f"output.path={run.path} lies inside data.path={config.data.path}, so that pictures made by the run would "
@@ -161,9 +171,25 @@ def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
         ) from error
 
 
+def go_on(run: RunFolder, config: Config) -> None:
+    """Takes the marks of the best checkpoint away, since the run that it was chosen from gets longer."""
+    if any((run.path / name).exists() for name in _CHOICE):
+        logger.warning(
+            "The run goes on, so the choice of its best checkpoint is dropped; select again when it is done."
+        )
+        _drop_choice(run, config)
+
+
+def _drop_choice(run: RunFolder, config: Config) -> None:
+    chosen = run.path.glob(f"{glob.escape(run.name(config))}-step-*.safetensors")
+    for path in (*chosen, *(run.path / name for name in _CHOICE)):
+        path.unlink(missing_ok=True)
+
+
 def _remove(run: RunFolder) -> None:
     config = run.config()
     formats = config.output.formats
+    _drop_choice(run, config)
     adapters = [run.adapter_path(config, name, is_folder) for name in formats for is_folder in (False, True)]
     # The config goes last: until then the folder is known as a run.
     for path in (*(run.path / name for name in _OWN), *adapters, run.config_path):

@@ -11,6 +11,8 @@ from lora_diffusion.core.errors import ConfigError, LoraDiffusionError
 class Faults(list[str]):
     """One text for each thing that is wrong."""
 
+    _latest: LoraDiffusionError | None = None
+
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Adds an error of ours that ends the block, instead of letting it out."""
@@ -18,14 +20,16 @@ class Faults(list[str]):
             yield
         except LoraDiffusionError as error:
             self.append(str(error).replace("\n", "\n  "))
+            self._latest = error
 
     def stop(self, command: str) -> None:
         """Raises what was found.
 
         Raises:
-            ConfigError: there are faults.
+            LoraDiffusionError: the only error that was noted.
+            ConfigError: there are other faults.
         """
         if len(self) == 1:
-            raise ConfigError(self[0])
+            raise self._latest or ConfigError(self[0])
         if self:
             raise ConfigError(f"{command} was asked with {len(self)} faults; nothing was done.", self)

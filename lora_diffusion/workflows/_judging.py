@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.schema import Config
-from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import user_path, write_json
+from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import ImageText, Loaded, Prepared, Request, Sample
 from lora_diffusion.data import cache, images
+from lora_diffusion.data.preflight import find_pictures
 from lora_diffusion.evaluation import progress
 from lora_diffusion.evaluation.clip import default_clip, load_clip
 from lora_diffusion.evaluation.scorers import LOADERS, Scorers
@@ -38,7 +38,7 @@ def check(config: Config, samples: Sequence[Sample]) -> None:
     if not (own.after_training or own.every_steps):
         return
     if not isinstance(samples[0], ImageText):
-        raise ConfigError("evaluate: after_training and every_steps look at pictures, and this base makes none.")
+        return
     _references(config)
     selection.cases(config, samples[0].trigger)
     models = Scorers(selection.scorers(config))
@@ -82,11 +82,7 @@ def prepare_early_stop(
 
 
 def _references(config: Config) -> list[Path]:
-    folder = user_path(str(config.evaluate.references), "evaluate.references")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.ENDINGS)
-    if not found:
-        raise ConfigError(f"evaluate.references={folder}: there is no picture; give a folder that holds some.")
-    return found
+    return find_pictures(str(config.evaluate.references), "evaluate.references")
 
 
 @dataclass(frozen=True)

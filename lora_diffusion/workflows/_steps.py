@@ -11,10 +11,22 @@ from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
+from lora_diffusion.core.device import process_group
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.soundness import check_sizes
-from lora_diffusion.core.types import AdapterState, AudioText, Chat, ImageText, Loaded, ModuleAdapter, Output, Sample
+from lora_diffusion.core.types import (
+    AdapterState,
+    AudioText,
+    Chat,
+    ImageText,
+    Loaded,
+    ModuleAdapter,
+    Output,
+    Prepared,
+    Sample,
+)
+from lora_diffusion.data.batches import Batches
 from lora_diffusion.evaluation.pictures import grid
 from lora_diffusion.formats import detect
 from lora_diffusion.training import checkpoint
@@ -76,3 +88,17 @@ def prompt_grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Any:
     rows = [outputs[start : start + len(seeds)] for start in range(0, len(outputs), len(seeds))]
     labels = [row[0].request.prompt for row in rows]
     return grid([[output.image for output in row] for row in rows], labels, [f"seed {seed}" for seed in seeds])
+
+
+def make_batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:
+    """Returns the batches of a run, of which each process gets its share."""
+    processes = process_group()
+    return Batches(
+        items,
+        family.collate,
+        batch_size=config.train.batch_size,
+        gradient_accumulation=config.train.gradient_accumulation,
+        seed=config.train.seed,
+        process_index=processes.process_index,
+        num_processes=processes.num_processes,
+    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.config.load import load
+from lora_diffusion.config.rules import MAX_DRAWING_STEPS
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device, process_group
@@ -19,7 +19,7 @@ from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family, Metric
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import BaseInfo, ImageText
-from lora_diffusion.data import images
+from lora_diffusion.data.preflight import find_pictures
 from lora_diffusion.evaluation import gates, harness
 from lora_diffusion.evaluation.clip import default_clip, is_own_encoder
 from lora_diffusion.evaluation.harness import Task
@@ -247,20 +247,9 @@ def _pictures(folder: Path | None, option: str, faults: Faults) -> list[FileHash
     """Returns the pictures of a folder and its subfolders, all of which can be read."""
     if folder is None:
         return []
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.ENDINGS and not p.name.startswith("."))
-    if not paths:
-        faults.append(f"{option} {folder}: there is no picture; give a folder that holds some.")
-    with ThreadPoolExecutor() as pool:
-        faults += [f"{option}: {fault}" for fault in pool.map(_picture_fault, paths) if fault]
-    return [FileHash(str(path), sha256(path)) for path in paths]
-
-
-def _picture_fault(path: Path) -> str | None:
-    try:
-        images.open_rgb(path)
-    except images.PictureError as error:
-        return str(error)
-    return None
+    with faults.noted():
+        return [FileHash(str(path), sha256(path)) for path in find_pictures(str(folder), option)]
+    return []
 
 
 def _metrics(
@@ -311,8 +300,8 @@ def _check_rest(question: Question, tried: Tried, metrics: Sequence[Metric], fau
     faults += [
         f"--seed {seed}: must be 0 or greater, and less than 2^63." for seed in question.seeds if not 0 <= seed < 2**63
     ]
-    if question.num_steps < 1:
-        faults.append(f"--steps {question.num_steps}: must be 1 or greater.")
+    if not 1 <= question.num_steps <= MAX_DRAWING_STEPS:
+        faults.append(f"--steps {question.num_steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
     if question.guidance is not None and not 1 <= question.guidance < math.inf:
         faults.append(f"--guidance {question.guidance:g}: must be 1 (off) or greater.")
     for text in question.gates:

@@ -18,7 +18,7 @@ from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
-from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.files import atomic_path, sha256, user_path, write_json
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import name_some
@@ -212,10 +212,18 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
     """
     own = config.evaluate
     if own.prompts:
-        return read_cases(own.prompts, [trigger] if trigger else [], [own.class_words] if own.class_words else [])
+        words = [trigger] if trigger else [], [own.class_words] if own.class_words else []
+        return read_cases(own.prompts, *words, setting="evaluate.prompts=")
     family: Family = registry.find("families", config.model.family)
-    data = replace(config.data, path=str(own.references), trigger="")
-    captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
+    data = replace(config.data, path=str(own.references), trigger="", captions="required")
+    try:
+        captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
+    except DataError as error:
+        raise DataError(
+            f"evaluate.references={own.references}: its captions would be the prompts; correct them, or name a suite "
+            "with evaluate.prompts (configs/evaluate).",
+            error.faults,
+        ) from error
     pattern = words_pattern(trigger) if trigger else None
     plains = [without_trigger(caption, pattern) if pattern else caption for caption in captions]
     both = dict.fromkeys(zip(captions, plains, strict=True))

@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
-from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
@@ -21,20 +19,19 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.tuning import use_channels_last, use_threads
-from lora_diffusion.core.types import AdapterState, Loaded, Prepared, Sample
+from lora_diffusion.core.types import AdapterState, Loaded, Sample
 from lora_diffusion.data import cache
-from lora_diffusion.data.batches import Batches
-from lora_diffusion.data.kinds import KINDS, Kind, Report
-from lora_diffusion.formats import check_output
+from lora_diffusion.data.kinds import KINDS, Report
 from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.training import checkpoint, memory, optim, record, run_folder
+from lora_diffusion.training import checkpoint, memory, record, run_folder
 from lora_diffusion.training.hooks import Hook, PreviewHook
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.training.tracking import check_tracker
-from lora_diffusion.training.trainer import Trainer, total_steps
+from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows import verification
+from lora_diffusion.workflows._checks import check
 from lora_diffusion.workflows._previews import SAVERS
+from lora_diffusion.workflows._steps import make_batches
 from lora_diffusion.workflows.estimation import step_memory
 from lora_diffusion.workflows.selection import Selection, select
 
@@ -65,29 +62,20 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
 
 def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
-    family: Family = registry.find("families", config.model.family)
-    kind = KINDS[family.sample_type]
-    variant = variants.find(config.adapter.variant, config.model.quantization)
-    _check_settings(config, variant)
-    info = family.check(config.model)
-    plan = make_plan(family.skeleton(config.model), family.parts, config.adapter, config.train.module_learning_rates)
-    _check_spellings(family, config)
-    run = run_folder.check(config, resume=resume, overwrite=overwrite)
-    cache.check(config.cache)
-    record.check_thumbnail(config)
-    samples = kind.read(config.data, info)
+    checked = check(config, resume=resume, overwrite=overwrite)
+    family, kind, run, samples, plan = checked.family, checked.kind, checked.run, checked.samples, checked.plan
     _say_what_is_trained(plan, config, samples)
-    judging.check(config, samples)
 
     processes = process_group()
     processes.wait_for_everyone()
     with run_folder.alone(run) if processes.is_main_process else nullcontext():
         trained = frozenset(config.adapter.parts)
-        fingerprint = record.fingerprint(config, kind, family.cache_key(config.model, trained), info.files, samples)
+        base_key = family.cache_key(config.model, trained)
+        fingerprint = record.fingerprint(config, kind, base_key, checked.info.files, samples)
         latest = checkpoint.find_latest(run.path) if resume else None
         if latest:
             checkpoint.check_fingerprint(latest, fingerprint)
-            checkpoint.check_length(latest, _num_steps(samples, kind, family, config))
+            checkpoint.check_length(latest, checked.num_steps)
         processes.wait_for_everyone()
         if processes.is_main_process:
             run_folder.prepare(run, config, overwrite=overwrite)
@@ -102,36 +90,28 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         measured = judging.prepare_pictures(config, family, loaded, samples)
         loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
 
-        params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
+        params = inject(loaded, plan, checked.variant, config.adapter.dropout, config.train.seed)
         if config.train.gradient_checkpointing:
             memory.checkpoint_activations(loaded.parts)
-        batches = _batches(items, family, config)
+        batches = make_batches(items, family, config)
         trainer = Trainer(
             config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint, plan.module_rates()
         )
         if resume:
             step = trainer.resume(latest)
             logger.info(f"Continuing after step {step}" if latest else f"No checkpoint in {run.path}; starting anew")
+            if step < checked.num_steps and processes.is_main_process:
+                run_folder.go_on(run, config)
         trainer.fit(batches)
 
         state = read_state(loaded)
-        state = replace(state, metadata=record.metadata(config, info, state, kind, samples, batches, trainer.step))
+        metadata = record.metadata(config, checked.info, state, kind, samples, batches, trainer.step)
+        state = replace(state, metadata=metadata)
         formats = config.output.formats if processes.is_main_process else ()
         files = tuple(_write(state, family, config, name, run) for name in formats)
         if processes.is_main_process:
             judging.write_picture_losses(measured, trainer, family, run)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
-
-
-def _check_settings(config: Config, variant: variants.Variant) -> None:
-    optim.check(config.train, pick_device())
-    check_tracker(config.train.tracker)
-    check_output(config.output.formats, variant.stored)
-
-
-def _num_steps(samples: Sequence[Sample], kind: Kind, family: Family, config: Config) -> int:
-    stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
-    return total_steps(config.train, _batches(stubs, family, config).num_steps_per_epoch)
 
 
 def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:
@@ -144,24 +124,6 @@ def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[
             "words, or name them with data.trigger, so that the rest of the base stays as it is.",
             config.model.prior_weight,
         )
-
-
-def _batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:
-    processes = process_group()
-    return Batches(
-        items,
-        family.collate,
-        batch_size=config.train.batch_size,
-        gradient_accumulation=config.train.gradient_accumulation,
-        seed=config.train.seed,
-        process_index=processes.process_index,
-        num_processes=processes.num_processes,
-    )
-
-
-def _check_spellings(family: Family, config: Config) -> None:
-    for format_name in config.output.formats:
-        family.key_map(format_name, config.model)
 
 
 def _write(state: AdapterState, family: Family, config: Config, format_name: str, run: RunFolder) -> Path:
@@ -220,23 +182,12 @@ class Outlook:
         return "\n".join([*lines, f"steps   {self.num_steps}", "Nothing was trained: this was a dry run."])
 
 
-def dry_run(config: Config, *, overwrite: bool = False) -> Outlook:
+def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Outlook:
     """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing.
 
     A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
     """
-    family: Family = registry.find("families", config.model.family)
-    kind = KINDS[family.sample_type]
-    variant = variants.find(config.adapter.variant, config.model.quantization)
-    _check_settings(config, variant)
-    info = family.check(config.model)
-    skeleton = family.skeleton(config.model)
-    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates)
-    _check_spellings(family, config)
-    run_folder.check(config, resume=not overwrite, overwrite=overwrite)
-    cache.check(config.cache)
-    record.check_thumbnail(config)
-    samples = kind.read(config.data, info)
-    judging.check(config, samples)
-    needed = step_memory(config, family, info, skeleton, plan, kind.largest(samples))
-    return Outlook(kind.describe(samples), plan, needed, _num_steps(samples, kind, family, config))
+    checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
+    largest = checked.kind.largest(checked.samples)
+    needed = step_memory(config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
+    return Outlook(checked.kind.describe(checked.samples), checked.plan, needed, checked.num_steps)

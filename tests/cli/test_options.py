@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_diffusion.cli.main import build_parser, main
+from lora_diffusion.cli.main import _parse, build_parser, main
 
 OPTIONS = {
     "quickstart": "what --output --resume --overwrite",
@@ -93,6 +93,8 @@ def test_overrides_stand_anywhere(capsys: pytest.CaptureFixture[str], tmp_path: 
         assert "model.path=/none: there is no such folder" in " ".join(capsys.readouterr().err.split())
     assert main(["estimate", str(tmp_path / "d.yaml"), *paths]) == 2
     assert "d.yaml" in capsys.readouterr().err
+    assert main(["generate", "--model", "", "--prompt", "a cat", "--output=~/pictures"]) == 2
+    assert "--model names no base" in capsys.readouterr().err
     for unknown in ("--max-steps=3", "--oops"):
         with pytest.raises(SystemExit) as exit_:
             main(["train", *paths, unknown])
@@ -147,3 +149,10 @@ class TestConfig:
         for number, line in enumerate(lines):
             if line.startswith("  ") and not line.startswith("  #"):
                 assert lines[number - 1].startswith("  #"), f"{line} has no explanation"
+
+
+def test_home_folder_behind_an_equals_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = _parse(["export", "--output=~/x", "--to", "kohya", "~run"])
+    assert args.output == tmp_path / "x"
+    assert args.run_path == Path("~run")

@@ -155,6 +155,23 @@ def test_without_any_caption_one_fault_names_files_that_look_like_them(dataset):
     assert "a.cap, b.png.txt" in fault and "data.captions=optional" in fault
 
 
+def test_names_match_however_their_accents_are_written(dataset):
+    apart, together = "gru\u0308n", "gr\u00fcn"
+    dataset.picture(f"{apart}.png", None)
+    dataset.text(f"{together}.txt", "a green cat")
+    dataset.picture("sub/" + together + ".png", None)
+    dataset.text("sub/metadata.jsonl", json.dumps({"file_name": f"{apart}.png", "text": "a green dog"}))
+    assert [sample.captions for sample in dataset.read()] == [("a green cat",), ("a green dog",)]
+
+
+def test_a_year_before_the_name_of_a_folder_is_pointed_out(dataset, caplog):
+    dataset.picture("2024_holiday/a.png", None)
+    dataset.picture("100_dog/b.png", None)
+    assert [sample.num_repeats for sample in dataset.read()] == [100, 2024]
+    assert "rename folder 2024_holiday if" in caplog.text
+    assert "rename folder 100_dog" not in caplog.text
+
+
 def test_optional_captions_take_the_default(dataset):
     dataset.picture("a.png", None)
     dataset.picture("b.png", "zwx cat")

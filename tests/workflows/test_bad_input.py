@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -145,6 +146,15 @@ def test_no_captions_at_all(training: Training) -> None:
         (["train.text_encoder_learning_rate=1e-4"], ["text_encoder"]),
         (["preview.prompts=[a cat]"], ["preview.prompts", "train.preview_every_steps"]),
         (["train.preview_every_steps=2", "preview.seeds=[-1]"], ["preview.seeds=[-1]"]),
+        (["preview.seeds=[1]"], ["preview.seeds", "train.preview_every_steps"]),
+        (["preview.negative=a dog", "preview.guidance=1"], ["preview.negative: does nothing at preview.guidance=1"]),
+        (["train.epochs=1", "train.warmup_steps=4"], ["train.warmup_steps=4: must be less than the 4 steps"]),
+        (
+            ["train.max_steps=2", "train.preview_every_steps=3", "output.thumbnail=preview"],
+            ["output.thumbnail=preview: no preview is drawn in 2 steps"],
+        ),
+        ([f"output.name={'n' * 201}"], ["has 201 bytes; give one of at most 200"]),
+        (["train.threads=²"], ["train.threads=²: must be auto or a number"]),
         (["output.formats=[kohia]"], ["output.formats"]),
         (["output.name=a/b"], ["output.name=a/b"]),
         (["--config", "/no/such.yaml"], ["no config file /no/such.yaml"]),
@@ -161,10 +171,29 @@ def test_settings(training: Training, arguments: list[str], fragments: list[str]
 
 
 def test_all_faults_of_the_config_at_once(training: Training) -> None:
-    message = training.refused("train.sed=1", "adapter.rank=big", "data.flip=perhaps")
-    for name in ("train.sed", "adapter.rank", "data.flip"):
+    message = training.refused("train.sed=1", "adapter.rank=big", "data.flip=perhaps", "train.batch_size=0")
+    for name in ("train.sed", "adapter.rank", "data.flip", "train.batch_size"):
         assert f"- {name}" in message
-    assert "3 fault(s)" in message
+    assert "4 fault(s)" in message
+
+
+def test_all_faults_of_a_run_at_once(training: Training) -> None:
+    (training.pictures / "0.png").write_bytes(b"")
+    training.output.mkdir()
+    (training.output / "other").touch()
+    settings = ["train.optimizer=paged_adamw8bit", "adapter.targets=atn", "output.thumbnail=/no/picture.png"]
+    for dry in ([], ["--dry-run"]):
+        message = training.refused(*settings, *dry)
+        assert "train was asked with 5 faults; nothing was done" in message
+        for fragment in ("0.png: is empty", "holds other files", "paged_adamw8bit", '"atn"', "/no/picture.png"):
+            assert fragment in message
+
+
+def test_file_names_that_are_not_utf8(training: Training) -> None:
+    shutil.copy(training.pictures / "0.png", os.fsencode(training.pictures) + b"/gr\xfcn.png")
+    message = training.refused()
+    assert "1 file name(s) are not UTF-8; rename them" in message
+    assert r"b'gr\xfcn.png'" in message
 
 
 def test_config_file_that_is_not_yaml(training: Training, tmp_path: Path) -> None:

@@ -216,7 +216,16 @@ def test_all_faults_are_told_before_the_base_is_loaded(
     (bad / "0.png").write_text("no picture")
     asked = ["evaluate", "--model", tiny_base, "--adapter", trained / "run.safetensors", "--adapter", "none:1"]
     asked += ["--prompts", "dreambooth-object", "--references", bad, "--training", tmp_path / "nowhere"]
-    asked += ["--metrics", "clip_text,clip_imag,dino_image,wer", "--clip", "/no/such/clip", "--seed", -1, "--steps", 0]
+    asked += [
+        "--metrics",
+        "clip_text,clip_imag,dino_image,wer",
+        "--clip",
+        "/no/such/clip",
+        "--seed",
+        -1,
+        "--steps",
+        1000,
+    ]
     asked += ["--guidance", 0, "--size", "17x16", "--weights", "1,nan", "--assert", "oops", "--output", bad]
     outcome = command(*asked)
     assert outcome.code == 2
@@ -225,14 +234,14 @@ def test_all_faults_are_told_before_the_base_is_loaded(
         "there is no file none",
         "give --class",
         "0.png",
-        f"--training {tmp_path / 'nowhere'}: there is no picture",
+        f"--training={tmp_path / 'nowhere'}: there is no such folder",
         'clip_imag\' among the metrics (did you mean "clip_image"',
         "--metrics dino_image needs",
         "--scorer dino=NAME",
         "--metrics wer judges texts",
         "The CLIP /no/such/clip cannot be loaded",
         "--seed -1",
-        "--steps 0",
+        "--steps 1000",
         "--guidance 0",
         "--size 17x16",
         "--weights 1.0,nan",

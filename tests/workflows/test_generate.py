@@ -68,10 +68,19 @@ def test_size_and_empty_prompt(draw: Drawing) -> None:
     assert picture.shape == (12, 24, 3)
 
 
-def test_guidance_of_one_ignores_the_negative(draw: Drawing) -> None:
-    (one,) = draw("--prompt", "a cat", "--guidance", 1)
-    (other,) = draw("--prompt", "a cat", "--guidance", 1, "--negative", "red")
-    assert np.array_equal(one, other)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--guidance", 1, "--negative", "red"], "--negative does nothing at --guidance 1"),
+        (["--prompt", "caf\udce9"], r"'caf\udce9' is not UTF-8"),
+        (["--steps", 1000], "--steps 1000: must be from 1 to 999"),
+    ],
+)
+def test_bad_settings(command: Commands, tmp_path: Path, arguments: list[object], message: str) -> None:
+    output = tmp_path / "out"
+    outcome = command("generate", "--model", "/none", "--prompt", "a cat", "--output", output, *arguments)
+    assert outcome.code == 2
+    assert message in outcome.message
 
 
 def test_settings_are_in_the_file(command: Commands, tiny_base: Path, tmp_path: Path) -> None:

@@ -111,13 +111,32 @@ def test_marked_file_holds_the_checkpoint_as_it_was(
 def test_longer_run_is_looked_at_again(command: Commands, selected: Path, tiny_base: Path, tmp_path: Path) -> None:
     run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
     arguments = [*settings(tiny_base, pictures, run), "evaluate.after_training=true", "train.max_steps=6"]
-    command.good("train", *arguments, "--resume")
+    assert "the choice of its best checkpoint is dropped" in command.good("train", *arguments, "--resume").message
     evaluation = results.read(run / "evaluation")
     assert {candidate.step for candidate in evaluation.candidates} == {None, 2, 4, 6}
 
     shutil.copytree(selected / "evaluation", run / "old")
     outcome = json.loads(command.good("select", run, "--evaluation", run / "old", "--json").out)
     assert any("step-000006 of the run came after the evaluation" in warning for warning in outcome["warnings"])
+
+
+def test_choice_goes_with_the_run_that_it_was_made_for(
+    command: Commands, selected: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
+    old = run / "run-step-000002.safetensors"
+    shutil.copy(run / "run.safetensors", old)
+    plain = settings(tiny_base, pictures, run)
+    command.good("train", *plain, "--resume")
+    assert old.exists()
+    assert (run / "selection.json").exists(), "nothing was trained"
+    command.good("train", *plain, "--resume", "train.max_steps=5")
+    marks = [old, run / "selection.json", run / "best.safetensors"]
+    assert not any(path.is_symlink() or path.exists() for path in marks)
+
+    old.touch()
+    command.good("train", *plain, "--overwrite")
+    assert not old.exists()
 
 
 def test_report_shows_what_was_chosen_from_where(command: Commands, selected: Path, tmp_path: Path) -> None:
@@ -184,13 +203,15 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
     assert "evaluate.references" in outcome.message
     assert command("select", tmp_path / "nothing").code == 2
     assert "--text-weight 2" in command("select", trained, "--text-weight", "2").message
+    assert "--max-copying nan: must be a finite" in command("select", trained, "--max-copying", "nan").message
+    assert "train.seed=3: only evaluate.key=value" in command("select", trained, "train.seed=3").message
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("evaluate.references=nowhere", "nowhere"),
-        ("evaluate.prompts=nothing", "no such file or suite"),
+        ("evaluate.prompts=nothing", "evaluate.prompts=nothing: there is no such file or suite"),
         ("evaluate.references=null", "needs evaluate.references"),
         ("output.name=best", "another output.name"),
         ("evaluate.weights=[0]", "evaluate.weights"),
@@ -212,6 +233,28 @@ def test_bad_settings_are_told_before_training(
     assert outcome.code == 2
     assert message in outcome.message
     assert not run.exists()
+
+
+def test_bad_references_are_told_before_training(
+    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    references = shutil.copytree(pictures, tmp_path / "references")
+    (references / "._0.png").write_bytes(b"left by macOS")
+    arguments = [*settings(tiny_base, pictures, tmp_path / "run"), f"evaluate.references={references}"]
+    arguments += ["evaluate.every_steps=1", "train.max_steps=1"]
+    command.good("train", *arguments, "--dry-run")
+
+    for file in references.glob("*.txt"):
+        file.unlink()
+    message = command("train", *arguments, "--dry-run").message
+    assert f"evaluate.references={references}: its captions would be the prompts" in message
+    for name in ("0.png", "1.png"):
+        (references / name).write_bytes(b"no picture")
+    message = command("train", *arguments, "evaluate.prompts=style").message
+    assert f"evaluate.references={references}: 2 of 4 pictures cannot be read" in message
+    assert "- 0.png" in message
+    assert "- 1.png" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_ends_early_and_stays_ended(command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -143,13 +143,16 @@ def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
         (["output.formats=[kohya]"], "Whisper adapters have no spelling kohya; use peft"),
         (["model.language=fr"], "no token for model.language=fr"),
         (["train.preview_every_steps=1", "preview.prompts=[nine.wav]"], "no recording nine.wav"),
+        (["train.preview_every_steps=1", "preview.guidance=2"], "preview.guidance=2.0: is about pictures"),
+        (["evaluate.seeds=[3]"], "evaluate.seeds=(3,): is about pictures"),
+        (["train.preview_every_steps=1", "output.thumbnail=preview"], "the previews of this base are no pictures"),
     ],
 )
 def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
     outcome = train("bad", "train.max_steps=1", *overrides)
     assert outcome.code == 2, outcome.message
     assert message in outcome.message
-    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+    assert not (tmp_path / "bad").exists()
 
 
 def test_commands_for_pictures_are_refused(command: Commands, base: Path, tmp_path: Path) -> None:

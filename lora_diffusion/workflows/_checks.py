@@ -1,0 +1,134 @@
+"""All that a training run checks before its base is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.adapters.plan import plan as make_plan
+from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.config.schema import Config, EvaluateConfig, PreviewConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Sample
+from lora_diffusion.data import cache
+from lora_diffusion.data.kinds import KINDS, Kind
+from lora_diffusion.formats import check_output
+from lora_diffusion.training import optim, record, run_folder
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.tracking import check_tracker
+from lora_diffusion.training.trainer import total_steps
+from lora_diffusion.workflows import _judging as judging
+from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._steps import make_batches
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FOR_ALL = ("preview.prompts", "preview.seeds")
+"""What says something to bases that write, too; of those only that which samples its answers looks at seeds."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a run will be made of; nothing of it is loaded yet."""
+
+    family: Family
+    kind: Kind
+    variant: Variant
+    info: BaseInfo
+    skeleton: Mapping[str, nn.Module]
+    plan: InjectionPlan
+    run: RunFolder
+    samples: Sequence[Sample]
+    num_steps: int
+
+
+def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
+    """Looks at config, base, data and folders; loads no weights and writes nothing.
+
+    Raises:
+        InputError: anything that the user can mend, all of it at once.
+    """
+    faults = Faults()
+
+    def look(at: Callable[[], Any]) -> Any:
+        with faults.noted():
+            return at()
+        return None
+
+    family: Family = registry.find("families", config.model.family)
+    kind = KINDS[family.sample_type]
+    info = look(lambda: family.check(config.model))
+    variant = look(lambda: variants.find(config.adapter.variant, config.model.quantization))
+    look(lambda: optim.check(config.train, pick_device()))
+    look(lambda: check_tracker(config.train.tracker))
+    run = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
+    look(lambda: cache.check(config.cache))
+    look(lambda: record.check_thumbnail(config))
+    if family.sample_type is not ImageText:
+        faults += _without_effect(config)
+    if variant:
+        look(lambda: check_output(config.output.formats, variant.stored))
+    skeleton = plan = samples = None
+    num_steps = 0
+    if info:
+        skeleton = family.skeleton(config.model)
+        rates = config.train.module_learning_rates
+        plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates))
+        look(lambda: _check_spellings(family, config))
+        samples = look(lambda: kind.read(config.data, info))
+    if samples:
+        num_steps = look(lambda: _num_steps(config, family, kind, samples))
+        look(lambda: _check_previews(config, kind, samples, num_steps))
+        look(lambda: judging.check(config, samples))
+    faults.stop("train")
+    return Checked(family, kind, variant, info, skeleton, plan, run, samples, num_steps)
+
+
+def _without_effect(config: Config) -> Iterator[str]:
+    """Yields a line for each setting that is about pictures made by the base, of a base that makes none."""
+    own, usual = (
+        {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+        for sections in (
+            {"preview": config.preview, "evaluate": config.evaluate},
+            {"preview": PreviewConfig(), "evaluate": EvaluateConfig()},
+        )
+    )
+    for dotted, value in own.items():
+        if value != usual[dotted] and dotted not in _FOR_ALL:
+            yield f"{dotted}={value}: is about pictures, and this base makes none; drop this key."
+    if config.output.thumbnail == record.PREVIEW:
+        yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no pictures; name one."
+
+
+def _check_spellings(family: Family, config: Config) -> None:
+    for format_name in config.output.formats:
+        family.key_map(format_name, config.model)
+
+
+def _num_steps(config: Config, family: Family, kind: Kind, samples: Sequence[Sample]) -> int:
+    stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
+    num_steps = total_steps(config.train, make_batches(stubs, family, config).num_steps_per_epoch)
+    if config.train.epochs is not None and config.train.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"train.warmup_steps={config.train.warmup_steps}: must be less than the {num_steps} steps that "
+            f"train.epochs={config.train.epochs} makes of this data."
+        )
+    return num_steps
+
+
+def _check_previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: int) -> None:
+    every = config.train.preview_every_steps
+    if every:
+        kind.previews(samples, config.preview)
+    if config.output.thumbnail == record.PREVIEW and every > num_steps:
+        raise ConfigError(
+            f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
+            f"train.preview_every_steps={every}; lower it, or name a picture."
+        )
