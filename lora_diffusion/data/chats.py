@@ -120,7 +120,7 @@ class _Chats:
         return [
             Request(prompt, seed, sample=sample)
             for sample in opened
-            for prompt in config.prompts or (_first_question(sample),)
+            for prompt in map(conversations.bare, config.prompts or (_first_question(sample),))
             for seed in config.seeds
         ]
 
@@ -297,11 +297,12 @@ def _first_question(sample: Chat) -> str:
 
 
 def ask(path: Path, question: str, seed: int = 0) -> Request:
-    """Returns a request to answer a question about a picture.
+    """Returns a request to answer a question about a picture, which it may mark with "<image>" as training data does.
 
     Raises:
         PictureError: it cannot be read.
     """
+    question = conversations.bare(question)
     sample = Chat(str(path), path, turns=(Turn("user", question),))
     return Request(question, seed, sample=replace(sample, views=(images.open_rgb(path),)))
 

@@ -152,7 +152,7 @@ def _check(turns: Sequence[Turn]) -> None:
             )
     if not spoken or spoken[-1].role != "assistant":
         raise ValueError("ends without an answer; add what the assistant should say.")
-    empty = [n for n, turn in enumerate(spoken, start=first) if turn.role == "assistant" and not _bare(turn.text)]
+    empty = [n for n, turn in enumerate(spoken, start=first) if turn.role == "assistant" and not bare(turn.text)]
     if empty:
         raise ValueError(f"has an empty answer (turn {empty[0]}); write it.")
     marks = [turn.text.count(IMAGE) for turn in turns]
@@ -164,9 +164,10 @@ def _check(turns: Sequence[Turn]) -> None:
         raise ValueError(f"has {IMAGE} in a later turn; move it into the first question.")
 
 
-def _bare(text: str) -> str:
+def bare(text: str) -> str:
+    """Returns a text without the mark of its picture, which is shown at the beginning anyway."""
     return text.replace(IMAGE, "").strip()
 
 
 def _without_marks(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    return tuple(Turn(turn.role, _bare(turn.text)) for turn in turns)
+    return tuple(Turn(turn.role, bare(turn.text)) for turn in turns)

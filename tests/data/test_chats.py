@@ -213,6 +213,7 @@ class TestSamples:
             ("Which?", "b.png"),
         ]
         assert len(KIND.previews(samples, PreviewConfig(prompts=("x", "y"), seeds=(0, 1)))) == 8
+        assert {own.prompt for own in KIND.previews(samples, PreviewConfig(prompts=("<image>\nWhy?",)))} == {"Why?"}
         assert [(request.prompt, answer) for request, answer in questions(samples)] == [
             ("What?", "red"),
             ("Which?", "red"),

@@ -106,6 +106,14 @@ def test_files_of_a_run_and_tools(train: Train, command: Commands, base: Path, d
     assert "use peft" in command("convert", adapter, tmp_path / "other.safetensors", "--to", "kohya").err
 
 
+def test_mark_of_the_picture_may_stand_in_the_question(command: Commands, base: Path, data: Path) -> None:
+    texts = [
+        command.good("ask", "--model", base, "--question", question, data / "1.png").out
+        for question in ("What?", "<image>\nWhat?")
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_score(command: Commands, base: Path, data: Path) -> None:
     told = json.loads(command.good("ask", "--model", base, "--score", data, "--json").out)[str(data)]
     assert [one["target"] for one in sorted(told["answers"], key=lambda one: one["key"])] == ["a cat", "a dog", "red"]
@@ -157,6 +165,10 @@ class TestCaption:
         assert (folder / "a.txt").read_text(encoding="utf-8") == "mine\n"
         assert not (folder / "b.txt").exists()
         assert "Wrote 0 captions; 3 pictures had one" in command.good(*arguments).out
+
+    def test_mark_of_the_picture_may_stand_in_the_prompt(self, command: Commands, base: Path, folder: Path) -> None:
+        command.good("data", "caption", folder, "--model", base, "--prompt", "<image>\nSay {name}.")
+        assert (folder / "a.txt").read_text(encoding="utf-8") == "Say a.\n"
 
     def test_overwrites_if_asked(self, command: Commands, base: Path, folder: Path) -> None:
         (folder / "a.txt").write_text("mine\n", encoding="utf-8")
