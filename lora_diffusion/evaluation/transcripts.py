@@ -51,17 +51,17 @@ class Understanding:
 
 
 def judge(
-    keys: Sequence[str], said: Sequence[str], heard: Sequence[str], normalise: Callable[[str], str]
+    keys: Sequence[str], said: Sequence[str], heard: Sequence[str], normalise: Sequence[Callable[[str], str]]
 ) -> Understanding:
-    """Compares transcripts after both went through the same normaliser.
+    """Compares transcripts after the right one and that of the model went through the same normaliser.
 
     Args:
         keys: names of the recordings.
         said: the right transcripts.
         heard: those of the model.
-        normalise: as `normaliser` gives it.
+        normalise: for each recording what `normaliser` gives for its language.
     """
-    targets, answers = [normalise(text) for text in said], [normalise(text) for text in heard]
+    targets, answers = ([own(text) for own, text in zip(normalise, texts, strict=True)] for texts in (said, heard))
     evidence = Evidence(answers=answers, targets=targets)
     scores = {name: registry.find("metrics", name).score(evidence) for name in ("wer", "cer")}
     rates = {name: score.values.tolist() for name, score in scores.items()}
@@ -74,7 +74,7 @@ def normaliser(language: str, base: Path | None) -> Callable[[str], str]:
     """Returns Whisper's normaliser: no case, no punctuation, and in English one spelling of numbers and words.
 
     Args:
-        language: code of what is spoken.
+        language: code of what is written.
         base: folder of the base, which may hold a table of spellings.
 
     Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", appendix C.

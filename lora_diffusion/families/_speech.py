@@ -145,13 +145,18 @@ def log_mel(extractor: Any, waveform: Tensor) -> Tensor:
     return torch.from_numpy(features).float()
 
 
+def asked(sample: AudioText, options: WhisperOptions) -> tuple[str, str]:
+    """Returns language and task of a recording: its own, or those of the options."""
+    return sample.language or options.language, sample.task or options.task
+
+
 def labels(tokenizer: Any, sample: AudioText, options: WhisperOptions, info: SpeechInfo) -> list[int]:
     """Returns the tokens that the decoder must write after the start: language, task, words, end."""
     vocabulary = tokenizer.get_vocab()
     text = _written(sample.transcript, options.timestamps)
     names = []
     if info.languages:
-        names = [f"<|{sample.language or options.language}|>", f"<|{sample.task or options.task}|>"]
+        names = [f"<|{name}|>" for name in asked(sample, options)]
     if not text.startswith("<|"):
         names.append(_NO_TIMESTAMPS)
     words = tokenizer(text, add_special_tokens=False).input_ids
@@ -229,7 +234,7 @@ def _quiet() -> Iterator[None]:
 
 
 def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
-    """Returns what is said in recordings of requests with equal adapter weights."""
+    """Returns what is said in recordings of requests with equal adapter weights, language and task."""
     import torch
 
     model, options = loaded.modules["model"], loaded.options
@@ -239,7 +244,8 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
         loaded.adapters.set_weights(first.weights)
     samples = [request.sample for request in requests]
     heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]  # type: ignore[union-attr]
-    asked = {"language": options.language, "task": options.task} if loaded.info.languages else {}  # type: ignore[attr-defined]
+    language, task = asked(samples[0], options)  # type: ignore[arg-type]
+    wanted = {"language": language, "task": task} if loaded.info.languages else {}  # type: ignore[attr-defined]
     features = torch.cat(heard).to(loaded.device, model.dtype)
     with torch.no_grad(), _quiet():
         ids = model.generate(
@@ -248,7 +254,7 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
             return_timestamps=options.timestamps,
             do_sample=False,
             num_beams=1,
-            **asked,
+            **wanted,
         )
     texts = loaded.modules["tokenizer"].batch_decode(
         ids, skip_special_tokens=True, decode_with_timestamps=options.timestamps

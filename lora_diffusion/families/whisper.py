@@ -226,14 +226,15 @@ class Whisper:
         return Example(inputs, {"head": Head(config.vocab_size, width, is_tied=True)})
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
-        """Transcribes recordings by greedy search, in batches of equal adapter weights."""
+        """Transcribes recordings by greedy search, in batches of equal adapter weights, language and task."""
         from lora_diffusion.families import _speech
 
         outputs: dict[int, Output] = {}
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             weights = None if request.weights is None else sorted(request.weights.items())
-            groups.setdefault(repr(weights), []).append(index)
+            asked = _speech.asked(request.sample, loaded.options)  # type: ignore[arg-type]
+            groups.setdefault(repr((weights, asked)), []).append(index)
         for indices in groups.values():
             for start in range(0, len(indices), _MAX_BATCH):
                 chunk = indices[start : start + _MAX_BATCH]

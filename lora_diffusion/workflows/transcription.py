@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.config.schema import ModelOptions, RecordingDataConfig
 from lora_diffusion.core.device import pick_device
@@ -62,15 +63,22 @@ def understand(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapte
     family, info, states = _open(model, adapters)
     data = [KIND.read(RecordingDataConfig(path=str(path)), info) for path in data_paths]
     loaded, weights = _load(family, model, states, adapters)
-    normalise = normaliser(loaded.options.language, info.path)
     results = []
     for samples in data:
         opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
         outputs = family.generate(loaded, [Request("", 0, weights=weights or None, sample=one) for one in opened])
         said = [without_timestamps(sample.transcript) for sample in samples]
         heard = [without_timestamps(output.text) for output in outputs]
+        languages = [_written(sample, loaded.options) for sample in samples]
+        normalisers = {language: normaliser(language, info.path) for language in set(languages)}
+        normalise = [normalisers[language] for language in languages]
         results.append(judge([sample.key for sample in samples], said, heard, normalise))
     return results
+
+
+def _written(sample: AudioText, options: Any) -> str:
+    """Returns the language of a transcript; translations are into English."""
+    return "en" if (sample.task or options.task) == "translate" else sample.language or options.language
 
 
 def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:

@@ -25,7 +25,7 @@ class TestNormaliser:
 
 def test_rates_are_edits_over_length_and_worst_come_first() -> None:
     said = ["go left now", "stop", "up"]
-    found = judge(["a", "b", "c"], said, ["go right now", "stop", "up up up"], lambda text: text)
+    found = judge(["a", "b", "c"], said, ["go right now", "stop", "up up up"], [str] * 3)
     assert [(one.key, pytest.approx(one.wer)) for one in found.recordings] == [("c", 2), ("a", 1 / 3), ("b", 0)]
     assert found.wer == pytest.approx(3 / 5)
     assert found.lines(most=1) == [
@@ -36,8 +36,8 @@ def test_rates_are_edits_over_length_and_worst_come_first() -> None:
 
 
 def test_page(tmp_path: Path) -> None:
-    before = judge(["a", "b"], ["one <two>", "three"], ["none", "three"], lambda text: text)
-    after = judge(["a", "b"], ["one <two>", "three"], ["one two", "three"], lambda text: text)
+    before = judge(["a", "b"], ["one <two>", "three"], ["none", "three"], [str, str])
+    after = judge(["a", "b"], ["one <two>", "three"], ["one two", "three"], [str, str])
     page = whisper.SHOW.page({"new accent and words": (before, after)})
     training = Training(metrics=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], facts={"adapter.rank": "8"})
     write_text_page(tmp_path / "report.html", page, training=training, next_commands=("do this",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lora_diffusion.config.schema import AdapterConfig, RecordingDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import AudioText, Batch, Loaded, ModuleKey
+from lora_diffusion.core.types import AudioText, Batch, Loaded, ModuleKey, Request
 from lora_diffusion.data.recordings import KIND
 from lora_diffusion.families import _speech
 from lora_diffusion.families.whisper import FAMILY, WhisperOptions
@@ -143,6 +144,18 @@ class TestLoss:
         found = {FAMILY.loss(loaded, both, derive(seed)).per_sample.item() for seed in range(8)}
         assert len(found) == 2
         assert FAMILY.loss(loaded, plain, derive(0)).per_sample.item() in found
+
+
+def test_each_recording_is_heard_in_its_own_language_and_task(base: Path) -> None:
+    (plain,) = samples("one")
+    own = [plain, replace(plain, language="de"), replace(plain, language="de", task="translate")]
+    told = FAMILY.generate(load(base), [Request("", 0, sample=sample) for sample in [*own, plain]])
+    alone = [
+        FAMILY.generate(load(base, **options), [Request("", 0, sample=plain)])[0].text
+        for options in ({}, {"language": "de"}, {"language": "de", "task": "translate"})
+    ]
+    assert [output.text for output in told] == [*alone, alone[0]]
+    assert len(set(alone)) == 3
 
 
 def train_some(loaded: Loaded, options: WhisperOptions, num_steps: int = 1) -> list[float]:

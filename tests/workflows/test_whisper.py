@@ -121,6 +121,23 @@ def test_score(command: Commands, base: Path, recordings: Path) -> None:
     assert "WER" in command.good("transcribe", "--model", base, "--score", recordings).out
 
 
+def test_score_goes_by_the_languages_of_a_table(command: Commands, base: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_recording(tmp_path / f"{name}.wav")
+    rows = ("a.wav,Twenty-one,,", "b.wav,Twenty-one,de,", "c.wav,Twenty-one,de,translate")
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,transcription,language,task", *rows]))
+
+    def told(*arguments: str) -> dict[str, dict[str, str]]:
+        outcome = command.good("transcribe", "--model", base, "--score", tmp_path, *arguments, "--json")
+        (score,) = json.loads(outcome.out).values()
+        return {one["key"]: one for one in score["recordings"]}
+
+    plain, german = told(), told("--language", "de")
+    assert {key: one["said"] for key, one in plain.items()} == {"a.wav": "21", "b.wav": "twenty one", "c.wav": "21"}
+    assert plain["b.wav"] == german["a.wav"] | {"key": "b.wav"}
+    assert plain["b.wav"]["heard"] != plain["a.wav"]["heard"]
+
+
 def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_path: Path) -> None:
     write_recording(tmp_path / "long.wav", seconds=2.4)
     outcome = command.good("transcribe", "--model", base, tmp_path, "--json")
