@@ -326,15 +326,18 @@ def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, R
     """Returns recordings as requests to write down what is said; long ones become several requests, in order.
 
     Args:
-        paths: recordings, and folders of them.
+        paths: recordings, and folders of them; what is named twice is heard once.
         info: the base; how much it hears at once.
 
     Raises:
         DataError: lists all that cannot be heard.
     """
-    files = []
+    named: dict[Path, Path] = {}
     for path in paths:
-        files += list_folder(str(path), _Recordings.noun, audio.ENDINGS).files if path.is_dir() else [path]
+        listed = list_folder(str(path), _Recordings.noun, audio.ENDINGS).files if path.is_dir() else (path,)
+        for file in listed:
+            named.setdefault(file.parent.resolve() / file.name, file)
+    files = list(named.values())
     found: list[tuple[Path, Request]] = []
     faults = []
     for file in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,14 @@ def test_score_goes_by_the_languages_of_a_table(command: Commands, base: Path, t
     assert {key: one["said"] for key, one in plain.items()} == {"a.wav": "21", "b.wav": "twenty one", "c.wav": "21"}
     assert plain["b.wav"] == german["a.wav"] | {"key": "b.wav"}
     assert plain["b.wav"]["heard"] != plain["a.wav"]["heard"]
+
+
+def test_a_recording_that_is_named_twice_is_heard_once(command: Commands, base: Path, recordings: Path) -> None:
+    def heard(*paths: object) -> dict[str, str]:
+        return dict(json.loads(command.good("transcribe", "--model", base, *paths, "--json").out))
+
+    again = (recordings / "1.wav", f"{recordings}/../{recordings.name}/1.wav", os.path.relpath(recordings / "1.wav"))
+    assert heard(recordings, *again) == heard(recordings)
 
 
 def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_path: Path) -> None:
