@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,15 @@ def caption(
 ) -> Captions:
     """Writes a caption beside each picture that has none, batch by batch, so that a stop loses one batch at most.
 
+    A caption file that is empty is filled, whatever its ending.
+
     Args:
         folder_path: pictures, in subfolders too.
         model: a base that talks about pictures.
         adapters: files or folders with their weights; all are applied at once.
         prompt: what is asked; {name} stands for the file's name in words, {folder} for that of its folder.
         trigger: words put before each caption that does not hold them.
-        ending: of the caption files, one of `data.captions.ENDINGS`.
+        ending: of new caption files, one of `data.captions.ENDINGS`.
         overwrite: replace captions of that ending.
 
     Raises:
@@ -80,7 +82,9 @@ def caption(
     found = captions.collect(folder, faults)
     has_caption = {path for path, lines in found.items() if lines is None or lines}
     wanted = [path for path in folder.files if overwrite or path not in has_caption]
-    faults += _conflicts(folder, wanted, has_caption, ending)
+    beside = _beside(folder)
+    files = {path: _caption_file(path, beside, path in has_caption, ending) for path in wanted}
+    faults += _conflicts(folder, files, beside, found)
     preflight.measure(folder, False, faults)
     if faults:
         raise DataError(f"{folder.root}: nothing was captioned; correct the folder.", faults)
@@ -90,10 +94,10 @@ def caption(
         batch = wanted[start : start + _AT_ONCE]
         requests = [chats.ask(path, _filled(prompt, path)) for path in batch]
         for path, answer in zip(batch, talker.answer(requests), strict=True):
-            file = path.with_suffix(ending)
+            file = files[path]
             if not answer:
                 silent.append(path)
-            elif overwrite or not file.exists():
+            elif overwrite or _is_free(file):
                 written[file] = _with_trigger(answer, trigger)
                 write_text(file, written[file] + "\n")
         logger.info("Captioned %d of %d pictures.", min(start + _AT_ONCE, len(wanted)), len(wanted))
@@ -116,14 +120,37 @@ def _check_words(prompt: str, ending: str) -> None:
         )
 
 
-def _conflicts(folder: Folder, wanted: Sequence[Path], has_caption: set[Path], ending: str) -> list[str]:
+def _beside(folder: Folder) -> dict[Path, list[Path]]:
+    """Returns the caption files by their path without ending."""
+    files: dict[Path, list[Path]] = {}
+    for file in folder.others:
+        if file.suffix.lower() in captions.ENDINGS:
+            files.setdefault(file.with_suffix(""), []).append(file)
+    return files
+
+
+def _caption_file(path: Path, beside: Mapping[Path, Sequence[Path]], has_caption: bool, ending: str) -> Path:
+    """Returns where the caption of a picture goes: into the file that waits for it, else into one of that ending."""
+    own = path.with_suffix(ending)
+    there = beside.get(path.with_suffix(""), [own])
+    return own if has_caption or own in there else there[0]
+
+
+def _is_free(file: Path) -> bool:
+    """Tells whether there is no caption in a file, which somebody may have written in the meantime."""
+    return not file.exists() or not file.read_text(encoding="utf-8-sig", errors="replace").strip()
+
+
+def _conflicts(
+    folder: Folder, files: Mapping[Path, Path], beside: Mapping[Path, Sequence[Path]], found: Mapping[Path, Any]
+) -> list[str]:
     """Returns a fault for each picture whose new caption would stand beside another one."""
-    twins = [group for group in folder.by_stem.values() if len(group) > 1 and set(group) & set(wanted)]
+    twins = [group for group in folder.by_stem.values() if len(group) > 1 and set(group) & files.keys()]
     faults = [f"{' and '.join(map(folder.name, group))} would share a caption file; rename one." for group in twins]
-    elsewhere = [path for path in wanted if path in has_caption and not path.with_suffix(ending).exists()]
     return faults + [
-        f"{folder.name(path)}: its caption is not in {path.stem}{ending}; remove the other one first."
-        for path in elsewhere
+        f"{folder.name(path)}: its caption is not in {file.name} alone; remove the other one first."
+        for path, file in files.items()
+        if path in found and beside.get(path.with_suffix("")) != [file]
     ]
 
 

@@ -170,6 +170,25 @@ class TestCaption:
         command.good("data", "caption", folder, "--model", base, "--prompt", "<image>\nSay {name}.")
         assert (folder / "a.txt").read_text(encoding="utf-8") == "Say a.\n"
 
+    @pytest.mark.parametrize("ending", [".txt", ".caption"])
+    def test_fills_a_file_that_is_empty(self, command: Commands, base: Path, folder: Path, ending: str) -> None:
+        (folder / "a.txt").write_text("\ufeff \n", encoding="utf-8")
+        arguments = ("data", "caption", folder, "--model", base, "--ending", ending, "--json")
+        told = json.loads(command.good(*arguments).out)
+        files = [folder / "a.txt", folder / f"b{ending}", folder / "in" / f"c-d{ending}"]
+        assert told["written"] == dict.fromkeys(map(str, files), "Describe the picture.")
+        assert (folder / "a.txt").read_text(encoding="utf-8") == "Describe the picture.\n"
+        assert len(json.loads(command.good(*arguments).out)["kept"]) == 3
+
+    @pytest.mark.parametrize("name", ["a.caption", "metadata.jsonl"])
+    def test_empty_captions_in_two_places(self, command: Commands, base: Path, folder: Path, name: str) -> None:
+        if name == "a.caption":
+            (folder / "a.txt").touch()
+        (folder / name).write_text("" if name == "a.caption" else '{"file_name": "a.png", "text": ""}')
+        outcome = command("data", "caption", folder, "--model", base)
+        assert outcome.code == 2
+        assert "a.png: its caption is not in a.txt alone; remove the other one first." in outcome.message
+
     def test_overwrites_if_asked(self, command: Commands, base: Path, folder: Path) -> None:
         (folder / "a.txt").write_text("mine\n", encoding="utf-8")
         command.good("data", "caption", folder, "--model", base, "--overwrite")
@@ -187,7 +206,7 @@ class TestCaption:
             (("--prompt", "{"), "a brace without its pair"),
             (("--ending", ".json"), "--ending .json: captions are found in files that end in .txt or .caption"),
             (("--model", "builtin:emoji"), "there is no such built-in base of this family"),
-            (("--overwrite",), "b.png: its caption is not in b.txt; remove the other one first."),
+            (("--overwrite",), "b.png: its caption is not in b.txt alone; remove the other one first."),
         ],
     )
     def test_bad_input_writes_nothing(
