@@ -60,7 +60,7 @@ def read_files(folder: Folder, faults: list[str]) -> list[tuple[Path, Conversati
 
 def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
     if file.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 place = f"{name}, line {number}"
                 yield from ((place, entry) for entry in _parsed(place, line, faults))

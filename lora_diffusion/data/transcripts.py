@@ -168,7 +168,7 @@ def _usable(row: Mapping[str, Any], place: str, faults: list[str]) -> Transcript
 
 def _rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
     if file.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield number, _parsed(line)
         return

@@ -61,6 +61,14 @@ class TestLayouts:
                 "32",
             )
 
+    def test_separators_of_unicode_do_not_end_a_line_of_json(self, tmp_path: Path) -> None:
+        write_picture(tmp_path / "a.png")
+        line = json.dumps(entry("a.png", "What\u2028is\u2029it?", "a\x85cat"), ensure_ascii=False)
+        (tmp_path / "chats.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8")
+        samples = _read(tmp_path)
+        assert [sample.key for sample in samples] == ["chats.jsonl, line 1", "chats.jsonl, line 2"]
+        assert samples[0].turns[1].text == "a\x85cat"
+
     @pytest.mark.parametrize("is_list", [False, True])
     def test_saved_data_set(self, tmp_path: Path, is_list: bool) -> None:
         datasets = pytest.importorskip("datasets")

@@ -54,6 +54,13 @@ class TestLayouts:
         assert (sample.transcript, sample.language) == ("one, two", "de")
         assert sample.task == ("translate" if name == "lines.jsonl" else None)
 
+    def test_separators_of_unicode_do_not_end_a_line_of_json(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav")
+        line = json.dumps({"file": "a.wav", "text": "one\u2028two\x85three"}, ensure_ascii=False)
+        (tmp_path / "lines.jsonl").write_text(line, encoding="utf-8")
+        (sample,) = _read(tmp_path)
+        assert sample.transcript == "one two three"
+
     def test_a_saved_data_set(self, tmp_path: Path) -> None:
         datasets = pytest.importorskip("datasets")
         buffer = io.BytesIO()
