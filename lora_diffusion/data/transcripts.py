@@ -142,7 +142,7 @@ def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path,
 
 def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
     recordings = set(folder.files)
-    for number, row in _rows(file, text):
+    for number, row in _rows(folder, file, text, faults):
         place = f"{folder.name(file)}, line {number}"
         try:
             if not isinstance(row, dict):
@@ -166,7 +166,7 @@ def _usable(row: Mapping[str, Any], place: str, faults: list[str]) -> Transcript
         return None
 
 
-def _rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[int, Any]]:
     if file.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -174,8 +174,15 @@ def _rows(file: Path, text: str) -> Iterator[tuple[int, Any]]:
         return
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    for row in reader:
-        yield reader.line_num, row
+    start = 1
+    try:
+        start += bool(reader.fieldnames)
+        for row in reader:
+            yield reader.line_num, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        place = f"{folder.name(file)}, line {start}"
+        faults.append(f"{place}: cannot be read ({error}); look for a quote without its pair.")
 
 
 def _parsed(line: str) -> Any:

@@ -179,6 +179,15 @@ class TestFaults:
         (fault,) = raised.value.faults
         assert fault.startswith("metadata.csv: byte 0xfc at position 32 (line 2) is not UTF-8")
 
+    @pytest.mark.parametrize(("head", "line"), [("", 1), ("file_name,transcription\n", 2)])
+    def test_a_quote_without_its_pair_before_a_long_rest(self, tmp_path: Path, head: str, line: int) -> None:
+        write_recording(tmp_path / "a.wav")
+        (tmp_path / "metadata.csv").write_text(f'{head}a.wav,"one\n' + "b.wav,two three\n" * 10_000)
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        (fault,) = raised.value.faults
+        assert fault.startswith(f"metadata.csv, line {line}: cannot be read (field larger than field limit")
+
     def test_a_comma_without_quotes_is_no_end_of_a_transcript(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav")
         write_recording(tmp_path / "b.wav")
