@@ -188,4 +188,5 @@ def _explain(content: Content, error: Exception) -> str:
         return "is empty (0 bytes); replace it or move it away."
     # The whole message of libsndfile names the stream by its address.
     reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-    return f"cannot be decoded ({reason}); it is damaged or no sound file, export it again."
+    kinds = ", ".join(ENDINGS)
+    return f"cannot be decoded ({reason}); it is damaged or of a kind that is not read, export it as one of {kinds}."

@@ -1,4 +1,4 @@
-"""Looks at a folder of pictures before anything else starts, and finds all that is wrong with it."""
+"""Looks at a folder of pictures or recordings before anything else starts, and finds all that is wrong with it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.data import images
+from lora_diffusion.data import audio, images
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.folder import Folder, list_folder, spelled
 
 _OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".svg", ".psd", ".dng")
+_OTHER_RECORDINGS = (
+    *(".m4a", ".mp4", ".m4b", ".aac", ".wma", ".aif", ".aiff", ".au", ".amr", ".ac3", ".caf", ".ape", ".wv", ".oga"),
+    *(".webm", ".weba", ".mka", ".mkv", ".mov", ".avi", ".3gp", ".3gpp"),
+)
 _OTHER_CAPTIONS = (".txt", ".caption", ".cap", ".captions", ".text", ".tag", ".tags", ".prompt", ".json", ".md")
 _NUM_THREADS = 8
 
@@ -24,7 +28,7 @@ def list_pictures(path: str) -> Folder:
         DataError: there is no such folder, or no picture in it.
     """
     folder = list_folder(path, "pictures", images.ENDINGS)
-    _warn_of_names(folder)
+    _warn_of_names(folder, _OTHER_PICTURES, "png", "caption")
     return folder
 
 
@@ -47,17 +51,36 @@ def find_pictures(path: str, setting: str) -> list[Path]:
     return list(folder.files)
 
 
-def _warn_of_names(folder: Folder) -> None:
-    unread = [folder.name(file) for file in folder.others if file.suffix.lower() in _OTHER_PICTURES]
+def list_recordings(path: str) -> Folder:
+    """Returns the files of a folder of recordings and its subfolders, and warns of names that mean trouble.
+
+    Raises:
+        DataError: there is no such folder, or no recording in it.
+    """
+    folder = list_folder(path, "recordings", audio.ENDINGS)
+    _warn_of_names(folder, _OTHER_RECORDINGS, "wav or flac", "transcript")
+    return folder
+
+
+def _warn_of_names(folder: Folder, other_endings: Sequence[str], target: str, text: str) -> None:
+    unread = [folder.name(file) for file in folder.others if file.suffix.lower() in other_endings]
     if unread:
         logger.warning(
-            "Left out pictures of a kind that is not read: %d (%s). Convert them to png to use them.",
+            "Left out %s of a kind that is not read: %d (%s). Convert them to %s to use them.",
+            folder.noun,
             len(unread),
             name_some(unread),
+            target,
         )
     twins = [" and ".join(map(folder.name, group)) for group in folder.by_stem.values() if len(group) > 1]
     if twins:
-        logger.warning("Pictures that share a name, and with it a caption file: %d (%s).", len(twins), name_some(twins))
+        logger.warning(
+            "%s that share a name, and with it a %s file: %d (%s).",
+            folder.noun.capitalize(),
+            text,
+            len(twins),
+            name_some(twins),
+        )
 
 
 def measure(folder: Folder, skip_bad: bool, faults: list[str]) -> dict[Path, tuple[int, int]]:
@@ -107,9 +130,21 @@ def add_missing_captions(folder: Folder, missing: Sequence[Path], num_pictures: 
     )
 
 
-def warn_of_orphans(folder: Folder, endings: Sequence[str]) -> None:
-    """Warns once of caption files that have no picture."""
-    captions = [file for file in folder.others if file.suffix.lower() in endings]
-    orphans = [folder.name(file) for file in captions if spelled(file.with_suffix("")) not in folder.by_stem]
+def warn_of_orphans(folder: Folder, text: str, endings: Sequence[str]) -> None:
+    """Warns once of text files that have no picture or recording.
+
+    Args:
+        folder: the files.
+        text: what the message calls what is in them, say "caption".
+        endings: of their names, in small letters.
+    """
+    texts = [file for file in folder.others if file.suffix.lower() in endings]
+    orphans = [folder.name(file) for file in texts if spelled(file.with_suffix("")) not in folder.by_stem]
     if orphans:
-        logger.warning("Caption files without a picture, not used: %d (%s).", len(orphans), name_some(orphans))
+        logger.warning(
+            "%s files without a %s, not used: %d (%s).",
+            text.capitalize(),
+            folder.noun.removesuffix("s"),
+            len(orphans),
+            name_some(orphans),
+        )

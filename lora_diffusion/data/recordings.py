@@ -18,10 +18,10 @@ from lora_diffusion.core.files import user_path
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import AudioText, Request, SpeechInfo
-from lora_diffusion.data import audio, transcripts
+from lora_diffusion.data import audio, preflight, transcripts
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.audio import Facts, RecordingError
-from lora_diffusion.data.folder import Folder, list_folder, stop
+from lora_diffusion.data.folder import Folder, stop
 from lora_diffusion.data.transcripts import Transcript
 
 _NUM_THREADS = 4
@@ -173,9 +173,10 @@ class _Recording:
 
 
 def _list_files(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], list[str]]:
-    folder = list_folder(config.path, "recordings", audio.ENDINGS)
+    folder = preflight.list_recordings(config.path)
     faults: list[str] = []
     texts = transcripts.collect(folder, faults)
+    preflight.warn_of_orphans(folder, "transcript", (transcripts.BESIDE,))
     lacking = [path for path in folder.files if path not in texts]
     if len(lacking) == len(folder.files) and not faults:  # else what is wrong with the table is the reason
         faults.append(
@@ -334,7 +335,7 @@ def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, R
     """
     named: dict[Path, Path] = {}
     for path in paths:
-        listed = list_folder(str(path), _Recordings.noun, audio.ENDINGS).files if path.is_dir() else (path,)
+        listed = preflight.list_recordings(str(path)).files if path.is_dir() else (path,)
         for file in listed:
             named.setdefault(file.parent.resolve() / file.name, file)
     files = list(named.values())

@@ -97,7 +97,7 @@ def _fill_captions(
 ) -> dict[Path, captions.Lines]:
     """Returns at least one caption for each picture, or adds faults."""
     found = captions.collect(folder, faults)
-    preflight.warn_of_orphans(folder, captions.ENDINGS)
+    preflight.warn_of_orphans(folder, "caption", captions.ENDINGS)
     is_required = config.captions == "required"
     filled: dict[Path, captions.Lines] = {}
     missing = []

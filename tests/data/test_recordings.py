@@ -208,6 +208,19 @@ class TestFaults:
             _read(tmp_path, skip_bad=True)
         assert "data.skip_bad" not in str(caught.value)
 
+    def test_warnings_name_files_that_are_not_used(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for name in ("a.wav", "a.flac", "in/b.wav"):
+            write_recording(tmp_path / name, "one")
+        for name in ("c.m4a", "in/D.MP4", "c.txt", "in/e.txt"):
+            (tmp_path / name).write_text("one")
+        assert len(_read(tmp_path)) == 3
+        assert [record.getMessage() for record in caplog.records] == [
+            "Left out recordings of a kind that is not read: 2 (c.m4a, in/D.MP4). Convert them to wav or flac to use "
+            "them.",
+            "Recordings that share a name, and with it a transcript file: 1 (a.flac and a.wav).",
+            "Transcript files without a recording, not used: 2 (c.txt, in/e.txt).",
+        ]
+
     @pytest.mark.parametrize(
         ("line", "fault"),
         [

@@ -147,6 +147,16 @@ def test_a_recording_that_is_named_twice_is_heard_once(command: Commands, base: 
     assert heard(recordings, *again) == heard(recordings)
 
 
+def test_kinds_that_are_not_heard_are_named(command: Commands, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + b"\0" * 100)
+    outcome = command("transcribe", "--model", base, tmp_path / "m.m4a")
+    assert outcome.code == 2
+    assert "of a kind that is not read, export it as one of .wav, .flac, .mp3, .ogg, .opus" in outcome.message
+    write_recording(tmp_path / "a.wav")
+    outcome = command.good("transcribe", "--model", base, tmp_path)
+    assert "Left out recordings of a kind that is not read: 1 (m.m4a)" in outcome.message
+
+
 def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_path: Path) -> None:
     write_recording(tmp_path / "long.wav", seconds=2.4)
     outcome = command.good("transcribe", "--model", base, tmp_path, "--json")
