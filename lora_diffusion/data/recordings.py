@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -361,7 +362,11 @@ def _pieces(file: Path, info: SpeechInfo) -> list[AudioText]:
     pieces = audio.windows(sound, info.sampling_rate, info.max_duration_s)
     if len(pieces) > 1:
         logger.info("%s: %s long, heard in %d pieces.", file, audio.clock(len(sound) / info.sampling_rate), len(pieces))
-    return [AudioText(str(file), file, waveforms=(torch.from_numpy(piece),)) for piece in pieces]
+    starts = accumulate((len(piece) / info.sampling_rate for piece in pieces[:-1]), initial=0.0)
+    return [
+        AudioText(str(file), file, start_s=start, waveforms=(torch.from_numpy(piece),))
+        for start, piece in zip(starts, pieces, strict=True)
+    ]
 
 
 KIND = _Recordings()

@@ -101,6 +101,15 @@ def without_timestamps(text: str) -> str:
     return " ".join(_TIMESTAMP.sub(" ", text).split())
 
 
+def later(text: str, seconds: float) -> str:
+    """Returns a transcript with its timestamps, if it has any, moved by some seconds.
+
+    >>> later("<|0.00|> one<|1.50|>", 30.0)
+    '<|30.00|> one<|31.50|>'
+    """
+    return _TIMESTAMP.sub(lambda found: f"<|{float(found[1]) + seconds:.2f}|>", text)
+
+
 def join(pieces: list[Segment], longest_s: float) -> list[list[Segment]]:
     """Returns neighbouring segments in groups that last at most `longest_s`, as few as there can be.
 

@@ -13,7 +13,7 @@ from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Request, SpeechInfo
 from lora_diffusion.data.recordings import KIND, list_requests
-from lora_diffusion.data.transcripts import without_timestamps
+from lora_diffusion.data.transcripts import later, without_timestamps
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
@@ -44,8 +44,9 @@ def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = 
     loaded, weights = _load(family, model, states, adapters)
     requests = [replace(request, weights=weights or None) for _, request in asked]
     texts: dict[Path, list[str]] = {}
-    for (path, _), output in zip(asked, family.generate(loaded, requests), strict=True):
-        texts.setdefault(path, []).append(output.text)
+    for (path, request), output in zip(asked, family.generate(loaded, requests), strict=True):
+        assert isinstance(request.sample, AudioText), "requests to transcribe hold a recording"
+        texts.setdefault(path, []).append(later(output.text, request.sample.start_s))
     return [Transcription(path, " ".join(pieces)) for path, pieces in texts.items()]
 
 

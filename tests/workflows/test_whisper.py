@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_whisper import save_tiny_whisper, write_recording
+from lora_diffusion.core.types import Loaded, Output, Request
+from lora_diffusion.data.transcripts import segments
+from lora_diffusion.families.whisper import Whisper
+from tests.tiny_whisper import RATE, save_tiny_whisper, write_recording
 from tests.workflows.conftest import Commands, Outcome
 
 WORDS = ("one", "two three", "four")
@@ -162,6 +167,25 @@ def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_
     outcome = command.good("transcribe", "--model", base, tmp_path, "--json")
     assert len(json.loads(outcome.out)) == 1
     assert "2.4 s long, heard in 3 pieces" in outcome.message or "2.4 s long, heard in 4 pieces" in outcome.message
+
+
+def test_timestamps_of_long_recordings_go_on_from_piece_to_piece(
+    command: Commands, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(self: Whisper, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+        lengths = [len(request.sample.waveforms[0]) / RATE for request in requests]  # type: ignore[union-attr]
+        return [Output(one, text=f"<|0.00|> a<|{end:.2f}|>") for one, end in zip(requests, lengths, strict=True)]
+
+    monkeypatch.setattr(Whisper, "generate", say)
+    write_recording(tmp_path / "long.wav", seconds=2.4)
+    config = tmp_path / "own.yaml"
+    config.write_text(f"model:\n  family: whisper\n  path: {base}\n  timestamps: true\n")
+    (text,) = json.loads(command.good("transcribe", "--config", config, tmp_path / "long.wav", "--json").out).values()
+    pieces = segments(text)
+    assert len(pieces) >= 3
+    assert (pieces[0].start_s, pieces[-1].end_s) == (0.0, 2.4)
+    # Whatever lies between is rounded to hundredths on both sides.
+    assert all(abs(one.end_s - after.start_s) < 0.011 for one, after in pairwise(pieces))
 
 
 def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
