@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.files import user_path
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.core.types import Chat, ChatInfo, Request, Turn
 from lora_diffusion.data import conversations, images
 from lora_diffusion.data._progress import watch
@@ -168,12 +169,14 @@ def _find_picture(file: Path, conversation: Conversation, config: ChatDataConfig
         return None
     root = user_path(config.images, "data.images") if config.images else file.parent
     path = root / name
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - that of pathlib raises where the name is too long
         return path
     remedy = (
         "correct the name" if config.images else "correct the name or set data.images to the folder of the pictures"
     )
-    faults.append(f"{conversation.origin}: there is no picture {name} in {root}; {remedy}.")
+    if name.startswith("data:"):
+        remedy = "pictures inside the file are not read, so save each as a file and give its name"
+    faults.append(f"{conversation.origin}: there is no picture {shown(name)} in {root}; {remedy}.")
     return None
 
 

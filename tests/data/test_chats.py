@@ -101,6 +101,11 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "two image tokens": (_faulty("<image><image>What?", "a cat"), "has 2 times <image>"),
     "late image token": (_faulty("What?", "a cat", "<image>And?", "a dog"), "has <image> in a later turn"),
     "missing picture": (entry("b.png", "What?", "a cat"), "there is no picture b.png"),
+    "name too long": (entry("b" * 5000, "What?", "a cat"), f"there is no picture {'b' * 100}... (5000 characters)"),
+    "picture inside the file": (
+        entry("data:image/png;base64," + "A" * 5000, "What?", "a cat"),
+        "pictures inside the file are not read",
+    ),
     "no picture named": ({"conversations": LAYOUTS["LLaVA"]["conversations"]}, "names no picture"),
     "two pictures": ({**LAYOUTS["ShareGPT"], "images": ["a.png", "a.png"]}, "names 2 pictures"),
     "two questions": (
