@@ -285,7 +285,8 @@ def _zoomed(picture: Image.Image, zoom: float) -> Image.Image:
     if zoom == 1:
         return picture
     width, height = picture.size
-    scaled = picture.resize((round(width * zoom), round(height * zoom)), Image.Resampling.BICUBIC)
+    size = (max(round(width * zoom), 1), max(round(height * zoom), 1))
+    scaled = picture.resize(size, Image.Resampling.BICUBIC)
     ground = Image.new("RGB", picture.size, "white")
     ground.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
     return ground

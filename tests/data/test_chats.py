@@ -211,6 +211,13 @@ class TestSamples:
         assert np.abs(near[::2, ::2].astype(int) - middle).mean() < 40
         assert KIND.identity(sample, config) != KIND.identity(sample, ChatDataConfig())
 
+    @pytest.mark.parametrize("size", [(1, 9), (9, 1), (1, 1)])
+    def test_narrowest_pictures_can_be_zoomed(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        write_picture(tmp_path / "a.png", size=size)
+        write_chats(tmp_path, [LAYOUTS["LLaVA"]])
+        (sample,) = _read(tmp_path)
+        assert [view.size for view in KIND.open(sample, ChatDataConfig(zooms=(0.5, 2.0))).views] == [size, size]
+
     def test_report_previews_and_questions(self, tmp_path: Path) -> None:
         for name in ("a.png", "b.png"):
             write_picture(tmp_path / name)
