@@ -106,14 +106,16 @@ def caption(
 
 def _check_words(prompt: str, ending: str) -> None:
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
+        fields = [
+            f"{name}{'!' + conversion if conversion else ''}{':' + form if form else ''}"
+            for _, name, form, conversion in string.Formatter().parse(prompt)
+            if name is not None
+        ]
     except ValueError as error:
         raise ConfigError(f"--prompt {prompt!r} has a brace without its pair ({error}); write {{{{ for one.") from error
-    if names - set(_PLACEHOLDERS):
+    if unknown := [field for field in fields if field not in _PLACEHOLDERS]:
         known = " and ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
-        raise ConfigError(
-            f"--prompt {prompt!r} holds {{{sorted(names - set(_PLACEHOLDERS))[0]}}}; it may hold {known}."
-        )
+        raise ConfigError(f"--prompt {prompt!r} holds {{{unknown[0]}}}; it may hold {known}.")
     if ending not in captions.ENDINGS:
         raise ConfigError(
             f"--ending {ending}: captions are found in files that end in {' or '.join(captions.ENDINGS)}."

@@ -203,6 +203,9 @@ class TestCaption:
         ("arguments", "message"),
         [
             (("--prompt", "{title}"), "holds {title}; it may hold {name} and {folder}"),
+            (("--prompt", "{name} {name:q}"), "holds {name:q}; it may hold {name} and {folder}"),
+            (("--prompt", "{name:{folder}}"), "holds {name:{folder}}; it may hold {name} and {folder}"),
+            (("--prompt", "{name!x}"), "holds {name!x}; it may hold {name} and {folder}"),
             (("--prompt", "{"), "a brace without its pair"),
             (("--ending", ".json"), "--ending .json: captions are found in files that end in .txt or .caption"),
             (("--model", "builtin:emoji"), "there is no such built-in base of this family"),
