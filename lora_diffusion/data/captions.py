@@ -112,6 +112,8 @@ def _parse_entry(line: str) -> tuple[str, Lines]:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at character {error.pos + 1}); correct the line.") from error
+    except RecursionError as error:
+        raise ValueError("holds brackets in brackets too deep to be read; correct the line.") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
         raise ValueError('has no "file_name"; write {"file_name": "cat.png", "text": "a cat"}.')
     value = next((entry[key] for key in _TEXT_KEYS if key in entry), None)

@@ -73,8 +73,8 @@ def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tu
 def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
     try:
         return [json.loads(text)]
-    except json.JSONDecodeError as error:
-        faults.append(f"{place}: is not JSON ({error}); correct it.")
+    except (ValueError, RecursionError) as error:
+        faults.append(f"{place}: is not JSON that can be read ({error}); correct it.")
         return []
 
 

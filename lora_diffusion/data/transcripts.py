@@ -197,5 +197,5 @@ def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None

@@ -35,7 +35,11 @@ def read_processor(folder: Path, chat_template: str | None) -> Any:
         file = user_path(chat_template, "model.chat_template")
         if not file.is_file():
             raise ModelError(f"model.chat_template={chat_template}: there is no such file; correct the path.")
-        processor.chat_template = file.read_text(encoding="utf-8")
+        try:
+            processor.chat_template = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            fault = f"is not UTF-8 ({error.reason}); save it so."
+            raise ModelError(f"model.chat_template={chat_template} {fault}") from error
     faults = []
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} holds no processor with tokenizer and image processor; fetch its *.json files.")

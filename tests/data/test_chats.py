@@ -172,6 +172,14 @@ class TestFaults:
         assert not any("\n" in fault for fault in caught.value.faults)
         assert any(fault.startswith("more.jsonl, line 1: is not JSON") for fault in caught.value.faults)
 
+    @pytest.mark.parametrize("text", ["[" * 100_000, '[{"image": ' + "1" * 5000 + "}]"])
+    def test_json_that_python_gives_up_on(self, folder: Path, text: str) -> None:
+        (folder / "chats.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError) as caught:
+            _read(folder)
+        (told,) = caught.value.faults
+        assert told.startswith("chats.json: is not JSON that can be read (")
+
     def test_a_file_of_another_encoding_is_one_fault(self, folder: Path) -> None:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
         with pytest.raises(DataError, match="1 fault in 1 files and pictures") as caught:

@@ -226,6 +226,7 @@ class TestFaults:
         [
             ("{}", "lines.jsonl, line 1: names no file"),
             ("[1", "lines.jsonl, line 1: is no JSON object"),
+            ("[" * 100_000, "lines.jsonl, line 1: is no JSON object"),
             ('{"path": "b.wav", "text": "x"}', "lines.jsonl, line 1: there is no recording b.wav"),
             ('{"path": "a.wav"}', "lines.jsonl, line 1: has no transcript"),
             ('{"path": "a.wav", "text": "x", "task": "sing"}', "asks for the task 'sing'"),

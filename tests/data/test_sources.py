@@ -98,6 +98,8 @@ def test_every_fault_is_told_at_once(dataset):
     dataset.text(
         "metadata.jsonl",
         '{"file_name": "gone.png", "text": "a"}\n{oops\n{"text": "a"}\n{"file_name": "good.png"}\n'
+        + "[" * 100_000
+        + "\n"
         '{"file_name": "../pictures/good.png", "text": "x"}\n',
     )
     before = {path: path.read_bytes() for path in dataset.root.iterdir()}
@@ -118,7 +120,8 @@ def test_every_fault_is_told_at_once(dataset):
         ("metadata.jsonl, line 2", "is not JSON"),
         ("metadata.jsonl, line 3", "file_name"),
         ("metadata.jsonl, line 4", '"text" or "caption"'),
-        ("metadata.jsonl, line 5", "no picture ../pictures/good.png"),
+        ("metadata.jsonl, line 5", "brackets in brackets"),
+        ("metadata.jsonl, line 6", "no picture ../pictures/good.png"),
     ]
     for name, reason in expected:
         assert any(fault.startswith(f"{name}: ") and reason in fault for fault in faults), (name, reason, faults)

@@ -277,6 +277,12 @@ class TestBadBase:
         with pytest.raises(ModelError, match="there is no such file"):
             FAMILY.check(LlavaOptions(path=str(base), chat_template="nowhere.jinja"))
 
+    def test_template_of_another_encoding(self, base: Path, tmp_path: Path) -> None:
+        file = tmp_path / "mine.jinja"
+        file.write_bytes(f"{{# gr\xfcn #}}{TEMPLATE_WITHOUT_END}".encode("latin-1"))
+        with pytest.raises(ModelError, match=r"model\.chat_template=.*mine\.jinja is not UTF-8 \(.*\); save it so\."):
+            FAMILY.check(LlavaOptions(path=str(base), chat_template=str(file)))
+
     def test_image_token_of_another_tokenizer(self, tmp_path: Path) -> None:
         base = save_tiny_llava(tmp_path / "base")
         config = json.loads((base / "config.json").read_text("utf-8"))
