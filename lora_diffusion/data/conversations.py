@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import Turn
 from lora_diffusion.data.folder import Folder, read_text
 
@@ -104,7 +105,8 @@ def _turns(entry: Any) -> tuple[list[Turn], Any]:
         raise ValueError(f"has no list of turns; give it a key {', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}.")
     told = [_turn(number, item) for number, item in enumerate(listed, start=1)]
     named = [image for _, images in told for image in images if image is not None]
-    images = [*_listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None)), *named]
+    images = _listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None))
+    images += [image for image in named if image not in images]
     if len(images) > 1:
         raise ValueError(f"names {len(images)} pictures; a conversation is about one.")
     return [turn for turn, _ in told], images[0] if images else None
@@ -128,10 +130,14 @@ def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
         return Turn(_ROLES[told], content), []
     if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
         raise ValueError(f'turn {number} has content that is neither a text nor a list of parts with a "type".')
+    unread = [part for part in content if part.get("type") != "image" and not isinstance(part.get("text"), str)]
+    if unread:
+        raise ValueError(
+            f"turn {number} holds a part of type {shown(repr(unread[0].get('type')))} and without a text, which is not "
+            'read; write a picture as {"type": "image", "path": "name.png"}.'
+        )
     is_picture = [part.get("type") == "image" for part in content]
-    texts = [
-        IMAGE if picture else str(part.get("text") or "") for part, picture in zip(content, is_picture, strict=True)
-    ]
+    texts = [IMAGE if picture else part["text"] for part, picture in zip(content, is_picture, strict=True)]
     images = [
         next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
         for part, picture in zip(content, is_picture, strict=True)

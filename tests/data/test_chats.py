@@ -34,6 +34,9 @@ LAYOUTS = {
         {"from": "user", "value": "<image>What is it?"}, {"from": "assistant", "value": "a cat"}]},
     "messages": {"image": "a.png", "messages": [
         {"role": "user", "content": "<image> What is it?"}, {"role": "assistant", "content": "a cat"}]},
+    "parts and the same picture above": {"image": "a.png", "messages": [
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "a cat"}]},
     "parts": {"messages": [
         {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]},
@@ -108,6 +111,19 @@ FAULTS: dict[str, tuple[Any, str]] = {
     ),
     "no picture named": ({"conversations": LAYOUTS["LLaVA"]["conversations"]}, "names no picture"),
     "two pictures": ({**LAYOUTS["ShareGPT"], "images": ["a.png", "a.png"]}, "names 2 pictures"),
+    "two pictures, one in a part": (
+        {**LAYOUTS["parts"], "image": "b.png"},
+        "names 2 pictures",
+    ),
+    "a picture as OpenAI writes it": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]},
+                {"role": "assistant", "content": "a cat"},
+            ]
+        },
+        "turn 1 holds a part of type 'image_url' and without a text, which is not read; write a picture as",
+    ),
     "two questions": (
         {"image": "a.png", "conversations": [{"from": "human", "value": "<image>a"}, {"from": "human", "value": "b"}]},
         "turn 2 is the user's, where the assistant's is due",
