@@ -15,7 +15,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols import Family
-from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Sample
+from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import KINDS, Kind
 from lora_diffusion.formats import check_output
@@ -47,6 +47,8 @@ class Checked:
     run: RunFolder
     samples: Sequence[Sample]
     num_steps: int
+    previews: Sequence[Request]
+    """What is asked of the model while it is trained."""
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
@@ -75,8 +77,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         faults += _without_effect(config)
     if variant:
         look(lambda: check_output(config.output.formats, variant.stored))
-    skeleton = plan = samples = None
-    num_steps = 0
+    skeleton = plan = samples = num_steps = previews = None
     if info:
         skeleton = family.skeleton(config.model)
         rates = config.train.module_learning_rates
@@ -85,10 +86,11 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         samples = look(lambda: kind.read(config.data, info))
     if samples:
         num_steps = look(lambda: _num_steps(config, family, kind, samples))
-        look(lambda: _check_previews(config, kind, samples, num_steps))
         look(lambda: judging.check(config, samples))
+    if num_steps:
+        previews = look(lambda: _previews(config, kind, samples, num_steps))
     faults.stop("train")
-    return Checked(family, kind, variant, info, skeleton, plan, run, samples, num_steps)
+    return Checked(family, kind, variant, info, skeleton, plan, run, samples, num_steps, previews)
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -123,12 +125,11 @@ def _num_steps(config: Config, family: Family, kind: Kind, samples: Sequence[Sam
     return num_steps
 
 
-def _check_previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: int) -> None:
+def _previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: int) -> Sequence[Request]:
     every = config.train.preview_every_steps
-    if every:
-        kind.previews(samples, config.preview)
     if config.output.thumbnail == record.PREVIEW and every > num_steps:
         raise ConfigError(
             f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
             f"train.preview_every_steps={every}; lower it, or name a picture."
         )
+    return kind.previews(samples, config.preview) if every else []

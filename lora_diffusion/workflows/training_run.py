@@ -19,9 +19,9 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.tuning import use_channels_last, use_threads
-from lora_diffusion.core.types import AdapterState, Loaded, Sample
+from lora_diffusion.core.types import AdapterState, Loaded, Request, Sample
 from lora_diffusion.data import cache
-from lora_diffusion.data.kinds import KINDS, Report
+from lora_diffusion.data.kinds import Report
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training import checkpoint, memory, record, run_folder
 from lora_diffusion.training.hooks import Hook, PreviewHook
@@ -85,7 +85,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         use_channels_last(loaded.parts.values(), loaded.device)
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
-        hooks = [*_prepare_previews(config, family, loaded, samples, run)]
+        hooks = [*_prepare_previews(config, family, loaded, checked.previews, run)]
         hooks += judging.prepare_early_stop(config, family, loaded, samples, run)
         measured = judging.prepare_pictures(config, family, loaded, samples)
         loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
@@ -136,13 +136,12 @@ def _write(state: AdapterState, family: Family, config: Config, format_name: str
 
 
 def _prepare_previews(
-    config: Config, family: Family, loaded: Loaded, samples: Sequence[Sample], run: RunFolder
+    config: Config, family: Family, loaded: Loaded, requests: Sequence[Request], run: RunFolder
 ) -> list[Hook]:
     """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there."""
-    every, save = config.train.preview_every_steps, SAVERS[family.sample_type]
-    if not every:
+    if not requests:
         return []
-    requests = KINDS[family.sample_type].previews(samples, config.preview)
+    save = SAVERS[family.sample_type]
 
     def draw(step: int) -> None:
         save(family.generate(loaded, requests), config.preview, run.previews_path / f"step-{step:06d}")
@@ -150,7 +149,7 @@ def _prepare_previews(
     draw(0)
     if loaded.encoders & set(config.adapter.parts):
         loaded.text_cache.clear()
-    return [PreviewHook(every, draw)]
+    return [PreviewHook(config.train.preview_every_steps, draw)]
 
 
 def _needed_to_show(loaded: Loaded, trained: frozenset[str]) -> frozenset[str]:

@@ -209,10 +209,11 @@ def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
     ],
 )
 def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
-    outcome = train("bad", "train.max_steps=1", *overrides)
-    assert outcome.code == 2, outcome.message
-    assert message in outcome.message
-    assert not (tmp_path / "bad").exists()
+    for mode in ([], ["--dry-run"]):
+        outcome = train("bad", "train.max_steps=1", *overrides, *mode)
+        assert outcome.code == 2, outcome.message
+        assert message in outcome.message
+        assert not (tmp_path / "bad").exists()
 
 
 def test_commands_for_pictures_are_refused(command: Commands, base: Path, tmp_path: Path) -> None:
