@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
 from lora_diffusion.core.device import pick_device
-from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.errors import DataError, ModelError
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded
+from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded, Turn
 from lora_diffusion.data import chats, images, preflight
 from lora_diffusion.evaluation.answers import Examination, judge
 from lora_diffusion.evaluation.scorers import Scorers
@@ -91,10 +91,25 @@ class Talker:
         self._weights: dict[str, float] = {}
 
     def answer(self, requests: Sequence[chats.Request]) -> list[str]:
-        """Returns what it says."""
+        """Returns what it says.
+
+        Raises:
+            ModelError: the chat template of the base cannot render a question; raised before the base is loaded.
+        """
         if self._loaded is None:
+            self._check(requests[:1])
             use_threads("auto")
             self._loaded = self._family.load(self._model, pick_device())
             self._weights = attach(self._loaded, self._states, self._given)
         asked = [replace(request, weights=self._weights or None) for request in requests]
         return [output.text for output in self._family.generate(self._loaded, asked)]
+
+    def _check(self, requests: Sequence[chats.Request]) -> None:
+        assert self.info.count_tokens is not None, "a base that talks counts tokens"
+        asked = [
+            replace(request.sample, turns=(Turn("user", request.prompt), Turn("assistant", "")))  # type: ignore[type-var]
+            for request in requests
+        ]
+        for fault in self.info.count_tokens(asked):
+            if isinstance(fault, str):
+                raise ModelError(f"{self.info.source} cannot be asked {requests[0].prompt!r}: {fault}")

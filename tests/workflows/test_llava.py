@@ -114,6 +114,18 @@ def test_mark_of_the_picture_may_stand_in_the_question(command: Commands, base: 
     assert texts[0] == texts[1]
 
 
+def test_template_that_cannot_be_rendered_is_told_before_the_base_is_loaded(
+    command: Commands, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llava, "load", lambda *_: pytest.fail("the base was loaded"))
+    template, config = tmp_path / "chat.jinja", tmp_path / "own.yaml"
+    template.write_text("{% if %}")
+    config.write_text(f"model:\n  family: llava\n  path: {base}\n  chat_template: {template}\n")
+    outcome = command("ask", "--config", config, "--question", "What?", data / "1.png")
+    assert outcome.code == 2
+    assert "cannot be asked 'What?': the chat template of the base cannot render it" in outcome.message
+
+
 def test_score(command: Commands, base: Path, data: Path) -> None:
     told = json.loads(command.good("ask", "--model", base, "--score", data, "--json").out)[str(data)]
     assert [one["target"] for one in sorted(told["answers"], key=lambda one: one["key"])] == ["a cat", "a dog", "red"]
