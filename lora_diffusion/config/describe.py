@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_diffusion.config.docs import field_docs
 from lora_diffusion.config.load import to_values
+from lora_diffusion.config.rules import as_written
 from lora_diffusion.config.schema import Config
 
 
@@ -31,7 +32,7 @@ def explained_yaml(config: Config) -> str:
 def differences(config: Config, other: Config) -> list[str]:
     """Returns "section.key: value -> other value" for each key that differs."""
     return [
-        f"{section}.{f.name}: {getattr(mine, f.name)} -> {getattr(theirs, f.name, None)}"
+        f"{section}.{f.name}: {as_written(getattr(mine, f.name))} -> {as_written(getattr(theirs, f.name, None))}"
         for section, mine, theirs in _paired_sections(config, other)
         for f in dataclasses.fields(mine)
         if getattr(mine, f.name) != getattr(theirs, f.name, None)

@@ -88,7 +88,7 @@ def out_of_range(sections: Mapping[str, Any]) -> Iterator[str]:
         section, key = dotted.split(".")
         value = getattr(sections[section], key)
         if value is not None and value != "???" and not allows(value):
-            yield f"{dotted}={_shown(value)}: {text}"
+            yield f"{dotted}={as_written(value)}: {text}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{dotted}={value}: must be a finite number"
 
@@ -153,5 +153,10 @@ def _evaluate_relations(evaluate: Any) -> Iterator[str]:
             yield f"evaluate.{key}={value}: needs evaluate.references, pictures to compare with"
 
 
-def _shown(value: Any) -> str:
-    return "[" + ", ".join(str(item) for item in value) + "]" if isinstance(value, tuple) else str(value)
+def as_written(value: Any) -> str:
+    """Returns a value as it stands in a config."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(as_written, value))}]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,6 +10,7 @@ from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.config.rules import as_written
 from lora_diffusion.config.schema import Config, EvaluateConfig, PreviewConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
@@ -104,7 +105,7 @@ def _without_effect(config: Config) -> Iterator[str]:
     )
     for dotted, value in own.items():
         if value != usual[dotted] and dotted not in _FOR_ALL:
-            yield f"{dotted}={value}: is about pictures, and this base makes none; drop this key."
+            yield f"{dotted}={as_written(value)}: is about pictures, and this base makes none; drop this key."
     if config.output.thumbnail == record.PREVIEW:
         yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no pictures; name one."
 
