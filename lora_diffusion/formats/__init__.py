@@ -4,7 +4,7 @@ from lora_diffusion.formats._arrays import in_float32
 from lora_diffusion.formats._detect import detect, is_adapter, stored_dtypes
 from lora_diffusion.formats._holding import READERS, check_output
 from lora_diffusion.formats._pickle import as_safetensors
-from lora_diffusion.formats._portable import fit_dimensions
+from lora_diffusion.formats._portable import fit_dimensions, with_attention
 from lora_diffusion.formats._report import FileReport, describe_file
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "in_float32",
     "is_adapter",
     "stored_dtypes",
+    "with_attention",
 ]

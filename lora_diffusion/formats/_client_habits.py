@@ -220,15 +220,25 @@ def _takes_commonest(module: FileModule) -> bool:
     return ".mlp." not in module.key.path or not module.key.path.startswith("text_model.")
 
 
-def _infer_text_encoder(trial: Trial) -> None:
-    """Wants out_proj or mlp in a text encoder, by which diffusers tells the spelling."""
-    parts = {module.key.part for module in trial.applied() if module.key} - {"unet"}
-    for part in sorted(parts):
-        own = [module for module in trial.applied() if module.key and module.key.part == part]
-        if not any(re.search(r"out_proj|mlp", module.name) for module in own):
-            fate = Fate("file", LOST, "stops: it cannot tell the spelling of the text encoder")
-            what = "text encoder module(s), but no out_proj and no mlp"
-            trial.suffer("text encoder", fate, what, _ADD_ZEROS, [module.name for module in own])
+def _tells_text_encoder(mark: str, named: str, remedy: str) -> Callable[[Trial], None]:
+    """Returns the check that names of a text encoder tell diffusers their spelling.
+
+    Args:
+        mark: regular expression of the names that do.
+        named: what they hold, for people.
+        remedy: what adds such a module.
+    """
+
+    def check(trial: Trial) -> None:
+        parts = {module.key.part for module in trial.applied() if module.key} - {"unet"}
+        for part in sorted(parts):
+            own = [module for module in trial.applied() if module.key and module.key.part == part]
+            if not any(re.search(mark, module.name) or module.style == "linear_layer" for module in own):
+                fate = Fate("file", LOST, "stops: it cannot tell the spelling of the text encoder")
+                what = f"text encoder module(s), but no {named}"
+                trial.suffer("text encoder", fate, what, remedy, [module.name for module in own])
+
+    return check
 
 
 def _take_for_own(trial: Trial) -> None:
@@ -275,10 +285,12 @@ CHECKS: Mapping[Client, tuple[Callable[[Trial], None], ...]] = {
     rules.KOHYA: (shared.find_lost, *_COMMON, shared.find_ignored_record),
     rules.DIFFUSERS: (
         *(shared.find_lost, _refuse_record_beside_alphas, _drop_ldm_names, _misplace_upsampler),
-        *(_refuse_unmatched_part, _infer_text_encoder, *_COMMON, _share_alphas),
+        *(_refuse_unmatched_part, _tells_text_encoder("out_proj|mlp", "out_proj and no mlp", _ADD_ZEROS)),
+        *(*_COMMON, _share_alphas),
     ),
     rules.DIFFUSERS_DOTTED: (
         *(_take_for_own, _refuse_names_without_lora, shared.find_lost, _read_first_style, _refuse_unmatched_part),
+        _tells_text_encoder(r"self_attn\.(q|k|v|out)_proj", "attention", _CONVERT.format("diffusers")),
         *(shared.find_other_ranks, *_COMMON),
     ),
     rules.PEFT_FOLDER: (shared.find_lost, shared.find_other_ranks, *_COMMON),

@@ -7,12 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy
 
 from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 
 _ATTENTION = re.compile(r"(.*\.self_attn\.)([qkv]|out)_proj")
 _MATRICES = ("q", "k", "v", "out")
+_MLP = re.compile(r"(.*\.)mlp\.fc[12]")
 
 
 def fit_dimensions(state: AdapterState, shapes: Mapping[ModuleKey, tuple[int, ...]]) -> AdapterState:
@@ -84,8 +89,33 @@ def complete_attention(state: AdapterState) -> AdapterState:
     return replace(state, modules=modules)
 
 
+def with_attention(state: AdapterState) -> AdapterState:
+    """Adds lora zeros for the attention of one layer of each text encoder that has changes in mlp, but in no attention.
+
+    diffusers tells the spelling of a text encoder by attention, where the names hold dots, and refuses it without any.
+
+    Args:
+        state: the adapter; tensors or arrays.
+    """
+    attending = {key.part for key in state.modules if _ATTENTION.fullmatch(key.path)}
+    modules = dict(state.modules)
+    for key, adapter in state:
+        match = _MLP.fullmatch(key.path)
+        if match and key.part not in attending and adapter.variant == "lora":
+            attending.add(key.part)
+            # Each matrix of an mlp has the width on one side, and more on the other.
+            zeros = _square_zeros(adapter, min(change_shape(adapter)))
+            modules |= {ModuleKey(key.part, f"{match[1]}self_attn.{name}_proj"): zeros for name in _MATRICES}
+    return replace(state, modules=modules)
+
+
 def _zeros_like(adapter: ModuleAdapter) -> ModuleAdapter:
-    # All four are square matrices of one size. One row is enough to change nothing.
-    outputs, inputs = change_shape(adapter)
-    some = next(iter(adapter.tensors.values()))
-    return ModuleAdapter("lora", {"down": some.new_zeros(1, inputs), "up": some.new_zeros(outputs, 1)}, adapter.alpha)
+    # All four are square matrices of one size.
+    return _square_zeros(adapter, change_shape(adapter)[0])
+
+
+def _square_zeros(like: ModuleAdapter, width: int) -> ModuleAdapter:
+    """Returns what changes nothing of a square matrix, in the number type of another; one row is enough."""
+    some: Any = next(iter(like.tensors.values()))
+    zeros: Any = partial(numpy.zeros, dtype=some.dtype) if isinstance(some, numpy.ndarray) else some.new_zeros
+    return ModuleAdapter("lora", {"down": zeros((1, width)), "up": zeros((width, 1))}, like.alpha)

@@ -18,7 +18,7 @@ from lora_diffusion.formats._arrays import Array, in_float32, widen
 from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
 from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
-from lora_diffusion.formats._portable import complete_attention
+from lora_diffusion.formats._portable import complete_attention, with_attention
 from lora_diffusion.formats._spelling import PEFT_PREFIX, group_names, read_modules, split_name
 from lora_diffusion.formats.metadata import without_hashes
 
@@ -44,8 +44,8 @@ class _Diffusers:
         return any(found and found[1] and "." in found[0] for found in own)
 
     def portable(self, state: AdapterState) -> AdapterState:
-        """Gives each attention of a text encoder all its matrices."""
-        return complete_attention(state)
+        """Gives each attention of a text encoder all its matrices, and each text encoder some attention."""
+        return with_attention(complete_attention(state))
 
     def write(self, state: AdapterState, key_map: KeyMap, path: Path, dtype: torch.dtype | None) -> None:
         """Writes one file; ranks and alphas stand in its header.

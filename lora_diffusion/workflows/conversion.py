@@ -14,7 +14,7 @@ from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions
+from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions, with_attention
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
 from lora_diffusion.workflows._files import check_target, common_dtype, read_stored_alone, stored_dtype
@@ -73,7 +73,8 @@ def convert(
 ) -> Conversion:
     """Writes an adapter in another spelling, with the same tensors, alphas and metadata.
 
-    The kind of base, by which A1111 and Forge list files, is added to the metadata where it is missing.
+    The kind of base, by which A1111 and Forge list files, is added to the metadata where it is missing, and zeros to a
+    text encoder that diffusers would refuse.
 
     Args:
         input_path: adapter file, or folder saved by PEFT.
@@ -100,6 +101,7 @@ def convert(
         else:
             family, state, names = _read_for(model_path, family_name, path, source, format_)
         state = replace(state, metadata=with_base(state.metadata, family.name))
+        state = with_attention(state) if format_.name == "diffusers" else state
         kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
         written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))

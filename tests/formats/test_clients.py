@@ -62,6 +62,22 @@ def test_diffusers_loads_every_key(
         assert torch.allclose(own, other, **_CLOSE)
 
 
+@pytest.mark.parametrize("format_name", ["kohya", "diffusers"])
+def test_diffusers_loads_a_text_encoder_without_attention(format_name: str, tmp_path: Path) -> None:
+    loaded = tiny_loaded()
+    state = random_state(loaded, groups="ff")
+    path = tmp_path / "adapter.safetensors"
+    format_ = registry.find("formats", format_name)
+    written = format_.read(write_verified(state, key_map(format_name, loaded), format_, path, torch.float32), key_map(format_name, loaded))  # fmt: skip # noqa: E501
+    added = [key.path for key in written.modules if key not in state.modules]
+    assert len(added) == (4 if format_name == "diffusers" else 0)
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(path.parent, weight_name=path.name)
+    loaded.parts.update(unet=pipeline.unet, text_encoder=pipeline.text_encoder)
+    for own, other in zip(_expected(state), answers(loaded), strict=True):
+        assert torch.allclose(own, other, **_CLOSE)
+
+
 def test_peft_loads_each_part(tmp_path: Path) -> None:
     loaded = tiny_loaded()
     state = _uneven(random_state(loaded))

@@ -399,6 +399,26 @@ def test_diffusers_does_what_the_rules_say(faulty: Path, base: Base, pipeline: A
     _assert_diffusers_does_what_the_rules_say(pipeline, faulty, base)
 
 
+@pytest.mark.parametrize(
+    ("kept", "change", "is_told"),
+    [
+        ("unet|mlp", _rename("", ""), False),
+        ("mlp", _rename("", ""), False),
+        ("v_proj", _rename("", ""), True),
+        ("mlp", lambda tensors: _rename("lora_B", "lora_linear_layer.up")(_rename("lora_A", "lora_linear_layer.down")(tensors)), True),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_attention_tells_diffusers_the_text_encoder(
+    kept: str, change: Callable[[Tensors], Tensors], is_told: bool, files: dict[str, Path], base: Base, pipeline: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    path = tmp_path / "some.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(files["diffusers"]).items() if re.search(kept, name)}
+    save_file(change(tensors), path, _METADATA)
+    assert ("text encoder" not in kinds(only(path, base, "diffusers"))) == is_told
+    _assert_diffusers_does_what_the_rules_say(pipeline, path, base)
+
+
 _SDXL_FILES: dict[str, tuple[Callable[[Base, ModuleKey], str], Callable[[ModuleKey], float]]] = {
     "ldm names": (lambda base, key: base.names[0].name(key), lambda key: 1.0),
     "diffusers' names": (lambda base, key: _in_diffusers_blocks(key), lambda key: 1.0),

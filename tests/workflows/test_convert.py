@@ -33,8 +33,8 @@ BASES = {
 """Family -> the metadata by which A1111 and Forge list files."""
 
 
-def published(family: str, variant: str = "lora") -> AdapterState:
-    """Returns an adapter of a few modules in the sizes of a published base."""
+def published(family: str, variant: str = "lora", has_attention: bool = True) -> AdapterState:
+    """Returns an adapter of a few modules in the sizes of a published base, also without attention in SDXL's second."""
     width, text, hidden = FAMILIES[family]
     block = (
         "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -48,6 +48,8 @@ def published(family: str, variant: str = "lora") -> AdapterState:
     }
     if family == "sdxl":
         sizes[ModuleKey("text_encoder_2", "text_model.encoder.layers.31.mlp.fc1")] = (5120, 1280)
+        if has_attention:
+            sizes[ModuleKey("text_encoder_2", "text_model.encoder.layers.31.self_attn.v_proj")] = (1280, 1280)
     generator = torch.Generator().manual_seed(0)
     modules = {}
     for index, (key, (outputs, inputs)) in enumerate(sizes.items()):
@@ -114,6 +116,19 @@ def test_wild_spelling_becomes_the_one_that_all_programs_read(command: Commands,
     command.good("convert", tmp_path / "wild.safetensors", tmp_path / "tame.safetensors", "--to", "kohya")
     tame = load_file(tmp_path / "tame.safetensors")
     assert all(torch.equal(tame[name], tensor) for name, tensor in load_file(first).items())
+
+
+def test_text_encoder_without_attention_becomes_one_that_diffusers_loads(command: Commands, tmp_path: Path) -> None:
+    state = published("sdxl", has_attention=False)
+    first = write(state, "sdxl", "kohya", tmp_path / "first")
+    command.good("convert", first, tmp_path / "second.safetensors", "--to", "diffusers")
+    added = {
+        name: tensor
+        for name, tensor in load_file(tmp_path / "second.safetensors").items()
+        if name.startswith("text_encoder_2.") and "mlp" not in name
+    }
+    assert {tensor.abs().max().item() for tensor in added.values()} == {0.0}
+    assert sum("layers.31.self_attn." in name for name in added) == 8
 
 
 def test_another_number_type_tells_the_rounding(command: Commands, tmp_path: Path) -> None:
