@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,7 +21,20 @@ from lora_diffusion.formats._kronecker import is_whole, kronecker_settings, peft
 
 _MOVED = "text_model."
 """transformers 5.6 took this level out of CLIPTextModel, so a module is found with it and without."""
-_OTHER_KINDS = ("lora_bias", "modules_to_save", "target_parameters")
+_OTHER_SETTINGS = (
+    *("lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"),
+    *("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "kasa_config", "arrow_config"),
+)
+"""Settings of PEFT with which its factors are not all of the change, or change something else."""
+_CONVERT_START = (
+    "Where it was trained, save it as a plain LoRA: save_pretrained(FOLDER, "
+    "path_initial_model_for_weight_conversion=FOLDER_OF_THE_UNTRAINED_ADAPTER)"
+)
+_MUTATING_STARTS: Mapping[str, str] = {
+    **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERT_START),
+    "loftq": "Merge it into its base where it was trained: model.merge_and_unload()",
+}
+"""Beginning of init_lora_weights with which PEFT changes the base's weights too -> what to do with the adapter."""
 
 
 class _Kind(NamedTuple):
@@ -109,25 +123,41 @@ def check_config(config: Any, source: Path) -> None:
         AdapterFileError: it is not such a record.
         UnsupportedError: it asks for more than that.
     """
-    if not isinstance(config, dict) or not _is_number(_alpha(config)):
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type", "LORA"), str):
+        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: it is no table, or tells no kind.")
+    _check_kind(config, source)
+    if not _is_number(_alpha(config)):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: an alpha is missing or no number.")
     if not _is_number(config.get("r", 1)) or config.get("r", 1) < 1:
-        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: r={config['r']!r} is no rank.")
+        raise AdapterFileError(
+            f"{source} cannot be read as a LoRA configuration: r={shown(repr(config['r']))} is no rank."
+        )
     for field in ("alpha_pattern", "rank_pattern"):
         _check_patterns(config.get(field) or {}, field, source)
+
+
+def _check_kind(config: Mapping[str, Any], source: Path) -> None:
+    """Refuses kinds of adapter, and settings of a known kind, that the tensors alone do not tell."""
     kind = config.get("peft_type", "LORA")
-    asked = [name for name in _OTHER_KINDS if config.get(name)]
     known = dict.fromkeys(own.peft_type for own in _KINDS.values())
-    if not isinstance(kind, str):
-        raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: peft_type is no text.")
-    if kind not in known or asked or config.get("bias", "none") != "none":
-        if kind not in known:
-            raise UnsupportedError(
-                f"{source} describes an adapter of the kind {shown(kind.lower())}; {', '.join(known).lower()} can be "
-                "read."
-            )
-        what = ", ".join(asked) or "bias"
-        raise UnsupportedError(f"{source} is {kind.lower()} with {what}; {', '.join(known)} without it can be read.")
+    if kind not in known:
+        raise UnsupportedError(
+            f"{source} describes an adapter of the kind {shown(kind.lower())}; {', '.join(known).lower()} can be read."
+        )
+    asked = [name for name in _OTHER_SETTINGS if config.get(name)]
+    if config.get("bias", "none") != "none":
+        asked.append("bias")
+    if asked:
+        raise UnsupportedError(
+            f"{source} is {kind.lower()} with {', '.join(asked)}; {', '.join(known)} without it can be read."
+        )
+    start = str(config.get("init_lora_weights")).lower()
+    remedy = next((remedy for name, remedy in _MUTATING_STARTS.items() if start.startswith(name)), None)
+    if remedy:
+        raise UnsupportedError(
+            f"{source} has init_lora_weights={shown(start)}: the factors begin with a piece of the base that was taken "
+            f"out of its weights, so that they are no change of that base. {remedy}."
+        )
 
 
 def _check_patterns(patterns: Any, field: str, source: Path) -> None:
@@ -155,7 +185,8 @@ _MOST_REPEATS = 2
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Says whether a value is a number that a float can hold, which many digits of JSON are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _alpha(config: Mapping[str, Any]) -> Any:

@@ -118,7 +118,7 @@ def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str,
         for dotted, value in flat.items():
             part, field = dotted.split(".", 1)
             configs.setdefault(part, {})[field] = value
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: its {_CONFIG_KEY} cannot be read ({error}).") from error
     for config in configs.values():
         check_config(config, path)

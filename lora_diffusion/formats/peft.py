@@ -157,7 +157,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} cannot be read as a LoRA configuration: {error}.") from error
     check_config(config, path)
     return config

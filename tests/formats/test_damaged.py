@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.formats import _safetensors, describe_file, detect
 
 
@@ -147,7 +149,8 @@ def test_broken_peft_config(tmp_path: Path) -> None:
         [],
         good | {"lora_alpha": 1e999},
     )
-    for text in ("", "{", *map(json.dumps, faults)):
+    faults += (good | {"lora_alpha": int("9" * 400)}, good | {"r": 10**400})
+    for text in ("", "{", "[" * 100_000, *map(json.dumps, faults)):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterFileError, match="cannot be read as a LoRA configuration"):
             registry.find("formats", "peft").read(tmp_path, key_map)
@@ -155,3 +158,40 @@ def test_broken_peft_config(tmp_path: Path) -> None:
         (tmp_path / "adapter_config.json").write_text(json.dumps({**good, "alpha_pattern": {pattern: 1}}))
         with pytest.raises(AdapterFileError, match=told):
             registry.find("formats", "peft").read(tmp_path, key_map)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        *(({"init_lora_weights": name}, "path_initial_model_for_weight_conversion") for name in ("corda", "lora_ga")),
+        ({"init_lora_weights": "loftq"}, "merge_and_unload"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"peft_type": "IA3", "lora_alpha": None}, "of the kind ia3"),
+    ],
+)
+def test_what_the_factors_do_not_tell_is_refused(setting: dict[str, object], told: str, tmp_path: Path) -> None:
+    config = {"lora_alpha": 1, "r": 1, **setting}
+    tensors = {"x.lora_A.weight": torch.ones(1, 1), "x.lora_B.weight": torch.ones(1, 1)}
+    save_file({f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")  # fmt: skip # noqa: E501
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    record = json.dumps({f"unet.{name}": value for name, value in config.items()})
+    path = tmp_path / "a.safetensors"
+    save_file({f"unet.{name}": tensor for name, tensor in tensors.items()}, path, {"lora_adapter_metadata": record})
+    for source in (tmp_path, path):
+        with pytest.raises(UnsupportedError, match=told):
+            describe_file(source)
+
+
+@pytest.mark.parametrize(
+    "start", [True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "pissa_niter_4", "olora"]
+)
+def test_starts_that_change_the_base_are_refused_and_no_others(start: object, tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    before = network[0].weight.clone()
+    model = get_peft_model(network, LoraConfig(r=2, target_modules=["0"], init_lora_weights=start))
+    changes_base = not torch.equal(network[0].get_base_layer().weight, before)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="path_initial_model") if changes_base else nullcontext():
+        describe_file(tmp_path)
