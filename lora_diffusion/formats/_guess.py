@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._published import PUBLISHED
 from lora_diffusion.formats._spelling import split_name, unread_kind
 from lora_diffusion.formats.metadata import told_family
-from lora_diffusion.formats.peft import tensor_files
+from lora_diffusion.formats.peft import full_name, part_folders, tensor_files
 
 _BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _BY_TEXT_WIDTH = {1024: "sd2", 1280: "sdxl"}
@@ -23,7 +24,15 @@ _BY_NAME = (
     (r"lora_te1_", "sdxl"),
     (r"lora_te_|text_encoder\.", "sd1"),
     (r"(lora_unet_|unet\.)(up|down)_blocks[._]3|(in|out)put_blocks[._](9|10|11)[._]", "sd1"),
+    (r"^(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.", "sd1"),
 )
+_OF_WHOLE_MODELS = (
+    (r"(^|\.)(language_model|vision_tower|multi_modal_projector)\.", "llava"),
+    (r"^model\.(en|de)coder\.layers\.|\.encoder_attn\.", "whisper"),
+)
+"""Expression found in a name of a PEFT folder of a whole model -> the family of the model."""
+_TEXT = re.compile(r"(^|text_encoder(_2)?\.|lora_te[12]?_)(text_model[._])?encoder[._]layers[._]\d+[._]self_attn[._]")
+"""Attention of a text encoder; other models have some of the same widths."""
 
 
 _OF_OTHERS = {
@@ -44,19 +53,15 @@ def guess_family(path: Path) -> str:
         AdapterFileError: nothing tells it, or metadata tell another architecture.
         UnsupportedError: names tell a base of another kind.
     """
-    headers = _headers(path)
-    for kind in (header.metadata.get("modelspec.architecture", "") for header in headers):
+    for kind in (header.metadata.get("modelspec.architecture", "") for header in _headers(path)):
         if kind and not kind.startswith("stable-diffusion"):
-            raise AdapterFileError(
-                f"{path} is for the architecture {shown(kind)}; rules are known for Stable Diffusion 1, 2 and XL only."
-            )
-    shapes = _shapes(headers)
-    told = next(filter(None, (told_family(header.metadata) for header in headers)), None)
-    found = _by_shapes(shapes) or told
-    names = list(shapes)
-    found = found or _commonest(family for name in names for pattern, family in _BY_NAME if re.search(pattern, name))
-    if found is not None:
+            raise _other_architecture(path, kind)
+    names = list(_shapes(path))
+    found = told_by_content(path) or _by_names(names, _BY_NAME)
+    if found in PUBLISHED:
         return found
+    if found is not None:
+        raise _other_architecture(path, found)
     if not names:
         raise AdapterFileError(f"{path} holds no tensors; get the file again.")
     others = next((kind for name in names for pattern, kind in _OF_OTHERS.items() if re.search(pattern, name)), None)
@@ -69,19 +74,36 @@ def guess_family(path: Path) -> str:
 
 def sized_as(path: Path) -> str | None:
     """Returns sd1, sd2 or sdxl, if an adapter's sizes tell it."""
-    return _by_shapes(_shapes(_headers(path)))
+    return _commonest(_by_shape(name, shape) for name, shape in _shapes(path).items())
+
+
+def told_by_content(path: Path) -> str | None:
+    """Returns the family of the base, if sizes, metadata or the names of a whole model's modules tell it."""
+    told = next(filter(None, (told_family(header.metadata) for header in _headers(path))), None)
+    return sized_as(path) or told or _by_names(_shapes(path), _OF_WHOLE_MODELS)
+
+
+def _other_architecture(path: Path, kind: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path} is for the architecture {shown(kind)}; rules are known for Stable Diffusion 1, 2 and XL only."
+    )
 
 
 def _headers(path: Path) -> list[_safetensors.Header]:
     return [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
 
 
-def _shapes(headers: Iterable[_safetensors.Header]) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for header in headers for name, info in header.tensors.items()}
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    folders = part_folders(path) if path.is_dir() else [path]
+    return {
+        full_name(name, folder, path): info.shape
+        for folder, header in zip(folders, _headers(path), strict=True)
+        for name, info in header.tensors.items()
+    }
 
 
-def _by_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    return _commonest(_by_shape(name, shape) for name, shape in shapes.items())
+def _by_names(names: Iterable[str], marks: Iterable[tuple[str, str]]) -> str | None:
+    return _commonest(family for name in names for pattern, family in marks if re.search(pattern, name))
 
 
 def _commonest(families: Iterable[str | None]) -> str | None:
@@ -94,4 +116,4 @@ def _by_shape(name: str, shape: tuple[int, ...]) -> str | None:
         return None
     if re.search(r"attn2[._](processor\.)?to[._][kv]", name):
         return _BY_WIDTH.get(shape[1])
-    return _BY_TEXT_WIDTH.get(shape[1]) if re.search(r"self_attn[._]", name) else None
+    return _BY_TEXT_WIDTH.get(shape[1]) if _TEXT.search(name) else None

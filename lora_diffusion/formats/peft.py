@@ -8,12 +8,13 @@ belong to one model, the key map calls a module by its path in that model, and t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.files import atomic_path, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
@@ -27,6 +28,7 @@ from lora_diffusion.formats._lora_config import (
     write_config,
 )
 from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
+from lora_diffusion.formats._published import published
 from lora_diffusion.formats._spelling import PEFT_PREFIX, read_modules, split_name
 from lora_diffusion.formats.metadata import without_hashes
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
+_SHOWN = 10
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"bias": "none", "lora_dropout": 0.0},
     "LOHA": {"rank_dropout": 0.0, "module_dropout": 0.0},
@@ -91,8 +94,9 @@ class _Peft:
         for folder in part_folders(path):
             config = read_config(folder)
             tensors, told = _safetensors.load(folder / _TENSORS)
-            part = _part_of([name.removeprefix(PEFT_PREFIX) for name in tensors], folder, path, key_map)
-            named = {_joined(part, name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
+            bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+            part = _part_of(bare, folder, path, key_map)
+            named = {_joined(part, name): tensor for name, tensor in bare.items()}
             for key, adapter in read_modules(named, key_map, partial(_alpha, config, part), folder).items():
                 modules[key] = without_recorded_scale(adapter, config, _split(key_map, key)[1])
             metadata.update(told)
@@ -117,6 +121,12 @@ def tensor_files(path: Path) -> list[Path]:
     return [folder / _TENSORS for folder in part_folders(path)]
 
 
+def full_name(name: str, folder: Path, path: Path) -> str:
+    """Returns a tensor's name without PEFT's prefix, and with that of the part where a folder is that of one part."""
+    bare = name.removeprefix(PEFT_PREFIX)
+    return bare if folder == path else f"{folder.name}.{bare}"
+
+
 def _record(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
     kind = peft_type(adapters)
     return {"peft_type": kind, "task_type": None, **_FIXED[kind], "inference_mode": True, **write_config(adapters)}
@@ -133,18 +143,45 @@ def _joined(part: str, bare: str) -> str:
     return f"{part}.{bare}" if part else bare
 
 
-def _part_of(names: Sequence[str], folder: Path, path: Path, key_map: KeyMap) -> str:
-    parts = list(dict.fromkeys(key.part for key, _ in key_map))
+def _part_of(tensors: Mapping[str, Array], folder: Path, path: Path, key_map: KeyMap) -> str:
+    """Returns the part that a folder is for: its name, or that whose modules have the names and sizes in it."""
     if folder != path:
         return folder.name
-    bare = [found[0] if (found := split_name(name)) else name for name in names]
-    fitting = [part for part in ("", *parts) if all(_joined(part, name) in key_map for name in bare)]
-    if len(fitting) != 1:
-        raise AdapterFileError(
-            f"{path}: its modules fit {', '.join(fitting) or 'none'} of the parts {', '.join(parts)}; put it into a "
-            "folder named after its part."
+    modules = list(dict.fromkeys(map(_module, tensors)))
+    parts = ["", *dict.fromkeys(key.part for key, _ in key_map)]
+    unknown = {part: [name for name in modules if _joined(part, name) not in key_map] for part in parts}
+    fewest = min(unknown.values(), key=len)
+    if fewest and len(fewest) < len(modules):
+        raise UnsupportedError(
+            f"{path}: {len(fewest)} of its {len(modules)} modules are none that an adapter for this base can have "
+            "here. Train it without them.",
+            fewest[:_SHOWN],
         )
-    return fitting[0]
+    fitting = [part for part in parts if not unknown[part]]
+    if len(fitting) > 1:
+        fitting = [part for part in fitting if _has_sizes(tensors, part, key_map)] or fitting
+    if len(fitting) > 1:
+        raise AdapterFileError(
+            f"{path}: its modules fit {' and '.join(fitting)}; put it into a folder named {' or '.join(fitting)}, and "
+            "give the folder around that."
+        )
+    return fitting[0] if fitting else ""
+
+
+def _module(name: str) -> str:
+    found = split_name(name)
+    return found[0] if found else re.split(r"\.(?:base_layer|lora_)", name)[0]
+
+
+def _has_sizes(tensors: Mapping[str, Array], part: str, key_map: KeyMap) -> bool:
+    """Says whether no factor contradicts the sizes of a part of SDXL, whose text encoders have modules of one name."""
+    shapes = published("sdxl")
+    for name, tensor in tensors.items():
+        key = key_map.key(_joined(part, _module(name)))
+        axis = {"down": 1, "up": 0}.get((split_name(name) or ("", "", ""))[2])
+        if axis is not None and tensor.shape[axis : axis + 1] != shapes.get(key, ())[axis : axis + 1]:
+            return False
+    return True
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
     Args:
         path: file or folder.
         family_name: kind of base; without it, the one that tensors or metadata tell, else the first that knows all of
-            the modules.
+            the modules, beginning with the one that their names look like.
 
     Raises:
         AdapterFileError: it cannot be read, or no family knows all of it.
@@ -68,9 +68,10 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
     told = clients.sized_as(path) if family_name in clients.PUBLISHED else None
     if told not in (None, family_name):
         raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
-    guess = family_name or _guess(path)
-    # Sizes alone may deceive: a text encoder of SDXL is as wide as Whisper large.
-    others = [] if family_name else [name for name in registry.available("families") if name != guess]
+    known = family_name or clients.told_by_content(path)
+    guess = known or _guess(path)
+    # Names alone may deceive: some programs give all text encoders the prefix of SDXL's first.
+    others = [] if known else [name for name in registry.available("families") if name != guess]
     faults: list[InputError] = []
     unnamed: list[InputError] = []
     for name in [guess, *others] if guess else others:

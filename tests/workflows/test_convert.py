@@ -268,3 +268,53 @@ def test_base_is_told_where_it_was_not(command: Commands, family: str, tmp_path:
             told = BASES[family].items() <= file.metadata().items()
         # Only the prediction tells what a base of Stable Diffusion 2 is called.
         assert (told, "metadata edit FILE" in message) == (family != "sd2", family == "sd2")
+
+
+def _root_folder(family: str, part: str, path: Path, metadata: dict[str, str]) -> Path:
+    """Writes the folder of one part as PEFT itself saves it: not in a folder named after the part."""
+    write(replace(published(family), metadata=metadata), family, "peft", path.with_name("parts"))
+    return path.with_name("parts").joinpath(part).rename(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "metadata", "start"),
+    [
+        ("sd1", "text_encoder", {}, "lora_te_"),
+        ("sd1", "unet", {}, "lora_unet_"),
+        ("sd2", "text_encoder", {}, "lora_te_"),
+        ("sdxl", "text_encoder", {"ss_base_model_version": "sdxl_base_v1-0"}, "lora_te1_"),
+        ("sdxl", "text_encoder_2", {}, "lora_te2_"),
+        ("sdxl", "unet", {}, "lora_unet_"),
+    ],
+)
+def test_root_folder_is_for_the_base_that_its_sizes_tell(
+    command: Commands, family: str, part: str, metadata: dict[str, str], start: str, tmp_path: Path
+) -> None:
+    folder = _root_folder(family, part, tmp_path / "root", metadata)
+    told = json.loads(command.good("convert", folder, tmp_path / "a.safetensors", "--to", "kohya", "--json").out)
+    assert (told["family"], list(told["modules"])) == (family, [part])
+    assert all(name.startswith(start) for name in load_file(tmp_path / "a.safetensors"))
+
+
+def test_root_folder_that_tells_no_part_is_asked_for_one(command: Commands, tmp_path: Path) -> None:
+    folder = _root_folder("sdxl", "text_encoder", tmp_path / "root", {"ss_base_model_version": "sdxl_base_v1-0"})
+    tensors = {name: tensor[..., :24] for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors", BASES["sdxl"]
+    )
+    outcome = command("convert", folder, tmp_path / "a.safetensors", "--to", "kohya")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "put it into a folder named text_encoder or text_encoder_2" in outcome.message
+
+
+@pytest.mark.parametrize("module", ["model.encoder.conv1", "proj_out", "model.decoder.embed_tokens"])
+def test_modules_that_no_adapter_has_here_are_named(command: Commands, module: str, tmp_path: Path) -> None:
+    ends = ("lora_embedding_A", "lora_embedding_B", "base_layer.weight") if "embed" in module else ("lora_A.weight", "lora_B.weight")  # fmt: skip # noqa: E501
+    names = [f"model.decoder.layers.0.encoder_attn.q_proj.lora_{name}.weight" for name in "AB"]
+    tensors = {f"base_model.model.{name}": torch.ones(1, 1) for name in (*names, *(f"{module}.{end}" for end in ends))}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    outcome = command("convert", tmp_path, tmp_path / "out", "--to", "peft")
+    assert outcome.code == 2
+    assert "1 of its 2 modules are none that an adapter for this base" in outcome.message
+    assert outcome.message.endswith(f" - {module}")
