@@ -31,8 +31,10 @@ _OF_WHOLE_MODELS = (
     (r"^model\.(en|de)coder\.layers\.|\.encoder_attn\.", "whisper"),
 )
 """Expression found in a name of a PEFT folder of a whole model -> the family of the model."""
-_TEXT = re.compile(r"(^|text_encoder(_2)?\.|lora_te[12]?_)(text_model[._])?encoder[._]layers[._]\d+[._]self_attn[._]")
-"""Attention of a text encoder; other models have some of the same widths."""
+_TEXT = re.compile(
+    r"(^|text_encoder(_2)?\.|lora_te[12]?_)(text_model[._])?encoder[._]layers[._]\d+[._](self_attn|mlp[._]fc1)[._]"
+)
+"""Layer of a text encoder whose inputs are as many as its width; other models have some of the same widths."""
 
 
 _OF_OTHERS = {
@@ -96,7 +98,7 @@ def _headers(path: Path) -> list[_safetensors.Header]:
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     folders = part_folders(path) if path.is_dir() else [path]
     return {
-        full_name(name, folder, path): info.shape
+        full_name(name, "" if folder == path else folder.name): info.shape
         for folder, header in zip(folders, _headers(path), strict=True)
         for name, info in header.tensors.items()
     }

@@ -18,12 +18,12 @@ from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, as_array, widen
 from lora_diffusion.formats._detect import formats_of
-from lora_diffusion.formats._guess import guess_family
+from lora_diffusion.formats._guess import guess_family, sized_as, told_by_content
 from lora_diffusion.formats._lora_config import find_alpha
 from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.metadata import told_kind
-from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
+from lora_diffusion.formats.peft import full_name, part_folders, read_config, tensor_files
 
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -34,6 +34,16 @@ _PREFIXES = {
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
 }
+_PARTS_OF_MODELS = {
+    r"(^|\.)vision_tower\.": "vision_tower",
+    r"(^|\.)multi_modal_projector\.": "projector",
+    r"(^|\.)language_model\.|^model\.layers\.": "language_model",
+    r"^model\.encoder\.": "encoder",
+    r"^model\.decoder\.": "decoder",
+}
+"""Expression found in a path of a whole model -> the part of it."""
+_UNET = re.compile(r"((down|up)_blocks|mid_block|conv_(in|out)|(time|add)_embedding)\.")
+_TEXT_ENCODER = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.")
 _BLOCK = re.compile(r"(?:down|up|input|output)_blocks_\d+|mid_block|middle_block|layers_\d+")
 
 
@@ -46,13 +56,13 @@ class FileReport:
     """Format names joined by "+"; more than one is among the problems."""
     variant: str
     family: str | None
-    """sd1, sd2 or sdxl; for other bases the architecture in the metadata; None if nothing tells it."""
+    """sd1, sd2, sdxl, llava or whisper; for other bases the architecture in the metadata; None if nothing tells it."""
     num_modules: Mapping[str, int]
     """By part, guessed from the prefixes."""
     ranks: Mapping[str, int]
     """Rank -> number of modules."""
     alphas: Mapping[str, int]
-    """Alpha -> number of modules."""
+    """Alpha, divided by the rank the scale of a change -> number of modules."""
     dtypes: Mapping[str, int]
     """Number type -> number of tensors."""
     block_norms: Mapping[str, float]
@@ -108,17 +118,21 @@ def describe_file(path: Path) -> FileReport:
     Raises:
         AdapterFileError: it cannot be read at all.
     """
-    files = {file.parent.name: file for file in tensor_files(path)} if path.is_dir() else {"": path}
-    headers = [_safetensors.read_header(file) for file in files.values()]
-    tensors = {
-        _full_name(folder, name): tensor
-        for folder, file in files.items()
-        for name, tensor in _safetensors.load_unchecked(file).items()
-    }
+    folders = part_folders(path) if path.is_dir() else [path]
+    files = tensor_files(path) if path.is_dir() else [path]
+    headers = [_safetensors.read_header(file) for file in files]
+    tensors: dict[str, Array] = {}
+    configs: dict[str, dict[str, Any]] = {} if path.is_dir() else read_configs(headers[0].metadata, path)
+    for folder, file in zip(folders, files, strict=True):
+        own = _safetensors.load_unchecked(file)
+        if path.is_dir():
+            part = folder.name if folder != path else _root_part(path, own)
+            own = {full_name(name, part): tensor for name, tensor in own.items()}
+            configs[part] = read_config(folder)
+        tensors |= own
     names = [name for header in headers for name in header.tensors]
     formats = formats_of(names)
     groups, strange = group_names(tensors)
-    configs = _configs(path, headers)
     modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
     norms = _norms(modules)
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
@@ -140,33 +154,33 @@ def describe_file(path: Path) -> FileReport:
 
 def _family(path: Path, metadata: Mapping[str, str]) -> str | None:
     try:
-        return guess_family(path)
+        return told_by_content(path) or guess_family(path)
     except LoraDiffusionError:
         kind = told_kind(metadata)[0]
         return kind.removesuffix("/lora") if kind else None
 
 
-def _full_name(folder: str, name: str) -> str:
-    return f"{folder}.{name.removeprefix(PEFT_PREFIX)}" if folder and name.startswith(PEFT_PREFIX) else name
+def _root_part(path: Path, names: Iterable[str]) -> str:
+    """Returns the part that a PEFT folder which is not named after one is for; "" for a whole model."""
+    bare = [name.removeprefix(PEFT_PREFIX) for name in names]
+    if any(map(_UNET.match, bare)):
+        return "unet"
+    if not any(map(_TEXT_ENCODER.match, bare)):
+        return ""
+    return "text_encoder_2" if sized_as(path) == "sdxl" else "text_encoder"
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values))
 
 
-def _configs(path: Path, headers: list[_safetensors.Header]) -> dict[str, dict[str, Any]]:
-    """Returns part -> its record of alphas, which is kept outside the tensors."""
-    if path.is_dir():
-        return {folder.name: read_config(folder) for folder in part_folders(path)}
-    return read_configs(headers[0].metadata, path)
-
-
 def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]) -> _Module:
     own = {tensor: tensors[full] for tensor, full in group.names.items()}
-    part = _part(name)
-    alpha = find_alpha(configs[part], name.removeprefix(f"{part}.")) if part in configs else None
+    part = next((part for part in configs if not part or name.startswith(f"{part}.")), None)
+    alpha = None if part is None else find_alpha(configs[part], name.removeprefix(f"{part}."))
     if "alpha" in own:
-        alpha = float(widen(own.pop("alpha")).mean())
+        beside = widen(own.pop("alpha"))
+        alpha = float(beside.reshape(-1)[0]) if beside.size else None
     # What a magnitude does depends on the base; the change before it is known.
     plain: dict[str, Any] = {tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude")}
     if len(group.kinds) != 1 or group.lacking:
@@ -181,7 +195,8 @@ def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapp
 
 
 def _part(name: str) -> str:
-    return next((part for prefix, part in _PREFIXES.items() if name.startswith(prefix)), "unknown")
+    flat = next((part for prefix, part in _PREFIXES.items() if name.startswith(prefix)), None)
+    return flat or next((part for mark, part in _PARTS_OF_MODELS.items() if re.search(mark, name)), "unknown")
 
 
 def _block(name: str) -> str:

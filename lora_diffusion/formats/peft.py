@@ -121,10 +121,9 @@ def tensor_files(path: Path) -> list[Path]:
     return [folder / _TENSORS for folder in part_folders(path)]
 
 
-def full_name(name: str, folder: Path, path: Path) -> str:
-    """Returns a tensor's name without PEFT's prefix, and with that of the part where a folder is that of one part."""
-    bare = name.removeprefix(PEFT_PREFIX)
-    return bare if folder == path else f"{folder.name}.{bare}"
+def full_name(name: str, part: str) -> str:
+    """Returns a tensor's name without PEFT's prefix and with the part before it; "" where there is none."""
+    return _joined(part, name.removeprefix(PEFT_PREFIX))
 
 
 def _record(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:

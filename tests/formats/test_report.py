@@ -85,6 +85,40 @@ def test_missing_alpha_and_other_variants(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("stem", "family", "block"),
+    [
+        ("model.decoder.layers.1.encoder_attn.q_proj", "whisper", "decoder layers_1"),
+        ("model.encoder.layers.1.fc1", "whisper", "encoder layers_1"),
+        ("model.language_model.layers.1.self_attn.q_proj", "llava", "language_model layers_1"),
+        ("model.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj", "llava", "vision_tower layers_1"),
+        ("model.multi_modal_projector.linear_1", "llava", "projector other"),
+        ("up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", "sdxl", "unet up_blocks_1"),
+        ("encoder.layers.1.mlp.fc1", "sd1", "text_encoder layers_1"),
+        ("text_model.encoder.layers.1.self_attn.v_proj", "sdxl", "text_encoder_2 layers_1"),
+    ],
+)
+def test_root_folder_of_peft_is_read_as_its_record_says(stem: str, family: str, block: str, tmp_path: Path) -> None:
+    width = {"unet up_blocks_1": 2048, "text_encoder layers_1": 768}.get(block, 1280)
+    generator = torch.Generator().manual_seed(0)
+    names = [f"base_model.model.{stem.replace('1', number)}" for number in "12"]
+    tensors = {f"{name}.lora_{role}.weight": torch.randn((2, width) if role == "A" else (width, 2), generator=generator) for name in names for role in "AB"}  # fmt: skip # noqa: E501
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {names[1].removeprefix("base_model.model."): 5}}  # fmt: skip # noqa: E501
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    report = describe_file(tmp_path)
+    assert (report.family, report.alphas, report.problems[1:]) == (family, {"3": 1, "5": 1}, ())
+    norms = [
+        alpha
+        / 2
+        * torch.linalg.norm(tensors[f"{name}.lora_B.weight"].double() @ tensors[f"{name}.lora_A.weight"].double())
+        for name, alpha in zip(names, (3, 5), strict=True)
+    ]
+    both = torch.stack(norms).norm()
+    assert report.block_norms[block] == pytest.approx(float(both if len(report.block_norms) == 1 else norms[0]), 1e-9)
+    assert report.num_modules == {block.split()[0]: 2}
+
+
+@pytest.mark.parametrize(
     ("width", "metadata", "family"),
     [
         (768, {}, "sd1"),
