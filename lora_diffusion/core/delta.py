@@ -140,8 +140,16 @@ def delta_norm(adapter: ModuleAdapter) -> float:
     """Returns the Frobenius norm of `delta_weight`, and of dora that of its change before the magnitude acts.
 
     The dense change is not made where the Gram matrices of the factors tell it, and torch is not needed: tensors may be
-    numpy arrays.
+    numpy arrays. Infinity where float64 cannot hold the norm, or the tensors are not finite.
     """
+    import numpy
+
+    with numpy.errstate(all="ignore"):
+        size = _norm(adapter)
+    return math.inf if math.isnan(size) else size
+
+
+def _norm(adapter: ModuleAdapter) -> float:
     arrays = {name: _as_float64(tensor) for name, tensor in adapter.tensors.items()}
     if "down" in arrays:
         size = _product_norm(arrays["up"], _wide(arrays["down"], arrays.get("mid")))
@@ -161,7 +169,8 @@ def _as_float64(tensor: Any) -> NDArray:
 def _product_norm(up: NDArray, down: NDArray) -> float:
     """Returns the Frobenius norm of up @ down, from two matrices of the size of their rank."""
     up, down = up.reshape(len(up), -1), down.reshape(len(down), -1)
-    return math.sqrt(max(0.0, float(((down @ down.T) * (up.T @ up)).sum())))
+    square = float(((down @ down.T) * (up.T @ up)).sum())
+    return math.nan if math.isnan(square) else math.sqrt(max(0.0, square))
 
 
 def _wide(narrow: NDArray, core: NDArray | None) -> NDArray:

@@ -160,6 +160,13 @@ def find_double_names(trial: Trial) -> None:
         trial.report("twice", LOST, text, "keep one spelling of each module", double)
 
 
+def find_odd_alpha(trial: Trial) -> None:
+    """Finds alphas that are not one number, at which every client stops."""
+    odd = [module.name for module in trial.applied() if "alpha" in module.roles and module.roles["alpha"].numel() != 1]
+    fate = Fate("file", LOST, "stops with an error and applies nothing")
+    trial.suffer("alpha", fate, "module(s) whose alpha is not one number", _AGAIN, odd)
+
+
 def find_missing_alpha(trial: Trial) -> None:
     """Finds factors without an alpha, which all clients then scale by 1, whatever they were trained with."""
     without = [
@@ -241,6 +248,10 @@ def find_bad_numbers(trial: Trial) -> None:
     if absurd:
         remedy = "use an earlier checkpoint of the run, or find out whether its alphas are right"
         trial.report("too large", WRONG, f"{len(absurd)} {ABSURD}", remedy, absurd)
+    whole = [module.name for module in trial.applied() if _has_whole_numbers(module)]
+    if whole:
+        text = f"{len(whole)} module(s) whose factors are whole numbers, which no adapter has"
+        trial.report("whole numbers", WRONG, text, "make the file again with the tool that wrote it", whole)
     if not trial.client.small_floats:
         return
     large = [
@@ -255,6 +266,11 @@ def find_bad_numbers(trial: Trial) -> None:
 
 def _tensor_names(module: FileModule, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(f"{module.name}.")]
+
+
+def _has_whole_numbers(module: FileModule) -> bool:
+    factors = (tensor for role, tensor in module.roles.items() if role != "alpha")
+    return any(tensor.numel() > 1 and not tensor.is_floating_point() for tensor in factors)
 
 
 def _largest(module: FileModule) -> float:

@@ -138,6 +138,8 @@ class FileModule:
         """Says whether its change of weight drowns the base; no, where its tensors tell no change."""
         roles = {role: self.roles[role] for role in _CHANGE_ROLES.get(self.variant, ()) if role in self.roles}
         adapter = ModuleAdapter(self.variant.replace("tucker", "lora"), roles, self.scale * self.rank)
+        if not all(tensor.numel() for tensor in roles.values()):
+            return False
         try:
             return bool(roles) and self.is_whole and is_absurd(change_rms(adapter))
         except AdapterFileError:
@@ -186,6 +188,8 @@ def read_file(path: Path, base: Base) -> AdapterFile:
         return _read_folder(path, base)
     header = _safetensors.read_header(path)
     arrays = _safetensors.load_unchecked(path)
+    if not arrays:
+        raise AdapterFileError(f"{path} holds no tensors; get the file again.")
     tensors = _in_torch(arrays)
     configs = read_configs(header.metadata, path)
     grouped, strays = _group(tensors)

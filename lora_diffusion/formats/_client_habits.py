@@ -20,7 +20,13 @@ _JSON_TEXTS = ("ss_tag_frequency", "ss_dataset_dirs", "ss_bucket_info")
 _VERSION_REMEDY = "lora-diffusion metadata edit FILE --set ss_base_model_version={} --set ss_v2={}"
 _CONVERT = "write it anew: lora-diffusion convert FILE NEW --to {}"
 _ADD_ZEROS = "add the missing ones as zeros: lora-diffusion compose FILE:1 --output NEW.safetensors"
-_COMMON = (shared.find_double_names, shared.find_missing_alpha, shared.find_dora, shared.find_bad_numbers)
+_COMMON = (
+    shared.find_odd_alpha,
+    shared.find_double_names,
+    shared.find_missing_alpha,
+    shared.find_dora,
+    shared.find_bad_numbers,
+)
 
 
 def _view_header(trial: Trial) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.core.logs import shown
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats._arrays import as_array, widen
 from lora_diffusion.formats._kronecker import is_whole, kronecker_settings, peft_rank
@@ -105,6 +105,19 @@ def find_alpha(config: Mapping[str, Any], path: str) -> float:
 def find_rank(config: Mapping[str, Any], path: str) -> int:
     """Returns the rank of the layer that PEFT makes for a module."""
     return int(_found(config, "rank_pattern", path, config.get("r", 1)))
+
+
+def warn_of_ranks(adapters: Mapping[str, ModuleAdapter], config: Mapping[str, Any], source: Path) -> None:
+    """Warns of lora modules, by path, of another rank than the record says; PEFT could not load them."""
+    other = [path for path, own in adapters.items() if "down" in own.tensors and own.rank != find_rank(config, path)]
+    if other:
+        logger.warning(
+            "%s: %d modules are of another rank than the record beside them says, so that PEFT and diffusers refuse "
+            "them; alpha is divided by the rank that they have: %s",
+            source,
+            len(other),
+            name_some(other),
+        )
 
 
 def without_recorded_scale(adapter: ModuleAdapter, config: Mapping[str, Any], path: str) -> ModuleAdapter:

@@ -19,8 +19,8 @@ from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, as_array, widen
 from lora_diffusion.formats._detect import formats_of
 from lora_diffusion.formats._guess import guess_family, sized_as, told_by_content
-from lora_diffusion.formats._lora_config import find_alpha
-from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, group_names, unread_kind
+from lora_diffusion.formats._lora_config import find_alpha, find_rank
+from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.metadata import told_kind
 from lora_diffusion.formats.peft import full_name, part_folders, read_config, tensor_files
@@ -69,6 +69,8 @@ class FileReport:
     """Part and block -> Frobenius norm of all its changes of weight."""
     metadata: Mapping[str, str]
     problems: tuple[str, ...]
+    faults: tuple[str, ...]
+    """Those of the problems with which no program can use all of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -102,6 +104,10 @@ class _Module:
     adapter: ModuleAdapter | None
     """None where tensors are missing, of several kinds, or do not fit each other."""
     alpha: float | None
+    recorded_rank: int | None = None
+    """What the record beside the tensors says."""
+    has_misfit: bool = False
+    """A magnitude is not of the size of the weight's inputs or outputs."""
 
     @property
     def variant(self) -> str:
@@ -134,7 +140,7 @@ def describe_file(path: Path) -> FileReport:
     formats = formats_of(names)
     groups, strange = group_names(tensors)
     modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
-    norms = _norms(modules)
+    norms, faults = _norms(modules), tuple(_faults(modules, tensors))
     metadata = {key: value for header in headers for key, value in header.metadata.items()}
     variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
     return FileReport(
@@ -148,7 +154,8 @@ def describe_file(path: Path) -> FileReport:
         dtypes=_count(info.dtype for header in headers for info in header.tensors.values()),
         block_norms=_block_norms(norms),
         metadata=metadata,
-        problems=tuple(_problems(formats, strange, modules, tensors, norms)),
+        problems=(*faults, *_oddities(formats, strange, modules, norms)),
+        faults=faults,
     )
 
 
@@ -177,7 +184,9 @@ def _count(values: Iterable[str]) -> dict[str, int]:
 def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]) -> _Module:
     own = {tensor: tensors[full] for tensor, full in group.names.items()}
     part = next((part for part in configs if not part or name.startswith(f"{part}.")), None)
-    alpha = None if part is None else find_alpha(configs[part], name.removeprefix(f"{part}."))
+    path = name.removeprefix(f"{part}.")
+    alpha = None if part is None else find_alpha(configs[part], path)
+    rank = None if part is None or group.kinds != {"lora"} else find_rank(configs[part], path)
     if "alpha" in own:
         beside = widen(own.pop("alpha"))
         alpha = float(beside.reshape(-1)[0]) if beside.size else None
@@ -187,11 +196,13 @@ def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapp
         return _Module(name, group, None, alpha)
     adapter = ModuleAdapter(next(iter(group.kinds)), plain, 1.0)
     try:
-        is_empty = not math.prod(change_shape(adapter))
+        is_empty = not math.prod(change_shape(adapter)) or not adapter.rank
     except AdapterFileError:
         return _Module(name, group, None, alpha)
+    if is_empty:
+        return _Module(name, group, None, alpha)
     adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
-    return _Module(name, group, None if is_empty else adapter, alpha)
+    return _Module(name, group, adapter, alpha, rank, group.kinds == {"lora"} and not fits_magnitude(own))
 
 
 def _part(name: str) -> str:
@@ -209,7 +220,9 @@ def _norms(modules: Iterable[_Module]) -> dict[str, float]:
     return {
         module.name: delta_norm(_widened(module.adapter))
         for module in modules
-        if module.adapter and not _safetensors.non_finite(module.adapter.tensors)
+        if module.adapter
+        and math.isfinite(module.adapter.alpha)
+        and not _safetensors.non_finite(module.adapter.tensors)
     }
 
 
@@ -229,37 +242,60 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdigit() else (0, piece) for piece in re.split(r"(\d+)", text)]
 
 
-def _problems(
-    formats: list[str],
-    strange: list[str],
-    modules: list[_Module],
-    tensors: Mapping[str, Array],
-    norms: Mapping[str, float],
+def _faults(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[str]:
+    """Yields what no program can use, or use as it was meant."""
+    if not tensors:
+        yield "no tensors at all; get the file again"
+    yield from _told(
+        {
+            **_incomplete(modules),
+            "tensor(s) with NaN, infinity or more than float32 can hold": _safetensors.non_finite(tensors),
+            "tensor(s) that are empty or hold whole numbers": _safetensors.not_weights(tensors),
+            "module(s) whose tensors do not fit each other": [
+                m.name for m in modules if not m.adapter and not m.group.lacking and len(m.group.kinds) == 1
+            ],
+            "module(s) whose alpha is not one number": [
+                module.name
+                for module in modules
+                if "alpha" in module.group.names and tensors[module.group.names["alpha"]].size != 1
+            ],
+            "module(s) of another rank than the record beside the tensors says; PEFT and diffusers refuse them": [
+                m.name for m in modules if m.adapter and m.recorded_rank not in (None, m.adapter.rank)
+            ],
+            "module(s) whose DoRA magnitude is not of the size of the inputs or the outputs": [
+                module.name for module in modules if module.has_misfit
+            ],
+        }
+    )
+
+
+def _oddities(
+    formats: list[str], strange: list[str], modules: list[_Module], norms: Mapping[str, float]
 ) -> Iterable[str]:
+    """Yields what some programs can use, or what may be meant so."""
     if len(formats) > 1:
         yield f"spellings of {' and '.join(formats)} are mixed; no program reads all of it"
     found = {
         "tensor(s) with unknown names": strange,
-        **_incomplete(modules),
-        "tensor(s) with NaN or infinity": _safetensors.non_finite(tensors),
-        "tensor(s) that are empty or hold whole numbers": _safetensors.not_weights(tensors),
         ABSURD: [
             module.name
             for module in modules
             if module.adapter and module.name in norms and is_absurd(change_rms(module.adapter, norms[module.name]))
         ],
         "module(s) that change nothing, since a factor is zero": [name for name, norm in norms.items() if norm == 0],
-        "module(s) whose tensors do not fit each other": [
-            m.name for m in modules if not m.adapter and not m.group.lacking and len(m.group.kinds) == 1
+        "module(s) of loha or lokr with DoRA, which only ComfyUI, Forge and A1111 read": [
+            m.name for m in modules if m.variant in ("loha+dora", "lokr+dora")
         ],
     }
     if formats == ["kohya"]:
         found["module(s) without alpha; most programs then take alpha = rank"] = [
             module.name for module in modules if module.adapter and module.alpha is None
         ]
-    for what, names in found.items():
-        if names:
-            yield f"{len(names)} {what}: {name_some(names)}"
+    yield from _told(found)
+
+
+def _told(found: Mapping[str, list[str]]) -> Iterable[str]:
+    return (f"{len(names)} {what}: {name_some(names)}" for what, names in found.items() if names)
 
 
 def _incomplete(modules: Iterable[_Module]) -> dict[str, list[str]]:

@@ -47,8 +47,8 @@ def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     broken = non_finite(tensors)
     if broken:
         raise AdapterFileError(
-            f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity; its training went wrong, so use an "
-            "earlier checkpoint.",
+            f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN, infinity or more than float32 can; its "
+            "training went wrong, so use an earlier checkpoint.",
             broken[:_SHOWN_NAMES],
         )
     odd = not_weights(tensors)
@@ -78,8 +78,9 @@ def load_unchecked(path: Path) -> dict[str, Array]:
 
 
 def non_finite(tensors: Mapping[str, Any]) -> list[str]:
-    """Returns the names of tensors that hold NaN or infinity."""
-    return [name for name, tensor in tensors.items() if not is_finite(as_array(tensor))]
+    """Returns the names of tensors that hold NaN, infinity or more than float32, in which all compute, can hold."""
+    arrays = ((name, as_array(tensor)) for name, tensor in tensors.items())
+    return [name for name, array in arrays if not is_finite(widen(array) if name_of(array) == "F64" else array)]
 
 
 def not_weights(tensors: Mapping[str, Array]) -> list[str]:

@@ -12,10 +12,10 @@ from lora_diffusion.core.delta import change_shape
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
+from lora_diffusion.formats._arrays import Array, widen
 
 if TYPE_CHECKING:
     from lora_diffusion.core.keymap import KeyMap
-    from lora_diffusion.formats._arrays import Array
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before every name in its own files."""
@@ -195,6 +195,18 @@ def read_modules(
     return adapters
 
 
+def one_alpha(tensor: Array, name: str, source: Path) -> float:
+    """Returns the alpha that a tensor holds.
+
+    Raises:
+        AdapterFileError: it is not one number.
+    """
+    if tensor.size != 1:
+        raise AdapterFileError(f"{source}: {name} must be one number, not {list(tensor.shape)}; get the file again.")
+    # The shortest text that names a float32, so that 1.3 comes back as 1.3.
+    return float(str(widen(tensor).reshape(-1)[0]))
+
+
 def _adapter(name: str, kind: str, tensors: dict[str, Any], alpha: float | None, source: Path) -> ModuleAdapter:
     try:
         change_shape(ModuleAdapter(kind, tensors, 0.0))
@@ -205,16 +217,32 @@ def _adapter(name: str, kind: str, tensors: dict[str, Any], alpha: float | None,
     return replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
 
 
+_MAGNITUDE_NAMES = ("magnitude", "magnitude_out")
+
+
+def fits_magnitude(tensors: Mapping[str, Any]) -> bool:
+    """Says whether lora factors come without a magnitude, or with one of the size of the weight's inputs or outputs."""
+    found = [tensors[name] for name in _MAGNITUDE_NAMES if name in tensors]
+    size = tensors["down"].shape[1] if _is_row(tensors) else tensors["up"].shape[0]
+    return not found or (len(found) == 1 and found[0].size == size)
+
+
+def _is_row(tensors: Mapping[str, Any]) -> bool:
+    """Says whether a magnitude runs along the inputs."""
+    magnitude = tensors.get("magnitude")
+    return magnitude is not None and magnitude.ndim > 1 and magnitude.shape[0] == 1 and "magnitude_out" not in tensors
+
+
 def _with_magnitude(name: str, tensors: dict[str, Any], source: Path) -> tuple[str, dict[str, Any]]:
     """Returns the variant, and the tensors with the magnitude in the shape that ModuleAdapter gives it."""
-    found = [tensor for tensor in ("magnitude", "magnitude_out") if tensor in tensors]
+    found = [tensor for tensor in _MAGNITUDE_NAMES if tensor in tensors]
     if not found:
         return "lora", tensors
+    fits, is_row = fits_magnitude(tensors), _is_row(tensors)
     magnitude = tensors.pop(found[0])
     down, up = tensors["down"], tensors["up"]
     inputs, outputs, ones = down.shape[1], up.shape[0], (1,) * (down.ndim - 2)
-    is_row = magnitude.ndim > 1 and magnitude.shape[0] == 1 and found == ["magnitude"]
-    if magnitude.size != (inputs if is_row else outputs) or len(found) > 1:
+    if not fits:
         raise AdapterFileError(
             f"{source}: {name} has a DoRA magnitude {list(magnitude.shape)}, but the weight has {inputs} inputs and "
             f"{outputs} outputs; get the file again."
@@ -237,7 +265,11 @@ def _refuse_incomplete(groups: Mapping[str, Group], source: Path) -> None:
         if group.kinds != {"lora"} and {"magnitude", "magnitude_out"} & group.names.keys()
     ]
     if extra:
-        raise UnsupportedError(f"{source} holds kinds of adapter that cannot be read.", extra[:_SHOWN])
+        raise UnsupportedError(
+            f"{source}: {len(extra)} modules are of kinds that cannot be read; merge them into the base with the "
+            "program that made them, or train again without DoRA.",
+            extra[:_SHOWN],
+        )
 
 
 def _refuse_strange(strange: Sequence[str], source: Path) -> None:

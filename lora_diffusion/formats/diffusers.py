@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._arrays import Array, in_float32, widen
+from lora_diffusion.formats._arrays import Array, in_float32
 from lora_diffusion.formats._holding import check_holds
-from lora_diffusion.formats._lora_config import check_config, find_alpha, write_config
+from lora_diffusion.formats._lora_config import check_config, find_alpha, warn_of_ranks, write_config
 from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
 from lora_diffusion.formats._portable import complete_attention, with_attention
-from lora_diffusion.formats._spelling import PEFT_PREFIX, group_names, read_modules, split_name
+from lora_diffusion.formats._spelling import PEFT_PREFIX, group_names, one_alpha, read_modules, split_name
 from lora_diffusion.formats.metadata import without_hashes
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class _Diffusers:
         def alpha_of(name: str) -> float | None:
             beside = groups[name].names.get("alpha")
             if beside is not None:
-                return float(widen(tensors[beside]).item())
+                return one_alpha(tensors[beside], beside, path)
             key = key_map.key(name)
             return (
                 find_alpha(configs[key.part], key_map.name(key).removeprefix(f"{key.part}."))
@@ -98,7 +98,11 @@ class _Diffusers:
                 else None
             )
 
-        return AdapterState(read_modules(tensors, key_map, alpha_of, path), metadata)
+        modules = read_modules(tensors, key_map, alpha_of, path)
+        for part, config in configs.items():
+            own = {key_map.name(key).removeprefix(f"{part}."): own for key, own in modules.items() if key.part == part}
+            warn_of_ranks(own, config, path)
+        return AdapterState(modules, metadata)
 
 
 def _whole(name: str) -> str:

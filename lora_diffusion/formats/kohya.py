@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._arrays import Array, in_float32, widen
+from lora_diffusion.formats._arrays import Array, in_float32
 from lora_diffusion.formats._holding import check_holds
 from lora_diffusion.formats._portable import complete_attention, share_alpha
-from lora_diffusion.formats._spelling import KOHYA, group_names, read_modules, split_name, unread_kind
+from lora_diffusion.formats._spelling import KOHYA, group_names, one_alpha, read_modules, split_name, unread_kind
 from lora_diffusion.formats.metadata import hashes, without_hashes
 
 if TYPE_CHECKING:
@@ -81,12 +80,7 @@ class _Kohya:
 
         def find_alpha(name: str) -> float | None:
             full = groups[name].names.get("alpha")
-            if full is None:
-                return None
-            if tensors[full].size != 1:
-                raise AdapterFileError(f"{path}: {full} must be one number, not {list(tensors[full].shape)}.")
-            # The shortest text that names a float32, so that 1.3 comes back as 1.3.
-            return float(str(widen(tensors[full]).reshape(-1)[0]))
+            return None if full is None else one_alpha(tensors[full], full, path)
 
         modules = read_modules(tensors, key_map, find_alpha, path)
         if without:

@@ -24,6 +24,7 @@ from lora_diffusion.formats._lora_config import (
     check_config,
     find_alpha,
     peft_type,
+    warn_of_ranks,
     without_recorded_scale,
     write_config,
 )
@@ -94,11 +95,13 @@ class _Peft:
         for folder in part_folders(path):
             config = read_config(folder)
             tensors, told = _safetensors.load(folder / _TENSORS)
-            bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-            part = _part_of(bare, folder, path, key_map)
-            named = {_joined(part, name): tensor for name, tensor in bare.items()}
-            for key, adapter in read_modules(named, key_map, partial(_alpha, config, part), folder).items():
-                modules[key] = without_recorded_scale(adapter, config, _split(key_map, key)[1])
+            plain = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+            part = _part_of(plain, folder, path, key_map)
+            named = {_joined(part, name): tensor for name, tensor in plain.items()}
+            found = read_modules(named, key_map, partial(_alpha, config, part), folder)
+            own = {_split(key_map, key)[1]: key for key in found}
+            warn_of_ranks({bare: found[key] for bare, key in own.items()}, config, folder)
+            modules |= {key: without_recorded_scale(found[key], config, bare) for bare, key in own.items()}
             metadata.update(told)
         metadata.pop("format", None)
         return AdapterState(modules, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.adapters.merge import delta_weight
 from lora_diffusion.core import registry
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import describe_file
+from lora_diffusion.families._names import key_map as published_names
+from lora_diffusion.formats import clients, describe_file
 from tests.tiny_adapters import key_map, random_state, tiny_loaded
 
 
@@ -62,7 +65,7 @@ def test_problems_are_listed(tmp_path: Path) -> None:
         "1 tensor(s) with unknown names: strange",
         "1 module(s) with up but no down: lora_unet_b",
         "1 module(s) with down but no up: lora_unet_c",
-        "1 tensor(s) with NaN or infinity: lora_unet_c.lora_down.weight",
+        "1 tensor(s) with NaN, infinity or more than float32 can hold: lora_unet_c.lora_down.weight",
         "1 module(s) that change nothing, since a factor is zero: lora_unet_a",
         "2 module(s) whose tensors do not fit each other: unet.d, unet.e",
         "2 tensor(s) that are empty or hold whole numbers: unet.e.lora_A.weight, unet.e.lora_B.weight",
@@ -139,3 +142,70 @@ def test_family_of_the_base_is_told_with_the_problems(
     lines = report.text().splitlines()
     assert lines[1] == "kohya spelling, lora" + (f" for {family}" if family else "")
     assert ("problems of this adapter" + (f" for {family}:" if family else ":")) in lines
+
+
+_STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+_UP = torch.full((1280, 2), 0.1)
+_FACTORS = {"lora_down.weight": torch.full((2, 768), 0.1), "lora_up.weight": _UP}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("changed", "fault", "told"),
+    [
+        ({"alpha": torch.ones(2)}, "1 module(s) whose alpha is not one number", "must be one number, not [2]"),
+        ({"alpha": torch.ones(0)}, "1 tensor(s) that are empty", "are empty or hold whole numbers"),
+        ({"lora_up.weight": _UP.double() * 1e300}, "1 tensor(s) with NaN, inf", "more than float32"),
+        ({"lora_up.weight": _UP * torch.inf}, "1 tensor(s) with NaN, infinity", "NaN, infinity"),
+        ({"alpha": torch.tensor(torch.nan)}, "1 tensor(s) with NaN, infinity", "NaN, infinity"),
+        ({"lora_up.weight": torch.ones(1280, 2).int()}, "1 tensor(s) that are empty or", "hold whole numbers"),
+        ({"lora_down.weight": torch.ones(0, 768), "lora_up.weight": _UP[:, :0]}, "2 tensor(s) that are", "are empty"),
+        ({"dora_scale": torch.ones(7, 1)}, "1 module(s) whose DoRA magnitude is not", "has a DoRA magnitude"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+def test_what_the_tools_refuse_is_a_fault(
+    changed: dict[str, torch.Tensor], fault: str, told: str, spelling: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    stem = _STEM if spelling == "kohya" else "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    save_file({f"{stem}.{end}": tensor for end, tensor in {**_FACTORS, "alpha": torch.tensor(2.0), **changed}.items()}, path)  # fmt: skip # noqa: E501
+    report = describe_file(path)
+    assert report.faults[0].startswith(fault)
+    assert set(report.faults) <= set(report.problems)
+    assert not any("change nothing" in problem for problem in report.problems)
+    json.dumps(report.to_json(), allow_nan=False)
+    with pytest.raises(AdapterFileError, match=re.escape(told)):
+        registry.find("formats", spelling).read_stored(path, published_names(spelling, None, "sd1"))
+    (verdict,) = clients.verify(path, clients.Base("sd1", clients.published("sd1"), [published_names(spelling, None, "sd1")]), ["a1111"])  # fmt: skip # noqa: E501
+    assert not verdict.is_sound
+
+
+def test_file_without_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({}, path)
+    assert describe_file(path).faults == ("no tensors at all; get the file again",)
+    with pytest.raises(AdapterFileError, match="holds no tensors"):
+        clients.verify(path, clients.Base("sd1", clients.published("sd1"), []))
+
+
+def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 768), f"{name}.lora_B.weight": torch.ones(1280, 2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8}))
+    assert "1 module(s) of another rank than the record" in describe_file(tmp_path).faults[0]
+    registry.find("formats", "peft").read_stored(tmp_path, published_names("peft", None, "sd1"))
+    assert "1 modules are of another rank than the record" in caplog.text
+
+
+def test_loha_with_dora_is_told_and_refused_with_advice(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    factors = {"hada_w1_a": (1280, 2), "hada_w1_b": (2, 768), "hada_w2_a": (1280, 2), "hada_w2_b": (2, 768)}
+    shapes = {**factors, "dora_scale": (1, 768), "alpha": ()}
+    save_file({f"{_STEM}.{end}": torch.full(shape, 0.1) for end, shape in shapes.items()}, path)
+    report = describe_file(path)
+    assert (len(report.problems), report.faults) == (1, ())
+    assert "1 module(s) of loha or lokr with DoRA" in report.problems[0]
+    with pytest.raises(UnsupportedError, match="merge them into the base with the program that made them"):
+        registry.find("formats", "kohya").read_stored(path, published_names("kohya", None, "sd1"))
