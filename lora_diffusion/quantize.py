@@ -28,7 +28,7 @@ _KEPT = re.compile(
     r"(.*\.)?(time_embedding|time_emb_proj|add_embedding|conv_in|conv_out|text_projection"
     r"|patch_embedding|embed_tokens|lm_head)(\..*)?"
 )
-_FIRST_TEXT_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.0\.")
+_FIRST_LAYER = re.compile(r"(text_model\.)?encoder\.layers\.0\.")
 _DEVICES = ("cuda", "cpu", "xpu")
 _INT8_THRESHOLD = 6.0
 """Inputs beyond this are multiplied in 16 bits (Dettmers et al. 2022, arXiv 2208.07339, section 3.2)."""
@@ -70,11 +70,12 @@ def chosen(network: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
     # Its errors reach the output undamped: in NF4 these convolutions, 1 or 2 % of the weights, raise the loss of the
     # built-in base by half, and all others together do not. What NF4 does to its text encoder is the first layer's.
     last_block = f"up_blocks.{len(getattr(network, 'up_blocks', ())) - 1}."
+    is_text_encoder = getattr(getattr(network, "config", None), "model_type", "") == "clip_text_model"
     for path, module in network.named_modules():
         is_kept = (
             _KEPT.fullmatch(path)
             or (isinstance(module, nn.Conv2d) and path.startswith(last_block))
-            or (kind == "nf4" and _FIRST_TEXT_LAYER.match(path))
+            or (is_text_encoder and kind == "nf4" and _FIRST_LAYER.match(path))
         )
         if (kind, type(module)) in _MAKERS and not is_kept:
             yield path, module
