@@ -61,6 +61,8 @@ class Package:
     base: str
     """A hub id, or what else the base is called."""
     evaluation: Evaluation | None = None
+    is_of_run: bool = False
+    """It was trained with this program, as far as can be told."""
 
     @property
     def writer(self) -> tuple[str, str] | None:
@@ -121,6 +123,8 @@ def _package(
     report = describe_file(next(iter(adapters.values())))
     if not report.num_modules:
         raise AdapterFileError(f"{report.path} holds no adapter.")
+    if report.faults:
+        raise AdapterFileError(f"{report.path} is broken; get it again, or use an earlier checkpoint.", report.faults)
     shown_pictures = {picture.name: picture for picture in pictures[:_MOST_PICTURES]}
     contents = {name: path for adapter in adapters.values() for name, path in _contents(adapter).items()}
     return Package(
@@ -131,6 +135,7 @@ def _package(
         variant=report.variant,
         base=base or report.metadata.get("ss_sd_model_name", "an unknown base"),
         evaluation=evaluation,
+        is_of_run=base is not None,
     )
 
 
@@ -160,10 +165,11 @@ def _head(package: Package) -> dict[str, Any]:
         "widget": widget or None,
     }
     kept = {key: value for key, value in head.items() if value}
+    made_with = ["lora-diffusion"] * package.is_of_run
     if package.writer:
         task = package.writer[0]
-        return {"library_name": "peft", "pipeline_tag": task, "tags": [task, "lora", "lora-diffusion"], **kept}
-    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", "lora-diffusion"]
+        return {"library_name": "peft", "pipeline_tag": task, "tags": [task, "lora", *made_with], **kept}
+    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", *made_with]
     return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **kept}
 
 
@@ -176,7 +182,7 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
         "description": metadata.get("modelspec.description"),
         "variant": package.variant,
         "base": package.base,
-        "version": __version__,
+        "version": __version__ if package.is_of_run else None,
         "pictures": package.pictures,
         "trigger": trigger,
         "trigger_code": _code(f" {trigger}" if trigger else ""),

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from lora_diffusion.core.errors import ConfigError, RunError
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, RunError
 from lora_diffusion.formats._safetensors import rewrite
 from lora_diffusion.workflows import publishing
 from tests.workflows.conftest import Commands
@@ -116,3 +118,22 @@ def test_card_beside_an_export(command: Commands, trained: Path, tmp_path: Path)
     outcome = command(*arguments)
     assert (outcome.code, "README.md exists" in outcome.message) == (2, True)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, tmp_path: Path) -> None:
+    assert "trained with lora-diffusion" in publishing.push(trained, "maria/blorp", dry_run=True).card
+    path = tmp_path / "a.safetensors"
+    tensors = load_file(trained / "run.safetensors")
+    save_file(tensors, path)
+    card = publishing.push(path, "maria/blorp", dry_run=True).card
+    assert "lora-diffusion" not in card
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    broken = {
+        "NaN": {**tensors, name: tensors[name] * torch.nan},
+        "no up": {other: tensor for other, tensor in tensors.items() if other != name},
+        "do not fit": {**tensors, name: tensors[name][:, :1].contiguous()},
+    }
+    for reason, own in broken.items():
+        save_file(own, path)
+        with pytest.raises(AdapterFileError, match=rf"is broken.*(.|\n)*{reason}"):
+            publishing.push(path, "maria/blorp", dry_run=True)
