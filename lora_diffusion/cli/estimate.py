@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from lora_diffusion.config.load import load
 
-    config = load(*config_and_overrides(args))
+    config = load(*config_and_overrides(args), unused=("data.path", "output.path"))
     set_up_logs(args)
     from lora_diffusion import workflows
 

@@ -23,13 +23,16 @@ from lora_diffusion.core.protocols import Family
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 
 
-def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = True) -> Config:
+def load(
+    path: Path | None, overrides: Sequence[str] = (), *, required: bool = True, unused: Sequence[str] = ()
+) -> Config:
     """Reads a config.
 
     Args:
         path: YAML file, or the name of a shipped config such as sd1/style; None starts from the defaults.
         overrides: "section.key=value", the value in YAML; where the key is a text, as it stands.
         required: refuse a config that lacks a value which has no default.
+        unused: keys that may lack all the same.
 
     Raises:
         ConfigError: lists every unknown key, wrong type, missing value and broken rule.
@@ -45,7 +48,7 @@ def load(path: Path | None, overrides: Sequence[str] = (), *, required: bool = T
     sections, type_faults = _convert(values, schema, family.options_type.defaults)
     faults += type_faults
     if required:
-        faults += _missing(sections)
+        faults += [fault for fault in _missing(sections) if fault.partition(":")[0] not in unused]
     faults += out_of_range(sections)
     if not faults:
         faults += contradictions(sections)

@@ -12,9 +12,10 @@ from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
-from lora_diffusion.config.schema import Config, PictureDataConfig
+from lora_diffusion.config.schema import REQUIRED, Config, PictureDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import frozen_dtype, pick_device
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.data.kinds import KINDS
@@ -92,5 +93,7 @@ def _size(config: Config, family: Family, info: BaseInfo) -> tuple[int, int]:
     if isinstance(config.data, PictureDataConfig):
         side = config.data.resolution or info.resolution
         return side, side
+    if config.data.path == REQUIRED:
+        raise ConfigError("data.path: must be given, since the longest sample decides how much memory a step needs.")
     kind = KINDS[family.sample_type]
     return kind.largest(kind.read(config.data, info))

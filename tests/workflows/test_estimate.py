@@ -9,6 +9,7 @@ from lora_diffusion.cli.main import main
 from lora_diffusion.config.load import load
 from tests.tiny import save_tiny_sdxl_pipeline
 from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
+from tests.workflows.conftest import Commands
 
 
 def estimate(base: Path, *overrides: str) -> Any:
@@ -81,3 +82,18 @@ def test_command_prints_json(tiny_base: Path, capsys: pytest.CaptureFixture[str]
     assert main(["estimate", *values, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["total_bytes"] == sum(value for key, value in printed.items() if key.endswith("_bytes")) / 2
+
+
+def test_what_decides_nothing_need_not_be_given(command: Commands, tiny_base: Path) -> None:
+    values = ("train.precision=fp32", "model.dtype=fp32", f"model.path={tiny_base}")
+    told = json.loads(command.good("estimate", *values, "--json").out)
+    assert told["total_bytes"] > 0
+    outcome = command("estimate", "model.family=whisper", "model.path=builtin:digits")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "data.path: must be given" in outcome.message
+    outcome = command("estimate")
+    assert (outcome.code, "model.path: must be given" in outcome.message, "data.path" in outcome.message) == (
+        2,
+        True,
+        False,
+    )
