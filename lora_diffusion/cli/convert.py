@@ -23,7 +23,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
     parser.add_argument("--family", help="kind of base, say sdxl; default: what the tensors tell")
     parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
-    parser.add_argument("--from-pickle", action="store_true", help="take the tensors out of a .pt or .bin file")
+    parser.add_argument(
+        "--from-pickle",
+        action="store_true",
+        help="take the tensors out of a .pt or .bin file, also in a folder",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 

@@ -12,6 +12,7 @@ LoraDiffusionError
 └── RunError               the input was right and the run failed; exit code 1
     ├── CheckpointError    a checkpoint cannot be written or does not fit the run
     ├── NonFiniteError     a loss or a weight became NaN or infinite
+    │   └── NumberRangeError   numbers are larger than the number type of a file can hold
     ├── VerificationError  a file read back differs from what was written
     └── GateError          an evaluation does not meet a condition of --assert
 """
@@ -81,6 +82,15 @@ class CheckpointError(RunError):
 
 class NonFiniteError(RunError):
     """A loss or a weight became NaN or infinite."""
+
+
+class NumberRangeError(NonFiniteError):
+    """Numbers are larger than the number type of a file can hold."""
+
+    def __init__(self, message: str) -> None:
+        """Keeps what does not fit apart from the setting that chooses the number type."""
+        self.message = message
+        super().__init__(f"{message}; write the file with output.dtype=bf16 or fp32.")
 
 
 class VerificationError(RunError):

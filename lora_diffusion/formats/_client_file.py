@@ -18,6 +18,7 @@ from lora_diffusion.formats._arrays import Array, to_torch
 from lora_diffusion.formats._lora_config import find_alpha, find_rank
 from lora_diffusion.formats._spelling import PEFT_PREFIX
 from lora_diffusion.formats.diffusers import read_configs
+from lora_diffusion.formats.peft import headers as read_headers
 from lora_diffusion.formats.peft import part_folders, read_config, tensor_files
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def read_file(path: Path, base: Base) -> AdapterFile:
     """
     if path.is_dir():
         return _read_folder(path, base)
-    header = _safetensors.read_header(path)
+    (header,) = read_headers(path)
     arrays = _safetensors.load_unchecked(path)
     if not arrays:
         raise AdapterFileError(f"{path} holds no tensors; get the file again.")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._spelling import refuse_unread
-from lora_diffusion.formats.peft import tensor_files
+from lora_diffusion.formats.peft import headers
 
 
 def detect(path: Path) -> str:
@@ -19,7 +18,7 @@ def detect(path: Path) -> str:
         AdapterFileError: no format, or two at once.
         UnsupportedError: no format, and a kind of adapter that is not read.
     """
-    names = [name for header in _headers(path) for name in header.tensors]
+    names = [name for header in headers(path) for name in header.tensors]
     found = formats_of(names)
     if len(found) == 1:
         return found[0]
@@ -37,19 +36,14 @@ def detect(path: Path) -> str:
 def is_adapter(path: Path) -> bool:
     """Says whether a whole file or folder holds tensors of an adapter, in whatever spelling."""
     try:
-        return bool(formats_of([name for header in _headers(path) for name in header.tensors]))
+        return bool(formats_of([name for header in headers(path) for name in header.tensors]))
     except AdapterFileError:
         return False
 
 
 def stored_dtypes(path: Path) -> set[str]:
     """Returns the number types of the matrices of an adapter file or folder, as safetensors spells them: F16, ..."""
-    return {info.dtype for header in _headers(path) for info in header.tensors.values() if len(info.shape) > 1}
-
-
-def _headers(path: Path) -> list[_safetensors.Header]:
-    files = tensor_files(path) if path.is_dir() else [path]
-    return [_safetensors.read_header(file) for file in files]
+    return {info.dtype for header in headers(path) for info in header.tensors.values() if len(info.shape) > 1}
 
 
 def formats_of(names: Sequence[str]) -> list[str]:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.logs import shown
-from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._published import PUBLISHED
 from lora_diffusion.formats._spelling import split_name, unread_kind
 from lora_diffusion.formats.metadata import told_family
-from lora_diffusion.formats.peft import full_name, part_folders, tensor_files
+from lora_diffusion.formats.peft import full_name, headers, part_folders
 
 _BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _BY_TEXT_WIDTH = {1024: "sd2", 1280: "sdxl"}
@@ -55,7 +54,7 @@ def guess_family(path: Path) -> str:
         AdapterFileError: nothing tells it, or metadata tell another architecture.
         UnsupportedError: names tell a base of another kind.
     """
-    for kind in (header.metadata.get("modelspec.architecture", "") for header in _headers(path)):
+    for kind in (header.metadata.get("modelspec.architecture", "") for header in headers(path)):
         if kind and not kind.startswith("stable-diffusion"):
             raise _other_architecture(path, kind)
     names = list(_shapes(path))
@@ -81,7 +80,7 @@ def sized_as(path: Path) -> str | None:
 
 def told_by_content(path: Path) -> str | None:
     """Returns the family of the base, if sizes, metadata or the names of a whole model's modules tell it."""
-    told = next(filter(None, (told_family(header.metadata) for header in _headers(path))), None)
+    told = next(filter(None, (told_family(header.metadata) for header in headers(path))), None)
     return sized_as(path) or told or _by_names(_shapes(path), _OF_WHOLE_MODELS)
 
 
@@ -91,15 +90,11 @@ def _other_architecture(path: Path, kind: str) -> AdapterFileError:
     )
 
 
-def _headers(path: Path) -> list[_safetensors.Header]:
-    return [_safetensors.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
-
-
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     folders = part_folders(path) if path.is_dir() else [path]
     return {
         full_name(name, "" if folder == path else folder.name): info.shape
-        for folder, header in zip(folders, _headers(path), strict=True)
+        for folder, header in zip(folders, headers(path), strict=True)
         for name, info in header.tensors.items()
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,20 @@ def damaged(path: Path, reason: str) -> AdapterFileError:
     return AdapterFileError(f"{path} is damaged: {reason}. Download or copy it again.")
 
 
+def pickled(path: Path, source: Path, output: str) -> AdapterFileError:
+    """Returns the error for a pickle.
+
+    Args:
+        path: the pickle.
+        source: what is to be converted, it or its folder.
+        output: the other arguments of the conversion.
+    """
+    return AdapterFileError(
+        f"{path} is a pickle, and reading one can run code that its author put there. Ask for a .safetensors file, or "
+        f"convert it without running any: lora-diffusion convert {shlex.quote(str(source))} {output} --from-pickle."
+    )
+
+
 def _check_start(path: Path, start: bytes, length: int, num_bytes: int) -> None:
     if not num_bytes:
         raise damaged(path, "it is empty")
@@ -106,11 +121,7 @@ def _check_start(path: Path, start: bytes, length: int, num_bytes: int) -> None:
     if is_json and length <= min(num_bytes - LENGTH_BYTES, LARGEST_HEADER_BYTES):
         return
     if is_pickle(path):
-        raise AdapterFileError(
-            f"{path} is a pickle, and reading one can run code that its author put there. Ask for a .safetensors file, "
-            "or convert it without running any: "
-            f"lora-diffusion convert {path.name} NEW.safetensors --to kohya --from-pickle."
-        )
+        raise pickled(path, path, "NEW.safetensors --to kohya")
     if start.startswith(b"version "):
         raise AdapterFileError(f"{path} is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'.")
     if is_json and length > LARGEST_HEADER_BYTES:
@@ -163,7 +174,10 @@ def _tensor_info(path: Path, name: str, value: Any) -> TensorInfo:
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise damaged(path, f"its header gives {name} an impossible place or shape")
     if not isinstance(dtype, str) or dtype not in _BYTES_OF:
-        raise damaged(path, f"{name} is of number type {dtype!r}, which adapters do not use")
+        raise AdapterFileError(
+            f"{path}: {name} is of number type {dtype!r}, which adapters do not use; make the file again in fp16, "
+            "bf16 or fp32."
+        )
     if end - start != math.prod(shape) * _BYTES_OF[dtype]:
         raise damaged(
             path, f"its header gives {name} {end - start:,} bytes, but {dtype} {list(shape)} needs another number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats import _safetensors, peft
 from lora_diffusion.formats._arrays import as_array
 
 if TYPE_CHECKING:
@@ -56,16 +57,37 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def as_safetensors(path: Path) -> Iterator[Path]:
-    """Yields a safetensors file with the tensors of a pickle, for everything that reads adapters; it is then deleted.
+    """Yields a copy with the tensors of a pickle as safetensors, for all that reads adapters; it is then deleted.
+
+    Args:
+        path: a pickle, or a folder of PEFT that holds some.
 
     Raises:
-        AdapterFileError: see `load_pickle`.
+        AdapterFileError: see `load_pickle`; or the folder holds none.
     """
-    tensors = {name: as_array(tensor) for name, tensor in load_pickle(path).items()}
     with TemporaryDirectory() as folder:
-        copy = Path(folder) / f"{path.stem}.safetensors"
-        _safetensors.save(tensors, {}, copy)
+        copy = Path(folder) / (path.name or "adapter")
+        if path.is_dir():
+            _copy_folder(path, copy)
+        else:
+            copy = copy.with_suffix(".safetensors")
+            _rewrite(path, copy)
         yield copy
+
+
+def _copy_folder(path: Path, copy: Path) -> None:
+    folders = [folder for folder in peft.part_folders(path) if (folder / peft.PICKLE).is_file()]
+    if not folders:
+        raise AdapterFileError(f"{path} holds no {peft.PICKLE}; leave --from-pickle out.")
+    for folder in folders:
+        own = copy / folder.relative_to(path)
+        own.mkdir(parents=True)
+        shutil.copyfile(folder / peft.CONFIG, own / peft.CONFIG)
+        _rewrite(folder / peft.PICKLE, own / peft.TENSORS)
+
+
+def _rewrite(pickle: Path, path: Path) -> None:
+    _safetensors.save({name: as_array(tensor) for name, tensor in load_pickle(pickle).items()}, {}, path)
 
 
 def _refuse_compressed(path: Path) -> None:

@@ -23,7 +23,7 @@ from lora_diffusion.formats._lora_config import find_alpha, find_rank
 from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.metadata import told_kind
-from lora_diffusion.formats.peft import full_name, part_folders, read_config, tensor_files
+from lora_diffusion.formats.peft import full_name, headers, part_folders, read_config, tensor_files
 
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -126,9 +126,9 @@ def describe_file(path: Path) -> FileReport:
     """
     folders = part_folders(path) if path.is_dir() else [path]
     files = tensor_files(path) if path.is_dir() else [path]
-    headers = [_safetensors.read_header(file) for file in files]
+    found = headers(path)
     tensors: dict[str, Array] = {}
-    configs: dict[str, dict[str, Any]] = {} if path.is_dir() else read_configs(headers[0].metadata, path)
+    configs: dict[str, dict[str, Any]] = {} if path.is_dir() else read_configs(found[0].metadata, path)
     for folder, file in zip(folders, files, strict=True):
         own = _safetensors.load_unchecked(file)
         if path.is_dir():
@@ -136,12 +136,12 @@ def describe_file(path: Path) -> FileReport:
             own = {full_name(name, part): tensor for name, tensor in own.items()}
             configs[part] = read_config(folder)
         tensors |= own
-    names = [name for header in headers for name in header.tensors]
+    names = [name for header in found for name in header.tensors]
     formats = formats_of(names)
     groups, strange = group_names(tensors)
     modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
     norms, faults = _norms(modules), tuple(_faults(modules, tensors))
-    metadata = {key: value for header in headers for key, value in header.metadata.items()}
+    metadata = {key: value for header in found for key, value in header.metadata.items()}
     variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
     return FileReport(
         path=str(path),
@@ -151,7 +151,7 @@ def describe_file(path: Path) -> FileReport:
         num_modules=_count(_part(module.name) for module in modules),
         ranks=_count(str(module.adapter.rank) for module in modules if module.adapter),
         alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules if module.adapter),
-        dtypes=_count(info.dtype for header in headers for info in header.tensors.values()),
+        dtypes=_count(info.dtype for header in found for info in header.tensors.values()),
         block_norms=_block_norms(norms),
         metadata=metadata,
         problems=(*faults, *_oddities(formats, strange, modules, norms)),

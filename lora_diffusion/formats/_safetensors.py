@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, VerificationError
+from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, NumberRangeError, VerificationError
 from lora_diffusion.core.files import atomic_path
 from lora_diffusion.formats._arrays import (
     DTYPES,
@@ -28,6 +28,7 @@ from lora_diffusion.formats._header import LENGTH_BYTES, damaged
 from lora_diffusion.formats._header import Header as Header
 from lora_diffusion.formats._header import TensorInfo as TensorInfo
 from lora_diffusion.formats._header import encode as encode
+from lora_diffusion.formats._header import pickled as pickled
 from lora_diffusion.formats._header import read_header as read_header
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
         dtype: number type in the file; None keeps that of the tensor.
 
     Raises:
-        NonFiniteError: it holds NaN or infinity, or becomes infinite in `dtype`; names the module.
+        NonFiniteError: it holds NaN or infinity; names the module.
+        NumberRangeError: it becomes infinite in `dtype`; names the module.
     """
     own = as_array(tensor)
     small = own if dtype is None else as_array(to_torch(own).to(dtype))
@@ -168,7 +170,6 @@ def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
         return small
     if not is_finite(own):
         raise NonFiniteError(f"The adapter of {module} holds NaN or infinity; use an earlier checkpoint.")
-    raise NonFiniteError(
-        f"The adapter of {module} has values up to {numpy.abs(widen(own)).max():g}, which {dtype} cannot hold; "
-        "write the file with output.dtype=bf16 or fp32."
+    raise NumberRangeError(
+        f"The adapter of {module} has values up to {numpy.abs(widen(own)).max():g}, which {dtype} cannot hold"
     )

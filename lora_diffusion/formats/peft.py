@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
     from lora_diffusion.core.keymap import KeyMap
 
-_CONFIG = "adapter_config.json"
-_TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+"""What older versions of PEFT wrote instead."""
 _SHOWN = 10
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"bias": "none", "lora_dropout": 0.0},
@@ -81,8 +83,8 @@ class _Peft:
                 tensors: dict[str, Array] = {}
                 for name, adapter in adapters.items():
                     tensors |= peft_tensors(PEFT_PREFIX + name, adapter, dtype)
-                _safetensors.save(tensors, {**without_hashes(state.metadata), "format": "pt"}, folder / part / _TENSORS)
-                write_json(folder / part / _CONFIG, _record(adapters))
+                _safetensors.save(tensors, {**without_hashes(state.metadata), "format": "pt"}, folder / part / TENSORS)
+                write_json(folder / part / CONFIG, _record(adapters))
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads such a folder, or that of one part, whose part is then told by its names."""
@@ -94,7 +96,7 @@ class _Peft:
         metadata: dict[str, str] = {}
         for folder in part_folders(path):
             config = read_config(folder)
-            tensors, told = _safetensors.load(folder / _TENSORS)
+            tensors, told = _safetensors.load(folder / TENSORS)
             plain = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
             part = _part_of(plain, folder, path, key_map)
             named = {_joined(part, name): tensor for name, tensor in plain.items()}
@@ -113,15 +115,40 @@ def part_folders(path: Path) -> list[Path]:
     Raises:
         AdapterFileError: there is none, or one lacks its tensors.
     """
-    folders = [config.parent for config in sorted([*path.glob(_CONFIG), *path.glob(f"*/{_CONFIG}")])]
+    folders = [config.parent for config in sorted([*path.glob(CONFIG), *path.glob(f"*/{CONFIG}")])]
     if not folders:
-        raise AdapterFileError(f"{path} is not a PEFT adapter: neither it nor a folder in it holds {_CONFIG}.")
+        raise AdapterFileError(f"{path} is not a PEFT adapter: neither it nor a folder in it holds {CONFIG}.")
     return folders
 
 
 def tensor_files(path: Path) -> list[Path]:
-    """Returns the safetensors file of each part."""
-    return [folder / _TENSORS for folder in part_folders(path)]
+    """Returns the safetensors file of each part.
+
+    Raises:
+        AdapterFileError: see `part_folders`; or older versions of PEFT wrote a pickle.
+    """
+    folders = part_folders(path)
+    for folder in folders:
+        if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
+            raise _safetensors.pickled(folder / PICKLE, path, "NEW --to peft")
+    return [folder / TENSORS for folder in folders]
+
+
+def headers(path: Path) -> list[_safetensors.Header]:
+    """Returns the header of a file, or those of the files of a PEFT folder.
+
+    Raises:
+        AdapterFileError: one cannot be read, or it is a file of PEFT without the record beside it.
+    """
+    if path.is_dir():
+        return [_safetensors.read_header(file) for file in tensor_files(path)]
+    header = _safetensors.read_header(path)
+    if header.tensors and all(name.startswith(PEFT_PREFIX) for name in header.tensors):
+        raise AdapterFileError(
+            f"{path} holds only the tensors of a PEFT adapter, whose ranks and alphas stand in {CONFIG} beside it; "
+            f"give the folder {path.parent} with both, under the names that PEFT gave them."
+        )
+    return [header]
 
 
 def full_name(name: str, part: str) -> str:
@@ -193,7 +220,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         AdapterFileError: it cannot be read.
         UnsupportedError: it describes another kind of adapter.
     """
-    path = folder / _CONFIG
+    path = folder / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_diffusion.core import registry
-from lora_diffusion.core.errors import AdapterFileError, ConfigError, InputError, UnsupportedError
+from lora_diffusion.core.errors import (
+    AdapterFileError,
+    ConfigError,
+    InputError,
+    NonFiniteError,
+    NumberRangeError,
+    UnsupportedError,
+)
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, is_adapter, stored_dtypes
+
+_FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
 def check_target(path: Path, format_: Format, overwrite: bool) -> None:
     """Checks that writing an adapter to a path destroys nothing but an adapter.
 
     Raises:
-        ConfigError: it exists and is not to be, or must not be, replaced.
+        ConfigError: it exists and is not to be, or must not be, replaced; or its ending is that of something else.
     """
     check_writable(path.absolute().parent, "--output")
     if path.is_dir() and overwrite and not format_.is_folder:
@@ -25,6 +35,11 @@ def check_target(path: Path, format_: Format, overwrite: bool) -> None:
     if path.is_file() and overwrite and format_.is_folder:
         raise ConfigError(f"--output {path} is a file, and {format_.name} writes a folder; give another name.")
     check_replaceable(path, overwrite)
+    ending = path.suffix.lower()
+    if format_.is_folder and ending in _FILE_ENDINGS:
+        raise ConfigError(f"--output {path}: {format_.name} writes a folder; give a name without {ending}.")
+    if not format_.is_folder and ending not in ("", ".safetensors"):
+        raise ConfigError(f"--output {path}: {format_.name} writes safetensors; give a name that ends in .safetensors.")
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
@@ -120,6 +135,22 @@ def file_names(paths: Sequence[Path]) -> list[str]:
     names = [path.name for path in paths]
     numbered = (f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names))
     return [longer if names.count(name) > 1 else name for name, longer in zip(names, numbered, strict=True)]
+
+
+@contextmanager
+def dtype_named() -> Iterator[None]:
+    """Makes numbers that the chosen number type cannot hold a fault of --dtype, and other infinite ones of the input.
+
+    Raises:
+        ConfigError: another number type would hold them.
+        AdapterFileError: none would.
+    """
+    try:
+        yield
+    except NumberRangeError as error:
+        raise ConfigError(f"{error.message}; give --dtype bf16 or fp32.") from error
+    except NonFiniteError as error:
+        raise AdapterFileError(str(error)) from error
 
 
 def hash_adapter(path: Path) -> str:

@@ -28,7 +28,7 @@ from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import metadata
 from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.workflows._files import check_target, file_names, hash_adapter
+from lora_diffusion.workflows._files import check_target, dtype_named, file_names, hash_adapter
 from lora_diffusion.workflows._steps import read_adapter
 
 _UNET = "model.diffusion_model."
@@ -189,7 +189,8 @@ def extract(
     )
     made_from = {"base": base.path, "tuned": tuned.path, "relative_error": extraction.changes.error}
     state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
-    write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
+    with dtype_named():
+        write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
     return ExtractResult(output_path, extraction)
 
 

@@ -22,7 +22,14 @@ from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.formats import clients, detect
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.workflows._files import check_target, common_dtype, file_names, hash_adapter, read_alone
+from lora_diffusion.workflows._files import (
+    check_target,
+    common_dtype,
+    dtype_named,
+    file_names,
+    hash_adapter,
+    read_alone,
+)
 
 
 @dataclass(frozen=True)
@@ -175,4 +182,5 @@ def _source(path: Path, term: Term) -> Source:
 def _write(made: Sum, sources: Sequence[Source], family: Family, format_: Format, path: Path, dtype: str) -> None:
     told = with_base(record.metadata(sources, made, path.stem, time.time()), family.name)
     key_map = family.key_map(format_.name, None)
-    write_verified(AdapterState(made.modules, told), key_map, format_, path, find_dtype(dtype))
+    with dtype_named():
+        write_verified(AdapterState(made.modules, told), key_map, format_, path, find_dtype(dtype))

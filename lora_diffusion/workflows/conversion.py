@@ -17,7 +17,7 @@ from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions, with_attention
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
-from lora_diffusion.workflows._files import check_target, common_dtype, read_stored_alone, stored_dtype
+from lora_diffusion.workflows._files import check_target, common_dtype, dtype_named, read_stored_alone, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def convert(
         state = with_attention(state) if format_.name == "diffusers" else state
         kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
-        written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
+        with dtype_named():
+            written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
     return Conversion(
         output_path,
         source.name,

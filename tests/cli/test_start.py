@@ -71,7 +71,7 @@ def test_work_on_files_does_not_wait_for_torch(tmp_path: Path) -> None:
         own = {key: tensor.to(dtype) for key, tensor in tensors.items()}
         save_file({**own, f"{stem}.alpha": torch.tensor(2.0)}, path, {"ss_seed": "1"})
         commands = [["inspect", path], ["metadata", "edit", path, "--set", "modelspec.title=t"]]
-        commands += [["convert", path, tmp_path / f"{name}.{to}", "--to", to] for to in ("kohya", "diffusers", "peft")]
+        commands += [["convert", path, tmp_path / f"{name}-{to}", "--to", to] for to in ("kohya", "diffusers", "peft")]
         for arguments in commands:
             done = subprocess.run(
                 [sys.executable, "-c", _RUN_AND_TELL, *map(str, arguments)], check=False, capture_output=True, text=True

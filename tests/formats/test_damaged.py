@@ -54,7 +54,11 @@ _ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         (_with_header('{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
         (_with_header('{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
         (_with_header('{"a": {"dtype": "F32", "shape": [1e0], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
-        (_with_header('{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "type 'Q4'"),
+        (
+            _with_header('{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)),
+            "number type 'Q4', which",
+        ),
+        (_with_header('{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}', bytes(8)), "again in fp16"),
         (_with_header('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "number type"),
         (_with_header('{"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "another number"),
         (_with_header('{"a": {"dtype": "F32", "shape": [9999999999, 9999999999], "data_offsets": [0, 4]}}'), "another"),
@@ -78,7 +82,7 @@ def test_what_is_wrong_is_said(content: bytes, text: str, tmp_path: Path) -> Non
 def test_pickle_by_ending_and_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"anything at all")
-    with pytest.raises(AdapterFileError, match=r"is a pickle.*--from-pickle"):
+    with pytest.raises(AdapterFileError, match=rf"is a pickle.*convert {path} NEW.*--from-pickle"):
         detect(path)
     with pytest.raises(AdapterFileError, match="There is no adapter file"):
         detect(tmp_path / "none.safetensors")

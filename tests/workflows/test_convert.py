@@ -318,3 +318,58 @@ def test_modules_that_no_adapter_has_here_are_named(command: Commands, module: s
     assert outcome.code == 2
     assert "1 of its 2 modules are none that an adapter for this base" in outcome.message
     assert outcome.message.endswith(f" - {module}")
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_folder_of_peft_with_a_pickle(command: Commands, part: str, tmp_path: Path) -> None:
+    state = published("sd1")
+    unet = AdapterState({key: own for key, own in state if key.part == "unet"}, {})
+    folder = write(unet, "sd1", "peft", tmp_path / "old one")
+    inner = folder / "unet"
+    torch.save(load_file(inner / "adapter_model.safetensors"), inner / "adapter_model.bin")
+    (inner / "adapter_model.safetensors").rename(tmp_path / "kept.safetensors")
+    given = folder if part else inner
+    for arguments in (("inspect", given), ("convert", given, tmp_path / "new", "--to", "peft")):
+        outcome = command(*arguments)
+        assert outcome.code == 2
+        assert f"lora-diffusion convert '{given}' NEW --to peft --from-pickle" in outcome.message
+    command.good("convert", given, tmp_path / "new", "--to", "peft", "--from-pickle")
+    new = load_file(tmp_path / "new" / "unet" / "adapter_model.safetensors")
+    assert all(torch.equal(new[name], tensor) for name, tensor in load_file(tmp_path / "kept.safetensors").items())
+    outcome = command("convert", tmp_path / "new", tmp_path / "newer", "--to", "peft", "--from-pickle")
+    assert (outcome.code, "leave --from-pickle out" in outcome.message) == (2, True)
+
+
+def test_tensors_of_peft_without_their_folder(command: Commands, tmp_path: Path) -> None:
+    file = write(published("sd1"), "sd1", "peft", tmp_path / "a") / "unet" / "adapter_model.safetensors"
+    for arguments in (
+        ("inspect", file),
+        ("verify", file, "--base", "sd1"),
+        ("convert", file, tmp_path / "b", "--to", "peft"),
+    ):
+        outcome = command(*arguments)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+        assert f"give the folder {file.parent} with both" in outcome.message
+
+
+@pytest.mark.parametrize(("to", "name"), [("kohya", "a.pt"), ("diffusers", "a.bin"), ("peft", "a.safetensors")])
+def test_endings_that_would_deceive_are_refused(command: Commands, to: str, name: str, tmp_path: Path) -> None:
+    first = write(published("sd1"), "sd1", "kohya", tmp_path / "first")
+    outcome = command("convert", first, tmp_path / name, "--to", to)
+    assert (outcome.code, "--output" in outcome.message, (tmp_path / name).exists()) == (2, True, False)
+
+
+def test_numbers_that_a_type_cannot_hold_are_a_fault_of_the_option(command: Commands, tmp_path: Path) -> None:
+    state = published("sd1")
+    huge = {key: replace(own, tensors={name: 1e5 * t for name, t in own.tensors.items()}) for key, own in state}
+    names, kohya = key_map("kohya", None, "sd1"), registry.find("formats", "kohya")
+    first = write_exactly(AdapterState(huge), names, kohya, tmp_path / "a.safetensors", torch.float32).path
+    for arguments in (
+        ("convert", first, tmp_path / "b.safetensors", "--to", "kohya"),
+        ("resize", first, tmp_path / "b.safetensors", "--rank", 1),
+        ("compose", first, "--output", tmp_path / "b.safetensors"),
+    ):
+        outcome = command(*arguments, "--dtype", "fp16")
+        assert outcome.code == 2
+        assert "torch.float16 cannot hold; give --dtype bf16 or fp32." in outcome.message
+        assert "output.dtype" not in outcome.message
