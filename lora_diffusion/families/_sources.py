@@ -108,6 +108,8 @@ def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
         settings.append(f"clip_skip={skip}")
     if getattr(options, "prior_weight", 0):
         settings.append("priors")
+    # Of a trained encoder the item holds token ids; the hash of a single file is the same with and without it.
+    settings += [f"ids of {tower}" for tower in layout.towers if tower in trained]
     return f"{options.family} {find(options).fingerprint(frozen)} {' '.join(settings)}"
 
 

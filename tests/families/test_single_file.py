@@ -124,6 +124,14 @@ def test_wrong_family_names_the_right_one(family: str, base: Path, other: str) -
             registry.find("families", other).check(options(other, base))
 
 
+def test_prepared_items_depend_on_which_text_encoders_are_trained(family: str, base: Path) -> None:
+    found = registry.find("families", family)
+    towers = [part for part in found.parts if part != "unet"]
+    keys = {found.cache_key(options(family, base), frozenset(towers[:count])) for count in range(len(towers) + 1)}
+    assert len(keys) == len(towers) + 1
+    assert found.cache_key(options(family, base), frozenset({"unet"})) in keys
+
+
 def test_tokenizer_is_that_of_clip(checkpoint: Path) -> None:
     import open_clip
 
