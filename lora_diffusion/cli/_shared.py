@@ -40,6 +40,23 @@ def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, list[st
     return args.config, args.overrides
 
 
+def base_of(args: argparse.Namespace) -> Any:
+    """Returns the base that `--config` names; None where `--model` does.
+
+    Raises:
+        ConfigError: the config names none, or `--model` is empty.
+    """
+    from lora_diffusion.config.load import load
+    from lora_diffusion.config.schema import REQUIRED
+
+    if args.model:
+        return None
+    model = load(args.config, required=False).model if args.config else None
+    if model is None or model.path == REQUIRED:
+        raise ConfigError(f"{args.config or '--model'} names no base; give model.path in it, or --model NAME.")
+    return model
+
+
 def add_rank(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Adds the options that choose a rank: a number, or a share of what the adapter does."""
     group = parser.add_mutually_exclusive_group(required=required)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs, size
-from lora_diffusion.core.errors import ConfigError, GateError
+from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
+from lora_diffusion.core.errors import GateError
 
 
 def add_parser(commands: Any) -> None:
@@ -64,18 +64,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from lora_diffusion.config.load import load
-    from lora_diffusion.config.schema import REQUIRED
-
-    model = None
-    if args.config or args.model:
-        model = load(args.config, [f"model.path={args.model}"] if args.model else [], required=False).model
-        if model.path == REQUIRED:
-            raise ConfigError(f"{args.config or '--model'} names no base; give model.path in it, or --model NAME.")
+    model = base_of(args) if args.config or args.model == "" else None
     set_up_logs(args)
     from lora_diffusion import workflows
     from lora_diffusion.core.device import process_group
 
+    model = workflows.find_model(args.model) if args.model else model
     question = workflows.Question(
         output_path=args.output,
         prompts=args.prompts,

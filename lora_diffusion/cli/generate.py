@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs, size
+from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
 from lora_diffusion.config.rules import MAX_DRAWING_STEPS
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import is_text
@@ -35,19 +35,14 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from lora_diffusion.config.load import load
-    from lora_diffusion.config.schema import REQUIRED
-
     _check(args)
-    config = load(args.config, [f"model.path={args.model}"] if args.model else [], required=False)
-    if config.model.path == REQUIRED:
-        raise ConfigError(f"{args.config or '--model'} names no base; give model.path in it, or --model NAME.")
+    configured = base_of(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
     from lora_diffusion import workflows
 
     pictures = workflows.generate(
-        config.model,
+        configured or workflows.find_model(args.model),
         prompts=args.prompt,
         seeds=args.seed or [0],
         adapters=adapters,

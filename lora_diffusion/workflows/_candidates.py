@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_diffusion.adapters.merge import remove
 from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import sha256
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import AdapterState, Loaded, Output, Request
@@ -63,7 +64,10 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
     asked = []
     for text in texts:
         with faults.noted():
-            asked.append(weighted_files(text))
+            parts = weighted_files(text)
+            if len({path.resolve() for path, _ in parts}) < len(parts):
+                raise ConfigError(f"--adapter {text} names a file twice; name it once, with the sum of its weights.")
+            asked.append(parts)
     paths = list(dict.fromkeys(path for parts in asked for path, _ in parts))
     stems = Counter(path.stem for path in paths)
     sources = {}

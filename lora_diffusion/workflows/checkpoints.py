@@ -171,7 +171,7 @@ def extract(
     family, before = _open(base, "vae")
     _, after = _open(tuned, "vae")
     parts = tuple(parts or family.parts)
-    groups = dict.fromkeys(group for part in family.parts.values() for group in part.groups)
+    groups = dict.fromkeys(group for name in parts if name in family.parts for group in family.parts[name].groups)
     asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))
     modules = [module.key for module in plan(family.skeleton(base), family.parts, asked).modules]
     extraction = extracting.extract(before, after, modules, rule, seed=0)

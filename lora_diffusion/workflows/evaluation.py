@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.config.load import load
 from lora_diffusion.config.rules import MAX_DRAWING_STEPS
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
@@ -31,6 +30,7 @@ from lora_diffusion.workflows import _candidates
 from lora_diffusion.workflows._candidates import Entry, Studio
 from lora_diffusion.workflows._faults import Faults
 from lora_diffusion.workflows._steps import find_family
+from lora_diffusion.workflows.checkpoints import find_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,7 @@ def evaluate_as_table(model: str | Path | ModelOptions | None = None, **question
         model: the base, by its path or as options; None takes that of `run`.
         question: fields of Question.
     """
-    options = load(None, [f"model.path={model}"], required=False).model if isinstance(model, str | Path) else model
+    options = find_model(str(model)) if isinstance(model, str | Path) else model
     return evaluate(Question(model=options, **question)).table()
 
 

@@ -160,7 +160,7 @@ def _head(package: Package) -> dict[str, Any]:
     widget = [{"text": trigger or " ", "output": {"url": name}} for name in package.pictures]
     head = {
         "license": metadata.get("modelspec.license", "").lower() or None,
-        "base_model": package.base if _HUB_ID.fullmatch(package.base) else None,
+        "base_model": package.base if _HUB_ID.fullmatch(package.base) and not Path(package.base).exists() else None,
         "instance_prompt": trigger,
         "widget": widget or None,
     }

@@ -89,6 +89,14 @@ def test_extract_gives_the_adapter_back(
         assert float(error) < 1e-4, key
 
 
+def test_extract_of_one_part_takes_its_own_groups(
+    command: Commands, merged: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "text.safetensors"
+    command.good("extract", tiny_base, merged, output, "--rank", 2, "--to", "kohya", "--parts", "text_encoder")
+    assert read_alone(output)[1].parts() == ("text_encoder",)
+
+
 @pytest.mark.parametrize("format_name", ["diffusers", "peft"])
 def test_extract_of_some_modules_warns_of_the_others(
     command: Commands, merged: Path, tiny_base: Path, tmp_path: Path, format_name: str

@@ -34,6 +34,7 @@ def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
         (["model.quantization=8bit"], "frozen weights", (0.3, 0.9)),
         (["model.quantization=nf4"], "frozen weights", (0.1, 0.35)),
         (["train.batch_size=4"], "activations", (3.0, 4.3)),
+        (["model.prior_weight=1"], "activations", (1.7, 2.1)),
         (["data.resolution=32"], "activations", (3.0, 4.5)),
         (["train.gradient_checkpointing=true"], "activations", (0.3, 0.9)),
         (["adapter.rank=8"], "adapter", (2.0, 2.0)),

@@ -215,6 +215,7 @@ def test_all_faults_are_told_before_the_base_is_loaded(
     bad.mkdir()
     (bad / "0.png").write_text("no picture")
     asked = ["evaluate", "--model", tiny_base, "--adapter", trained / "run.safetensors", "--adapter", "none:1"]
+    asked += ["--adapter", f"{trained / 'run.safetensors'}:1+{trained / 'run.safetensors'}:0.5"]
     asked += ["--prompts", "dreambooth-object", "--references", bad, "--training", tmp_path / "nowhere"]
     asked += [
         "--metrics",
@@ -232,6 +233,7 @@ def test_all_faults_are_told_before_the_base_is_loaded(
     assert outcome.out == ""
     for fault in (
         "there is no file none",
+        "names a file twice; name it once, with the sum of its weights",
         "give --class",
         "0.png",
         f"--training={tmp_path / 'nowhere'}: there is no such folder",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny import save_tiny_sdxl_pipeline
 from tests.workflows.conftest import Commands
 
 STEPS = ("--steps", "2", "--guidance", "3")
@@ -107,3 +108,9 @@ def test_base_that_has_the_fp16_files_only(command: Commands, tiny_base: Path, t
         command.good("generate", "--model", model, "--prompt", "a cat", "--output", output, *STEPS)
         pictures.append((output / "grid.png").read_bytes())
     assert pictures[0] == pictures[1]
+
+
+def test_family_of_the_base_is_found(command: Commands, tmp_path: Path) -> None:
+    base = save_tiny_sdxl_pipeline(tmp_path / "base")
+    command.good("generate", "--model", base, "--prompt", "a cat", "--output", tmp_path / "out", *STEPS)
+    assert list((tmp_path / "out").glob("000-*.png"))
