@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, DataError
 from lora_diffusion.core.files import sha256
 from lora_diffusion.core.logs import shown
+from lora_diffusion.core.protocols import Family
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats import describe_file, detect
 from lora_diffusion.formats.clients import CLIENTS
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows.checkpoints import find_model
 
 _MOST_PICTURES = 4
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -191,7 +194,7 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
         "clients": clients,
         "others": others,
         "network_module": metadata.get("ss_network_module", "networks.lora"),
-        "base_code": _code(json.dumps(package.base)),
+        **_loading(package),
         "repo_code": _code(json.dumps(repo)),
         "prompt_code": _code(json.dumps(trigger or "a picture")),
         "settings": {label: metadata[key].replace("|", "/") for label, key in _SETTINGS.items() if key in metadata},
@@ -199,6 +202,23 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
         "license": metadata.get("modelspec.license"),
     }
     return {**values, **_scores(package.evaluation)}
+
+
+def _loading(package: Package) -> dict[str, str]:
+    """Returns what the code that loads the base is made of."""
+    if package.base.startswith("builtin:"):
+        model = find_model(package.base)
+        family: Family = registry.find("families", model.family)
+        base = f'builtin_path("{family.check(model).path.name}")'
+        imports = "from lora_diffusion.core.files import builtin_path"
+    else:
+        base, imports = _code(json.dumps(package.base)), ""
+    values = {"base_code": base, "base_import": imports}
+    if not package.base.endswith(".safetensors"):
+        return {**values, "pipeline": "AutoPipelineForText2Image", "loader": "from_pretrained"}
+    is_xl = "xl" in package.metadata.get("modelspec.architecture", "")
+    pipeline = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    return {**values, "pipeline": pipeline, "loader": "from_single_file"}
 
 
 def _code(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, RunError
 from lora_diffusion.formats._safetensors import rewrite
-from lora_diffusion.workflows import publishing
+from lora_diffusion.workflows import model_card, publishing
 from tests.workflows.conftest import Commands
 
 
@@ -118,6 +119,26 @@ def test_card_beside_an_export(command: Commands, trained: Path, tmp_path: Path)
     outcome = command(*arguments)
     assert (outcome.code, "README.md exists" in outcome.message) == (2, True)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "code", "told"),
+    [
+        ("maria/base", 'AutoPipelineForText2Image.from_pretrained("maria/base",', "maria/base"),
+        ("builtin:emoji", 'AutoPipelineForText2Image.from_pretrained(builtin_path("emoji-sd"),', None),
+        ("my.safetensors", 'StableDiffusionPipeline.from_single_file("my.safetensors",', None),
+        ("bases/own", 'AutoPipelineForText2Image.from_pretrained("bases/own",', None),
+    ],
+)
+def test_code_loads_the_base(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, code: str, told: str | None
+) -> None:
+    (tmp_path / "bases" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = model_card.write(replace(model_card.collect(trained.resolve()), base=base), "maria/blorp")
+    assert code in card
+    assert _head(card).get("base_model") == told
+    assert ("import builtin_path" in card) == base.startswith("builtin:")
 
 
 def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, tmp_path: Path) -> None:
