@@ -89,8 +89,7 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
     skeleton, info = full_size.networks(case.family), info_of(case.family)
 
     def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
-        del options
-        return Example(_latent.example(skeleton, info, trained, batch_size, size))
+        return Example(_latent.example(skeleton, info, options, trained, batch_size, size))
 
     made = plan(skeleton, family.parts, config.adapter)
     told = step_memory(config, SimpleNamespace(example=example), info, skeleton, made, (pixels, pixels))  # type: ignore[arg-type]

@@ -64,16 +64,15 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    model = base_of(args) if args.config or args.model == "" else None
+    configured = base_of(args) if args.config or args.model is not None else None
     set_up_logs(args)
     from lora_diffusion import workflows
     from lora_diffusion.core.device import process_group
 
-    model = workflows.find_model(args.model) if args.model else model
     question = workflows.Question(
         output_path=args.output,
         prompts=args.prompts,
-        model=model,
+        model=workflows.find_model(args.model) if args.model else configured,
         adapters=args.adapter,
         run=args.run_path,
         weights=args.weights,

@@ -48,7 +48,7 @@ def load(
     sections, type_faults = _convert(values, schema, family.options_type.defaults)
     faults += type_faults
     if required:
-        faults += [fault for fault in _missing(sections) if fault.partition(":")[0] not in unused]
+        faults += _missing(sections, unused)
     faults += out_of_range(sections)
     if not faults:
         faults += contradictions(sections)
@@ -255,12 +255,12 @@ def _spell(hint: Any) -> str:
     return " or ".join(_spell(member) for member in members) if members else _SPELLED.get(hint, str(hint))
 
 
-def _missing(sections: Mapping[str, Any]) -> list[str]:
+def _missing(sections: Mapping[str, Any], unused: Sequence[str]) -> list[str]:
     return [
         f"{name}.{f.name}: must be given: {_doc(type(section), f.name)}"
         for name, section in sections.items()
         for f in dataclasses.fields(section)
-        if getattr(section, f.name) == REQUIRED
+        if getattr(section, f.name) == REQUIRED and f"{name}.{f.name}" not in unused
     ]
 
 

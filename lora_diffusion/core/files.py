@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TEMPORARY = ".part-"
-
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 

@@ -74,6 +74,10 @@ class AudioText(Sample):
     """The views of the sound, each [num_samples] in -1..1, float32, one channel at `sampling_rate`; filled only
     while the sample is being prepared. One view for each of `data.speeds`, clean and with each of `data.noise_db`."""
 
+    def asked(self, options: Any) -> tuple[str, str]:
+        """Returns language and task: its own, or those of the model options."""
+        return self.language or options.language, self.task or options.task
+
 
 @dataclass(frozen=True)
 class Turn:

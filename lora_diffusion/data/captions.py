@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion.data.folder import Folder, read_text, spelled
+from lora_diffusion.data.folder import Folder, read_text
 
 ENDINGS = (".txt", ".caption")
 METADATA_NAME = "metadata.jsonl"
@@ -79,7 +79,7 @@ def collect(folder: Folder, faults: list[str]) -> dict[Path, Lines | None]:
 
 
 def _read_beside(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Lines | None]:
-    pictures = folder.by_stem.get(spelled(file.with_suffix("")))
+    pictures = folder.beside(file)
     if not pictures:
         return {}
     text = read_text(folder, file, faults)
@@ -88,7 +88,6 @@ def _read_beside(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Li
 
 
 def _read_metadata(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Lines | None]:
-    pictures = {spelled(picture): picture for picture in folder.files}
     found: dict[Path, Lines | None] = {}
     for number, line in enumerate((read_text(folder, file, faults) or "").split("\n"), start=1):
         if not line.strip():
@@ -99,7 +98,7 @@ def _read_metadata(folder: Folder, file: Path, faults: list[str]) -> dict[Path, 
         except ValueError as error:
             faults.append(f"{place}: {error}")
             continue
-        picture = pictures.get(spelled(file.parent / name))
+        picture = folder.find(file.parent / name)
         if picture is None:
             faults.append(f"{place}: there is no picture {name}; correct file_name or remove the line.")
             continue

@@ -31,15 +31,27 @@ class Folder:
 
     @cached_property
     def by_stem(self) -> dict[Path, tuple[Path, ...]]:
-        """The files to train on by their path without ending, as `spelled` gives it."""
+        """The files to train on by their path without ending; each accented letter is one character."""
         stems: dict[Path, tuple[Path, ...]] = {}
         for file in self.files:
-            stem = spelled(file.with_suffix(""))
+            stem = _spelled(file.with_suffix(""))
             stems[stem] = (*stems.get(stem, ()), file)
         return stems
 
+    def beside(self, text_file: Path) -> tuple[Path, ...]:
+        """Returns the files to train on that a text file is about by its name, however accents are written."""
+        return self.by_stem.get(_spelled(text_file.with_suffix("")), ())
 
-def spelled(path: Path) -> Path:
+    def find(self, path: Path) -> Path | None:
+        """Returns the file to train on of a name, however accents are written in it, or None."""
+        return self._by_path.get(_spelled(path))
+
+    @cached_property
+    def _by_path(self) -> dict[Path, Path]:
+        return {_spelled(file): file for file in self.files}
+
+
+def _spelled(path: Path) -> Path:
     """Returns a path whose accented letters are single characters; macOS writes letter and accent apart."""
     return Path(unicodedata.normalize("NFC", str(path)))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lora_diffusion.config.schema import PictureDataConfig, PreviewConfig
-from lora_diffusion.core.files import sha256
+from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.types import BaseInfo, ImageText, Request
 from lora_diffusion.data import images, report, sources
 
@@ -28,7 +28,7 @@ class _Pictures:
     def identity(self, sample: ImageText, config: PictureDataConfig) -> list[Any]:
         """Names the picture by its bytes, and how it is scaled, cropped and captioned."""
         place = [sample.size, sample.original_size, sample.crop, config.flip]
-        return [sha256(sample.path), *place, sample.captions, sample.prior_captions]
+        return [content_hash(sample.path), *place, sample.captions, sample.prior_captions]
 
     def open(self, sample: ImageText, config: PictureDataConfig) -> ImageText:
         """Decodes the picture, scaled and cropped to its bucket."""

@@ -10,7 +10,7 @@ from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.data import audio, images
 from lora_diffusion.data._progress import watch
-from lora_diffusion.data.folder import Folder, list_folder, spelled
+from lora_diffusion.data.folder import Folder, list_folder
 
 _OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".svg", ".psd", ".dng")
 _OTHER_RECORDINGS = (
@@ -139,7 +139,7 @@ def warn_of_orphans(folder: Folder, text: str, endings: Sequence[str]) -> None:
         endings: of their names, in small letters.
     """
     texts = [file for file in folder.others if file.suffix.lower() in endings]
-    orphans = [folder.name(file) for file in texts if spelled(file.with_suffix("")) not in folder.by_stem]
+    orphans = [folder.name(file) for file in texts if not folder.beside(file)]
     if orphans:
         logger.warning(
             "%s files without a %s, not used: %d (%s).",

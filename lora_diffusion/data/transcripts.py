@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.data.folder import Folder, read_text, spelled
+from lora_diffusion.data.folder import Folder, read_text
 
 BESIDE = ".txt"
 _TABLES = (".csv", ".tsv", ".jsonl")
@@ -140,7 +140,7 @@ def shifted(pieces: list[Segment]) -> str:
 def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
     suffix = file.suffix.lower()
     if suffix == BESIDE:
-        recordings = folder.by_stem.get(spelled(file.with_suffix("")), ())
+        recordings = folder.beside(file)
         text = read_text(folder, file, faults) if recordings else None
         for path in recordings:
             yield path, None if text is None else Transcript(" ".join(text.split()), origin=folder.name(file))
@@ -150,7 +150,6 @@ def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path,
 
 
 def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
-    recordings = set(folder.files)
     for number, row in _rows(folder, file, text, faults):
         place = f"{folder.name(file)}, line {number}"
         try:
@@ -159,8 +158,8 @@ def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Ite
             name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
             if name is None:
                 raise ValueError('names no file; give it a column "file_name".')
-            path = file.parent / name
-            if path not in recordings:
+            path = folder.find(file.parent / name)
+            if path is None:
                 raise ValueError(f"there is no recording {name}; correct the name or remove the line.")
             yield path, _usable(row, place, faults)
         except ValueError as error:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_diffusion.core.types import BaseInfo, Loaded, Output, Request
+from lora_diffusion.families._options import StableDiffusionOptions
 
 _MAX_BATCH = 16
 """Pictures generated at once; more do not get faster on any device and need memory."""
@@ -159,22 +160,31 @@ def _generate_alike(loaded: Loaded, requests: Sequence[Request], embed: Embed) -
 
 
 def example(
-    skeleton: Mapping[str, Any], info: BaseInfo, trained: frozenset[str], batch_size: int, size: tuple[int, int]
+    skeleton: Mapping[str, Any],
+    info: BaseInfo,
+    options: StableDiffusionOptions,
+    trained: frozenset[str],
+    batch_size: int,
+    size: tuple[int, int],
 ) -> dict[str, dict[str, Any]]:
-    """Gives, on the meta device, what a training step calls the UNet and the trained text encoders with."""
+    """Gives, on the meta device, what a training step calls the UNet and the trained text encoders with.
+
+    With `prior_weight` each picture counts twice, since it is also shown without its trigger words.
+    """
+    num_rows = batch_size * 2 if options.prior_weight else batch_size
     unet = skeleton["unet"].config
     towers = {name: part.config for name, part in skeleton.items() if name != "unet"}
     factor = info.size_step // 2 ** (len(unet.block_out_channels) - 1)
     length = max(tower.max_position_embeddings for tower in towers.values())
     with torch.device("meta"):
         called: dict[str, Any] = {
-            "sample": torch.empty(batch_size, unet.in_channels, size[1] // factor, size[0] // factor),
-            "timestep": torch.empty(batch_size),
-            "encoder_hidden_states": torch.empty(batch_size, length, unet.cross_attention_dim),
+            "sample": torch.empty(num_rows, unet.in_channels, size[1] // factor, size[0] // factor),
+            "timestep": torch.empty(num_rows),
+            "encoder_hidden_states": torch.empty(num_rows, length, unet.cross_attention_dim),
         }
         if unet.addition_embed_type:
             width = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-            sizes = torch.empty(batch_size, 6)
-            called["added_cond_kwargs"] = {"text_embeds": torch.empty(batch_size, width), "time_ids": sizes}
-        ids = {"input_ids": torch.zeros(batch_size, length, dtype=torch.int64)}
+            sizes = torch.empty(num_rows, 6)
+            called["added_cond_kwargs"] = {"text_embeds": torch.empty(num_rows, width), "time_ids": sizes}
+        ids = {"input_ids": torch.zeros(num_rows, length, dtype=torch.int64)}
     return {**{name: ids for name in towers if name in trained}, "unet": called}

@@ -145,18 +145,13 @@ def log_mel(extractor: Any, waveform: Tensor) -> Tensor:
     return torch.from_numpy(features).float()
 
 
-def asked(sample: AudioText, options: WhisperOptions) -> tuple[str, str]:
-    """Returns language and task of a recording: its own, or those of the options."""
-    return sample.language or options.language, sample.task or options.task
-
-
 def labels(tokenizer: Any, sample: AudioText, options: WhisperOptions, info: SpeechInfo) -> list[int]:
     """Returns the tokens that the decoder must write after the start: language, task, words, end."""
     vocabulary = tokenizer.get_vocab()
     text = _written(sample.transcript, options.timestamps)
     names = []
     if info.languages:
-        names = [f"<|{name}|>" for name in asked(sample, options)]
+        names = [f"<|{name}|>" for name in sample.asked(options)]
     if not text.startswith("<|"):
         names.append(_NO_TIMESTAMPS)
     words = tokenizer(text, add_special_tokens=False).input_ids
@@ -244,7 +239,7 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
         loaded.adapters.set_weights(first.weights)
     samples = [request.sample for request in requests]
     heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]  # type: ignore[union-attr]
-    language, task = asked(samples[0], options)  # type: ignore[arg-type]
+    language, task = samples[0].asked(options)  # type: ignore[union-attr]
     wanted = {"language": language, "task": task} if loaded.info.languages else {}  # type: ignore[attr-defined]
     features = torch.cat(heard).to(loaded.device, model.dtype)
     with torch.no_grad(), _quiet():

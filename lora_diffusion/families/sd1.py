@@ -122,8 +122,7 @@ class StableDiffusion1:
         """Gives latents, timesteps and text for the UNet, and token ids for a trained text encoder."""
         from lora_diffusion.families import _latent
 
-        num_rows = batch_size * 2 if options.prior_weight else batch_size
-        return Example(_latent.example(self.skeleton(options), self.check(options), trained, num_rows, size))
+        return Example(_latent.example(self.skeleton(options), self.check(options), options, trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""

@@ -233,7 +233,7 @@ class Whisper:
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             weights = None if request.weights is None else sorted(request.weights.items())
-            asked = _speech.asked(request.sample, loaded.options)  # type: ignore[arg-type]
+            asked = request.sample.asked(loaded.options)  # type: ignore[union-attr]
             groups.setdefault(repr((weights, asked)), []).append(index)
         for indices in groups.values():
             for start in range(0, len(indices), _MAX_BATCH):

@@ -11,7 +11,7 @@ from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.rules import as_written
-from lora_diffusion.config.schema import Config, EvaluateConfig, PreviewConfig
+from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
@@ -87,6 +87,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         samples = look(lambda: kind.read(config.data, info))
     if samples:
         num_steps = look(lambda: _num_steps(config, family, kind, samples))
+    if samples and family.sample_type is ImageText:
         look(lambda: judging.check(config, samples))
     if num_steps:
         previews = look(lambda: _previews(config, kind, samples, num_steps))
@@ -96,16 +97,11 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
 
 def _without_effect(config: Config) -> Iterator[str]:
     """Yields a line for each setting that is about pictures made by the base, of a base that makes none."""
-    own, usual = (
-        {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
-        for sections in (
-            {"preview": config.preview, "evaluate": config.evaluate},
-            {"preview": PreviewConfig(), "evaluate": EvaluateConfig()},
-        )
-    )
-    for dotted, value in own.items():
-        if value != usual[dotted] and dotted not in _FOR_ALL:
-            yield f"{dotted}={as_written(value)}: is about pictures, and this base makes none; drop this key."
+    for name, section in (("preview", config.preview), ("evaluate", config.evaluate)):
+        usual = type(section)()
+        for key, value in vars(section).items():
+            if value != getattr(usual, key) and f"{name}.{key}" not in _FOR_ALL:
+                yield f"{name}.{key}={as_written(value)}: is about pictures, and this base makes none; drop this key."
     if config.output.thumbnail == record.PREVIEW:
         yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no pictures; name one."
 

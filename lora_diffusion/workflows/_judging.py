@@ -28,7 +28,7 @@ from lora_diffusion.workflows import selection
 PROGRESS_NAME = "progress.json"
 
 
-def check(config: Config, samples: Sequence[Sample]) -> None:
+def check(config: Config, samples: Sequence[ImageText]) -> None:
     """Checks before anything is loaded that the run will be able to judge itself as `evaluate` says.
 
     Raises:
@@ -36,8 +36,6 @@ def check(config: Config, samples: Sequence[Sample]) -> None:
     """
     own = config.evaluate
     if not (own.after_training or own.every_steps):
-        return
-    if not isinstance(samples[0], ImageText):
         return
     _references(config)
     selection.cases(config, samples[0].trigger)

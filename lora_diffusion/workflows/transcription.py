@@ -79,7 +79,8 @@ def understand(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapte
 
 def _written(sample: AudioText, options: Any) -> str:
     """Returns the language of a transcript; translations are into English."""
-    return "en" if (sample.task or options.task) == "translate" else sample.language or options.language
+    language, task = sample.asked(options)
+    return "en" if task == "translate" else language
 
 
 def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:
