@@ -145,6 +145,8 @@ def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _evaluate_relations(evaluate: Any) -> Iterator[str]:
+    if evaluate.class_words and not evaluate.prompts:
+        yield f"evaluate.class_words={evaluate.class_words}: fills {{class}} of evaluate.prompts, which is not set"
     if evaluate.patience and not evaluate.every_steps:
         yield f"evaluate.patience={evaluate.patience}: there are no scores to wait for; set evaluate.every_steps"
     for key in ("after_training", "every_steps"):

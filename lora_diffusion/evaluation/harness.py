@@ -22,7 +22,7 @@ from lora_diffusion.core.types import Evidence, Request, Scores
 from lora_diffusion.evaluation import drawing, results
 from lora_diffusion.evaluation.drawing import Draw, Look
 from lora_diffusion.evaluation.encoding import BATCH
-from lora_diffusion.evaluation.judgement import Judgement, doubts
+from lora_diffusion.evaluation.judgement import Judgement, few_prompts
 from lora_diffusion.evaluation.results import (
     BASE,
     Base,
@@ -172,7 +172,8 @@ def _score(task: Task, pictures: _Pictures) -> Evaluation:
         adapters=task.adapters,
         references=task.references,
         training_pictures=task.training_pictures,
-        warnings=[*task.warnings, *doubts(judgements)],
+        warnings=[*task.warnings, *few_prompts(judgements)],
+        open_comparisons=[found for judgement in judgements for found in judgement.open_comparisons()],
         chance={metric.name: value for metric in metrics if (value := metric.chance(base[metric])) is not None},
         real={metric.name: value for metric in metrics if (value := metric.real(base[metric])) is not None},
         versions={package: version(package) for package in _PACKAGES},

@@ -10,13 +10,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.protocols import Metric
-from lora_diffusion.evaluation.results import ALL, Case, Summary
+from lora_diffusion.evaluation.results import ALL, Case, OpenComparison, Summary
 from lora_diffusion.evaluation.statistics import Interval, interval
 
-_NAMED = 6
-_MANY = 10_000
 _FEW_PROMPTS = 5
 """With fewer, resampling cannot know how much prompts differ."""
 
@@ -67,51 +64,40 @@ class Judgement:
         means = self.values.mean(axis=(1, 2)) * (1 if self.metric.higher_is_better else -1)
         return sorted(range(1, len(self.candidates)), key=lambda index: -means[index])
 
-    def doubts(self) -> list[str]:
-        """Returns a line for each question that these pictures cannot answer, with the number it would take."""
+    def open_comparisons(self) -> list[OpenComparison]:
+        """Returns the differences that these images cannot decide, with the number of images that it would take."""
         after_base = range(1, len(self.candidates))
-        questions: list[tuple[str, int, Sequence[int]]] = [("the base", 0, after_base)]
+        against: list[tuple[int, Sequence[int]]] = [(0, after_base)]
         # What has weight 0 draws what the base draws.
         if len(after_base) > 1 and (self.values[1] != self.values[0]).any():
-            questions.append((self.candidates[1], 1, after_base[1:]))
+            against.append((1, after_base[1:]))
         if len(after_base) > 2:
             best, second = self.ranking[:2]
-            questions.append((f"the best, {self.candidates[best]}", best, [second]))
-        return [line for question in questions if (line := self._doubt(*question))]
+            against.append((best, [second]))
+        pairs = dict.fromkeys((index, other) for other, indices in against for index in indices)
+        return [found for index, other in pairs if (found := self._open_comparison(index, other))]
 
-    def _doubt(self, what: str, other: int, indices: Sequence[int]) -> str | None:
-        num_pictures = len(self.cases) * self.num_seeds
-        open_ = []
-        for index in indices:
-            found = self.difference(index, other)
-            # Equal pictures, as those of weight 0 and of the base, are no question.
-            if found.covers_zero and (self.values[index] != self.values[other]).any():
-                # The estimate takes an interval for symmetric, and can so come out below what has just not sufficed.
-                needed = max(found.num_needed(num_pictures), num_pictures + 1)
-                open_.append(f"{self.candidates[index]} ({_spelled(needed)} needed)")
-        if not open_:
+    def _open_comparison(self, index: int, other: int) -> OpenComparison | None:
+        num_images = len(self.cases) * self.num_seeds
+        found = self.difference(index, other)
+        # Equal images, as those of weight 0 and of the base, are no question.
+        if not found.covers_zero or (self.values[index] == self.values[other]).all():
             return None
-        names = name_some(open_, _NAMED)
-        return f"{self.metric.name}: {num_pictures} pictures are too few to tell these from {what}: {names}."
+        # The estimate takes an interval for symmetric, and can so come out below what has just not sufficed.
+        needed = max(found.num_needed(num_images), num_images + 1)
+        names = self.candidates[index], self.candidates[other]
+        return OpenComparison(self.metric.name, *names, num_images, needed if math.isfinite(needed) else None)
 
 
 def _bounds(found: Interval) -> tuple[float | None, float | None]:
     return (found.low, found.high) if found.has_bounds else (None, None)
 
 
-def _spelled(number: float) -> str:
-    """Returns a number of pictures with two digits, as it is a rough guess."""
-    if not math.isfinite(number):
-        return "more"
-    return f"about {float(f'{number:.2g}'):,.0f}" if number < _MANY else f"over {_MANY:,}"
-
-
-def doubts(judgements: Sequence[Judgement]) -> list[str]:
-    """Returns what the user should know before trusting the numbers."""
-    found = []
+def few_prompts(judgements: Sequence[Judgement]) -> list[str]:
+    """Returns a warning if a metric has too few prompts for its intervals to be trusted."""
     few = min((len(judgement.cases) for judgement in judgements), default=_FEW_PROMPTS)
-    if few < _FEW_PROMPTS:
-        found.append(
-            f"Some metrics have {few} prompt(s) to judge, too few to trust their intervals; use {_FEW_PROMPTS} or more."
-        )
-    return [*found, *(line for judgement in judgements for line in judgement.doubts())]
+    if few >= _FEW_PROMPTS:
+        return []
+    return [
+        f"Some metrics have {few} prompt(s) to judge, too few to trust their intervals; use {_FEW_PROMPTS} or more."
+    ]

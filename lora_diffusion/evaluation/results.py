@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import write_json, write_text
+from lora_diffusion.core.logs import name_some
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,6 +158,19 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class OpenComparison:
+    """Two candidates whose paired difference in a metric has an interval that covers 0."""
+
+    metric: str
+    candidate: str
+    other: str
+    num_images: int
+    """Of each of the two."""
+    num_needed: float | None
+    """A rough guess of how many would decide it; None where no number can be guessed."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """All that an evaluation found."""
 
@@ -173,6 +187,8 @@ class Evaluation:
     references: Sequence[FileHash] = ()
     training_pictures: Sequence[FileHash] = ()
     warnings: Sequence[str] = ()
+    open_comparisons: Sequence[OpenComparison] = ()
+    """Differences that cannot be told from chance; earlier versions told them in `warnings`."""
     chance: Mapping[str, float] = field(default_factory=dict)
     """Metric -> the score of what has nothing to do with the prompt or the references."""
     real: Mapping[str, float] = field(default_factory=dict)
@@ -197,7 +213,9 @@ class Evaluation:
         for candidate in self.candidates:
             means = (f"{self.find(candidate.name, name).mean:{len(name)}.3f}" for name in names)
             rows.append(f"{candidate.name:{width}}  {'  '.join(means)}")
-        return "\n".join([*rows, f"Scored by {', '.join(self.scorer.values()) or 'no model'}.", *self.warnings])
+        scorers = ", ".join(self.scorer.values()) or "no model"
+        undecided = [line for line in [undecided_line(self.open_comparisons)] if line]
+        return "\n".join([*rows, f"Scored by {scorers}.", *self.warnings, *undecided])
 
     def table(self) -> pd.DataFrame:
         """Returns the lines of scores.csv as a table."""
@@ -221,6 +239,17 @@ class Evaluation:
             if (summary.candidate, summary.metric, summary.kind) == (candidate, metric, kind):
                 return summary
         raise KeyError(f"{metric} of {candidate} on {kind}")
+
+
+def undecided_line(comparisons: Sequence[OpenComparison]) -> str:
+    """Returns one sentence on the comparisons that cannot be decided; nothing if there are none."""
+    if not comparisons:
+        return ""
+    metrics = name_some(list(dict.fromkeys(found.metric for found in comparisons)))
+    return (
+        f"{len(comparisons)} comparison(s) of {metrics} need more images than were made, so their order may be chance; "
+        "'lora-diffusion report' lists them."
+    )
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:

@@ -19,6 +19,8 @@ from lora_diffusion.evaluation.table import Table
 _MAX_ASKED, _MAX_PLAIN = 12, 6
 """Prompts whose pictures a page shows; all others lie in the evaluation's folder."""
 _NUM_HERO = 4
+_MANY_IMAGES = 10_000
+"""From here on, a guess of how many images it takes says no more."""
 _NUM_EXTREME = 4
 _LABELS: Mapping[str, str] = {
     "clip_text": "text alignment (CLIP)",
@@ -172,6 +174,25 @@ def candidates(findings: Findings) -> dict[str, Any]:
             for limit in (chosen.limits if chosen else ())
         ],
     }
+
+
+def open_comparisons(findings: Findings) -> dict[str, Any] | None:
+    """Returns the table of differences that these images cannot decide; None if there are none."""
+    comparisons = findings.evaluation.open_comparisons
+    if not comparisons:
+        return None
+    rows = [
+        row([f"{label(found.metric)}: {found.candidate}", found.other, found.num_images, _needed(found.num_needed)])
+        for found in comparisons
+    ]
+    return {"columns": columns("scored", "not told apart from", "images#", "needed#"), "rows": rows}
+
+
+def _needed(number: float | None) -> str:
+    """Returns a number of images with two digits, as it is a rough guess."""
+    if number is None:
+        return "more"
+    return f"about {float(f'{number:.2g}'):,.0f}" if number < _MANY_IMAGES else f"over {_MANY_IMAGES:,}"
 
 
 def _arrows(evaluation: Evaluation) -> str:

@@ -56,13 +56,7 @@ def read_cases(
     Raises:
         ConfigError: no such suite, or it is wrong; all faults of the file are listed at once.
     """
-    known = shipped_suites()
-    path = Path(source) if Path(source).is_file() else known.get(str(source))
-    if path is None:
-        raise ConfigError(
-            f"{setting}{source}: there is no such file or suite{suggestion(str(source), known)}. "
-            f"Suites that come along: {', '.join(known)}."
-        )
+    path = _find(source, setting)
     values = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
     values |= {f"class{i or ''}": word for i, word in _numbered(classes)}
     faults: list[str] = []
@@ -82,6 +76,39 @@ def read_cases(
         # Drawn from the same noise, they would be the same pictures, and be counted as more.
         logger.warning("%s repeats %d prompt(s), which count once: %s", path, len(repeated), name_some(repeated))
     return tuple(cases.values())
+
+
+def _find(source: str | Path, setting: str) -> Path:
+    known = shipped_suites()
+    path = Path(source) if Path(source).is_file() else known.get(str(source))
+    if path is None:
+        raise ConfigError(
+            f"{setting}{source}: there is no such file or suite{suggestion(str(source), known)}. "
+            f"Suites that come along: {', '.join(known)}."
+        )
+    return path
+
+
+def check_used(
+    source: str | Path, triggers: Sequence[str], classes: Sequence[str], setting: str = "--prompts "
+) -> list[str]:
+    """Returns an error for each word of the user for which a suite has no placeholder.
+
+    Args:
+        source: YAML file, or name of a shipped suite, that `read_cases` takes.
+        triggers: for {trigger}, {trigger2}, ..., as the user gave them.
+        classes: for {class}, {class2}, ...
+        setting: how the user named the source, for messages.
+    """
+    texts = [text for _, entry in _entries(_find(source, setting), []) for text in entry.values()]
+    used = {match[1] + match[2] for text in texts for match in _PLACEHOLDER.finditer(text)}
+    given = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
+    given |= {f"class{i or ''}": word for i, word in _numbered(classes)}
+    return [
+        f"{word!r} does nothing: no prompt of {setting}{source} has the placeholder {{{name}}}; drop it, or add one."
+        for name, word in given.items()
+        if name not in used
+    ]
 
 
 def _numbered(words: Sequence[str]) -> Iterator[tuple[int, str]]:

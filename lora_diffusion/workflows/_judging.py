@@ -39,7 +39,7 @@ def check(config: Config, samples: Sequence[ImageText]) -> None:
         return
     _references(config)
     selection.cases(config, samples[0].trigger)
-    models = Scorers(selection.scorers(config))
+    models = Scorers({"clip": default_clip(config.model.path), **selection.scorers(config)})
     for kind in models.names.keys() & LOADERS.keys():
         models.find(kind)
     if own.after_training:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device, process_group
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, sha256, user_path
+from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family, Metric
 from lora_diffusion.core.tuning import use_threads
@@ -24,7 +26,7 @@ from lora_diffusion.evaluation.clip import default_clip, is_own_encoder
 from lora_diffusion.evaluation.harness import Task
 from lora_diffusion.evaluation.results import BASE, Base, Candidate, Case, Evaluation, FileHash, Settings
 from lora_diffusion.evaluation.scorers import LOADERS, Scorers
-from lora_diffusion.evaluation.suites import PLAIN_KINDS, read_cases
+from lora_diffusion.evaluation.suites import PLAIN_KINDS, check_used, read_cases
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _candidates
 from lora_diffusion.workflows._candidates import Entry, Studio
@@ -130,6 +132,9 @@ def evaluate(question: Question) -> Evaluation:
     given = {"base_pictures", *(["references"] if references else []), *(["training_pictures"] if training else [])}
     metrics = _metrics(question, cases, given, scorers, faults)
     _check_rest(question, tried, metrics, faults)
+    faults += _unused_scorers(question, metrics)
+    if info and question.negative and _guidance(question, info) <= 1:
+        faults.append("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
     faults.stop("evaluate")
 
     process_group().wait_for_everyone()  # all have looked into the folder before one writes into it
@@ -229,7 +234,9 @@ def _cases(question: Question, told: Sequence[str], faults: Faults) -> Sequence[
         faults.append(f"The adapters have different triggers ({', '.join(triggers)}); give --trigger WORDS.")
     with faults.noted():
         # Where there are faults, that no adapter told its trigger may follow from them.
-        return read_cases(question.prompts, triggers or (["trigger"] if faults else []), question.classes)
+        cases = read_cases(question.prompts, triggers or (["trigger"] if faults else []), question.classes)
+        faults += check_used(question.prompts, question.triggers, question.classes)
+        return cases
     return ()
 
 
@@ -288,6 +295,26 @@ def _lack(metric: Metric, question: Question, cases: Sequence[Case], given: set[
     if cases and not any((case.kind in PLAIN_KINDS) == wants_plain for case in cases):
         return f"needs prompts of kind {' or '.join(sorted(PLAIN_KINDS)) if wants_plain else 'subject, style, ...'}"
     return None
+
+
+def _unused_scorers(question: Question, metrics: Sequence[Metric]) -> list[str]:
+    """Returns an error for each scoring model of the user that no metric asks for."""
+    known: dict[str, list[str]] = defaultdict(list)
+    for name in registry.available("metrics"):
+        for kind in registry.find("metrics", name).scorers:
+            known[kind].append(name)
+    used = {kind for metric in metrics for kind in metric.scorers}
+    errors = []
+    for kind, model in question.scorers.items():
+        if kind not in known:
+            errors.append(
+                f"--scorer {kind}={model}: no metric asks for such a model; use one of {', '.join(sorted(known))}"
+                f"{suggestion(kind, list(known))}."
+            )
+        elif kind not in used:
+            option = f"--clip {model}" if kind == "clip" else f"--scorer {kind}={model}"
+            errors.append(f"{option} does nothing: none of its metrics is computed ({', '.join(known[kind])}).")
+    return errors
 
 
 def _guidance(question: Question, info: BaseInfo) -> float:

@@ -58,6 +58,8 @@ def generate(
         raise ConfigError(
             f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base."
         )
+    if negative and (info.guidance if guidance is None else guidance) <= 1:
+        raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
     check_writable(output_path, "--output")
     use_threads("auto")
     states = [read_adapter(path, family, model) for path, _ in adapters]

@@ -27,10 +27,9 @@ from lora_diffusion.core.types import AdapterState
 from lora_diffusion.data import sources
 from lora_diffusion.data.captions import without_trigger, words_pattern
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.clip import default_clip
 from lora_diffusion.evaluation.results import Candidate, Case, Evaluation
 from lora_diffusion.evaluation.select import Choice, Preference, choose
-from lora_diffusion.evaluation.suites import read_cases
+from lora_diffusion.evaluation.suites import check_used, read_cases
 from lora_diffusion.evaluation.table import Table
 from lora_diffusion.formats import detect
 from lora_diffusion.formats.verified import write_verified
@@ -68,10 +67,11 @@ class Selection:
 
     def text(self) -> str:
         """Returns lines for people."""
-        warnings = (f"Mind: {text}" for text in self.warnings)
-        return "\n".join(
-            [self.why, f"Use {self.best} (that is {self.file.name}) at weight {self.weight:g}.", *warnings]
-        )
+        lines = [self.why, f"Use {self.best} (that is {self.file.name}) at weight {self.weight:g}."]
+        if self.warnings:
+            more = f" (+{len(self.warnings) - 1} more in 'lora-diffusion report {self.best.parent}')"
+            lines.append(f"Mind: {self.warnings[0]}{more if len(self.warnings) > 1 else ''}")
+        return "\n".join(lines)
 
 
 def select(
@@ -93,17 +93,24 @@ def select(
     Raises:
         InputError: no finished run, or an evaluation that is of other adapters or allows no choice.
     """
+    if evaluation_path and overrides:
+        raise ConfigError(
+            f"{overrides[0]} does nothing beside --evaluation {evaluation_path}, which is there already; drop one of "
+            "the two."
+        )
     run, preference = RunFolder(run_path), preference or Preference()
     run.config()
     config = load(run.config_path, overrides)
     check_name(run.name(config))
     final = run.find_adapter(config)
     folder = evaluation_path or run.path / EVALUATION_NAME
-    if evaluation_path is None and (config.evaluate.references or not (folder / "evaluation.json").is_file()):
+    has_evaluation = (folder / "evaluation.json").is_file()
+    if evaluation_path is None and (config.evaluate.references or overrides or not has_evaluation):
         evaluate(question(run, config, folder))
     evaluation = results.read(folder)
     choice = choose(evaluation, preference)
-    choice = replace(choice, warnings=(*choice.warnings, *evaluation.warnings, *_unseen(run, evaluation)))
+    undecided = filter(None, [results.undecided_line(evaluation.open_comparisons)])
+    choice = replace(choice, warnings=(*choice.warnings, *evaluation.warnings, *_unseen(run, evaluation), *undecided))
     checkpoint = _checkpoint(run, choice.candidate, folder)
     if PartialState().is_main_process:
         file = _write(run, config, final, checkpoint, choice, evaluation)
@@ -188,7 +195,7 @@ def scorers(config: Config) -> dict[str, str]:
     own = config.evaluate
     metrics: dict[str, Metric] = {name: registry.find("metrics", name) for name in registry.available("metrics")}
     kinds = sorted({kind for metric in metrics.values() for kind in metric.scorers} - {"clip"})
-    named = {"clip": own.clip or default_clip(config.model.path)}
+    named = {"clip": own.clip} if own.clip else {}
     for text in own.scorers:
         kind, _, name = text.partition("=")
         if kind not in kinds or not name:
@@ -198,7 +205,7 @@ def scorers(config: Config) -> dict[str, str]:
             )
         named[kind] = name
     for metric in own.metrics:
-        lacking = [kind for kind in registry.find("metrics", metric).scorers if kind not in named]
+        lacking = [kind for kind in registry.find("metrics", metric).scorers if kind not in {"clip", *named}]
         if lacking:
             raise ConfigError(f"evaluate.metrics: {metric} needs a model; add evaluate.scorers=[{lacking[0]}=NAME].")
     return named
@@ -212,8 +219,11 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
     """
     own = config.evaluate
     if own.prompts:
-        words = [trigger] if trigger else [], [own.class_words] if own.class_words else []
-        return read_cases(own.prompts, *words, setting="evaluate.prompts=")
+        classes = [own.class_words] if own.class_words else []
+        found = read_cases(own.prompts, [trigger] if trigger else [], classes, setting="evaluate.prompts=")
+        if unused := check_used(own.prompts, [], classes, setting="evaluate.prompts="):
+            raise ConfigError(f"evaluate.class_words={unused[0]}")
+        return found
     family: Family = registry.find("families", config.model.family)
     data = replace(config.data, path=str(own.references), trigger="", captions="required")
     try:

@@ -17,6 +17,7 @@ from lora_diffusion.evaluation.results import (
     Evaluation,
     FileHash,
     MetricFacts,
+    OpenComparison,
     Score,
     Settings,
     Summary,
@@ -68,6 +69,7 @@ def make_sample(folder: Path, seed: int = 0) -> Evaluation:
         references=_save_pictures(folder / "references", 2, rng),
         training_pictures=files,
         warnings=("clip_image: 2 candidates cannot be told apart from the base with 6 pictures each.",),
+        open_comparisons=(OpenComparison("clip_image", "step-000100@0.5", "base", 6, 4321.0),),
         chance={"clip_text": 0.05},
         scores=scores,
     )

@@ -8,7 +8,7 @@ import pytest
 
 from lora_diffusion.core import registry
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.judgement import Judgement, doubts
+from lora_diffusion.evaluation.judgement import Judgement, few_prompts
 from lora_diffusion.evaluation.results import ALL, Case
 from tests.evaluation.sample import make_sample
 
@@ -41,26 +41,30 @@ def test_differences_are_paired() -> None:
 
 
 def test_says_which_differences_are_too_small_for_the_sample() -> None:
-    assert judged(0.3).doubts() == []
-    (line,) = judged(0.3, 0.01).doubts()[:1]
-    assert line.startswith("clip_text: 40 pictures are too few to tell these from the base: b (about ")
-    needed = float(line.split("about ")[1].split(" ")[0].replace(",", ""))
-    assert needed > 40
-    lines = judged(0.3, 0.301, 0.6, 0.602).doubts()
-    assert "from a: b (" in lines[0]
-    assert "from the best, d: c (" in lines[1]
+    assert judged(0.3).open_comparisons() == []
+    found = judged(0.3, 0.01).open_comparisons()[0]
+    assert (found.metric, found.candidate, found.other, found.num_images) == ("clip_text", "b", "base", 40)
+    assert found.num_needed is not None
+    assert found.num_needed > 40
+    pairs = [(found.candidate, found.other) for found in judged(0.3, 0.301, 0.6, 0.602).open_comparisons()]
+    assert pairs == [("b", "a"), ("c", "d")]
 
 
-def test_needs_more_pictures_than_were_too_few() -> None:
+def test_a_pair_is_listed_once() -> None:
+    """The first after the base may be the best one, too."""
+    assert [(found.candidate, found.other) for found in judged(0.6, 0.599, 0.1).open_comparisons()] == [("b", "a")]
+
+
+def test_needs_more_images_than_were_too_few() -> None:
     """Also where the interval is lopsided and just reaches 0."""
     values = np.array([[[0.0]] * 3, [[-0.001], [0.3], [0.3]]])
-    (line,) = Judgement(METRIC, ["base", "a"], CASES[:3], values, 1).doubts()
-    assert line == "clip_text: 3 pictures are too few to tell these from the base: a (about 4 needed)."
+    (found,) = Judgement(METRIC, ["base", "a"], CASES[:3], values, 1).open_comparisons()
+    assert (found.num_images, found.num_needed) == (3, 4)
 
 
 def test_equal_pictures_are_no_question() -> None:
     same = judged(0.0, noise=0.0)
-    assert same.doubts() == []
+    assert same.open_comparisons() == []
     (again,) = same.summaries()[-1:]
     assert (again.vs_base_mean, again.vs_base_low, again.vs_base_high) == (0, 0, 0)
 
@@ -73,16 +77,16 @@ def test_one_picture_has_no_interval(tmp_path: Path) -> None:
     assert summary.vs_base_mean == pytest.approx(0.2)
     assert summary.vs_base_low is summary.vs_base_high is None
     assert summary.spelled(".2f") == "0.30"
-    assert own.doubts() == [
-        "clip_text: 1 pictures are too few to tell these from the base: a (more needed), b (more needed)."
-    ]
-    evaluation = dataclasses.replace(make_sample(tmp_path), summary=(summary,))
+    found = own.open_comparisons()
+    assert [(one.candidate, one.other, one.num_needed) for one in found] == [("a", "base", None), ("b", "base", None)]
+    evaluation = dataclasses.replace(make_sample(tmp_path), summary=(summary,), open_comparisons=found)
     results.write(evaluation, tmp_path)
     assert "Infinity" not in (tmp_path / "evaluation.json").read_text()
     assert results.read(tmp_path).summary[0].low is None
+    assert list(results.read(tmp_path).open_comparisons) == found
 
 
 def test_few_prompts() -> None:
     few = Judgement(METRIC, ["base"], CASES[:2], np.zeros((1, 2, 1)), 1)
-    assert doubts([judged(0.3)]) == []
-    assert doubts([few])[0].startswith("Some metrics have 2 prompt(s) to judge")
+    assert few_prompts([judged(0.3)]) == []
+    assert few_prompts([few])[0].startswith("Some metrics have 2 prompt(s) to judge")

@@ -116,6 +116,8 @@ def test_page_shows_choice_scores_and_warnings(written: tuple[Path, ...], sample
     assert "&lt;300&gt;" in html
     assert all(sentence in html for sentence in choice.sentences)
     assert all(warning in html for warning in (*choice.warnings, *sample[1].warnings))
+    assert "1 comparison that these images cannot decide" in html
+    assert "about 4,300" in html
     assert number(choice.standing.likeness) in html
     assert "run/x.safetensors" in html
     assert sample[1].candidates[1].sha256 not in html  # hashes are those of the adapters, told below

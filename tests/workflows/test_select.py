@@ -168,7 +168,7 @@ def test_scorers_of_a_config_reach_the_evaluation(tmp_path: Path) -> None:
     own = settings(tmp_path, tmp_path, tmp_path / "run")
     named = scorers(load(None, [*own, "evaluate.scorers=[dino=a, preference=b/c, probe=d]"]))
     assert named == {"clip": CLIP, "dino": "a", "preference": "b/c", "probe": "d"}
-    assert scorers(load(None, [*own, "evaluate.clip=null"])).keys() == {"clip"}
+    assert scorers(load(None, [*own, "evaluate.clip=null"])) == {}
 
 
 def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -205,6 +205,17 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
     assert "--text-weight 2" in command("select", trained, "--text-weight", "2").message
     assert "--max-copying nan: must be a finite" in command("select", trained, "--max-copying", "nan").message
     assert "train.seed=3: only evaluate.key=value" in command("select", trained, "train.seed=3").message
+    arguments = ("--evaluation", tmp_path, "evaluate.seeds=[1]")
+    assert "evaluate.seeds=[1] does nothing beside --evaluation" in command("select", trained, *arguments).message
+
+
+def test_select_ends_with_one_line_of_warnings(command: Commands, selected: Path) -> None:
+    told = command("select", selected, "--evaluation", selected / "evaluation")
+    values = json.loads((selected / "selection.json").read_text())
+    assert len(values["warnings"]) > 1
+    lines = told.out.strip().splitlines()
+    assert len(lines) == 3
+    assert f"(+{len(values['warnings']) - 1} more in 'lora-diffusion report" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +234,7 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
         ("evaluate.scorers=[dino=/no/dino]", "dino=/no/dino cannot be loaded"),
         ("evaluate.metrics=[clip_text, clip_image, dino_image]", "add evaluate.scorers=[dino=NAME]"),
         ("evaluate.patience=2", "set evaluate.every_steps"),
+        ("evaluate.class_words=cat", "fills {class} of evaluate.prompts"),
     ],
 )
 def test_bad_settings_are_told_before_training(
