@@ -125,6 +125,8 @@ class Batch:
     tensors: Mapping[str, Tensor]
     position: tuple[int, int] = (0, 0)
     """(epoch, index of the batch in the epoch): with the seed, all that its random draws depend on."""
+    weights: Tensor | None = None
+    """[batch], float32, how much each sample counts in the mean over a step; None if all count alike."""
 
     def __len__(self) -> int:
         """Returns the number of samples."""

@@ -167,7 +167,7 @@ class Whisper:
         return items
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
-        """Stacks items; labels are padded with -100."""
+        """Stacks items; labels are padded with -100, and each token counts alike in the loss of a step."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -179,7 +179,8 @@ class Whisper:
             "num_frames": torch.stack([item.tensors["num_frames"] for item in items]),
             "labels": pad_sequence(labels, batch_first=True, padding_value=_transformers.IGNORED),
         }
-        return Batch(tuple(item.key for item in items), tensors)
+        weights = torch.tensor([float(len(own)) for own in labels])
+        return Batch(tuple(item.key for item in items), tensors, weights=weights)
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
         """Mean cross-entropy of each sample's labels, padding left out; one view of each is drawn and masked."""

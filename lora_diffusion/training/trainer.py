@@ -129,8 +129,8 @@ class Trainer:
         """
         # Dropout draws from torch's global generator.
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.processes.process_index))
-        per_sample, metrics = self._add_gradients(micro_batches)
-        loss, num_samples = self._average_processes(per_sample.sum(), len(per_sample))
+        per_sample, weights, metrics = self._add_gradients(micro_batches)
+        loss, num_samples = self._average_processes(per_sample, weights)
         self._check_finite("loss", loss, step, micro_batches, per_sample)
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf).item()
@@ -169,36 +169,45 @@ class Trainer:
         with fast_products(self.device), self._autocast():
             return self.loss(batch, rng)
 
-    def _add_gradients(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, dict[str, float]]:
-        """Adds up the gradients of the mean over this process's samples; returns each loss, and the mean metrics."""
+    def _add_gradients(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Adds up the gradients of the weighted mean over this process's samples.
+
+        Returns:
+            each loss and each weight, [samples], and the mean metrics.
+        """
         num_samples = sum(len(batch) for batch in micro_batches)
-        per_sample = [torch.zeros(0, device=self.device)]
+        weights = [torch.ones(len(batch)) if batch.weights is None else batch.weights for batch in micro_batches]
+        each_weight = torch.cat([torch.zeros(0), *weights])
+        total = each_weight.sum().item()
+        per_sample = [torch.zeros(0, device=self.device)]  # a process may get no batch in the last step of an epoch
         metrics: defaultdict[str, float] = defaultdict(float)
-        for batch in micro_batches:
+        for batch, weight in zip(micro_batches, weights, strict=True):
             rng = derive(self.config.seed, "loss", *batch.position)
             with fast_products(self.device), self._autocast():
                 output = self.loss(batch, rng)
-            torch.autograd.backward(self._scaler.scale(output.per_sample.sum() / num_samples))
+            weighted = (output.per_sample * weight.to(output.per_sample.device)).sum()
+            torch.autograd.backward(self._scaler.scale(weighted / total))
             per_sample.append(output.per_sample.detach().float())
             for name, value in output.metrics.items():
                 metrics[name] += value * len(batch) / num_samples
-        return torch.cat(per_sample), dict(metrics)
+        return torch.cat(per_sample), each_weight.to(self.device), dict(metrics)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, self._dtype)
 
-    def _average_processes(self, loss_sum: Tensor, num_samples: int) -> tuple[float, int]:
-        """Makes gradients and loss the means over the samples of all processes; returns loss and number of samples."""
+    def _average_processes(self, per_sample: Tensor, weights: Tensor) -> tuple[float, int]:
+        """Makes gradients and loss the weighted means over all processes; returns loss and number of samples."""
+        loss_sum, own = (per_sample * weights).sum(), weights.sum()
         if self.processes.num_processes == 1:
-            return (loss_sum / num_samples).item(), num_samples
+            return (loss_sum / own).item(), len(per_sample)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        flat = torch.cat([loss_sum[None], *(num_samples * gradient.flatten() for gradient in gradients)])
-        total = int(reduce(torch.tensor([num_samples], device=self.device), "sum").item())
-        flat = reduce(flat, "sum") / total
+        flat = torch.cat([loss_sum[None], *(own * gradient.flatten() for gradient in gradients)])
+        totals = reduce(torch.stack([own, torch.tensor(float(len(per_sample)), device=self.device)]), "sum")
+        flat = reduce(flat, "sum") / totals[0]
         sizes = [gradient.numel() for gradient in gradients]
         for parameter, mean in zip(self._parameters, flat[1:].split(sizes), strict=True):
             parameter.grad = mean.view_as(parameter)
-        return flat[0].item(), total
+        return flat[0].item(), int(totals[1].item())
 
     def _check_finite(self, what: str, value: float, step: int, micro_batches: Sequence[Batch], each: Tensor) -> None:
         if math.isfinite(value):

@@ -95,6 +95,19 @@ class TestPreparing:
 
 
 class TestLoss:
+    def test_a_step_is_the_mean_over_tokens_as_in_transformers(self, base: Path) -> None:
+        loaded = load(base)
+        inputs = batch(loaded, "one", "two three four five", "a")
+        found = FAMILY.loss(loaded, inputs, derive(0, "loss")).per_sample
+        assert inputs.weights is not None
+        assert inputs.weights.tolist() == (inputs.tensors["labels"] != -100).sum(1).tolist()
+        with torch.no_grad():
+            expected = loaded.modules["model"](
+                input_features=inputs.tensors["features"][:, 0], labels=inputs.tensors["labels"]
+            ).loss
+        weighted = (found * inputs.weights).sum() / inputs.weights.sum()
+        torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-5)
+
     def test_equals_the_reference(self, base: Path) -> None:
         loaded = load(base)
         inputs = batch(loaded, "one", "two three", "a")

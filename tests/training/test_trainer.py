@@ -2,6 +2,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,27 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path, num_items: int) -> No
         torch.testing.assert_close(value, big.weights()[name], rtol=1e-4, atol=1e-6)  # other order of sums
     losses = [[line["loss"] for line in read_metrics(tmp_path / run)] for run in "ab"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_samples_weigh_as_the_batch_says(tmp_path: Path, batch_size: int) -> None:
+    """A weight of 2 is the sample twice, a weight of 0 is none of it; equal weights change no bit."""
+
+    def train(name: str, **batches: Any) -> tuple[Toy, list[float]]:
+        toy = Toy(noise=0.0, dropout=0.0)
+        toy.trainer(tmp_path / name, max_steps=3).fit(ToyBatches(accumulation=4 // batch_size, **batches))
+        return toy, [line["loss"] for line in read_metrics(tmp_path / name)]
+
+    plain, losses = train("plain", num_items=4, batch_size=batch_size)
+    alike, same = train("alike", num_items=4, batch_size=batch_size, weights=[1.0] * 4)
+    assert losses == same
+    assert all(torch.equal(value, alike.weights()[name]) for name, value in plain.weights().items())
+
+    weighted, found = train("weighted", num_items=4, batch_size=batch_size, weights=[2.0, 2.0, 0.0, 0.0])
+    few, expected = train("few", num_items=2, batch_size=2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    for name, value in weighted.weights().items():
+        torch.testing.assert_close(value, few.weights()[name], rtol=1e-4, atol=1e-6)  # other order of sums
 
 
 def test_resume_is_bit_for_bit_one_run(tmp_path: Path) -> None:

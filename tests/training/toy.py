@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,19 @@ from lora_diffusion.training.trainer import Trainer
 class ToyBatches:
     """Pictures 0 to n-1 in order, every epoch alike; the last batch of an epoch may be short."""
 
-    def __init__(self, num_items: int = 10, batch_size: int = 2, accumulation: int = 1, bad: int | None = None) -> None:
+    def __init__(
+        self,
+        num_items: int = 10,
+        batch_size: int = 2,
+        accumulation: int = 1,
+        bad: int | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         numbers = torch.arange(num_items)
         self._chunks = list(numbers.split(batch_size))
         self._accumulation = accumulation
         self._bad = bad
+        self._weights = None if weights is None else torch.tensor(weights)
         self.num_steps_per_epoch = -(-len(self._chunks) // accumulation)
 
     def steps(self, start_step: int) -> Iterator[tuple[Batch, ...]]:
@@ -37,7 +45,8 @@ class ToyBatches:
         x = torch.stack([torch.randn(6, generator=torch.Generator().manual_seed(int(i))) for i in chunk])
         if self._bad is not None:
             x[chunk == self._bad] = float("nan")
-        return Batch(tuple(f"{int(i)}.png" for i in chunk), {"x": x}, (epoch, index))
+        weights = None if self._weights is None else self._weights[chunk]
+        return Batch(tuple(f"{int(i)}.png" for i in chunk), {"x": x}, (epoch, index), weights)
 
 
 class Toy:
