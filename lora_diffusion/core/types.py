@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from lora_diffusion.core.clip_text import TextLimit
     from lora_diffusion.core.protocols import AdapterSwitch
 
 
@@ -195,6 +196,8 @@ class BaseInfo:
     """Where it lies on this machine; what a hub id names is fetched by then."""
     files: tuple[Path, ...] = ()
     """Those there that decide what training sees: weights of its parts, settings of its noise schedule."""
+    text_limit: TextLimit | None = field(default=None, compare=False, repr=False)
+    """How much of a caption is read; None where captions are not, or may have any length."""
 
 
 @dataclass(frozen=True)

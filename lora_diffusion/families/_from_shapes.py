@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_diffusion.core.clip_text import VOCABULARY as CLIP_VOCABULARY
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.families._components import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-CLIP_VOCABULARY = 49408
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP_PREFIXES = {
     "sd1": {"text_encoder": "cond_stage_model.transformer.text_model."},

@@ -6,7 +6,6 @@ so nothing needs to be fetched.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,13 +14,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core import clip_text
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import atomic_path, content_hash, default_cache_path, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families import _sources
 from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
-from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, PREDICTION_KEYS, Shapes, component_configs
+from lora_diffusion.families._from_shapes import PREDICTION_KEYS, Shapes, component_configs
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,8 @@ class SingleFile:
 
     def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors."""
-        info = replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
+        info = describe(self._configs, self.layout, options)
+        info = replace(info, path=self.path, files=(self.path,), text_limit=clip_text.TextLimit())
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
         return info
@@ -167,13 +168,10 @@ def _index(layout: Layout, configs: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 def _write_tokenizer(folder: Path, padding: str) -> None:
     """Writes CLIP's tokenizer files from the merge table that open_clip ships (Radford et al. 2021)."""
-    import open_clip
     from open_clip.tokenizer import bytes_to_unicode
 
-    table = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-    lines = gzip.decompress(table.read_bytes()).decode("utf-8").split("\n")
     letters = list(bytes_to_unicode().values())
-    merges = lines[1 : CLIP_VOCABULARY - 2 * len(letters) - 2 + 1]
+    merges = clip_text.merges()
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
     vocabulary = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.clip_text import TextLimit
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import MissingModelError, ModelError
 from lora_diffusion.core.files import builtin_path, content_hash, user_path
@@ -173,7 +174,8 @@ class Folder:
             info = describe(self._configs(), self.layout, options)
         networks = [file for name in ("unet", *self.layout.towers) for file in self._weight_files(name)]
         files = (*networks, self.path / "scheduler" / "scheduler_config.json")
-        return replace(info, path=self.path, files=files)
+        limit = TextLimit(self.path / self.layout.tokenizers[0])
+        return replace(info, path=self.path, files=files, text_limit=limit)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders from their configs, once the weight files hold all tensors of these."""
