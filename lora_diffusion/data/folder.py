@@ -24,6 +24,8 @@ class Folder:
     files: tuple[Path, ...]
     """Those to train on."""
     others: tuple[Path, ...]
+    left_out: frozenset[Path] = frozenset()
+    """Files that are there for something else, which tables may name."""
 
     def name(self, path: Path) -> str:
         """Returns a path as the user knows it: below the folder, with forward slashes."""
@@ -43,8 +45,15 @@ class Folder:
         return self.by_stem.get(_spelled(text_file.with_suffix("")), ())
 
     def find(self, path: Path) -> Path | None:
-        """Returns the file to train on of a name, however accents are written in it, or None."""
-        return self._by_path.get(_spelled(path))
+        """Returns the file to train on of a name, however accents are written in it, or None.
+
+        Tables that were written on Windows have backslashes between folders.
+        """
+        return self._by_path.get(_spelled(path)) or self._by_path.get(_spelled(Path(str(path).replace("\\", "/"))))
+
+    def is_left_out(self, path: Path) -> bool:
+        """Tells whether a name is that of a file which is there for something else."""
+        return bool(self.left_out & {path, Path(str(path).replace("\\", "/"))})
 
     @cached_property
     def _by_path(self) -> dict[Path, Path]:

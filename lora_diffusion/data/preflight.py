@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.data import audio, images
+from lora_diffusion.data import audio, companions, images
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.folder import Folder, list_folder
 
@@ -22,12 +22,14 @@ _NUM_THREADS = 8
 
 
 def list_pictures(path: str) -> Folder:
-    """Returns the files of a folder of pictures and its subfolders, and warns of names that mean trouble.
+    """Returns the pictures of a folder and its subfolders that are to be trained on.
+
+    Warns of those that are there for something else, and of names that mean trouble.
 
     Raises:
         DataError: there is no such folder, or no picture in it.
     """
-    folder = list_folder(path, "pictures", images.ENDINGS)
+    folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS))
     _warn_of_names(folder, _OTHER_PICTURES, "png", "caption")
     return folder
 
@@ -42,7 +44,7 @@ def find_pictures(path: str, setting: str) -> list[Path]:
     Raises:
         DataError: there is no such folder, no picture in it, or some that cannot be read, which are all listed.
     """
-    folder = list_folder(path, "pictures", images.ENDINGS, setting)
+    folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting), setting)
     faults: list[str] = []
     measure(folder, False, faults)
     if faults:
@@ -126,7 +128,7 @@ def add_missing_captions(folder: Folder, missing: Sequence[Path], num_pictures: 
     advice = f"these look like captions, rename them: {name_some(close)}" if close else "write them"
     faults.append(
         f"None of the {num_pictures} pictures has a caption (name.txt or name.caption beside name.png, or a "
-        f"metadata.jsonl); {advice}, or set data.captions=optional."
+        f"metadata.jsonl or metadata.csv); {advice}, or set data.captions=optional."
     )
 
 
