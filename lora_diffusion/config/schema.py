@@ -57,8 +57,8 @@ class PictureDataConfig(DataConfig):
     """The pictures and their captions."""
 
     path: str = REQUIRED
-    """Folder with pictures and captions (name.txt or name.caption beside each picture, or a metadata.jsonl), or with
-    kohya folders such as "10_sks dog"."""
+    """Folder with pictures and captions (name.txt or name.caption beside each picture, or a metadata.jsonl or .csv), or
+    with kohya folders such as "10_sks dog", or such a folder itself."""
     resolution: int | None = None
     """Side in pixels of a square picture; other shapes get the same area. None takes what the base was trained on."""
     buckets: bool = True
@@ -67,14 +67,19 @@ class PictureDataConfig(DataConfig):
     """required: every picture needs one. optional: those without take default_caption."""
     default_caption: str = ""
     """Caption of pictures that have none, with captions: optional."""
+    caption_lines: str = "joined"
+    """A caption of several lines: joined makes one caption of them. each makes a caption of its own of each line of a
+    file, one of which is drawn each time. first takes the first line."""
     trigger: str = "auto"
-    """Words that call up what is trained. auto takes the words that all captions share; "" means there are none."""
+    """Words that call up what is trained. auto takes the rare words that all captions share; "" means there are
+    none."""
     flip: bool = False
     """Show each picture mirrored half of the time."""
 
     ranges: ClassVar[Mapping[str, Any]] = {
         "resolution": (lambda v: 16 <= v <= 4096, "must be between 16 and 4096 pixels"),
         "captions": (lambda v: v in ("required", "optional"), "must be one of required, optional"),
+        "caption_lines": (lambda v: v in ("joined", "each", "first"), "must be one of joined, each, first"),
     }
 
     def faults(self) -> Iterator[str]:

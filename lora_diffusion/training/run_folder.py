@@ -6,14 +6,14 @@ import glob
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lora_diffusion.config.describe import differences
 from lora_diffusion.config.load import load, to_yaml
-from lora_diffusion.config.schema import Config
+from lora_diffusion.config.schema import Config, PictureDataConfig
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, remove_leftovers, user_path, write_text
 from lora_diffusion.core.keymap import suggestion
@@ -88,7 +88,30 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} is not a run folder: it holds no config.yaml{suggestion(self.path.name, names)}"
             )
-        return load(self.config_path)
+        config = load(self.config_path)
+        # Runs from before this setting took each line of a caption file for a caption of its own.
+        is_older = "caption_lines:" not in self.config_path.read_text(encoding="utf-8")
+        return _with_lines(config, "each") if is_older else config
+
+
+def as_started(config: Config) -> Config:
+    """Returns the config of a run that may be continued, with its lines of captions taken as when it began.
+
+    Another value than the default has to be right.
+    """
+    run = RunFolder(user_path(config.output.path, "output.path"))
+    is_default = getattr(config.data, "caption_lines", None) == PictureDataConfig.caption_lines
+    then = getattr(run.config().data, "caption_lines", None) if is_default and run.config_path.is_file() else None
+    if then in (None, PictureDataConfig.caption_lines):
+        return config
+    logger.info("The run was started with data.caption_lines=%s and goes on with it.", then)
+    return _with_lines(config, then)
+
+
+def _with_lines(config: Config, rule: str) -> Config:
+    if not isinstance(config.data, PictureDataConfig):
+        return config
+    return replace(config, data=replace(config.data, caption_lines=rule))
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:

@@ -62,6 +62,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
 
 def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
+    config = run_folder.as_started(config) if resume else config
     checked = check(config, resume=resume, overwrite=overwrite)
     family, kind, run, samples, plan = checked.family, checked.kind, checked.run, checked.samples, checked.plan
     _say_what_is_trained(plan, config, samples)
@@ -186,6 +187,7 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
 
     A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
     """
+    config = config if overwrite else run_folder.as_started(config)
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
     largest = checked.kind.largest(checked.samples)
     needed = step_memory(config, checked.family, checked.info, checked.skeleton, checked.plan, largest)

@@ -137,7 +137,7 @@ def _ask_about_pictures(samples: list[Chat]) -> list[Request]:
 SAMPLES: Mapping[type[Sample], Kind] = {
     ImageText: Kind(
         _write_pictures,
-        PictureDataConfig(flip=True),
+        PictureDataConfig(flip=True, caption_lines="each"),
         _ask_for_pictures,
         lambda output: np.asarray(output.image).astype(int),
     ),

@@ -29,6 +29,7 @@ def settings(base: Path, pictures: Path, run: Path) -> list[str]:
     return [
         f"model.path={base}",
         f"data.path={pictures}",
+        "data.caption_lines=each",
         f"output.path={run}",
         "adapter.rank=2",
         "train.max_steps=4",
