@@ -54,14 +54,14 @@ def run_check(args: argparse.Namespace) -> None:
         overrides.insert(0, args.folder)
     elif args.folder:
         overrides.insert(0, f"data.path={args.folder}")
-    names_base = args.config or any(text.startswith(("model.path=", "model.family=")) for text in overrides)
+    names_base = bool(args.config) or any(text.startswith(("model.path=", "model.family=")) for text in overrides)
     config = load(args.config, overrides if names_base else ["model.path=builtin:emoji", *overrides], required=False)
     if config.data.path == "???":
         raise ConfigError("There is nothing to check: give a FOLDER, or --config with a data.path.")
     set_up_logs(args)
     from lora_diffusion import workflows
 
-    report = workflows.check_data(config)
+    report = workflows.check_data(config, base_is_named=names_base)
     print_result(args, vars(report), "\n".join([*report.lines(), "No faults."]))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.data import tables
 from lora_diffusion.data.folder import Folder, read_text
 
 BESIDE = ".txt"
@@ -180,17 +179,7 @@ def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[
             if line.strip():
                 yield number, _parsed(line)
         return
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    start = 1
-    try:
-        start += bool(reader.fieldnames)
-        for row in reader:
-            yield reader.line_num, row
-            start = reader.line_num + 1
-    except csv.Error as error:
-        place = f"{folder.name(file)}, line {start}"
-        faults.append(f"{place}: cannot be read ({error}); look for a quote without its pair.")
+    yield from tables.rows(folder, file, text, faults)
 
 
 def _parsed(line: str) -> Any:
