@@ -114,7 +114,7 @@ def _warn_of_flip(named: Sequence[tuple[str, str]]) -> None:
 
 
 def _words(words: str, unspaced: str) -> re.Pattern[str]:
-    return re.compile(rf"\b(?:{'|'.join(words.split())})(?:\b|(?=[{UNSPACED}]))|{unspaced}", re.IGNORECASE)
+    return re.compile(rf"\b(?:{'|'.join(words.split())})(?:\b|(?=(?-i:[{UNSPACED}])))|{unspaced}", re.IGNORECASE)
 
 
 def _names(named: Iterable[tuple[str, str]], pattern: re.Pattern[str]) -> list[str]:
@@ -123,7 +123,7 @@ def _names(named: Iterable[tuple[str, str]], pattern: re.Pattern[str]) -> list[s
 
 def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], found: Found) -> None:
     """Warns where the trigger that was found may not be the one that is meant."""
-    units, common = found.trigger.units, [f'"{shown(text)}"' for text in found.common]
+    units, common = found.trigger.units, [f'"{shown(text)}"' for text in dict.fromkeys(found.common)]
     if found.is_doubtful:
         logger.warning(
             'All captions share "%s", which is taken for the trigger though it is made of common words. If another one '
@@ -138,7 +138,7 @@ def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], found: Found) -
         )
     if common and units:
         logger.warning(
-            "All captions also share %s: common words, which are no trigger and keep their meaning.",
+            "All captions also share %s: common words, and so no part of the trigger.",
             name_some(common, 5),
         )
     elif common:

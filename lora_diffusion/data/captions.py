@@ -229,7 +229,8 @@ def _plain(phrase: str) -> str:
 
 def _whole(pattern: str, first: str, last: str) -> re.Pattern[str]:
     """Wants no letter beside the pattern, except where it or its end is of a script that sets no spaces."""
-    letter = rf"[^\W_{UNSPACED}]"
+    # Large ranges take long to be compiled where case is ignored.
+    letter = rf"(?-i:[^\W_{UNSPACED}])"
     before, after = ("" if re.match(rf"[{UNSPACED}]", end) else letter for end in (first, last))
     return re.compile(
         f"{before and f'(?<!{before})'}{pattern}{after and f'(?!{after})'}",

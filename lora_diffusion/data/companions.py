@@ -41,9 +41,11 @@ _OF_SYSTEM = _Reason("pictures in folders of the system", "they are copies or de
 
 _CLASS_FOLDER = re.compile(r"(\d+)_(.*)")
 _REGULARISATION_FOLDER = re.compile(
-    r"regs?|regulari[sz]ations?|(?:reg|regs|regulari[sz]ation|class|classification|prior|prior_preservation)_"
-    r"(?:images?|imgs?|pics?|pictures?|photos?|data|dataset|dir|folder|set)"
+    r"(?:\d+_)?(?:regs?|regulari[sz]ations?)(?:_\w+)?|\w+_(?:regs?|regulari[sz]ations?)(?:_(?:images?|imgs?|data|set))?"
+    r"|(?:class|classification|prior|prior_preservation)_(?:images?|imgs?|pics?|pictures?|photos?|data|dataset|dir|set)"
+    r"|\u6b63\u5219\w*"
 )
+"""Also in Chinese, the language of widespread forks of kohya's GUI."""
 _IMAGES_FOLDER = re.compile(
     r"imgs?|images?|train(?:ing)?(?:_(?:data|images?|imgs?))?|instance_(?:images?|data)|dataset"
 )
@@ -58,13 +60,17 @@ _SIDE_NAMES = (
 _SIDE_FOLDER = re.compile(
     rf"(?:\w+_)?(?:{_SIDE_NAMES})(?:_(?:images?|imgs?|pictures?|data|maps?|labels?|dir|folder|set))?"
 )
-_SIDE_FILE = re.compile(rf"(?P<stem>.+?)[-_. ](?:{_SIDE_NAMES})(?:[-_ ]?\d+)?", re.IGNORECASE)
+_SIDE_FILES = (
+    re.compile(rf"(?P<stem>.+?)[-_. ](?:{_SIDE_NAMES})(?:[-_ ]?\d+)?", re.IGNORECASE),
+    re.compile(rf"(?:{_SIDE_NAMES})[-_. ](?P<stem>.+)", re.IGNORECASE),
+)
 _ONETRAINER = re.compile(r".+-(?:masklabel|condlabel)", re.IGNORECASE)
 _SAMPLE_FILE = re.compile(
     r"(?:.*_)?e?\d{6}_\d{2}_\d{14}(?:_\d+)?"  # sd-scripts, library/train_util.py, sample_image_inference
     r"|\d{10,}__\d{9}_\d+"  # ai-toolkit, jobs/process/BaseSDTrainProcess.py
     r"|.*training-sample-\d+-\d+-\d+.*"  # OneTrainer
 )
+_LARGEST_TEXT_BYTES = 2**28
 _RUN_FILES = {"config.yaml", "metrics.jsonl"}
 """Both lie in every run folder of ours."""
 
@@ -167,8 +173,7 @@ class _Layout:
             return _SIDE
         if _SAMPLE_FILE.fullmatch(file.stem) and not self._has_caption(file):
             return _SAMPLES
-        match = _SIDE_FILE.fullmatch(file.stem)
-        is_beside = match and self.folder.beside(file.with_name(f"{match['stem']}{ENDINGS[0]}"))
+        is_beside = any(self.folder.beside(file.with_name(f"{stem}{ENDINGS[0]}")) for stem in _main_stems(file))
         return _SIDE if is_beside and not self._has_caption(file) else None
 
     def _is_class_of_another(self, path: Path) -> bool:
@@ -195,7 +200,7 @@ class _Layout:
         inside = [file for file in self.folder.files if path in file.parents]
         outside = [file for file in self.folder.files if path.parent in file.parents and path not in file.parents]
         stems = {file.stem for file in outside}
-        named = sum(bool({file.stem, _main_stem(file)} & stems) for file in inside)
+        named = sum(bool({file.stem, *_main_stems(file)} & stems) for file in inside)
         return 2 * named >= len(inside) or 2 * sum(map(self._has_caption, outside)) > len(outside)
 
     def _has_caption(self, file: Path) -> bool:
@@ -236,13 +241,15 @@ def _class_words(path: Path) -> list[str]:
     return re.split(r"[\s_-]+", match[2].strip().casefold()) if match and match[2].strip() else []
 
 
-def _main_stem(file: Path) -> str:
-    match = _SIDE_FILE.fullmatch(file.stem)
-    return match["stem"] if match else file.stem
+def _main_stems(file: Path) -> list[str]:
+    """Returns the names of the picture that a file belongs to by its own name: cat for cat_mask and mask_cat."""
+    return [match["stem"] for pattern in _SIDE_FILES if (match := pattern.fullmatch(file.stem))]
 
 
 def _read(file: Path) -> str:
+    """Returns the text of a file in small letters, "" where it is none or cannot be read, which is told elsewhere."""
     try:
-        return file.read_text(encoding="utf-8-sig", errors="replace").casefold()
+        is_text = file.is_file() and file.stat().st_size <= _LARGEST_TEXT_BYTES
+        return file.read_text(encoding="utf-8-sig", errors="replace").casefold() if is_text else ""
     except OSError:
         return ""

@@ -12,11 +12,13 @@ import numpy as np
 from PIL import Image
 
 from lora_diffusion.core.files import sha256
-from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.core.types import ImageText
 from lora_diffusion.data import images
 from lora_diffusion.data._progress import watch
 
+_LONGEST_EXAMPLE = 200
+"""Characters."""
 _THUMBNAIL_SIDE = 16
 _NEAR = 3.0
 """Root mean square difference of two thumbnails, in 1/255: what saving as JPEG or scaling a picture changes at most."""
@@ -57,7 +59,7 @@ class DataReport:
             f"Trigger:      {self.trigger or 'none'}",
         ]
         if self.prior_example:
-            caption, *priors = (f'"{text}"' for text in self.prior_example)
+            caption, *priors = (f'"{shown(text, _LONGEST_EXAMPLE)}"' for text in self.prior_example)
             lines.append(f"Without it:   {caption} becomes {' or '.join(priors)}")
         lines += [
             f"Buckets:      {buckets}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,9 +157,11 @@ def _runs(words: Words, shared: set[str], others: Sequence[str]) -> list[Words]:
     keys = [word[0].casefold() for word in words]
     runs, start = [], 0
     while start < len(words):
-        end = start
-        while end < len(words) and keys[end] in shared and _in_all(keys[start : end + 1], others):
-            end += 1
+        stop = next((place for place in range(start, len(words)) if keys[place] not in shared), len(words))
+        # What all texts hold, they hold the beginning of as well.
+        end = start + bisect_left(
+            range(start, stop), True, key=lambda last: not _in_all(keys[start : last + 1], others)
+        )
         if end > start:
             runs.append(words[start:end])
         start = max(end, start + 1)
@@ -179,8 +182,9 @@ def _phrases(text: str, segment: Words, run: Words, texts: Sequence[str]) -> lis
     found = []
     for words in [run] if is_tag and re.search(r"[(\[]", whole) else _pieces(run):
         phrase = _closed(text, *_trimmed(text, words))
-        if all(map(phrase_pattern(phrase).search, texts)):
-            found.append(_Phrase(phrase, max(_levels(phrase)), is_tag))
+        rarity = max(_levels(phrase))
+        if rarity == COMMON or all(map(phrase_pattern(phrase).search, texts)):
+            found.append(_Phrase(phrase, rarity, is_tag))
         else:
             single = [word[0] for word in words if not _IS_UNSPACED.match(word[0])]
             found += [_Phrase(word, level(word), False) for word in single if word.casefold() not in _IDLE]

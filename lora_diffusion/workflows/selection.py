@@ -215,7 +215,7 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
         words = [trigger] if trigger else [], [own.class_words] if own.class_words else []
         return read_cases(own.prompts, *words, setting="evaluate.prompts=")
     family: Family = registry.find("families", config.model.family)
-    data = replace(config.data, path=str(own.references), trigger="", captions="required")
+    data = replace(config.data, path=str(own.references), trigger="", captions="required", flip=False)
     try:
         captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
     except DataError as error:

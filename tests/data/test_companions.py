@@ -19,8 +19,19 @@ def _fill(dataset: Dataset, **folders: int) -> None:
             dataset.picture(f"{folder}/{index}.png", None)
 
 
-@pytest.mark.parametrize("images", ["img", "image", "images", "train", "."])
-@pytest.mark.parametrize("reg", ["reg", "Reg", "regularization", "regularisation_images", "reg_images", "class_images"])
+@pytest.mark.parametrize(
+    ("images", "reg"),
+    [
+        *(("img", "reg"), ("image", "Reg"), ("images", "regularization"), ("train", "regularisation_images")),
+        *(
+            (".", "reg-images"),
+            ("img", "class_images"),
+            ("img", "dog_reg"),
+            ("img", "regs_dog"),
+            (".", "\u6b63\u5219\u5316"),
+        ),
+    ],
+)
 def test_regularisation_pictures_are_no_subject(dataset, caplog, images, reg):
     for index in range(3):
         dataset.picture(f"{images}/{SUBJECT}/{index}.png", f"sks dog number {index}")
@@ -67,7 +78,15 @@ def test_output_folders_are_left_out_of_a_kohya_project_only(dataset, caplog):
 @pytest.mark.parametrize(
     "name",
     [
-        *("0-masklabel.png", "0-condlabel.png", "9-masklabel.png", "0_mask.jpg", "0.mask.png", "0-depth.png"),
+        *(
+            "0-masklabel.png",
+            "0-condlabel.png",
+            "9-masklabel.png",
+            "0_mask.jpg",
+            "0.mask.png",
+            "0-depth.png",
+            "mask_0.png",
+        ),
         *("0_canny_1.png", "masks/0.png", "mask/0.png", "control/0_canny.png", "conditioning_images/0.png"),
         *("depth/0.png", "thumbs/0.png", "@eaDir/0.png/SYNOPHOTO_THUMB_XL.png", "samples/x.png", "previews/x.png"),
         *("sub/last_e000002_01_20240101120000.png", "1712345678901__000000250_0.png"),
