@@ -23,7 +23,7 @@ from lora_diffusion.core.types import Chat, ChatInfo, Request, Turn
 from lora_diffusion.data import conversations, images
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.conversations import Conversation
-from lora_diffusion.data.folder import Folder, list_folder, stop
+from lora_diffusion.data.folder import Folder, list_folder, named_in, stop
 
 _NUM_THREADS = 8
 _NUM_AT_ONCE = 8
@@ -168,7 +168,7 @@ def _find_picture(file: Path, conversation: Conversation, config: ChatDataConfig
         faults.append(f'{conversation.origin}: names no picture; give it a key "image" with its file name.')
         return None
     root = user_path(config.images, "data.images") if config.images else file.parent
-    path = root / name
+    path = named_in(root, name)
     if os.path.isfile(path):  # noqa: PTH113 - that of pathlib raises where the name is too long
         return path
     remedy = (

@@ -65,6 +65,13 @@ def _spelled(path: Path) -> Path:
     return Path(unicodedata.normalize("NFC", str(path)))
 
 
+def named_in(folder: Path, name: str) -> Path:
+    """Returns the file that a table names; those that were written on Windows have backslashes between folders."""
+    path = folder / name
+    # os.path, since pathlib raises where the name is too long
+    return path if "\\" not in name or os.path.isfile(path) else folder / name.replace("\\", "/")  # noqa: PTH113
+
+
 def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "data.path") -> Folder:
     """Returns the files of a folder and its subfolders, without hidden ones.
 

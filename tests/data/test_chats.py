@@ -87,6 +87,12 @@ class TestLayouts:
         assert KIND.open(samples[1], ChatDataConfig()).views[0].size == (30, 20)
         assert KIND.identity(samples[0], ChatDataConfig()) == KIND.identity(samples[1], ChatDataConfig())
 
+    def test_names_that_windows_wrote(self, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        write_picture(tmp_path / "sub" / "a.png")
+        (tmp_path / "chats.json").write_text(json.dumps([entry("sub\\a.png", "What?", "a cat")]), encoding="utf-8")
+        assert _read(tmp_path)[0].path == tmp_path / "sub" / "a.png"
+
     def test_pictures_in_another_folder(self, tmp_path: Path) -> None:
         write_picture(tmp_path / "pictures" / "a.png")
         path = write_chats(tmp_path / "texts", [LAYOUTS["LLaVA"]])

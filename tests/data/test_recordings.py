@@ -54,6 +54,11 @@ class TestLayouts:
         assert (sample.transcript, sample.language) == ("one, two", "de")
         assert sample.task == ("translate" if name == "lines.jsonl" else None)
 
+    def test_names_that_windows_wrote(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "sub" / "a.wav")
+        (tmp_path / "metadata.csv").write_text("file_name,transcription\nsub\\a.wav,one\n", encoding="utf-8")
+        assert [sample.key for sample in _read(tmp_path)] == ["sub/a.wav"]
+
     def test_separators_of_unicode_do_not_end_a_line_of_json(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav")
         line = json.dumps({"file": "a.wav", "text": "one\u2028two\x85three"}, ensure_ascii=False)
