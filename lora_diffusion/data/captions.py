@@ -208,7 +208,7 @@ def phrase_pattern(phrase: str) -> re.Pattern[str]:
     want them.
     """
     words = [_BRACKET.sub(r"\\\\?\\\1", re.escape(word)) for word in re.split(r"[\s_-]+", _plain(phrase)) if word]
-    return _whole(r"[\s_-]+".join(words), phrase[:1], phrase[-1:])
+    return _whole(r"[\s_-]+".join(words) or re.escape(phrase), phrase[:1], phrase[-1:])
 
 
 def words_pattern(trigger: str) -> re.Pattern[str]:

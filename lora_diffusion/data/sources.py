@@ -145,8 +145,9 @@ def _find_trigger(
             found = found._replace(trigger=in_folder_name(named.pop(), every) or found.trigger, is_doubtful=False)
         caption_checks.warn_of_trigger(folder, texts, found)
         return found.trigger
-    words = " ".join(wanted.split())
-    trigger = Trigger((words,) if words else ())
+    units = (" ".join(unit.split()) for unit in wanted.split(","))
+    trigger = Trigger(tuple(filter(None, units)))
+    words = trigger.text
     # The first one that lacks it is named.
     lacking = {
         path: text for path, lines in texts.items() for text in reversed(lines) if text and not trigger.is_in(text)

@@ -120,3 +120,20 @@ def test_a_trigger_that_no_caption_has_is_one_fault(dataset):
         dataset.read(trigger="zorg")
     (fault,) = caught.value.faults
     assert 'data.trigger="zorg" is in none of the 5 captions, such as "a cat 0"' in fault
+
+
+def test_a_trigger_of_several_tags_may_stand_apart(dataset):
+    dataset.picture("0.png", "zorgchan, red hair, blorpy")
+    dataset.picture("1.png", "blorpy, zorgchan")
+    samples = dataset.read(trigger="zorgchan, blorpy")
+    assert {sample.trigger for sample in samples} == {"zorgchan, blorpy"}
+    assert [sample.prior_captions[0] for sample in samples] == ["red hair", ""]
+    with pytest.raises(DataError, match=r'1\.png: data\.trigger="zorgchan, red" is not in its caption'):
+        dataset.read(trigger="zorgchan, red")
+
+
+def test_a_trigger_of_signs_alone(dataset):
+    dataset.picture("0.png", "a cat --")
+    assert dataset.read(trigger="--")[0].prior_captions[0] == "a cat"
+    with pytest.raises(DataError, match="is not in its caption"):
+        dataset.read(trigger="___")
