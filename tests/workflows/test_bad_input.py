@@ -135,7 +135,7 @@ def test_no_captions_at_all(training: Training) -> None:
         (["adapter.parts=[unet, tex_encoder]"], ["tex_encoder", 'did you mean "text_encoder"']),
         (["adapter.variant=lorra"], ["adapter.variant=lorra", 'did you mean "lora"']),
         (["data.resolution=18"], ["data.resolution=18", "use 16 or 20"]),
-        (["data.trigger=zwx"], ['data.trigger="zwx" is not in its caption']),
+        (["data.trigger=zwx"], ['data.trigger="zwx" is in none of the 4 captions']),
         (["model.path=builtin:nothing"], ["builtin:nothing", "builtin:emoji"]),
         (["model.path=/no/such/base"], ["/no/such/base", "there is no such folder or file"]),
         (["model.path=someone/no-such-model"], ["someone/no-such-model", "neither a folder or file here nor"]),
