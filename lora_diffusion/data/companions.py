@@ -177,11 +177,12 @@ class _Layout:
         return _SIDE if is_beside and not self._has_caption(file) else None
 
     def _is_class_of_another(self, path: Path) -> bool:
-        """Tells whether a folder 1_dog stands beside 10_sks dog, and none of its captions says sks."""
+        """Tells whether there is a folder 10_sks dog for a folder 1_dog, and none of the latter's captions says sks."""
         own = _class_words(path)
         if not own:
             return False
-        longer = [words for other in self._siblings[path.parent] if (words := _class_words(other))[-len(own) :] == own]
+        every = (_class_words(one) for folders in self._siblings.values() for one in folders)
+        longer = [words for words in every if words[-len(own) :] == own]
         subjects = {word for words in longer for word in words[: -len(own)]}
         texts = (file for file in self.folder.others if path in file.parents and file.suffix.lower() in ENDINGS)
         return bool(subjects) and not any(subjects & set(re.findall(r"\w+", _read(file))) for file in texts)

@@ -50,9 +50,10 @@ def test_regularisation_pictures_are_no_subject(dataset, caplog, images, reg):
 def test_a_class_beside_its_subject_is_regularisation(dataset, caplog):
     dataset.picture(f"{SUBJECT}/a.png", None)
     dataset.picture("1_dog/b.png", "a dog")
+    dataset.picture("class/1_dog/b.png", "a dog")
     dataset.picture("5_cat/c.png", None)
     assert _kept(dataset) == [f"{SUBJECT}/a.png", "5_cat/c.png"]
-    assert "Left out regularisation pictures: 1 (1_dog/)" in caplog.text
+    assert "Left out regularisation pictures: 2 (1_dog/, class/1_dog/)" in caplog.text
     dataset.text("1_dog/b.txt", "another sks dog")
     assert "1_dog/b.png" in _kept(dataset)
 
