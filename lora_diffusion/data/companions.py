@@ -66,8 +66,8 @@ _SIDE_FILES = (
 )
 _ONETRAINER = re.compile(r".+-(?:masklabel|condlabel)", re.IGNORECASE)
 _SAMPLE_FILE = re.compile(
-    r"(?:.*_)?e?\d{6}_\d{2}_\d{14}(?:_\d+)?"  # sd-scripts, library/train_util.py, sample_image_inference
-    r"|\d{10,}__\d{9}_\d+"  # ai-toolkit, jobs/process/BaseSDTrainProcess.py
+    r"(?:.*_)?e?\d{6}_\d{2}_\d{14}(?:_\d+)?"  # sd-scripts, in sample_image_inference
+    r"|\d{10,}__\d{9}_\d+"  # ai-toolkit
     r"|.*training-sample-\d+-\d+-\d+.*"  # OneTrainer
 )
 _LARGEST_TEXT_BYTES = 2**28
