@@ -139,6 +139,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Returns what JSON of a stranger holds.
+
+    Raises:
+        ValueError: it is none, holds a number of thousands of digits, or nests more deeply than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:

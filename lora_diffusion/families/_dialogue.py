@@ -11,17 +11,18 @@ from typing import Any
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import user_path
 from lora_diffusion.core.types import Chat, Turn
+from lora_diffusion.families._chat_template import chat_template
 from lora_diffusion.families._sources import explained, read_json
 from lora_diffusion.families._transformers import IGNORED
 
 
 @cache
-def read_processor(folder: Path, chat_template: str | None) -> Any:
+def read_processor(folder: Path, template: str | None) -> Any:
     """Returns the processor of a base; nobody may change it.
 
     Args:
         folder: the base.
-        chat_template: file that replaces the base's own template.
+        template: file that replaces the base's own template.
 
     Raises:
         ModelError: it is missing or damaged, has no chat template, or does not fit the model.
@@ -29,22 +30,17 @@ def read_processor(folder: Path, chat_template: str | None) -> Any:
     from transformers import AutoProcessor
 
     with explained(folder):
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config = read_json(folder / "config.json")
-    if chat_template:
-        file = user_path(chat_template, "model.chat_template")
-        if not file.is_file():
-            raise ModelError(f"model.chat_template={chat_template}: there is no such file; correct the path.")
-        try:
-            processor.chat_template = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            fault = f"is not UTF-8 ({error.reason}); save it so."
-            raise ModelError(f"model.chat_template={chat_template} {fault}") from error
+    if template:
+        processor.chat_template = _read_template(template)
     faults = []
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} holds no processor with tokenizer and image processor; fetch its *.json files.")
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    if not processor.chat_template:
+    if isinstance(processor.chat_template, dict):
+        processor.chat_template = processor.chat_template.get("default")
+    if not isinstance(processor.chat_template, str) or not processor.chat_template:
         faults.append(
             "its tokenizer has no chat template; put the chat_template.jinja of its hub page into the folder, or name "
             "a file with model.chat_template"
@@ -67,6 +63,16 @@ def read_processor(folder: Path, chat_template: str | None) -> Any:
     if faults:
         raise ModelError(f"The base {folder} cannot be used.", faults)
     return processor
+
+
+def _read_template(name: str) -> str:
+    file = user_path(name, "model.chat_template")
+    if not file.is_file():
+        raise ModelError(f"model.chat_template={name}: there is no such file; correct the path.")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"model.chat_template={name} is not UTF-8 ({error.reason}); save it so.") from error
 
 
 def spell(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
@@ -122,16 +128,15 @@ def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
     Raises:
         ValueError: the template refuses the turns, or shows no picture.
     """
-    from jinja2 import TemplateError
-
     first = next(index for index, turn in enumerate(turns) if turn.role == "user")
     messages = []
     for index, turn in enumerate(turns):
         shown = [{"type": "image"}] if index == first else []
         messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.text}]})
     try:
-        text: str = processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
-    except (TemplateError, TypeError) as error:
+        template = chat_template(processor.chat_template)
+        text = template.render(messages, processor.tokenizer.special_tokens_map, ask=ask)
+    except ValueError as error:
         raise ValueError(f"the chat template of the base cannot render it ({error}).") from error
     if (count := text.count(processor.image_token)) != 1:
         raise ValueError(

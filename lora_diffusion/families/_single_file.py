@@ -77,8 +77,8 @@ class SingleFile:
                 dtype=dtypes["default"],
                 **_sources.unwanted(self.layout),
             )
-        pipeline.vae.to(dtypes["vae"])
-        return as_loaded(pipeline, self.layout, options, device, info)
+            pipeline.vae.to(dtypes["vae"])
+            return as_loaded(pipeline, self.layout, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes the whole file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import frozen_name, pick_device
-from lora_diffusion.core.errors import MissingModelError, ModelError
-from lora_diffusion.core.files import builtin_path, content_hash, user_path
+from lora_diffusion.core.errors import LoraDiffusionError, MissingModelError, ModelError
+from lora_diffusion.core.files import builtin_path, content_hash, parse_json, user_path
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import shown
+from lora_diffusion.core.model_folder import check_sizes
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
 from lora_diffusion.families._components import (
@@ -36,6 +37,9 @@ _BUILTIN = {"emoji": "emoji-sd"}
 _HUB_PATTERNS = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 _OTHER_WEIGHTS = ("-*", ".fp16", ".fp16-*")
 """How weights end where a hub repository holds no plain ones, best first: in pieces, in half precision, both."""
+_INDEX = "model_index.json"
+_NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+_SCHEDULER = re.compile(r"diffusers\.\w+Scheduler")
 _FORMS = "a diffusers folder, a .safetensors checkpoint or a hub id"
 
 
@@ -204,10 +208,11 @@ class Folder:
                 dtype=load_dtypes(options, self._configs(), device),
                 variant="fp16" if is_half else None,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 **unwanted(self.layout),
             )
-        return as_loaded(pipeline, self.layout, options, device, info)
+            return as_loaded(pipeline, self.layout, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes every file of the components' folders."""
@@ -236,9 +241,11 @@ class Folder:
                 f"scheduler/, each as diffusers saves it.{hint}",
                 faults,
             )
-        return {name: read_json(self.path / name / "config.json") for name in networks} | {
-            "scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")
-        }
+        _check_index(self.path, self.layout)
+        configs = {name: read_json(self.path / name / "config.json") for name in networks}
+        for name, config in configs.items():
+            check_sizes(config, f"The {name} of {self.path}")
+        return configs | {"scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")}
 
     def _check_family(self) -> None:
         """Names the right family before anything that this one would miss is listed."""
@@ -257,6 +264,36 @@ class Folder:
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
         return next((fault for file in weights if (fault := damage(file))), None)
+
+
+def _check_index(folder: Path, layout: Layout) -> None:
+    """Checks that the index of a folder names classes of the family only: others could load what runs code.
+
+    Raises:
+        ModelError: it is missing, or names another.
+    """
+    index = read_json(folder / _INDEX)
+    wanted = {name: [f"diffusers.{kind}"] for name, kind in _NETWORKS.items()}
+    wanted |= {name: [f"transformers.{kind}"] for name, kind in layout.towers.items()}
+    wanted |= {name: ["transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"] for name in layout.tokenizers}
+    faults = []
+    for name, kinds in wanted.items():
+        told = _told(index, name)
+        if told not in kinds:
+            faults.append(f"{name}: it is {shown(told)}, not {' or '.join(kinds)}")
+    if not _SCHEDULER.fullmatch(_told(index, "scheduler")):
+        faults.append(f"scheduler: it is {shown(_told(index, 'scheduler'))}, not one of diffusers")
+    if faults:
+        raise ModelError(
+            f"{folder / _INDEX} names parts that {layout.title} does not have, and that could run code; fetch the base "
+            "from its author again.",
+            faults,
+        )
+
+
+def _told(index: Mapping[str, Any], name: str) -> str:
+    value = index.get(name)
+    return ".".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _weights(name: str) -> str:
@@ -298,10 +335,10 @@ def explained(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (LoraDiffusionError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as error:  # tokenizers raise nothing more exact, and configs are checked by many libraries
+        what = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 500)}"
         raise ModelError(f"The base {path} cannot be used; a config or its weights are wrong. {what}") from error
 
 
@@ -312,7 +349,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing or damaged.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} of the base cannot be read as a JSON object ({error}); fetch it again.") from error
 

@@ -54,7 +54,7 @@ def read_processor(folder: Path) -> Any:
     from transformers import WhisperProcessor
 
     with explained(folder):
-        return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+        return WhisperProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
