@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,20 @@ def _add_caption(actions: Any) -> None:
 def run_check(args: argparse.Namespace) -> None:
     """Runs `data check`."""
     from lora_diffusion.config.load import load
+    from lora_diffusion.config.schema import REQUIRED
 
     overrides = list(args.overrides)
     if args.folder and "=" in args.folder and not Path(args.folder).exists():
         overrides.insert(0, args.folder)
     elif args.folder:
         overrides.insert(0, f"data.path={args.folder}")
-    names_base = args.config or any(text.startswith(("model.path=", "model.family=")) for text in overrides)
-    config = load(args.config, overrides if names_base else ["model.path=builtin:emoji", *overrides], required=False)
-    if config.data.path == "???":
+    config = load(args.config, overrides, required=False)
+    if config.model.path == REQUIRED and config.model.family == "sd1":
+        # Only its sizes count.
+        config = replace(config, model=replace(config.model, path="builtin:emoji"))
+    if config.model.path == REQUIRED:
+        raise ConfigError(f"model.path must be given, since bases of model.family={config.model.family} differ.")
+    if config.data.path == REQUIRED:
         raise ConfigError("There is nothing to check: give a FOLDER, or --config with a data.path.")
     set_up_logs(args)
     from lora_diffusion import workflows

@@ -83,6 +83,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _option_hint(arguments: Sequence[str]) -> str:
+    """Returns what options of other trainers are called here."""
+    from lora_diffusion.config.other_trainers import KEYS
+
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    hints = [f"{name}: {KEYS[key]}" for name in names if (key := name.lstrip("-").replace("-", "_").lower()) in KEYS]
+    return f"; settings are given as key=value ({'; '.join(hints)})" if hints else ""
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line; overrides may stand before, between and behind options, which argparse cannot do."""
     parser = build_parser()
@@ -90,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # Shells expand ~ at the start of a word only, which it is not in --output=~/pictures.
     args, rest = parser.parse_known_args([_AFTER_EQUALS.sub(_at_home, text) for text in given])
     if any(argument.startswith("-") for argument in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{_option_hint(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args

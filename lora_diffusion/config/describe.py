@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_diffusion.config.docs import field_docs
-from lora_diffusion.config.load import to_values
+from lora_diffusion.config.load import MARK, to_values
 from lora_diffusion.config.rules import as_written
 from lora_diffusion.config.schema import Config
 
@@ -17,7 +17,7 @@ def explained_yaml(config: Config) -> str:
     """Returns the resolved config as YAML with the meaning of each key above it."""
     import yaml
 
-    lines = []
+    lines = [MARK]
     for section, values in to_values(config).items():
         lines.append(f"{section}:")
         docs = field_docs(type(getattr(config, section)))

@@ -7,7 +7,7 @@ that of the family's kind of samples, see DATA_SECTIONS.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
@@ -15,7 +15,20 @@ from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
 DEFAULT_STEPS = 1000
 """Optimizer steps where neither train.max_steps nor train.epochs is given."""
 REQUIRED: Any = "???"
-"""A value that the user must give (OmegaConf's marker for a missing value)."""
+"""A value that the user must give; a file may say so, too."""
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Values that cannot go together."""
+
+    text: str
+    """What is told if neither gives way."""
+    key: str = ""
+    """The setting that gives way where a file says it, and the command line one of `against`; "" where none can."""
+    against: tuple[str, ...] = ()
+    instead: Any = None
+    """What it becomes; None for its default."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class DataConfig:
     ranges: ClassVar[Mapping[str, Any]] = {}
     """Key -> what its value must satisfy, and that in words."""
 
-    def faults(self) -> Iterator[str]:
-        """Yields a line for each pair of values that cannot go together."""
+    def faults(self) -> Iterator[Contradiction]:
+        """Yields each pair of values that cannot go together."""
         yield from ()
 
 
@@ -77,10 +90,11 @@ class PictureDataConfig(DataConfig):
         "captions": (lambda v: v in ("required", "optional"), "must be one of required, optional"),
     }
 
-    def faults(self) -> Iterator[str]:
-        """Yields a fault if a default caption is given that nothing uses."""
+    def faults(self) -> Iterator[Contradiction]:
+        """Yields one if a default caption is given that nothing uses."""
         if self.default_caption and self.captions == "required":
-            yield "data.default_caption: is only used with data.captions=optional"
+            text = "data.default_caption: is only used with data.captions=optional"
+            yield Contradiction(text, "data.default_caption", ("data.captions",))
 
 
 @dataclass(frozen=True)
@@ -327,3 +341,13 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    told: InitVar[frozenset[str]] = frozenset()
+    """Keys that the command line gave, over a file; they are no part of the config."""
+
+    def __post_init__(self, told: frozenset[str]) -> None:
+        """Keeps what the command line gave."""
+        object.__setattr__(self, "told", told)
+
+    def is_told(self, *keys: str) -> bool:
+        """Says whether the command line gave one of these."""
+        return not vars(self)["told"].isdisjoint(keys)

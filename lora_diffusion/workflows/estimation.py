@@ -22,6 +22,7 @@ from lora_diffusion.data.kinds import KINDS
 from lora_diffusion.quantize import chosen, weight_bytes
 from lora_diffusion.training import memory, optim
 from lora_diffusion.training.rehearsal import stand_in
+from lora_diffusion.workflows._settled import settle_variant
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,7 @@ def estimate(config: Config) -> Estimate:
     Raises:
         InputError: the run could not start.
     """
+    config = settle_variant(config)
     family: Family = registry.find("families", config.model.family)
     variants.find(config.adapter.variant, config.model.quantization)
     optim.check(config.train, pick_device())

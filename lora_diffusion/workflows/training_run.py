@@ -63,6 +63,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
 def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     checked = check(config, resume=resume, overwrite=overwrite)
+    config = checked.config
     family, kind, run, samples, plan = checked.family, checked.kind, checked.run, checked.samples, checked.plan
     _say_what_is_trained(plan, config, samples)
 
@@ -188,5 +189,5 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     """
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
     largest = checked.kind.largest(checked.samples)
-    needed = step_memory(config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
+    needed = step_memory(checked.config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
     return Outlook(checked.kind.describe(checked.samples), checked.plan, needed, checked.num_steps)
