@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.extras import require
+from lora_diffusion.core.files import not_a_file
 from lora_diffusion.core.rng import derive
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ _SILENCE = 1e-3
 _SHORTEST_S = 0.1
 _PLACEHOLDER_BYTES = 2**31 - 2**16
 """Size from which on a WAV file's header does not tell its length: programs that write into a pipe do not know it."""
+_BLOCK_SAMPLES = 2**24
+"""Of all channels together, decoded at once: 64 MiB. What can be trained on is one piece, since between two of them
+soundfile seeks, after which decoders of mp3 and opus begin a little differently."""
+_LONGEST_WHOLE = 2**25
+"""Samples of a channel that are resampled in one piece, ten minutes; hours of them would take gigabytes."""
 
 Content = Path | Callable[[], bytes]
 """A file, or what gives the content of one."""
@@ -67,13 +74,29 @@ def decode(content: Content, sampling_rate: int, start_s: float = 0.0, duration_
     """
     soundfile, soxr = _packages()
     try:
-        with soundfile.SoundFile(_stream(content)) as file:
+        with _opened(content) as stream, soundfile.SoundFile(stream) as file:
             file.seek(round(start_s * file.samplerate))
-            frames = -1 if duration_s is None else round(duration_s * file.samplerate)
-            sound, rate = file.read(frames, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+            frames = file.frames - file.tell() if duration_s is None else round(duration_s * file.samplerate)
+            rate, blocks = file.samplerate, _mono(file, frames)
+            if rate == sampling_rate or frames <= _LONGEST_WHOLE:
+                sound = np.concatenate([np.zeros(0, np.float32), *blocks])
+                return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
+            resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
+            pieces = [resampler.resample_chunk(block) for block in blocks]
+            return np.concatenate([*pieces, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise RecordingError(str(content), _explain(content, error)) from error
-    return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
+
+
+def _mono(file: Any, num_frames: int) -> Iterator[np.ndarray]:
+    """Yields the next samples of a file in pieces, its channels mixed down to one; headers may promise too much."""
+    at_once = max(_BLOCK_SAMPLES // file.channels, 1)
+    while num_frames > 0:
+        block = file.read(min(at_once, num_frames), dtype="float32", always_2d=True)
+        if not len(block):
+            return
+        yield block.mean(axis=1)
+        num_frames -= len(block)
 
 
 def check(content: Content, longest_s: float, remedy: str = "cut it") -> Facts:
@@ -87,32 +110,47 @@ def check(content: Content, longest_s: float, remedy: str = "cut it") -> Facts:
     Raises:
         RecordingError: it cannot be decoded, or is empty, silent or too long.
     """
-    import hashlib
-
     name = str(content)
     soundfile, _ = _packages()
-    data = _bytes(content)
     try:
-        info = soundfile.info(io.BytesIO(data))
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+        with _opened(content) as stream:
+            digest, share = hashlib.file_digest(stream, "sha256").hexdigest(), _share_there(stream)
+            stream.seek(0)
+            with soundfile.SoundFile(stream) as file:
+                _check_length(name, file.frames / file.samplerate, longest_s, remedy)
+                told_s = file.frames / file.samplerate / share
+                num_samples, is_finite, largest = _measure(_mono(file, file.frames))
+                rate, num_channels = file.samplerate, file.channels
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise RecordingError(name, _explain(content, error)) from error
-    if info.frames < _SHORTEST_S * info.samplerate:
-        raise RecordingError(name, f"holds {info.duration:.2f} s of sound; record it again or move it away.")
-    if info.duration > longest_s:
+    if num_samples < 0.99 * told_s * rate:
         raise RecordingError(
-            name, f"is {clock(info.duration)} long, and at most {clock(longest_s)} can be used; {remedy}."
+            name, f"breaks off after {num_samples / rate:.1f} of {told_s:.1f} s; copy or export it again."
         )
-    sound = decode(lambda: data, info.samplerate)
-    told_s = info.duration / _share_there(data)
-    if len(sound) < 0.99 * told_s * info.samplerate:
-        raise RecordingError(
-            name, f"breaks off after {len(sound) / info.samplerate:.1f} of {told_s:.1f} s; copy or export it again."
-        )
-    if not np.isfinite(sound).all():
+    if not is_finite:
         raise RecordingError(name, "holds samples that are not numbers; export it again.")
-    if np.abs(sound).max() < _SILENCE:
+    if largest < _SILENCE:
         raise RecordingError(name, "is silent (nothing above -60 dB); record it again or move it away.")
-    return Facts(len(sound) / info.samplerate, info.samplerate, info.channels, hashlib.sha256(data).hexdigest())
+    return Facts(num_samples / rate, rate, num_channels, digest)
+
+
+def _check_length(name: str, duration_s: float, longest_s: float, remedy: str) -> None:
+    if duration_s < _SHORTEST_S:
+        raise RecordingError(name, f"holds {duration_s:.2f} s of sound; record it again or move it away.")
+    if duration_s > longest_s:
+        raise RecordingError(
+            name, f"is {clock(duration_s)} long, and at most {clock(longest_s)} can be used; {remedy}."
+        )
+
+
+def _measure(blocks: Iterable[np.ndarray]) -> tuple[int, bool, float]:
+    """Returns the number of samples, whether all are numbers, and the largest amplitude."""
+    num_samples, is_finite, largest = 0, True, 0.0
+    for block in blocks:
+        num_samples += len(block)
+        is_finite = is_finite and bool(np.isfinite(block).all())
+        largest = max(largest, float(np.abs(block).max()))
+    return num_samples, is_finite, largest
 
 
 def at_speed(sound: np.ndarray, speed: float, sampling_rate: int) -> np.ndarray:
@@ -165,21 +203,27 @@ def _packages() -> tuple[Any, Any]:
     return require("soundfile", "Reading recordings"), require("soxr", "Resampling recordings")
 
 
-def _bytes(content: Content) -> bytes:
+def _opened(content: Content) -> BinaryIO:
+    """Returns the bytes as a stream; raises RecordingError where the file cannot be opened, or is a pipe or device."""
+    if callable(content):
+        return io.BytesIO(content())
+    if kind := not_a_file(content):
+        raise RecordingError(str(content), f"is {kind} and no file; move it away.")
     try:
-        return content() if callable(content) else content.read_bytes()
+        return content.open("rb")
     except OSError as error:
-        raise RecordingError(str(content), f"cannot be read ({error.strerror}); correct its access rights.") from error
+        raise RecordingError(
+            str(content), f"cannot be read ({error.strerror}); correct its access rights or link."
+        ) from error
 
 
-def _stream(content: Content) -> Any:
-    return io.BytesIO(content()) if callable(content) else str(content)
-
-
-def _share_there(data: bytes) -> float:
+def _share_there(stream: BinaryIO) -> float:
     """Returns how much of a WAV file is there by its header, at most 1; libsndfile takes what there is for all."""
-    told = 8 + int.from_bytes(data[4:8], "little")
-    return len(data) / told if data[:4] == b"RIFF" and len(data) < told < _PLACEHOLDER_BYTES else 1.0
+    num_bytes = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    start = stream.read(8)
+    told = 8 + int.from_bytes(start[4:8], "little")
+    return num_bytes / told if start[:4] == b"RIFF" and num_bytes < told < _PLACEHOLDER_BYTES else 1.0
 
 
 def _explain(content: Content, error: Exception) -> str:

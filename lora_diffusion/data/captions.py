@@ -8,11 +8,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion.data.folder import Folder, read_text
+from lora_diffusion.data.folder import Folder, parse_json, read_text
 
 ENDINGS = (".txt", ".caption")
 METADATA_NAME = "metadata.jsonl"
 _TEXT_KEYS = ("text", "caption")
+_LARGEST_BYTES = 2**16
+"""Of a caption file; text encoders read some hundred characters of a caption."""
 
 _LINKING_WORDS = (
     "a an the of in on at by to from with without and or as for into over under near is are was its his her their "
@@ -82,7 +84,7 @@ def _read_beside(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Li
     pictures = folder.beside(file)
     if not pictures:
         return {}
-    text = read_text(folder, file, faults)
+    text = read_text(folder, file, faults, _LARGEST_BYTES)
     lines = None if text is None else tuple(filter(None, map(_tidy_space, text.splitlines())))
     return dict.fromkeys(pictures, lines)
 
@@ -108,7 +110,7 @@ def _read_metadata(folder: Folder, file: Path, faults: list[str]) -> dict[Path, 
 
 def _parse_entry(line: str) -> tuple[str, Lines]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at character {error.pos + 1}); correct the line.") from error
     except RecursionError as error:

@@ -217,7 +217,7 @@ def _check_pictures(
 
     def measure(entry: _Entry) -> tuple[int, int] | str:
         try:
-            return images.open_rgb(entry.path, entry.read_bytes() if entry.read_bytes else None).size
+            return images.measure(entry.path, entry.read_bytes() if entry.read_bytes else None)
         except images.PictureError as error:
             return error.reason
 

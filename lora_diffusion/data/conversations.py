@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -11,7 +10,7 @@ from typing import Any
 
 from lora_diffusion.core.logs import shown
 from lora_diffusion.core.types import Turn
-from lora_diffusion.data.folder import Folder, read_text
+from lora_diffusion.data.folder import Folder, parse_json, read_text
 
 ENDINGS = (".json", ".jsonl")
 IMAGE = "<image>"
@@ -73,7 +72,7 @@ def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tu
 
 def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
     try:
-        return [json.loads(text)]
+        return [parse_json(text)]
     except (ValueError, RecursionError) as error:
         faults.append(f"{place}: is not JSON that can be read ({error}); correct it.")
         return []

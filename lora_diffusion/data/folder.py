@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections import Counter
@@ -9,9 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import is_text, user_path
+from lora_diffusion.core.files import is_text, not_a_file, user_path
+
+LARGEST_TABLE_BYTES = 2 * 2**30
+"""Twice the largest list of conversations that people train on."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "da
     if not root.is_dir():
         raise DataError(f"{setting}={path} is a file; give the folder that holds the {noun}.")
     try:
-        found = list(_walk(root, {root.resolve()}))
+        found = list(_walk(root))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); correct its access rights.") from error
     odd = [os.fsencode(file.relative_to(root)) for file in found if not is_text(str(file.relative_to(root)))]
@@ -91,20 +96,41 @@ def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "da
     return Folder(root, noun, files, tuple(file for file in found if file.suffix.lower() not in endings))
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+def _walk(root: Path) -> Iterator[Path]:
+    """Yields all but folders in the order of their names, whatever links lead back; each folder is walked once."""
+    seen = {_identity(root)}
+    open_folders = [iter(sorted(root.iterdir()))]
+    while open_folders:
+        entry = next(open_folders[-1], None)
+        if entry is None:
+            open_folders.pop()
+        elif entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if not entry.is_dir():
+        elif not entry.is_dir():
             yield entry
-        elif (target := entry.resolve()) not in seen:
-            seen.add(target)
-            yield from _walk(entry, seen)
+        elif (identity := _identity(entry)) not in seen:
+            seen.add(identity)
+            open_folders.append(iter(sorted(entry.iterdir())))
 
 
-def read_text(folder: Folder, file: Path, faults: list[str]) -> str | None:
-    """Returns the content of a UTF-8 file, or None and a fault."""
+def _identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def read_text(folder: Folder, file: Path, faults: list[str], largest_bytes: int = LARGEST_TABLE_BYTES) -> str | None:
+    """Returns the content of a UTF-8 file, or None and a fault; what is larger than it can be is not read."""
+    if kind := not_a_file(file):
+        faults.append(f"{folder.name(file)}: is {kind} and no file; move it away.")
+        return None
     try:
+        num_bytes = file.stat().st_size
+        if num_bytes > largest_bytes:
+            faults.append(
+                f"{folder.name(file)}: has {num_bytes:,} bytes, and at most {largest_bytes:,} are read; "
+                "cut or split it, or move it away."
+            )
+            return None
         text = file.read_text(encoding="utf-8-sig")
         if "\0" not in text:
             return text
@@ -118,6 +144,22 @@ def read_text(folder: Folder, file: Path, faults: list[str]) -> str | None:
     except OSError as error:
         faults.append(f"{folder.name(file)}: cannot be read ({error.strerror}); correct its access rights or link.")
     return None
+
+
+def parse_json(text: str) -> Any:
+    """Returns a JSON value whose texts can be stored and tokenized.
+
+    Raises:
+        ValueError: it is none, or holds half a character, as a text does that was cut inside an emoji.
+        RecursionError: it is nested too deep.
+    """
+    value = json.loads(text)
+    if "\\u" in text and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(
+            "holds half a character (one of \\ud800 to \\udfff by itself), as texts do that were cut inside an emoji; "
+            "write all of it, or leave it out."
+        )
+    return value
 
 
 def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> None:

@@ -12,7 +12,10 @@ from lora_diffusion.data import audio, images
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.folder import Folder, list_folder
 
-_OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".svg", ".psd", ".dng")
+_OTHER_PICTURES = (
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".svg", ".psd", ".xcf", ".tga", ".ico", ".exr", ".hdr"),
+    *(".ppm", ".pgm", ".pnm", ".qoi", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw"),
+)
 _OTHER_RECORDINGS = (
     *(".m4a", ".mp4", ".m4b", ".aac", ".wma", ".aif", ".aiff", ".au", ".amr", ".ac3", ".caf", ".ape", ".wv", ".oga"),
     *(".webm", ".weba", ".mka", ".mkv", ".mov", ".avi", ".3gp", ".3gpp"),
@@ -105,7 +108,7 @@ def measure(folder: Folder, skip_bad: bool, faults: list[str]) -> dict[Path, tup
 
 def _measure(path: Path) -> tuple[int, int] | str:
     try:
-        return images.open_rgb(path).size
+        return images.measure(path)
     except images.PictureError as error:
         return error.reason
 

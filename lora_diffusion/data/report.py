@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from lora_diffusion.core.files import sha256
+from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.types import ImageText
 from lora_diffusion.data import images
@@ -108,9 +107,8 @@ def describe(samples: Sequence[ImageText]) -> DataReport:
 
 
 def _look(path: Path) -> _Look:
-    image = images.open_rgb(path)
-    small = image.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
-    return _Look(image.size, sha256(path), small.tobytes())
+    size, thumbnail = images.look(path, _THUMBNAIL_SIDE)
+    return _Look(size, content_hash(path), thumbnail)
 
 
 def _groups(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], ...]:

@@ -137,6 +137,8 @@ def _split_trigger(
                 f'{folder.name(path)}: data.trigger="{trigger}" is not in its caption "{lacking[0]}"; '
                 "add the words to the caption, or correct data.trigger."
             )
+    if faults:  # a picture that cannot be read has no hash either
+        return trigger, {}
     return trigger, {
         path: captions.priors(lines[0], pattern, content_hash(path), len(texts)) for path, lines in texts.items()
     }

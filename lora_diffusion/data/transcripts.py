@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.data.folder import Folder, read_text
+from lora_diffusion.data.folder import Folder, parse_json, read_text
 
 BESIDE = ".txt"
+_LARGEST_BYTES = 2**20
+"""Of a transcript; hours of speech have a third."""
 _TABLES = (".csv", ".tsv", ".jsonl")
 FILE_KEYS = ("file_name", "file", "path", "audio")
 TEXT_KEYS = ("transcription", "transcript", "text", "sentence")
@@ -141,7 +143,7 @@ def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path,
     suffix = file.suffix.lower()
     if suffix == BESIDE:
         recordings = folder.beside(file)
-        text = read_text(folder, file, faults) if recordings else None
+        text = read_text(folder, file, faults, _LARGEST_BYTES) if recordings else None
         for path in recordings:
             yield path, None if text is None else Transcript(" ".join(text.split()), origin=folder.name(file))
     elif suffix == ".jsonl" or (suffix in _TABLES and file.stem == "metadata"):
@@ -150,9 +152,10 @@ def _read(folder: Folder, file: Path, faults: list[str]) -> Iterator[tuple[Path,
 
 
 def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
-    for number, row in _rows(folder, file, text, faults):
+    for number, content in _rows(folder, file, text, faults):
         place = f"{folder.name(file)}, line {number}"
         try:
+            row = _parsed(content) if isinstance(content, str) else content
             if not isinstance(row, dict):
                 raise ValueError("is no JSON object; correct the line.")
             name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
@@ -175,10 +178,11 @@ def _usable(row: Mapping[str, Any], place: str, faults: list[str]) -> Transcript
 
 
 def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[int, Any]]:
+    """Yields the number of each line, and what it holds: the JSON text, or a row of a table."""
     if file.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                yield number, _parsed(line)
+                yield number, line
         return
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter)
@@ -195,6 +199,6 @@ def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except (json.JSONDecodeError, RecursionError):
         return None

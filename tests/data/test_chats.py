@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,16 @@ class TestFaults:
             _read(folder)
         (told,) = caught.value.faults
         assert told.startswith("chats.json: is not JSON that can be read (")
+
+    def test_half_a_character_is_told(self, folder: Path) -> None:
+        (folder / "chats.json").write_text(json.dumps([LAYOUTS["LLaVA"]]).replace("a cat", r"a cat \ud83d"))
+        (folder / "more.jsonl").write_text(json.dumps(LAYOUTS["LLaVA"]).replace("a cat", r"a \ud83d\ude3a"))
+        os.mkfifo(folder / "pipe.json")
+        with pytest.raises(DataError) as caught:
+            _read(folder)
+        half, pipe = caught.value.faults
+        assert half.startswith("chats.json: is not JSON that can be read (holds half a character")
+        assert pipe == "pipe.json: is a pipe and no file; move it away."
 
     def test_a_file_of_another_encoding_is_one_fault(self, folder: Path) -> None:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))

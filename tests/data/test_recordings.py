@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,21 @@ class TestFaults:
         (fault,) = raised.value.faults
         assert fault.startswith("metadata.csv, line 2: has more columns than the header")
 
+    def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "good.wav", "one")
+        os.mkfifo(tmp_path / "a.wav")
+        os.mkfifo(tmp_path / "b.jsonl")
+        (tmp_path / "c.wav").symlink_to("c.wav")
+        write_recording(tmp_path / "d.wav")
+        (tmp_path / "d.txt").write_bytes(b"x" * (2**20 + 1))
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        faults = raised.value.faults
+        assert any(fault.startswith("a.wav: is a pipe and no file") for fault in faults)
+        assert any(fault.startswith("b.jsonl: is a pipe and no file") for fault in faults)
+        assert any(fault.startswith("c.wav: cannot be read") for fault in faults)
+        assert any(fault.startswith("d.txt: has 1,048,577 bytes, and at most 1,048,576 are read") for fault in faults)
+
     def test_bad_ones_can_be_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_recording(tmp_path / "good.wav", "one")
         soundfile.write(tmp_path / "silent.wav", np.zeros(RATE // 2), RATE)
@@ -226,6 +242,7 @@ class TestFaults:
         ("line", "fault"),
         [
             ("{}", "lines.jsonl, line 1: names no file"),
+            (r'{"path": "a.wav", "text": "one \ud83d"}', "lines.jsonl, line 1: holds half a character"),
             ("[1", "lines.jsonl, line 1: is no JSON object"),
             ("[" * 100_000, "lines.jsonl, line 1: is no JSON object"),
             ('{"path": "b.wav", "text": "x"}', "lines.jsonl, line 1: there is no recording b.wav"),
@@ -241,6 +258,29 @@ class TestFaults:
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
         assert fault in str(raised.value)
+
+
+def test_long_recordings_are_decoded_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = np.stack([chirp(2.0), chirp(2.0)[::-1]], axis=1)
+    soundfile.write(tmp_path / "a.wav", sound, RATE)
+    whole = {rate: audio.decode(tmp_path / "a.wav", rate) for rate in (RATE, RATE // 2)}
+    facts = audio.check(tmp_path / "a.wav", 10)
+    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 1000)
+    monkeypatch.setattr(audio, "_LONGEST_WHOLE", 1000)
+    assert audio.check(tmp_path / "a.wav", 10) == facts
+    np.testing.assert_array_equal(audio.decode(tmp_path / "a.wav", RATE), whole[RATE])
+    # The resampler works on pieces as on the whole.
+    np.testing.assert_allclose(audio.decode(tmp_path / "a.wav", RATE // 2), whole[RATE // 2], atol=1e-6)
+
+
+def test_a_header_that_promises_hours_costs_nothing(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", chirp(0.5), RATE)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    # 36 bits of STREAMINFO hold the number of samples. RFC 9639, section 8.2.
+    data[21:26] = (int.from_bytes(data[21:26], "big") & ~(2**36 - 1) | 3 * 3600 * RATE).to_bytes(5, "big")
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(audio.RecordingError, match=r"breaks off after 0\.5 of 10800\.0 s|cannot be decoded"):
+        audio.check(tmp_path / "a.flac", 4 * 3600)
 
 
 class TestLong:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,40 @@ def test_linked_folders_are_followed_once(dataset):
     (dataset.root / "real" / "a.txt").rename(other / "a.txt")
     (dataset.root / "linked").symlink_to(other)
     assert [sample.key for sample in dataset.read()] == ["linked/a.png"]
+
+
+def test_links_that_lead_back(dataset):
+    dataset.picture("a/a.png")
+    (dataset.root / "a" / "up").symlink_to(dataset.root)
+    (dataset.root / "b").symlink_to(dataset.root / "a")
+    dataset.picture("x.png/y.png")
+    assert [sample.key for sample in dataset.read()] == ["a/a.png", "x.png/y.png"]
+
+
+def test_what_is_no_file_or_too_large_is_a_fault(dataset):
+    dataset.picture("good.png")
+    for name in ("pipe.png", "good.caption", "in/metadata.jsonl", "unrelated.log"):
+        (dataset.root / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(dataset.root / name)
+    dataset.text("pipe.txt", "a cat")
+    dataset.picture("large.png", "x" * 2**17)
+    (dataset.root / "link.png").symlink_to("link.png")
+    dataset.text("link.txt", "a cat")
+    with (dataset.root / "in" / "huge.caption").open("wb") as stream:
+        stream.truncate(5 * 2**30)
+    dataset.picture("in/huge.png", None)
+    faults = _faults(dataset)
+    expected = [
+        ("pipe.png", "is a pipe and no file; move it away."),
+        ("good.caption", "is a pipe and no file; move it away."),
+        ("in/metadata.jsonl", "is a pipe and no file; move it away."),
+        ("large.txt", "has 131,072 bytes, and at most 65,536 are read; cut or split it, or move it away."),
+        ("in/huge.caption", "has 5,368,709,120 bytes, and at most 65,536 are read; cut or split it, or move it away."),
+    ]
+    for name, reason in expected:
+        assert f"{name}: {reason}" in faults
+    assert any(fault.startswith("link.png: cannot be read") for fault in faults)
+    assert len(faults) == 6
 
 
 def test_kohya_folders_give_repeats_and_captions(dataset):
@@ -100,7 +135,8 @@ def test_every_fault_is_told_at_once(dataset):
         '{"file_name": "gone.png", "text": "a"}\n{oops\n{"text": "a"}\n{"file_name": "good.png"}\n'
         + "[" * 100_000
         + "\n"
-        '{"file_name": "../pictures/good.png", "text": "x"}\n',
+        '{"file_name": "../pictures/good.png", "text": "x"}\n'
+        r'{"file_name": "good.png", "text": "a cat \ud83d"}',
     )
     before = {path: path.read_bytes() for path in dataset.root.iterdir()}
     faults = _faults(dataset)
@@ -108,7 +144,7 @@ def test_every_fault_is_told_at_once(dataset):
         ("cut.jpg", "truncated"),
         ("cut.png", "truncated"),
         ("cut2.webp", "cannot be decoded"),
-        ("letter.png", "is no png, jpeg, webp, bmp or gif picture"),
+        ("letter.png", "is no png, jpeg, webp, avif, tiff, bmp or gif picture"),
         ("zero.png", "0 bytes"),
         ("latin.txt", "byte 0xe9 at position 9 (line 2) is not UTF-8"),
         ("wide.txt", "NUL"),
@@ -121,6 +157,7 @@ def test_every_fault_is_told_at_once(dataset):
         ("metadata.jsonl, line 3", "file_name"),
         ("metadata.jsonl, line 4", '"text" or "caption"'),
         ("metadata.jsonl, line 5", "brackets in brackets"),
+        ("metadata.jsonl, line 7", "half a character"),
         ("metadata.jsonl, line 6", "no picture ../pictures/good.png"),
     ]
     for name, reason in expected:
