@@ -5,18 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.logs import printable, printable_json
 from lora_diffusion.core.weighted import weighted_file
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """Prints the result on stdout: as JSON if asked, else as text."""
-    print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
+    """Prints the result on stdout: as JSON if asked, else as text, both without control characters."""
+    if args.json:
+        is_unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+        print(printable_json(json.dumps(result, indent=2, ensure_ascii=not is_unicode)))
+    else:
+        print(printable(text))
 
 
 def set_up_logs(args: argparse.Namespace) -> None:
@@ -84,7 +90,7 @@ def weighted_parts(text: str) -> tuple[Path, float | dict[str, float]]:
         ConfigError: a weight is not a number, a part is named twice, or there is no such file.
     """
     path, _, tail = text.rpartition(":")
-    if Path(text).exists() or "=" not in tail:
+    if Path(text).exists() or "=" not in tail or not Path(path).exists():
         return weighted_file(text, "adapter")
     pairs = [pair.partition("=") for pair in tail.split(",")]
     wrong = [part + sign + number for part, sign, number in pairs if not part or not _NUMBER.fullmatch(number)]

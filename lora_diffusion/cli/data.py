@@ -62,7 +62,8 @@ def run_check(args: argparse.Namespace) -> None:
     from lora_diffusion import workflows
 
     report = workflows.check_data(config)
-    print_result(args, vars(report), "\n".join([*report.lines(), "No faults."]))
+    lines = [line.replace("\n", r"\n") for line in report.lines()]  # names of files may hold line breaks
+    print_result(args, vars(report), "\n".join([*lines, "No faults."]))
 
 
 def run_caption(args: argparse.Namespace) -> None:

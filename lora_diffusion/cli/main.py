@@ -6,8 +6,9 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from typing import NoReturn
 
 from lora_diffusion import __version__
 from lora_diffusion.cli import (
@@ -34,6 +35,7 @@ from lora_diffusion.cli import (
     verify,
 )
 from lora_diffusion.core.errors import LoraDiffusionError
+from lora_diffusion.core.logs import log_warnings, printable, silence
 
 _COMMANDS = (
     quickstart,
@@ -62,13 +64,18 @@ _COMMANDS = (
 _AFTER_EQUALS = re.compile(r"^(--[\w-]+=)~(?=/|$)")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _at_home(match: re.Match[str]) -> str:
-    return f"{match[1]}{Path.home()}"
+    return match[1] + os.path.expanduser("~")  # noqa: PTH111 - that of pathlib raises where there is no home
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lora-diffusion",
         description="Train small adapter files for image models, look at what they draw, and use them everywhere.",
         epilog="New here? Run: lora-diffusion quickstart",
@@ -104,26 +111,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parse(arguments)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        with warnings.catch_warnings():
+            log_warnings()
+            args.run(args)
+        _flush()
     except LoraDiffusionError as error:
         if args.debug:
             raise
-        print(f"lora-diffusion {args.command}: {error}", file=sys.stderr)
+        _tell(args, f"{error}")
         return error.exit_code
     except BrokenPipeError:  # the reader of our output, say head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
+    except MemoryError as error:
+        if args.debug:
+            raise
+        _tell(
+            args,
+            f"there is not enough memory ({str(error) or 'no more can be had'}); close other programs or take less.",
+        )
+        return 1
     except OSError as error:
         if args.debug:
             raise
-        print(f"lora-diffusion {args.command}: {error}; is the disk full or a folder gone?", file=sys.stderr)
+        _tell(args, f"{error}; is the disk full or a folder gone?")
         return 1
     except KeyboardInterrupt:
         instead = " instead of --overwrite" if getattr(args, "overwrite", False) else ""
         advice = f"; give the same command with --resume{instead} to continue" if hasattr(args, "resume") else ""
-        print(f"\nlora-diffusion {args.command}: stopped{advice}.", file=sys.stderr)
+        print(file=sys.stderr)
+        _tell(args, f"stopped{advice}.")
         return 1
     return 0
+
+
+def _flush() -> None:
+    if sys.stdout is None:  # closed, as daemons have it
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)  # Python would flush again at the end, and say so with a traceback
+        raise
+
+
+def _tell(args: argparse.Namespace, message: str) -> None:
+    try:
+        print(printable(f"lora-diffusion {args.command}: {message}"), file=sys.stderr)
+    except BrokenPipeError:
+        silence(sys.stderr)
 
 
 if __name__ == "__main__":

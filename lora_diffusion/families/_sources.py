@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -294,13 +295,12 @@ def _damage(path: Path, changed_ns: int, num_bytes: int) -> str | None:
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turns what libraries raise on wrong configs and weights into a ModelError; running out of memory stays."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
+        torch = sys.modules.get("torch")  # reading configs needs none of it
+        if torch and isinstance(error, torch.OutOfMemoryError):
+            raise
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(f"The base {path} cannot be used; a config or its weights are wrong. {what}") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.core.files import atomic_path, write_json
+from lora_diffusion.core.files import atomic_path, not_a_file, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, in_float32
@@ -221,6 +221,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         UnsupportedError: it describes another kind of adapter.
     """
     path = folder / CONFIG
+    if kind := not_a_file(path):
+        raise AdapterFileError(f"{path} is {kind} and no file; get the folder again.")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
 from lora_diffusion.core.files import content_hash, user_path
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
+from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.kinds import Kind
 from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags
 from lora_diffusion.formats.thumbnail import data_url
@@ -155,7 +156,7 @@ def check_thumbnail(config: Config) -> None:
         DataError: it cannot be read as one.
     """
     if config.output.thumbnail not in (None, PREVIEW):
-        data_url(user_path(config.output.thumbnail, "output.thumbnail"))
+        open_rgb(user_path(config.output.thumbnail, "output.thumbnail"))
 
 
 PREVIEW = "preview"
@@ -177,10 +178,12 @@ def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
 
 
 def _thumbnail(config: Config) -> str | None:
+    if config.output.thumbnail is None:
+        return None
     if config.output.thumbnail != PREVIEW:
-        return data_url(user_path(config.output.thumbnail, "output.thumbnail")) if config.output.thumbnail else None
+        return data_url(open_rgb(user_path(config.output.thumbnail, "output.thumbnail")))
     previews = sorted(RunFolder(user_path(config.output.path, "output.path")).previews_path.glob("step-*.png"))
-    return data_url(previews[-1]) if previews else None
+    return data_url(open_rgb(previews[-1])) if previews else None
 
 
 def _base_hashes(info: BaseInfo) -> dict[str, str]:

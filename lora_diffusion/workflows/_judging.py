@@ -13,7 +13,7 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import ImageText, Loaded, Prepared, Request, Sample
-from lora_diffusion.data import cache, images
+from lora_diffusion.data import cache
 from lora_diffusion.data.preflight import find_pictures
 from lora_diffusion.evaluation import progress
 from lora_diffusion.evaluation.clip import default_clip, load_clip
@@ -66,7 +66,7 @@ def prepare_early_stop(
         load_clip(own.clip or default_clip(config.model.path), str(loaded.device)),
         selection.cases(config, getattr(samples[0], "trigger", "")),
         own.seeds,
-        [images.open_rgb(path) for path in _references(config)],
+        _references(config),
         template,
         draw,
     )

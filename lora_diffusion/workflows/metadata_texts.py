@@ -80,7 +80,11 @@ def edit_metadata(
     Raises:
         InputError: the file, a picture or a name cannot be used; nothing is written then.
     """
-    pictures = {"modelspec.thumbnail": data_url(thumbnail)} if thumbnail else {}
+    pictures = {}
+    if thumbnail:
+        from lora_diffusion.data.images import open_rgb  # the other edits do not wait for Pillow
+
+        pictures["modelspec.thumbnail"] = data_url(open_rgb(thumbnail))
     old = read_header(_file(path)).metadata
     return _write(path, texts.change(old, {**values, **pictures}, removed), output_path, overwrite)
 
