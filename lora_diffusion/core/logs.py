@@ -38,7 +38,7 @@ class _Printable(logging.Formatter):
 
 
 def set_up(debug: bool = False) -> None:
-    """Sends our log records to the console; log records of libraries stay as they are, but for one."""
+    """Sends our log records to the console; log records of libraries stay as they are, but for two."""
     from rich.highlighter import NullHighlighter
     from rich.logging import RichHandler
 
@@ -51,6 +51,8 @@ def set_up(debug: bool = False) -> None:
     logger.propagate = False
     # On some processors it asks for a package whose only use is an order of weights that we keep off.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # Without a home folder it tells where it keeps its fonts.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def log_warnings() -> None:
