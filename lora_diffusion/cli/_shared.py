@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,24 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
     """Prints the result on stdout: as JSON if asked, else as text."""
     print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
+
+
+def print_scores(args: argparse.Namespace, results: Mapping[str, Any], records: str) -> None:
+    """Prints the scores of each set, and writes those of its records into the table that `add_csv` asked for.
+
+    Args:
+        args: of the command.
+        results: set -> its scores.
+        records: the attribute with one record for each answer.
+    """
+    if args.csv:
+        from lora_diffusion.core.files import write_csv
+
+        write_csv(
+            args.csv, [{"set": name, **vars(one)} for name, own in results.items() for one in getattr(own, records)]
+        )
+    lines = [line for name, result in results.items() for line in (f"{name}:", *result.lines())]
+    print_result(args, {name: result.to_json() for name, result in results.items()}, "\n".join(lines))
 
 
 def set_up_logs(args: argparse.Namespace) -> None:
@@ -38,6 +57,27 @@ def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, list[st
     if args.config is None and ("=" not in first or Path(first).exists()):
         return Path(first), args.overrides[1:]
     return args.config, args.overrides
+
+
+def add_csv(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the options that ask for a table."""
+    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"write {what} with their scores into a table")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def check_csv(args: argparse.Namespace) -> None:
+    """Checks the values of `add_csv`, before anything takes time.
+
+    Raises:
+        ConfigError: the file is there, or could not be written.
+    """
+    from lora_diffusion.core.files import check_writable
+
+    if args.csv is None:
+        return
+    if args.csv.is_dir() or (args.csv.exists() and not args.overwrite):
+        raise ConfigError(f"--csv {args.csv} is there already; name another file, or add --overwrite.")
+    check_writable(args.csv.parent, "--csv")
 
 
 def base_of(args: argparse.Namespace) -> Any:

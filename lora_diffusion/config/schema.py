@@ -42,7 +42,8 @@ class DataConfig:
     path: str = REQUIRED
     """Folder with the files to train on and what is to be learnt of each."""
     skip_bad: bool = False
-    """Leave out files that cannot be read, with a warning, instead of stopping."""
+    """Leave out what cannot be used, with a warning that counts it, instead of stopping: pictures that cannot be read;
+    recordings and conversations with any fault, such as a missing file or too long a transcript."""
 
     ranges: ClassVar[Mapping[str, Any]] = {}
     """Key -> what its value must satisfy, and that in words."""
@@ -88,8 +89,11 @@ class RecordingDataConfig(DataConfig):
     """The recordings and their transcripts."""
 
     path: str = REQUIRED
-    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl), or
-    a data set that `datasets.Dataset.save_to_disk` wrote."""
+    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl, the
+    layouts of Common Voice, LibriSpeech and LJSpeech), Parquet files, or what `save_to_disk` of datasets wrote."""
+    split: str = "auto"
+    """Which folders, tables and splits are taken: auto leaves out those named test, validation, dev or eval; all takes
+    everything; else the name of one, say validated."""
     long: str = "refuse"
     """Recordings that are longer than the base hears at once: refuse, or split at the timestamps of their transcript
     (<|0.00|> first words<|4.20|><|4.20|> next words<|9.10|>)."""
@@ -118,13 +122,17 @@ class ChatDataConfig(DataConfig):
 
     path: str = REQUIRED
     """JSON or JSONL file, or a folder with such files, of LLaVA ("image" and "conversations"), ShareGPT or messages
-    with role and content; or a data set that `datasets.Dataset.save_to_disk` wrote."""
+    with role and content; Parquet files; or what `save_to_disk` of datasets wrote. Those without a picture are learnt
+    as text alone."""
+    split: str = "auto"
+    """Which folders, files and splits of data.path are taken: auto leaves out those named test, validation, dev or
+    eval; all takes everything; else the name of one."""
     images: str | None = None
     """Folder that the names of pictures are looked up in; None takes that of the file which names them."""
     max_tokens: int | None = None
     """Longest conversation in tokens, those of the picture counted; None takes what the base can read."""
     too_long: str = "refuse"
-    """Conversations that are longer: refuse, or skip them with a warning."""
+    """Conversations that are longer: refuse, or skip them with a warning, as data.skip_bad does with all faults."""
     zooms: tuple[float, ...] = (1.0,)
     """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 

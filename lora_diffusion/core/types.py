@@ -86,24 +86,40 @@ class Turn:
     role: str
     """system, user or assistant."""
     text: str
+    num_images: int = 0
+    """Images that are shown before the text; only questions show any."""
+
+
+@dataclass(frozen=True)
+class ChatImage:
+    """An image that a conversation is about."""
+
+    path: Path
+    size: tuple[int, int] = (0, 0)
+    """Width and height in pixels."""
+    read_bytes: Callable[[], bytes] | None = None
+    """Gives the content where it lies in a table; None reads `path`."""
 
 
 @dataclass(frozen=True)
 class Chat(Sample):
-    """A conversation about a picture, which is shown at the beginning of the first question."""
+    """A conversation, about images or about none."""
 
     turns: tuple[Turn, ...] = ()
     """A system turn or none, then questions and answers in turn, an answer last."""
-    size: tuple[int, int] = (0, 0)
-    """Width and height in pixels of the picture."""
+    images: tuple[ChatImage, ...] = ()
+    """Those that the turns show, in their order."""
     num_tokens: int = 0
-    """Of the whole conversation, those of the picture counted."""
+    """Of the whole conversation, those of the images counted."""
     group: str = ""
     """The same for conversations of about the same length."""
-    read_bytes: Callable[[], bytes] | None = None
-    """Gives the content of the picture where it lies in a table; None reads `path`."""
-    views: tuple[Image, ...] = ()
-    """The picture at each of `data.zooms`, all of one size; filled only while the sample is being prepared."""
+    views: tuple[tuple[Image, ...], ...] = ()
+    """The images at each of `data.zooms`, those of one place all of one size; filled only while the sample is being
+    prepared."""
+
+    def first_question(self) -> Turn:
+        """Returns the first turn of the user."""
+        return next(turn for turn in self.turns if turn.role == "user")
 
 
 @dataclass(frozen=True)
@@ -214,8 +230,11 @@ class SpeechInfo(BaseInfo):
     """What it writes at once, the tokens that name language and task counted."""
     languages: tuple[str, ...] = ()
     """Codes that its tokenizer has a token for; none where it knows one language only."""
-    count_tokens: Callable[[Sequence[str]], list[int]] | None = field(default=None, compare=False, repr=False)
-    """Transcripts -> their numbers of tokens, those that name language and task counted."""
+    count_tokens: Callable[[Sequence[str]], list[int | str]] | None = field(default=None, compare=False, repr=False)
+    """Transcripts -> the number of tokens of each, those that name language and task counted, or why it cannot be
+    learnt."""
+    find_language: Callable[[str], str | None] | None = field(default=None, compare=False, repr=False)
+    """What a table calls a language, say English or en-US -> the code by which the base knows it, if it does."""
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,30 @@
-"""Recordings as training hears them: one channel at the base's sampling rate, decoded by libsndfile."""
+"""Recordings as training hears them: one channel at the base's sampling rate.
+
+libsndfile decodes sound files; MP4, Matroska and AAC, which phones, browsers and cameras write, are left to PyAV.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.errors import DataError, UnsupportedError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.rng import derive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
-"""Files with these endings are taken for recordings, in any case."""
+_SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
+_CONTAINERS = (".m4a", ".m4b", ".mp4", ".mov", ".webm", ".weba", ".mka", ".mkv", ".aac")
+ENDINGS = (*_SOUND_FILES, *_CONTAINERS)
+"""Files with these endings are taken for recordings, in any case; what decodes them, their content decides."""
 _SILENCE = 1e-3
 """A recording whose largest sample is below this, -60 dB, holds no speech."""
 _SHORTEST_S = 0.1
@@ -66,13 +72,18 @@ def decode(content: Content, sampling_rate: int, start_s: float = 0.0, duration_
         RecordingError: it cannot be decoded.
     """
     soundfile, soxr = _packages()
-    try:
-        with soundfile.SoundFile(_stream(content)) as file:
-            file.seek(round(start_s * file.samplerate))
-            frames = -1 if duration_s is None else round(duration_s * file.samplerate)
-            sound, rate = file.read(frames, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        raise RecordingError(str(content), _explain(content, error)) from error
+    if _is_container(content):
+        sound, rate, _ = _decode_container(str(content), _bytes(content))
+        start = round(start_s * rate)
+        sound = sound[start : None if duration_s is None else start + round(duration_s * rate)].mean(axis=1)
+    else:
+        try:
+            with soundfile.SoundFile(_stream(content)) as file:
+                file.seek(round(start_s * file.samplerate))
+                frames = -1 if duration_s is None else round(duration_s * file.samplerate)
+                sound, rate = file.read(frames, dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+        except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+            raise RecordingError(str(content), _explain(content, error)) from error
     return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
 
 
@@ -89,30 +100,102 @@ def check(content: Content, longest_s: float, remedy: str = "cut it") -> Facts:
     """
     import hashlib
 
-    name = str(content)
-    soundfile, _ = _packages()
-    data = _bytes(content)
-    try:
-        info = soundfile.info(io.BytesIO(data))
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise RecordingError(name, _explain(content, error)) from error
-    if info.frames < _SHORTEST_S * info.samplerate:
-        raise RecordingError(name, f"holds {info.duration:.2f} s of sound; record it again or move it away.")
-    if info.duration > longest_s:
+    name, data = str(content), _bytes(content)
+    check_length = partial(_check_length, name, longest_s, remedy)
+    if _is_container(lambda: data):
+        channels, rate, told_s = _decode_container(name, data, check_length)
+        sound, num_channels = channels.mean(axis=1), channels.shape[1]
+        check_length(len(sound) / rate)
+    else:
+        sound, rate, num_channels, told_s = _decode_file(name, data, check_length)
+    if len(sound) < 0.99 * told_s * rate:
         raise RecordingError(
-            name, f"is {clock(info.duration)} long, and at most {clock(longest_s)} can be used; {remedy}."
-        )
-    sound = decode(lambda: data, info.samplerate)
-    told_s = info.duration / _share_there(data)
-    if len(sound) < 0.99 * told_s * info.samplerate:
-        raise RecordingError(
-            name, f"breaks off after {len(sound) / info.samplerate:.1f} of {told_s:.1f} s; copy or export it again."
+            name, f"breaks off after {len(sound) / rate:.1f} of {told_s:.1f} s; copy or export it again."
         )
     if not np.isfinite(sound).all():
         raise RecordingError(name, "holds samples that are not numbers; export it again.")
     if np.abs(sound).max() < _SILENCE:
         raise RecordingError(name, "is silent (nothing above -60 dB); record it again or move it away.")
-    return Facts(len(sound) / info.samplerate, info.samplerate, info.channels, hashlib.sha256(data).hexdigest())
+    return Facts(len(sound) / rate, rate, num_channels, hashlib.sha256(data).hexdigest())
+
+
+def _check_length(name: str, longest_s: float, remedy: str, duration_s: float) -> None:
+    if duration_s < _SHORTEST_S:
+        raise RecordingError(name, f"holds {duration_s:.2f} s of sound; record it again or move it away.")
+    if duration_s > longest_s:
+        raise RecordingError(
+            name, f"is {clock(duration_s)} long, and at most {clock(longest_s)} can be used; {remedy}."
+        )
+
+
+def _decode_file(name: str, data: bytes, check_length: Callable[[float], None]) -> tuple[np.ndarray, int, int, float]:
+    """Returns sound, sampling rate, number of channels, and the seconds that the file announces."""
+    soundfile, _ = _packages()
+    try:
+        info = soundfile.info(io.BytesIO(data))
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise RecordingError(name, _explain(lambda: data, error)) from error
+    check_length(info.frames / info.samplerate)
+    sound = decode(lambda: data, info.samplerate)
+    return sound, info.samplerate, info.channels, info.duration / _share_there(data)
+
+
+def _is_container(content: Content) -> bool:
+    """Says whether a file is MP4 or QuickTime, Matroska or WebM, or AAC as it is streamed, by its first bytes."""
+    if callable(content):
+        head = content()[:8]
+    else:
+        try:
+            with content.open("rb") as stream:
+                head = stream.read(8)
+        except OSError as error:
+            raise _unreadable(content, error) from error
+    is_aac = len(head) > 1 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0
+    return is_aac or head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide") or head[:4] == b"\x1aE\xdf\xa3"
+
+
+def _decode_container(
+    name: str, data: bytes, check_length: Callable[[float], None] | None = None
+) -> tuple[np.ndarray, int, float]:
+    """Returns the first sound track, [num_samples, channels] float32, its sampling rate, and the seconds it announces.
+
+    Args:
+        name: for messages.
+        data: the file.
+        check_length: refuses a length before anything is decoded.
+
+    Raises:
+        RecordingError: it cannot be decoded, or PyAV is not installed.
+    """
+    try:
+        av = require("av", "Reading MP4, WebM and AAC recordings")
+    except UnsupportedError as error:
+        raise RecordingError(name, f"is MP4, WebM or AAC. {error}, or convert it to flac.") from error
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.audio:
+                raise RecordingError(name, "holds no sound track; move it away.")
+            told_s = _announced_s(container)
+            if check_length and told_s:
+                check_length(told_s)
+            to_floats = av.AudioResampler(format="fltp")
+            frames = [own for frame in container.decode(audio=0) for own in to_floats.resample(frame)]
+            frames += to_floats.resample(None)
+            rate = container.streams.audio[0].rate
+    except (av.FFmpegError, ValueError) as error:
+        raise RecordingError(name, _explain(lambda: data, error)) from error
+    pieces = [frame.to_ndarray().T for frame in frames]
+    return np.concatenate(pieces) if pieces else np.zeros((0, 1), np.float32), rate, told_s
+
+
+def _announced_s(container: Any) -> float:
+    """Returns how long the sound is for sure by its header, 0 where that does not tell.
+
+    Tracks of a video may differ in length, AAC that is streamed is estimated, and browsers write no length.
+    """
+    is_vague = container.streams.video or container.format.name == "aac" or not container.duration
+    # Encoders add up to some thousand samples that are cut off again.
+    return 0.0 if is_vague else max(container.duration / 1e6 - 0.1, 0.0)
 
 
 def at_speed(sound: np.ndarray, speed: float, sampling_rate: int) -> np.ndarray:
@@ -169,7 +252,11 @@ def _bytes(content: Content) -> bytes:
     try:
         return content() if callable(content) else content.read_bytes()
     except OSError as error:
-        raise RecordingError(str(content), f"cannot be read ({error.strerror}); correct its access rights.") from error
+        raise _unreadable(content, error) from error
+
+
+def _unreadable(content: Content, error: OSError) -> RecordingError:
+    return RecordingError(str(content), f"cannot be read ({error.strerror}); correct its access rights.")
 
 
 def _stream(content: Content) -> Any:
@@ -188,5 +275,5 @@ def _explain(content: Content, error: Exception) -> str:
         return "is empty (0 bytes); replace it or move it away."
     # The whole message of libsndfile names the stream by its address.
     reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-    kinds = ", ".join(ENDINGS)
+    kinds = ", ".join(_SOUND_FILES[:5])
     return f"cannot be decoded ({reason}); it is damaged or of a kind that is not read, export it as one of {kinds}."

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import is_text, user_path
+from lora_diffusion.core.logs import logger, name_some
+
+_NUM_TOLD = 2
+"""Faults of samples that are left out, in the warning."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Folder:
     files: tuple[Path, ...]
     """Those to train on."""
     others: tuple[Path, ...]
+    given: str = ""
+    """What the user gave, for messages, say "data.path=pictures"; "" stands for data.path and the root."""
+    left_out: frozenset[Path] = frozenset()
+    """Files of splits that are not asked for, which tables may name."""
 
     def name(self, path: Path) -> str:
         """Returns a path as the user knows it: below the folder, with forward slashes."""
@@ -88,7 +96,8 @@ def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "da
             f"{setting}={path} and its subfolders hold no {noun} ({', '.join(endings)}), but {present}; "
             f"give the folder with the {noun}, or convert them."
         )
-    return Folder(root, noun, files, tuple(file for file in found if file.suffix.lower() not in endings))
+    others = tuple(file for file in found if file.suffix.lower() not in endings)
+    return Folder(root, noun, files, others, f"{setting}={path}")
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -132,11 +141,41 @@ def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> 
     Raises:
         DataError: there are faults; it lists all of them.
     """
+    if faults:
+        skip = f", or set data.skip_bad=true to leave out {folder.noun} that cannot be read" if unreadable else ""
+        raise _refusal(folder, texts, faults, skip)
+
+
+def stop_or_leave_out(folder: Folder, texts: str, faults: Sequence[str], num_left: int, *, skip_bad: bool) -> None:
+    """Ends the check of samples of which each can be left out by itself.
+
+    Args:
+        folder: what was checked.
+        texts: what belongs to the files, say "transcripts".
+        faults: all that is wrong; each begins with the name of its sample and a colon.
+        num_left: samples without a fault.
+        skip_bad: `data.skip_bad`: warn of the faults, as long as a sample is left.
+
+    Raises:
+        DataError: there are faults, and they shall not be left out; it lists all of them.
+    """
     if not faults:
         return
-    skip = f", or set data.skip_bad=true to leave out {folder.noun} that cannot be read" if unreadable else ""
-    faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
-    raise DataError(
-        f"data.path={folder.root}: {faults_of} {len(folder.files)} {folder.noun} and {texts}; correct the files{skip}.",
-        faults,
+    if not skip_bad or not num_left:
+        skip = ", or set data.skip_bad=true to leave out what cannot be used" if num_left else ""
+        raise _refusal(folder, texts, faults, skip)
+    names = list(dict.fromkeys(fault.partition(": ")[0] for fault in faults))
+    logger.warning(
+        "Left out, since data.skip_bad=true: %d (%s); kept: %d. For example, %s",
+        len(names),
+        name_some(names),
+        num_left,
+        " ".join(faults[:_NUM_TOLD]),
     )
+
+
+def _refusal(folder: Folder, texts: str, faults: Sequence[str], skip: str) -> DataError:
+    given = folder.given or f"data.path={folder.root}"
+    faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
+    num = len(folder.files)
+    return DataError(f"{given}: {faults_of} {num} {folder.noun} and {texts}; correct the files{skip}.", faults)

@@ -13,21 +13,22 @@ from lora_diffusion.data._progress import watch
 from lora_diffusion.data.folder import Folder, list_folder
 
 _OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".svg", ".psd", ".dng")
-_OTHER_RECORDINGS = (
-    *(".m4a", ".mp4", ".m4b", ".aac", ".wma", ".aif", ".aiff", ".au", ".amr", ".ac3", ".caf", ".ape", ".wv", ".oga"),
-    *(".webm", ".weba", ".mka", ".mkv", ".mov", ".avi", ".3gp", ".3gpp"),
-)
+_OTHER_RECORDINGS = (".wma", ".amr", ".ac3", ".ape", ".wv", ".avi", ".3gp", ".3gpp", ".ra", ".dsf", ".mid")
 _OTHER_CAPTIONS = (".txt", ".caption", ".cap", ".captions", ".text", ".tag", ".tags", ".prompt", ".json", ".md")
 _NUM_THREADS = 8
 
 
-def list_pictures(path: str) -> Folder:
+def list_pictures(path: str, setting: str = "data.path") -> Folder:
     """Returns the files of a folder of pictures and its subfolders, and warns of names that mean trouble.
+
+    Args:
+        path: the folder, as the user gave it.
+        setting: where the user gave it, for messages.
 
     Raises:
         DataError: there is no such folder, or no picture in it.
     """
-    folder = list_folder(path, "pictures", images.ENDINGS)
+    folder = list_folder(path, "pictures", images.ENDINGS, setting)
     _warn_of_names(folder, _OTHER_PICTURES, "png", "caption")
     return folder
 
@@ -51,13 +52,17 @@ def find_pictures(path: str, setting: str) -> list[Path]:
     return list(folder.files)
 
 
-def list_recordings(path: str) -> Folder:
+def list_recordings(path: str, setting: str = "data.path") -> Folder:
     """Returns the files of a folder of recordings and its subfolders, and warns of names that mean trouble.
+
+    Args:
+        path: the folder, as the user gave it.
+        setting: where the user gave it, for messages.
 
     Raises:
         DataError: there is no such folder, or no recording in it.
     """
-    folder = list_folder(path, "recordings", audio.ENDINGS)
+    folder = list_folder(path, "recordings", audio.ENDINGS, setting)
     _warn_of_names(folder, _OTHER_RECORDINGS, "wav or flac", "transcript")
     return folder
 

@@ -130,11 +130,11 @@ class Llava:
         return f"{self.name} {_vision.fingerprint(_find(options), options, 'vision_tower' in trained)}"
 
     def prepare(self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str]) -> list[Prepared]:
-        """Spells conversations, and looks at their pictures.
+        """Spells conversations, and looks at their images.
 
         Tensors of an item: "input_ids" and "labels" [tokens], labels -100 but for the answers; "pixels" [views, tiles,
-        3, height, width] if the image tower is trained, else "features" [views, tiles, patches, width]; "image_size"
-        [2], height and width of the picture.
+        3, height, width] if the image tower is trained, else "features" [views, tiles, patches, width], tiles of all
+        images joined; "image_size" [images, 2], height and width, and "num_tiles" [images].
         """
         import torch
 
@@ -144,11 +144,13 @@ class Llava:
         for sample in samples:
             assert sample.views, f"{sample.key} was not opened"
             ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
-            pixels = torch.stack([_vision.pixels(loaded, view) for view in sample.views])
+            views = [_vision.pixels(loaded, view) for view in sample.views]
+            pixels = torch.stack([tiles for tiles, _ in views])
             tensors = {
                 "input_ids": torch.tensor(ids),
                 "labels": torch.tensor(labels),
-                "image_size": torch.tensor(sample.views[0].size[::-1]),
+                "image_size": torch.tensor([image.size[::-1] for image in sample.views[0]]).reshape(-1, 2),
+                "num_tiles": views[0][1],
             }
             if "vision_tower" in trained:
                 tensors["pixels"] = pixels
@@ -160,13 +162,13 @@ class Llava:
         return items
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
-        """Pads tokens with 0 and labels with -100 on the right; joins the tiles of all pictures."""
+        """Pads tokens with 0 and labels with -100 on the right; joins the tiles of all images."""
         from lora_diffusion.families import _vision
 
         return Batch(tuple(item.key for item in items), _vision.collate([item.tensors for item in items]))
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
-        """Mean cross-entropy of the tokens of each sample's answers; one view of each picture is drawn."""
+        """Mean cross-entropy of the tokens of each sample's answers; one view of each sample is drawn."""
         from lora_diffusion.families import _vision, _words
 
         features = _vision.draw_view(loaded, batch, rng)
@@ -175,7 +177,8 @@ class Llava:
         output = loaded.parts["language_model"](inputs_embeds=embedded, use_cache=False)
         head, labels = loaded.modules["model"].lm_head, batch.tensors["labels"]
         # The state at a token foretells the next one.
-        return LossOutput(_words.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:]))
+        per_sample = _words.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:])
+        return LossOutput(per_sample if features else per_sample + _vision.nothing_of(loaded))
 
     def example(
         self, options: LlavaOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
@@ -183,7 +186,7 @@ class Llava:
         """Gives pixels for a trained tower, features for the projector, and embeddings of the longest conversation."""
         from lora_diffusion.families import _vision
 
-        return _vision.example(self.skeleton(options), _find(options), trained, batch_size, size[0])
+        return _vision.example(self.skeleton(options), _find(options), trained, batch_size, size)
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Answers questions about pictures, in batches of equal adapter weights; alone where tokens are drawn."""

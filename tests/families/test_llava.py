@@ -21,7 +21,7 @@ from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, Chat, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.core.types import Batch, Chat, ChatImage, Loaded, ModuleKey, Request, Turn
 from lora_diffusion.families import _dialogue, _vision
 from lora_diffusion.families.llava import FAMILY, LlavaOptions
 from lora_diffusion.formats.verified import write_verified
@@ -53,8 +53,10 @@ def load(base: Path, **options: Any) -> Loaded:
 
 
 def chat(index: int, picture: Image.Image, texts: tuple[str, ...]) -> Chat:
-    turns = tuple(Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts))
-    return Chat(str(index), Path(), turns=turns, size=picture.size, views=(picture,))
+    roles = ("user", "assistant")
+    turns = tuple(Turn(roles[place % 2], text, int(place == 0)) for place, text in enumerate(texts))
+    images = (ChatImage(Path(), picture.size),)
+    return Chat(str(index), Path(), turns=turns, images=images, views=((picture,),))
 
 
 def chats(pictures: list[Image.Image]) -> list[Chat]:
@@ -153,7 +155,7 @@ class TestSpelling:
     def test_system_turn_is_rendered_but_not_learnt(self, base: Path, pictures: list[Image.Image]) -> None:
         processor = _dialogue.read_processor(base, None)
         sample = chat(0, pictures[0], ("What?", "a cat"))
-        led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), size=sample.size)
+        led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), images=sample.images)
         ids, labels = _dialogue.spell(processor, led)
         assert "Be brief." in processor.tokenizer.decode(ids)
         assert labels[-7:] == ids[-7:] and set(labels[:-7]) == {-100}
