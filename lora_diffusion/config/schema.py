@@ -33,6 +33,8 @@ class ModelOptions:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """"section.key" -> the default that suits this family, where it differs from the one written below."""
+    of_answers: ClassVar[frozenset[str]] = frozenset()
+    """Keys that say how the base is asked, and do not change what it learns."""
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,24 @@ def default_cache_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-diffusion"
 
 
+def is_hub_id(name: str) -> bool:
+    """Says whether a name is spelled as the ids of the hub are, and is no file or folder here."""
+    is_spelled_so = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) and not name.startswith(".")
+    return bool(is_spelled_so) and not Path(name).exists()
+
+
+def public_base(source: str) -> str | None:
+    """Returns what others find a base by: a hub id or builtin:NAME; None for what lies on this machine alone.
+
+    >>> public_base("/home/me/.cache/huggingface/hub/models--openai--whisper-tiny/snapshots/1a2b")
+    'openai/whisper-tiny'
+    """
+    if source.startswith("builtin:") or is_hub_id(source):
+        return source
+    found = re.search(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", source)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 def builtin_path(name: str) -> Path:
     """Returns the folder of a built-in model, say "emoji-sd"."""
     return Path(__file__).resolve().parents[1] / "builtin" / name

@@ -362,6 +362,20 @@ def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Fact
         logger.info("Resampled to %d Hz: %d (%s).", info.sampling_rate, len(resampled), name_some(resampled))
 
 
+def list_named(paths: Sequence[Path]) -> list[Path]:
+    """Returns recordings, and those in folders; what is named twice stands there once.
+
+    Raises:
+        DataError: a folder holds none.
+    """
+    named: dict[Path, Path] = {}
+    for path in paths:
+        listed = preflight.list_recordings(str(path), "PATH").files if path.is_dir() else (path,)
+        for file in listed:
+            named.setdefault(file.parent.resolve() / file.name, file)
+    return list(named.values())
+
+
 def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, Request]]:
     """Returns recordings as requests to write down what is said; long ones become several requests, in order.
 
@@ -372,12 +386,7 @@ def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, R
     Raises:
         DataError: lists all that cannot be heard.
     """
-    named: dict[Path, Path] = {}
-    for path in paths:
-        listed = preflight.list_recordings(str(path), "PATH").files if path.is_dir() else (path,)
-        for file in listed:
-            named.setdefault(file.parent.resolve() / file.name, file)
-    files = list(named.values())
+    files = list_named(paths)
     found: list[tuple[Path, Request]] = []
     faults = []
     for file in files:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import MissingModelError, ModelError
-from lora_diffusion.core.files import builtin_path, content_hash, user_path
+from lora_diffusion.core.files import builtin_path, content_hash, is_hub_id, user_path
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
@@ -77,7 +76,7 @@ def find(options: ModelOptions) -> Source:
         from lora_diffusion.families._single_file import SingleFile
 
         return SingleFile(path, layout)
-    if _is_hub_id(options.path):
+    if is_hub_id(options.path):
         _fetch_other_weights(options.path, path, layout)
     return Folder(path, layout)
 
@@ -133,17 +132,12 @@ def local(name: str, builtins: Mapping[str, str], patterns: Sequence[str], forms
     path = user_path(name, "model.path")
     if path.exists():
         return path
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return _download(name, tuple(patterns))
     near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise MissingModelError(
         f"model.path={name}: there is no such folder or file{near}.", f"Give {known}, {forms} such as owner/name."
     )
-
-
-def _is_hub_id(name: str) -> bool:
-    is_spelled_so = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
-    return bool(is_spelled_so) and not Path(name).exists()
 
 
 @cache

@@ -54,6 +54,7 @@ class LlavaOptions(ModelOptions):
         "adapter.targets": ("all-linear",),
         "output.formats": ("peft",),
     }
+    of_answers: ClassVar[frozenset[str]] = frozenset({"max_new_tokens", "temperature"})
     ranges: ClassVar[Mapping[str, Any]] = {
         "max_new_tokens": (lambda v: v >= 1, "must be 1 or greater"),
         "temperature": (lambda v: v >= 0, "must be 0 or greater"),

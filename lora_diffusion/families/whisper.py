@@ -49,6 +49,10 @@ class WhisperOptions(ModelOptions):
     """transcribe, or translate into English."""
     timestamps: bool = False
     """Keep timestamps such as <|0.00|> in transcripts and learn them; false drops them."""
+    num_beams: int = 1
+    """Transcripts that are followed at once in search of the likeliest; 5 is usual, 1 takes the likeliest token."""
+    repetition_guard: bool = True
+    """Hear a recording again, with drawn tokens, where its transcript repeats itself, as Whisper's authors do."""
     mask_time_prob: float = 0.0
     """SpecAugment: share of a recording's frames that are hidden in a training step; 0.05 is usual, 0 turns it off."""
     mask_time_length: int = 10
@@ -62,8 +66,10 @@ class WhisperOptions(ModelOptions):
         "adapter.parts": ("encoder", "decoder"),
         "output.formats": ("peft",),
     }
+    of_answers: ClassVar[frozenset[str]] = frozenset({"num_beams", "repetition_guard"})
     ranges: ClassVar[Mapping[str, Any]] = {
         "task": (lambda v: v in ("transcribe", "translate"), "must be one of transcribe, translate"),
+        "num_beams": (lambda v: v >= 1, "must be 1 or greater"),
         "mask_time_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         "mask_time_length": (lambda v: v >= 1, "must be 1 or greater"),
         "mask_feature_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
@@ -226,7 +232,7 @@ class Whisper:
         return Example(inputs, {"head": Head(config.vocab_size, width, is_tied=True)})
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
-        """Transcribes recordings by greedy search, in batches of equal adapter weights, language and task."""
+        """Transcribes recordings, in batches of equal adapter weights, language and task."""
         from lora_diffusion.families import _speech
 
         outputs: dict[int, Output] = {}

@@ -186,6 +186,8 @@ def count_tags(captions: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int
     return counts
 
 
+BASE = "base_model_name_or_path"
+"""Key of the hub id of the base, or of its name after builtin:, as PEFT calls it."""
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """What depends on the tensors, and the second on the ss_ metadata too."""
 VISIBLE = ("ss_base_model_version", "ss_v2", "modelspec.architecture")

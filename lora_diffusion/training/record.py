@@ -15,11 +15,11 @@ from accelerate import PartialState
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
-from lora_diffusion.core.files import content_hash, user_path
+from lora_diffusion.core.files import content_hash, public_base, user_path
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import Kind
-from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags
+from lora_diffusion.formats.metadata import BASE, LEGACY_BYTES, LEGACY_START, build, count_tags
 from lora_diffusion.formats.thumbnail import data_url
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.optim import learning_rate
@@ -49,6 +49,9 @@ def fingerprint(
     """
     values = to_values(config)
     settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
+    settings = {
+        key: value for key, value in settings.items() if key.removeprefix("model.") not in config.model.of_answers
+    }
     listed = [(sample.key, sample.num_repeats, *kind.identity(sample, config.data)) for sample in samples]
     hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}
@@ -102,7 +105,9 @@ def metadata(
         **_base_hashes(info),
         **(_published(kind, samples) if config.output.publish_tags else {}),
     }
-    return build(
+    base = public_base(info.source)
+    named = {BASE: base} if base else {}
+    return named | build(
         state,
         architecture=info.architecture,
         name=run.name(config),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.selection import Preference as Preference
     from lora_diffusion.workflows.selection import Selection as Selection
     from lora_diffusion.workflows.selection import select as select
+    from lora_diffusion.workflows.subtitles import write_transcripts as write_transcripts
     from lora_diffusion.workflows.training_run import Outlook as Outlook
     from lora_diffusion.workflows.training_run import TrainResult as TrainResult
     from lora_diffusion.workflows.training_run import dry_run as dry_run
@@ -69,6 +70,7 @@ _HOMES = {
     "publishing": ("Publication", "push"),
     "reports": ("read_training", "report"),
     "selection": ("Preference", "Selection", "select"),
+    "subtitles": ("write_transcripts",),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
     "transcription": ("transcribe", "understand"),
     "verification": ("Verification", "verify"),
