@@ -211,6 +211,9 @@ class BaseInfo:
     """Where it lies on this machine; what a hub id names is fetched by then."""
     files: tuple[Path, ...] = ()
     """Those there that decide what training sees: weights of its parts, settings of its noise schedule."""
+    unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Part -> regular expressions of the paths of modules whose output nothing reads, so that an adapter there learns
+    nothing."""
 
 
 @dataclass(frozen=True)

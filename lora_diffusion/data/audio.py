@@ -21,7 +21,7 @@ from lora_diffusion.core.rng import derive
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf")
+_SOUND_FILES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au", ".caf")
 _CONTAINERS = (".m4a", ".m4b", ".mp4", ".mov", ".webm", ".weba", ".mka", ".mkv", ".aac")
 ENDINGS = (*_SOUND_FILES, *_CONTAINERS)
 """Files with these endings are taken for recordings, in any case; what decodes them, their content decides."""

@@ -34,6 +34,8 @@ class Layout:
     """Text encoder -> its class in transformers."""
     unwanted: tuple[str, ...]
     """Components of the pipeline that neither training nor drawing needs."""
+    usual_skip: int = 1
+    """Layer of the text encoders that is read unless model.clip_skip says else, counted from the end."""
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -59,6 +61,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "StableDiffusionXLPipeline",
             {**_ONE_TOWER, "text_encoder_2": "CLIPTextModelWithProjection"},
             _UNWANTED,
+            usual_skip=2,
         ),
     )
 }
@@ -124,7 +127,19 @@ def describe(configs: Configs, layout: Layout, options: Any) -> BaseInfo:
         # What suits the published bases drives small ones past the colours they know.
         guidance=_GUIDANCE if resolution >= _SMALLEST_PUBLISHED else _GUIDANCE_OF_SMALL,
         zero_terminal_snr=is_zero,
+        unread=_unread(configs, layout, options.clip_skip or layout.usual_skip),
     )
+
+
+def _unread(configs: Configs, layout: Layout, skip: int) -> dict[str, tuple[str, ...]]:
+    """Returns patterns of the layers behind the one that is read; a summary of the prompt is made of the last."""
+    patterns = {}
+    for tower, kind in layout.towers.items():
+        depth = configs[tower].get("num_hidden_layers", 12)
+        layers = "|".join(map(str, range(depth - skip + 1, depth)))
+        if layers and kind == "CLIPTextModel":
+            patterns[tower] = (rf"(text_model\.)?encoder\.layers\.({layers})\..*",)
+    return patterns
 
 
 _GUIDANCE, _GUIDANCE_OF_SMALL, _SMALLEST_PUBLISHED = 7.0, 3.0, 256

@@ -106,7 +106,21 @@ def describe(folder: Path, options: LlavaOptions) -> ChatInfo:
         files=_transformers.weight_files(folder),
         max_tokens=config["text_config"].get("max_position_embeddings", ChatInfo.max_tokens),
         count_tokens=partial(_count_tokens, folder, options.chat_template),
+        unread={"vision_tower": _unread(folder)},
     )
+
+
+def _unread(folder: Path) -> tuple[str, ...]:
+    """Returns patterns of what stands behind the last layer of the image tower that the base reads."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    depth, read = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    # State 0 is what goes into the first layer.
+    last = max(layer % (depth + 1) for layer in ([read] if isinstance(read, int) else read))
+    layers = "|".join(map(str, range(last, depth)))
+    behind = rf"|encoder\.layers\.({layers})\..*" if layers else ""
+    return (rf"(vision_model\.)?(post_layernorm|head\..*{behind})",)
 
 
 def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Chat]) -> list[int | str]:

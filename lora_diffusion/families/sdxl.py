@@ -35,7 +35,6 @@ _TOWERS = {"text_encoder": ("tokenizer", "text"), "text_encoder_2": ("tokenizer_
 """Text encoder -> its tokenizer, and the column that holds its embeddings, or token ids if it is trained."""
 _SUMMARY = "summary"
 _SHOWN = "shown"
-_DEFAULT_SKIP = 2
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,9 @@ class StableDiffusionXL:
 def _read(loaded: Loaded, tower: str, token_ids: Tensor) -> dict[str, Tensor]:
     """Returns a text encoder's columns: embeddings [num_prompts, length, dim], and from the second the summary."""
     from lora_diffusion.families import _text
+    from lora_diffusion.families._components import LAYOUTS
 
-    skip = loaded.options.clip_skip or _DEFAULT_SKIP
+    skip = loaded.options.clip_skip or LAYOUTS[FAMILY.name].usual_skip
     hidden, summary = _text.encode_raw(loaded.parts[tower], token_ids, skip)
     column = _TOWERS[tower][1]
     return {column: hidden} if summary is None else {column: hidden, _SUMMARY: summary}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,9 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
     skeleton = plan = samples = num_steps = previews = None
     if info:
         skeleton = family.skeleton(config.model)
+        unread = {} if resume and run and _trains_unread(run) else info.unread
         rates = config.train.module_learning_rates
-        plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates))
+        plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates, unread))
         look(lambda: _check_spellings(family, config))
         samples = look(lambda: kind.read(config.data, info))
     if samples:
@@ -93,6 +95,14 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         previews = look(lambda: _previews(config, kind, samples, num_steps))
     faults.stop("train")
     return Checked(family, kind, variant, info, skeleton, plan, run, samples, num_steps, previews)
+
+
+def _trains_unread(run: RunFolder) -> bool:
+    """Says whether a run was begun by a version that trained layers which the base never reads; it goes on so."""
+    try:
+        return "unread" not in json.loads(run.plan_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _without_effect(config: Config) -> Iterator[str]:

@@ -66,7 +66,8 @@ def read_checkpoint(path: Path, config: Config, family: Family) -> AdapterState:
     """
     tensors = checkpoint.read_adapter(path)
     stored = variants.find(config.adapter.variant, config.model.quantization).stored
-    planned = make_plan(family.skeleton(config.model), family.parts, config.adapter).modules
+    unread = family.check(config.model).unread
+    planned = make_plan(family.skeleton(config.model), family.parts, config.adapter, unread=unread).modules
     modules = {}
     for module in planned:
         fixed = module.fixed()

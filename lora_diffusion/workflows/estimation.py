@@ -58,7 +58,7 @@ def estimate(config: Config) -> Estimate:
     optim.check(config.train, pick_device())
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
-    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates)
+    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates, info.unread)
     size = _size(config, family, info)
     return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)
 

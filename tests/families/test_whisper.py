@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,95 @@ def test_each_recording_is_heard_in_its_own_language_and_task(base: Path) -> Non
     ]
     assert [output.text for output in told] == [*alone, alone[0]]
     assert len(set(alone)) == 3
+
+
+def _without_names(base: Path, folder: Path) -> Path:
+    """Returns a copy of a base whose tokenizer has the tokens of timestamps without their names."""
+    own = shutil.copytree(base, folder)
+    file = own / "tokenizer.json"
+    told = json.loads(file.read_text("utf-8"))
+    told["added_tokens"] = [one for one in told["added_tokens"] if not re.fullmatch(r"<\|\d.*\|>", one["content"])]
+    file.write_text(json.dumps(told), encoding="utf-8")
+    names = own / "added_tokens.json"
+    if names.is_file():
+        kept = {name: own for name, own in json.loads(names.read_text("utf-8")).items() if not name[2].isdigit()}
+        names.write_text(json.dumps(kept), encoding="utf-8")
+    settings = own / "tokenizer_config.json"
+    told = json.loads(settings.read_text("utf-8"))
+    told.get("added_tokens_decoder", {}).clear()
+    settings.write_text(json.dumps(told), encoding="utf-8")
+    return own
+
+
+class TestTimestamps:
+    TEXT = "<|0.00|>one<|0.20|> two<|0.40|>"
+
+    def test_names_are_not_needed(self, base: Path, tmp_path: Path) -> None:
+        own = _without_names(base, tmp_path / "own")
+        assert "<|0.00|>" not in _speech.read_processor(own).tokenizer.get_vocab()
+        found = []
+        for folder in (base, own):
+            loaded = load(folder, timestamps=True)
+            (item,) = FAMILY.prepare(loaded, samples(self.TEXT), frozenset())
+            texts = [one.text for one in FAMILY.generate(loaded, [Request("", 0, sample=samples("")[0])])]
+            found.append((item.tensors["labels"].tolist(), texts, loaded.info.count_tokens([self.TEXT])))  # type: ignore[attr-defined]
+        assert found[0] == found[1]
+        assert found[0][1][0].startswith("<|0.")
+
+    def test_those_that_the_base_does_not_have_are_faults(self, base: Path) -> None:
+        for timestamps in (True, False):
+            info = FAMILY.check(WhisperOptions(path=str(base), timestamps=timestamps))
+            (count,) = info.count_tokens(["<|0.00|>one<|1.02|>"])  # type: ignore[misc]
+            assert ("has the timestamp 1.02, and the base has none above 1.00" in str(count)) == timestamps
+
+    def test_a_base_without_their_tokens(self, base: Path, tmp_path: Path) -> None:
+        own = shutil.copytree(base, tmp_path / "own")
+        file = own / "config.json"
+        told = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps(told | {"vocab_size": told["vocab_size"] - 51}), encoding="utf-8")
+        with pytest.raises(ModelError, match=r"has no tokens for timestamps; set model\.timestamps=false"):
+            FAMILY.check(WhisperOptions(path=str(own), timestamps=True))
+
+
+class TestSearch:
+    def test_beams_are_those_of_transformers(self, base: Path) -> None:
+        requests = [Request("", 0, sample=sample) for sample in samples("one", "two", "three")]
+        loaded = load(base, num_beams=3, repetition_guard=False)
+        found = [output.text for output in FAMILY.generate(loaded, requests)]
+        model, tokenizer = loaded.modules["model"], loaded.modules["tokenizer"]
+        features = batch(loaded, "one", "two", "three").tensors["features"][:, 0]
+        ids = model.generate(features, num_beams=3, do_sample=False, language="en", task="transcribe")
+        assert found == [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        greedy = [output.text for output in FAMILY.generate(load(base, repetition_guard=False), requests)]
+        assert found != greedy
+
+    def test_what_goes_in_circles_is_heard_again(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[int, float]] = []
+        circle = "and so on and on " * 20
+
+        def search(loaded: Loaded, features: torch.Tensor, wanted: Any, temperature: float) -> list[str]:
+            asked.append((len(features), temperature))
+            if temperature == 0:
+                return ["one two", circle, "<|0.00|> three<|0.20|>"]
+            return [circle[:60] if temperature < 0.6 else "and so on"]
+
+        monkeypatch.setattr(_speech, "_search", search)
+        requests = [Request("", 0, sample=sample) for sample in samples("", "", "")]
+        texts = [output.text for output in FAMILY.generate(load(base), requests)]
+        assert texts == ["one two", "and so on", "<|0.00|> three<|0.20|>"]
+        assert asked == [(3, 0.0), (1, 0.2), (1, 0.4), (1, 0.6)]
+        asked.clear()
+        texts = [output.text for output in FAMILY.generate(load(base, repetition_guard=False), requests)]
+        assert (texts[1], asked) == (circle, [(3, 0.0)])
+
+    def test_what_is_drawn_depends_on_the_recording_alone(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_speech, "_MOST_REPETITION", 0.0)
+        monkeypatch.setattr(_speech, "_TEMPERATURES", (1.0,))
+        monkeypatch.setattr(_speech, "_repetition", lambda text: 2.0 if text else 1.0)
+        loaded = load(base)
+        requests = [Request("", 0, sample=sample) for sample in samples("", "", "")]
+        together = [output.text for output in FAMILY.generate(loaded, requests)]
+        assert together == [FAMILY.generate(loaded, [request])[0].text for request in requests]
 
 
 def train_some(loaded: Loaded, options: WhisperOptions, num_steps: int = 1) -> list[float]:
