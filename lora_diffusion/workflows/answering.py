@@ -85,7 +85,8 @@ def examine(
         asked = [request.prompt for request, _ in pairs]
         keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
         pictures = [request.sample.views[0][0] for request, _ in pairs] if scorers else []
-        results.append(judge(keys, asked, targets, answers, pictures, scorers))
+        names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
+        results.append(judge(keys, asked, targets, answers, pictures, scorers, names))
     return results
 
 
