@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters._targets import Scope, kind_of, settle
+from lora_diffusion.adapters._targets import SHOWN_FAULTS, Scope, fit_for_adapters, kind_of, read_ones, settle
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig
@@ -22,7 +21,6 @@ from lora_diffusion.core.types import ModuleKey, Part
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_SHOWN_FAULTS = 10
 _NOTHING: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
@@ -160,7 +158,7 @@ def plan(
     _check_parts(config.parts, skeleton, declared)
     _check_full(config, variant)
     matched = _find(skeleton, declared, config, variant, unread)
-    found = {part: _read_ones(modules, unread.get(part, ())) for part, modules in matched.items()}
+    found = {part: read_ones(modules, unread.get(part, ())) for part, modules in matched.items()}
     left_out = tuple(
         f"{part}/{path}" for part, modules in matched.items() for path in modules if path not in found[part]
     )
@@ -182,12 +180,6 @@ def plan(
     return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts}, left_out)
 
 
-def _read_ones(modules: Mapping[str, nn.Module], unread: Sequence[str]) -> dict[str, nn.Module]:
-    """Returns the modules whose output the base reads."""
-    patterns = [re.compile(pattern) for pattern in unread]
-    return {path: own for path, own in modules.items() if not any(pattern.fullmatch(path) for pattern in patterns)}
-
-
 def _find(
     skeleton: Mapping[str, nn.Module],
     declared: Mapping[str, Part],
@@ -205,7 +197,7 @@ def _find(
         f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
     ]
     asked = {
-        key for target in (*config.targets, *added) if by_targets for key in _fit_for_adapters(scope, target, unread)
+        key for target in (*config.targets, *added) if by_targets for key in fit_for_adapters(scope, target, unread)
     }
     return {
         part: {
@@ -215,27 +207,6 @@ def _find(
         }
         for part, modules in networks.items()
     }
-
-
-def _fit_for_adapters(scope: Scope, target: str, unread: Mapping[str, Sequence[str]]) -> list[ModuleKey]:
-    found = scope.find(target)
-    if not any(_read_ones({path: scope.modules[part][path]}, unread.get(part, ())) for part, path in found):
-        raise TargetError(
-            f'{scope.key}: "{target}" matches only {name_some([f"{part}/{path}" for part, path in found])}, whose '
-            "output this base never reads, so that nothing could be learnt there. Name other layers."
-        )
-    unfit = [
-        f"{part}/{path} is a {type(scope.modules[part][path]).__name__}"
-        for part, path in found
-        if not kind_of(scope.modules[part][path])
-    ]
-    if unfit:
-        raise TargetError(
-            f'{scope.key}: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
-            "Conv2d (without groups) can. Name a narrower target.",
-            unfit[:_SHOWN_FAULTS],
-        )
-    return found
 
 
 class _Own(NamedTuple):
@@ -342,7 +313,7 @@ def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, varian
                 f"of them is {min(largest.values())}. Lower the rank or name other targets.",
                 [
                     f"{module.part}/{module.path} holds rank {largest[module]} at most"
-                    for module in small[:_SHOWN_FAULTS]
+                    for module in small[:SHOWN_FAULTS]
                 ],
             )
 

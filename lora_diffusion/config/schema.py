@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
+from lora_diffusion.core.chat import Chat
+from lora_diffusion.core.types import AudioText, ImageText, Sample
 
 DEFAULT_STEPS = 1000
 """Optimizer steps where neither train.max_steps nor train.epochs is given."""

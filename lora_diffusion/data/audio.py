@@ -28,6 +28,8 @@ ENDINGS = (*_SOUND_FILES, *_CONTAINERS)
 _SILENCE = 1e-3
 """A recording whose largest sample is below this, -60 dB, holds no speech."""
 _SHORTEST_S = 0.1
+LONGEST_S = 4 * 3600
+"""Recordings of more than this are never read, not even to be split."""
 _PLACEHOLDER_BYTES = 2**31 - 2**16
 """Size from which on a WAV file's header does not tell its length: programs that write into a pipe do not know it."""
 

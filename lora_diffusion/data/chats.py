@@ -14,10 +14,11 @@ from typing import Any
 from PIL import Image
 
 from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
+from lora_diffusion.core.chat import Chat, ChatImage, ChatInfo, Turn
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import user_path
 from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.types import Chat, ChatImage, ChatInfo, Request, Turn
+from lora_diffusion.core.types import Request
 from lora_diffusion.data import conversations, images, rows, splits
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.conversations import Conversation

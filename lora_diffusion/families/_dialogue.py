@@ -8,9 +8,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.core.chat import Chat, Turn
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import user_path
-from lora_diffusion.core.types import Chat, Turn
 from lora_diffusion.families._sources import explained, read_json
 from lora_diffusion.families._transformers import IGNORED
 

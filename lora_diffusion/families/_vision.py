@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core.chat import Chat, ChatInfo, Turn
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.types import Batch, Chat, ChatInfo, Example, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.core.types import Batch, Example, Loaded, ModuleKey, Request
 from lora_diffusion.families import _transformers
 from lora_diffusion.families._dialogue import expand, read_processor, render, spell, tokenize
 from lora_diffusion.families._sources import read_json

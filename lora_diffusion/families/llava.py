@@ -8,19 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.chat import Chat, ChatInfo
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import (
-    Batch,
-    Chat,
-    ChatInfo,
-    Example,
-    Loaded,
-    LossOutput,
-    Output,
-    Part,
-    Prepared,
-    Request,
-)
+from lora_diffusion.core.types import Batch, Example, Loaded, LossOutput, Output, Part, Prepared, Request
 
 if TYPE_CHECKING:
     import torch

@@ -11,6 +11,7 @@ from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
+from lora_diffusion.core.chat import Chat
 from lora_diffusion.core.device import process_group
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family, Format
@@ -18,7 +19,6 @@ from lora_diffusion.core.soundness import check_sizes
 from lora_diffusion.core.types import (
     AdapterState,
     AudioText,
-    Chat,
     ImageText,
     Loaded,
     ModuleAdapter,

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
+from lora_diffusion.core.chat import Chat, ChatInfo, Turn
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import DataError, ModelError
 from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded, Turn
+from lora_diffusion.core.types import AdapterState, Loaded
 from lora_diffusion.data import chats, preflight, splits
 from lora_diffusion.data.images import PictureError
 from lora_diffusion.evaluation.answers import Examination, judge

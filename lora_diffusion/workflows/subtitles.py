@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, write_text
-from lora_diffusion.data.recordings import list_named
+from lora_diffusion.data.listening import list_named
 from lora_diffusion.data.transcripts import without_timestamps
 from lora_diffusion.workflows.transcription import Adapters, Transcription, transcribe
 

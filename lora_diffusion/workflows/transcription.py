@@ -12,7 +12,8 @@ from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Request, SpeechInfo
-from lora_diffusion.data.recordings import KIND, list_requests
+from lora_diffusion.data.listening import list_requests
+from lora_diffusion.data.recordings import KIND
 from lora_diffusion.data.splits import ALL
 from lora_diffusion.data.transcripts import Segment, cues, later, without_timestamps
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser

@@ -20,8 +20,8 @@ OPTIONS = {
     "estimate": "--config overrides",
     "select": "path --evaluation --max-copying --max-prior-drift --max-prompt-leak --likeness --text-weight overrides",
     "report": "paths --output",
-    "transcribe": "--config --model --language --timestamps --beams --adapter --format --output --score --split --csv "
-    "--overwrite recordings",
+    "transcribe": "--config --model --language --no-timestamps --beams --adapter --format --output --score --split "
+    "--csv --overwrite recordings",
     "ask": "--config --model --adapter --question --score --clip --images --split --csv --overwrite paths",
     "data": "action",
     "data check": "folder --config overrides",

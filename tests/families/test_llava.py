@@ -21,9 +21,10 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
+from lora_diffusion.core.chat import Chat, ChatImage, Turn
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, Chat, ChatImage, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.core.types import Batch, Loaded, ModuleKey, Request
 from lora_diffusion.families import _dialogue, _vision
 from lora_diffusion.families.llava import FAMILY, LlavaOptions
 from lora_diffusion.formats.verified import write_verified
