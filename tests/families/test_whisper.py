@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 
 from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
@@ -23,6 +28,7 @@ from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig, RecordingDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import public_base
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import AudioText, Batch, Loaded, ModuleKey, Request
 from lora_diffusion.data.recordings import KIND
@@ -291,6 +297,100 @@ class TestFiles:
         assert everything[ModuleKey("decoder", "layers.31.encoder_attn.k_proj")] == (
             "model.decoder.layers.31.encoder_attn.k_proj"
         )
+
+
+def _on_the_hub(base: Path, cache: Path, name: str = "someone/base") -> None:
+    """Puts a base where huggingface_hub keeps what it fetched."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(base, repository / "snapshots" / "1a2b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1a2b")
+
+
+class TestNamesItsBase:
+    """A PEFT folder says what it was trained on, as PEFT's own save_pretrained does, but no path of this machine."""
+
+    @pytest.mark.parametrize(
+        ("source", "expected"),
+        [
+            ("someone/base", "someone/base"),
+            ("builtin:digits", "builtin:digits"),
+            ("/home/maria/models/base", None),
+            ("./base", None),
+            ("models/base", None),
+            ("/c/hub/models--someone--base/snapshots/1a2b", "someone/base"),
+        ],
+    )
+    def test_only_by_a_name_that_others_know(
+        self, source: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "models" / "base").mkdir(parents=True)
+        assert public_base(source) == expected
+
+    def test_auto_peft_model_and_pipelines_load_it(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        _on_the_hub(base, tmp_path / "hub")
+        loaded, options = load(base), WhisperOptions(path=str(base))
+        train_some(loaded, options, 2)
+        state = read_state(loaded)
+        metadata = {"base_model_name_or_path": "someone/base", "modelspec.architecture": "whisper/lora"}
+        key_map = FAMILY.key_map("peft", options)
+        format_ = registry.find("formats", "peft")
+        folder = write_verified(replace(state, metadata=metadata), key_map, format_, tmp_path / "a", torch.float32)
+        record = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        assert record["base_model_name_or_path"] == "someone/base"
+        assert (record["task_type"], record["auto_mapping"]["base_model_class"]) == (
+            None,
+            "WhisperForConditionalGeneration",
+        )
+        inputs = {
+            "input_features": batch(loaded, "one").tensors["features"][:, 0],
+            "decoder_input_ids": torch.tensor([[7, 8]]),
+        }
+        cache = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+        with torch.no_grad():
+            ours = loaded.modules["model"](**inputs).logits
+            theirs = [
+                AutoPeftModel.from_pretrained(folder, **cache).eval()(**inputs).logits,
+                AutoModelForSpeechSeq2Seq.from_pretrained(folder, **cache).eval()(**inputs).logits,
+            ]
+        for logits in theirs:
+            torch.testing.assert_close(logits, ours, rtol=1e-5, atol=1e-5)
+        read = format_.read(folder, key_map)
+        assert read.metadata["base_model_name_or_path"] == "someone/base"
+        again = write_verified(read, key_map, format_, tmp_path / "b", torch.float32)
+        assert json.loads((again / "adapter_config.json").read_text("utf-8")) == record
+
+    @pytest.mark.parametrize(
+        ("told", "kept"),
+        [
+            ({"base_model_name_or_path": "/home/maria/base"}, {}),
+            ({"base_model_name_or_path": 7, "task_type": ["x"], "auto_mapping": "y"}, {}),
+            ({"base_model_name_or_path": "a" * 5000 + "/b"}, {}),
+            ({"task_type": "CAUSAL_LM"}, {"task_type": "CAUSAL_LM"}),
+            ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, {}),
+            (
+                {"auto_mapping": {"base_model_class": "A", "parent_library": "transformers.models.a"}},
+                {"auto_mapping": {"base_model_class": "A", "parent_library": "transformers.models.a"}},
+            ),
+        ],
+    )
+    def test_what_a_stranger_says_is_kept_where_it_is_harmless(
+        self, base: Path, told: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+    ) -> None:
+        loaded, options = load(base), WhisperOptions(path=str(base))
+        train_some(loaded, options)
+        key_map, format_ = FAMILY.key_map("peft", options), registry.find("formats", "peft")
+        folder = write_verified(read_state(loaded), key_map, format_, tmp_path / "a", torch.float32)
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | told))
+        again = write_verified(format_.read(folder, key_map), key_map, format_, tmp_path / "b", torch.float32)
+        record = json.loads((again / "adapter_config.json").read_text("utf-8"))
+        nothing = dict.fromkeys(("base_model_name_or_path", "task_type", "auto_mapping"))
+        assert {key: record[key] for key in nothing} == nothing | kept
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("8bit", "Linear8bitLt"), ("nf4", "Linear4bit")])

@@ -384,6 +384,9 @@ def test_layers_of_the_tower_that_are_never_read_are_left_out_and_named(train: T
     assert outcome.code == 0, outcome.err
     told = "left out: 6 modules whose output this base never reads (vision_tower/encoder.layers.1."
     assert told in " ".join(outcome.err.split())
+    record = json.loads((tmp_path / "run" / "adapter.peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert record["base_model_name_or_path"] is None
+    assert record["auto_mapping"]["base_model_class"] == "LlavaForConditionalGeneration"
     names = load_file(tmp_path / "run" / "adapter.peft" / "adapter_model.safetensors")
     assert names and not any(".layers.1." in name for name in names)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
