@@ -107,6 +107,7 @@ class RecordingDataConfig(DataConfig):
     time."""
 
     ranges: ClassVar[Mapping[str, Any]] = {
+        "split": (lambda v: v != "", "must be auto, all or the name of a split"),
         "long": (lambda v: v in ("refuse", "split"), "must be one of refuse, split"),
         "speeds": (
             lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0.5 <= speed <= 2 for speed in v),
@@ -140,6 +141,7 @@ class ChatDataConfig(DataConfig):
     """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 
     ranges: ClassVar[Mapping[str, Any]] = {
+        "split": (lambda v: v != "", "must be auto, all or the name of a split"),
         "max_tokens": (lambda v: v >= 1, "must be 1 or greater"),
         "too_long": (lambda v: v in ("refuse", "skip"), "must be one of refuse, skip"),
         "zooms": (

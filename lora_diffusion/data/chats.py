@@ -149,6 +149,7 @@ def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list
     path = user_path(config.path, "data.path")
     if path.is_file() and path.suffix.lower() in conversations.ENDINGS:
         folder = Folder(path.parent, "files", (path,), (), f"data.path={config.path}")
+        splits.check_single(config.split, folder.given)
     else:
         listed = list_folder(config.path, _Chats.noun, conversations.ENDINGS)
         folder = splits.choose(replace(listed, noun="files"), config.split)

@@ -11,11 +11,14 @@ from typing import Any
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.files import default_cache_path, user_path
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.data import splits
 from lora_diffusion.data.folder import list_folder
 
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 _PARQUET = ".parquet"
+_ABOUT = (".md", ".txt", "")
+"""Endings of what people write about a data set."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,26 @@ def _open(datasets: Any, root: Path, path: str, split: str) -> Any:
     if (root / _SAVED_SPLITS).is_file():
         saved = datasets.load_from_disk(str(root))
         return datasets.concatenate_datasets([saved[name] for name in splits.choose_names(list(saved), split, given)])
+    if root.is_file() or (root / _SAVED).is_file():
+        splits.check_single(split, given)
     if (root / _SAVED).is_file():
         return datasets.load_from_disk(str(root))
-    files = [root] if root.is_file() else splits.choose(list_folder(path, "tables", (_PARQUET,)), split).files
+    files = (root,) if root.is_file() else _parquet_files(path, split)
     datasets.disable_progress_bars()
     return datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(default_cache_path() / "parquet"))
+
+
+def _parquet_files(path: str, split: str) -> tuple[Path, ...]:
+    folder = splits.choose(list_folder(path, "tables", (_PARQUET,)), split)
+    others = [folder.name(file) for file in folder.others if file.suffix.lower() not in _ABOUT]
+    if others:
+        logger.warning(
+            "%s: the Parquet files are read, and other files are not: %d (%s).",
+            folder.given,
+            len(others),
+            name_some(others),
+        )
+    return folder.files
 
 
 def _num_files(table: Any, column: str, is_list: bool) -> list[int]:

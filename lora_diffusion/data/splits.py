@@ -98,6 +98,16 @@ def choose(folder: Folder, split: str) -> Folder:
     return replace(folder, files=files, others=others, left_out=frozenset(left_out))
 
 
+def check_single(split: str, given: str) -> None:
+    """Checks that no split is asked of what has none.
+
+    Raises:
+        DataError: one is.
+    """
+    if split not in (AUTO, ALL):
+        raise DataError(f"data.split={split}: {given} has no splits; drop it, or give the folder with all of them.")
+
+
 def _names(folder: Folder, file: Path) -> Iterable[str]:
     inner = file.relative_to(folder.root)
     return (*inner.parts[:-1], inner.stem) if file.suffix.lower() in _TABLES else inner.parts[:-1]

@@ -376,6 +376,8 @@ class TestLeftOut:
         assert [sample.key for sample in _read(tmp_path, split="val")] == ["val.json, entry 1"]
         assert len(_read(tmp_path, split="all")) == 4
         assert len(_read(tmp_path / "val.json")) == 1
+        with pytest.raises(DataError, match=r"data\.split=test: data\.path=.*val\.json has no splits; drop it"):
+            _read(tmp_path / "val.json", split="test")
 
     def test_messages_name_what_was_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -386,7 +388,7 @@ class TestLeftOut:
 
 
 @pytest.mark.parametrize("form", ["splits", "parquet"])
-def test_rows_with_and_without_pictures(tmp_path: Path, form: str) -> None:
+def test_rows_with_and_without_pictures(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
     picture = str(write_picture(tmp_path / "pictures" / "a.png", size=(30, 20)))
     said = [LAYOUTS["messages"]["messages"], ALONE["conversations"], PAIR["messages"]]
@@ -398,6 +400,9 @@ def test_rows_with_and_without_pictures(tmp_path: Path, form: str) -> None:
     else:
         for split in ("train", "test"):
             table.to_parquet(str(tmp_path / "saved" / f"{split}.parquet"))
+        (tmp_path / "saved" / "more.json").write_text("[]")
     samples = _read(tmp_path / "saved")
+    told = "the Parquet files are read, and other files are not: 1 (more.json)"
+    assert (told in caplog.text) == (form == "parquet")
     assert [[image.size for image in sample.images] for sample in samples] == [[(30, 20)], [], [(30, 20)] * 2]
     assert samples[0].turns == TURNS
