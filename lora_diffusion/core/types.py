@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from lora_diffusion.core.protocols import AdapterSwitch
 
 
+PIECES = frozenset({"views", "texts"})
+"""What an item is prepared from, each by itself: the views of its picture or recording, and its texts."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training example as the user gave it."""

@@ -79,8 +79,15 @@ class _Chats:
 
     def identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
         """Names the picture by its bytes and the views of it, and what is said."""
-        digest = hashlib.sha256(_content(sample)).hexdigest()
-        return [digest, config.zooms, [[turn.role, turn.text] for turn in sample.turns]]
+        return [*self.view_identity(sample, config), _spelled(sample)]
+
+    def view_identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
+        """Names the picture by its bytes, and the views of it."""
+        return [hashlib.sha256(_content(sample)).hexdigest(), config.zooms]
+
+    def text_identity(self, sample: Chat) -> list[Any]:
+        """Names what is said, and the size of the picture, which decides how many tokens it takes."""
+        return [_spelled(sample), sample.size]
 
     def open(self, sample: Chat, config: ChatDataConfig) -> Chat:
         """Decodes the picture at each zoom."""
@@ -278,6 +285,10 @@ def _lengths() -> Iterator[int]:
 
 def _content(sample: Chat) -> bytes:
     return sample.read_bytes() if sample.read_bytes else sample.path.read_bytes()
+
+
+def _spelled(sample: Chat) -> list[list[str]]:
+    return [[turn.role, turn.text] for turn in sample.turns]
 
 
 def _zoomed(picture: Image.Image, zoom: float) -> Image.Image:

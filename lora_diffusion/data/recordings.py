@@ -88,9 +88,17 @@ class _Recordings:
 
     def identity(self, sample: AudioText, config: RecordingDataConfig) -> list[Any]:
         """Names the sound by its bytes and the views of it, and what is said."""
+        return [*self.view_identity(sample, config), *self.text_identity(sample)]
+
+    def view_identity(self, sample: AudioText, config: RecordingDataConfig) -> list[Any]:
+        """Names the sound by its bytes, and the views of it."""
         data = sample.read_bytes() if sample.read_bytes else sample.path.read_bytes()
         place = [sample.start_s, sample.duration_s, sample.sampling_rate, config.speeds, config.noise_db]
-        return [hashlib.sha256(data).hexdigest(), *place, sample.transcript, sample.language, sample.task]
+        return [hashlib.sha256(data).hexdigest(), *place]
+
+    def text_identity(self, sample: AudioText) -> list[Any]:
+        """Names what is said, its language and the task."""
+        return [sample.transcript, sample.language, sample.task]
 
     def open(self, sample: AudioText, config: RecordingDataConfig) -> AudioText:
         """Decodes the recording at each speed, clean and with each noise."""

@@ -95,14 +95,17 @@ def unwanted(layout: Layout) -> dict[str, None]:
     return dict.fromkeys(layout.unwanted)
 
 
-def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
-    """Names all that a prepared item depends on besides its sample: the encoders that are not trained, and how.
+def cache_key(options: ModelOptions, trained: frozenset[str], pieces: frozenset[str]) -> str:
+    """Names all that pieces of a prepared item depend on besides the sample: encoders that are not trained, and how.
 
     The layer that is read is named only where it is not the usual one, so that older caches stay right.
     """
     layout = LAYOUTS[options.family]
-    frozen = ["vae", *layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
+    texts = [*layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
+    frozen = [*(["vae"] if "views" in pieces else []), *(texts if "texts" in pieces else [])]
     settings = [frozen_name(options.dtype, pick_device())]
+    if "texts" not in pieces:
+        return f"{options.family} {find(options).fingerprint(frozen)} {settings[0]}"
     settings += [options.quantization] if options.quantization != "none" else []
     if (skip := getattr(options, "clip_skip", None)) is not None:
         settings.append(f"clip_skip={skip}")

@@ -120,11 +120,13 @@ def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Cha
     return counts
 
 
-def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool) -> str:
-    """Names by content all that a prepared item depends on besides its sample."""
-    template = read_processor(folder, options.chat_template).chat_template
-    told = f"{_transformers.fingerprint(folder, _PROCESSOR_FILES)} {hashlib.sha256(template.encode()).hexdigest()}"
-    if tower_is_trained:
+def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool, pieces: frozenset[str]) -> str:
+    """Names by content all that pieces of a prepared item depend on besides the sample."""
+    told = _transformers.fingerprint(folder, _PROCESSOR_FILES)
+    if "texts" in pieces:
+        template = read_processor(folder, options.chat_template).chat_template
+        told += f" {hashlib.sha256(template.encode()).hexdigest()}"
+    if tower_is_trained or "views" not in pieces:
         return told
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
@@ -153,6 +155,20 @@ def see(loaded: Loaded, tiles: Tensor) -> Tensor:
     if config.vision_feature_select_strategy == "default":
         chosen = [states[:, 1:] for states in chosen]
     return torch.cat(chosen, dim=-1)
+
+
+def prepare_views(loaded: Loaded, sample: Chat, tower_is_trained: bool) -> dict[str, Tensor]:
+    """Returns what is seen of an opened sample, as `Llava.prepare` tells: features, or pixels for a trained tower."""
+    import torch
+
+    assert sample.views, f"{sample.key} was not opened"
+    made = torch.stack([pixels(loaded, view) for view in sample.views])
+    tensors = {"image_size": torch.tensor(sample.views[0].size[::-1])}
+    if tower_is_trained:
+        return {**tensors, "pixels": made}
+    with torch.no_grad():
+        seen = see(loaded, made.flatten(0, 1))
+    return {**tensors, "features": seen.unflatten(0, made.shape[:2]).cpu()}
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.types import (
+    PIECES,
     Batch,
     Chat,
     ChatInfo,
@@ -123,13 +124,15 @@ class Llava:
         tower = frozenset({"vision_tower"})
         return Loaded(parts, modules, options, device, info, encoders=tower, decoders=tower)
 
-    def cache_key(self, options: LlavaOptions, trained: frozenset[str]) -> str:
+    def cache_key(self, options: LlavaOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names processor and chat template, and, unless it is trained, the image tower by the hash of its weights."""
         from lora_diffusion.families import _vision
 
-        return f"{self.name} {_vision.fingerprint(_find(options), options, 'vision_tower' in trained)}"
+        return f"{self.name} {_vision.fingerprint(_find(options), options, 'vision_tower' in trained, pieces)}"
 
-    def prepare(self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
         """Spells conversations, and looks at their pictures.
 
         Tensors of an item: "input_ids" and "labels" [tokens], labels -100 but for the answers; "pixels" [views, tiles,
@@ -142,20 +145,12 @@ class Llava:
 
         items = []
         for sample in samples:
-            assert sample.views, f"{sample.key} was not opened"
-            ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
-            pixels = torch.stack([_vision.pixels(loaded, view) for view in sample.views])
-            tensors = {
-                "input_ids": torch.tensor(ids),
-                "labels": torch.tensor(labels),
-                "image_size": torch.tensor(sample.views[0].size[::-1]),
-            }
-            if "vision_tower" in trained:
-                tensors["pixels"] = pixels
-            else:
-                with torch.no_grad():
-                    seen = _vision.see(loaded, pixels.flatten(0, 1))
-                tensors["features"] = seen.unflatten(0, pixels.shape[:2]).cpu()
+            tensors = {}
+            if "texts" in pieces:
+                ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
+                tensors |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+            if "views" in pieces:
+                tensors |= _vision.prepare_views(loaded, sample, "vision_tower" in trained)
             items.append(Prepared(sample.key, tensors, sample.group, sample.num_repeats))
         return items
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.types import (
+    PIECES,
     BaseInfo,
     Batch,
     Example,
@@ -86,13 +87,17 @@ class StableDiffusion1:
 
         return _sources.find(options).load(options, device)
 
-    def cache_key(self, options: StableDiffusionOptions, trained: frozenset[str]) -> str:
+    def cache_key(
+        self, options: StableDiffusionOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> str:
         """Names the VAE and, unless it is trained, the text encoder by the hash of their weights."""
         from lora_diffusion.families import _sources
 
-        return _sources.cache_key(options, trained)
+        return _sources.cache_key(options, trained, pieces)
 
-    def prepare(self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
         """Gives "moments", and the column "text": embeddings [captions, length, dim], or token ids if trained."""
         from lora_diffusion.families import _objective, _text
 
@@ -102,7 +107,7 @@ class StableDiffusion1:
                 return {"text": ids}
             return _text.in_chunks(lambda rows: {"text": _read(loaded, rows)}, ids)
 
-        return _objective.prepare(loaded, samples, describe)
+        return _objective.prepare(loaded, samples, describe, pieces)
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items; captions are padded with zeros to the largest number of them."""

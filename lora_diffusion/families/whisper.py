@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.types import (
+    PIECES,
     AudioText,
     Batch,
     Example,
@@ -135,15 +136,19 @@ class Whisper:
         modules = {"model": model, "tokenizer": processor.tokenizer, "extractor": processor.feature_extractor}
         return Loaded(parts, modules, options, device, info)
 
-    def cache_key(self, options: WhisperOptions, trained: frozenset[str]) -> str:
+    def cache_key(self, options: WhisperOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names tokenizer, feature extractor, and how transcripts are written; no weights prepare anything."""
         from lora_diffusion.families import _speech, _transformers
 
         del trained
         files = _transformers.fingerprint(_find(options), _speech.PROCESSOR_FILES)
+        if "texts" not in pieces:
+            return f"{self.name} {files}"
         return f"{self.name} {files} {options.language} {options.task} {options.timestamps}"
 
-    def prepare(self, loaded: Loaded, samples: Sequence[AudioText], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[AudioText], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
         """Gives log-mel features and labels.
 
         Tensors of an item: "features" [views, mels, frames] as the base's feature extractor gives them; "num_frames"
@@ -157,12 +162,14 @@ class Whisper:
         extractor, tokenizer = loaded.modules["extractor"], loaded.modules["tokenizer"]
         items = []
         for sample in samples:
-            assert sample.waveforms, f"{sample.key} was not opened"
-            tensors = {
-                "features": torch.cat([_speech.log_mel(extractor, waveform) for waveform in sample.waveforms]),
-                "num_frames": torch.tensor([-(-len(wave) // extractor.hop_length) for wave in sample.waveforms]),
-                "labels": torch.tensor(_speech.labels(tokenizer, sample, loaded.options, loaded.info)),
-            }
+            tensors = {}
+            if "views" in pieces:
+                assert sample.waveforms, f"{sample.key} was not opened"
+                frames = [-(-len(waveform) // extractor.hop_length) for waveform in sample.waveforms]
+                tensors["features"] = torch.cat([_speech.log_mel(extractor, wave) for wave in sample.waveforms])
+                tensors["num_frames"] = torch.tensor(frames)
+            if "texts" in pieces:
+                tensors["labels"] = torch.tensor(_speech.labels(tokenizer, sample, loaded.options, loaded.info))
             items.append(Prepared(sample.key, tensors, "", sample.num_repeats))
         return items
 

@@ -343,6 +343,20 @@ class TestPrepare:
             torch.testing.assert_close(tensor, first[1].tensors[name], rtol=1e-4, atol=1e-5, msg=name)
 
     @pytest.mark.parametrize("trained", [False, True])
+    def test_views_and_texts_are_apart(self, setup: Setup, loaded: Loaded, trained: bool) -> None:
+        parts = frozenset(setup.family.parts if trained else ())
+        whole = setup.family.prepare(loaded, setup.opened(), parts)
+        views = setup.family.prepare(loaded, setup.opened(), parts, frozenset({"views"}))
+        texts = setup.family.prepare(loaded, setup.samples, parts, frozenset({"texts"}))
+        for item, seen, told in zip(whole, views, texts, strict=True):
+            assert seen.tensors and told.tensors and not seen.tensors.keys() & told.tensors.keys()
+            again = {**seen.tensors, **told.tensors}
+            assert again.keys() == item.tensors.keys()
+            assert all(torch.equal(again[name], item.tensors[name]) for name in again)
+        keys = [setup.family.cache_key(setup.options(), parts, frozenset(own)) for own in ({"views"}, {"texts"})]
+        assert keys[0] != keys[1]
+
+    @pytest.mark.parametrize("trained", [False, True])
     def test_cached_loss_is_the_uncached_loss(
         self, setup: Setup, loaded: Loaded, trained: bool, tmp_path: Path
     ) -> None:
