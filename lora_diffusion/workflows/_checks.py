@@ -15,6 +15,7 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Request, Sample
 from lora_diffusion.data import cache
@@ -129,4 +130,8 @@ def _previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: 
             f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
             f"train.preview_every_steps={every}; lower it, or name a picture."
         )
-    return kind.previews(samples, config.preview) if every else []
+    previews = kind.previews(samples, config.preview) if every else []
+    if every > num_steps:
+        logger.info("No preview is made in %d steps with train.preview_every_steps=%d.", num_steps, every)
+        return []
+    return previews

@@ -86,8 +86,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
         hooks = [*_prepare_previews(config, family, loaded, checked.previews, run)]
-        hooks += judging.prepare_early_stop(config, family, loaded, samples, run)
-        measured = judging.prepare_pictures(config, family, loaded, samples)
+        hooks += judging.prepare_early_stop(config, family, loaded, samples, run, checked.num_steps)
         loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
 
         params = inject(loaded, plan, checked.variant, config.adapter.dropout, config.train.seed)
@@ -110,7 +109,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         formats = config.output.formats if processes.is_main_process else ()
         files = tuple(_write(state, family, config, name, run) for name in formats)
         if processes.is_main_process:
-            judging.write_picture_losses(measured, trainer, family, run)
+            judging.write_picture_losses(config, samples, items, trainer, family, run)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
 
 
@@ -138,7 +137,10 @@ def _write(state: AdapterState, family: Family, config: Config, format_name: str
 def _prepare_previews(
     config: Config, family: Family, loaded: Loaded, requests: Sequence[Request], run: RunFolder
 ) -> list[Hook]:
-    """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there."""
+    """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there.
+
+    There are none in a run that is too short for a preview.
+    """
     if not requests:
         return []
     save = SAVERS[family.sample_type]
