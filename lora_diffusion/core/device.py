@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.errors import ConfigError
@@ -68,3 +71,22 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
     return find_dtype(precision)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within the context `torch.compile` hands functions back as they are, and loads nothing of its compiler.
+
+    That holds on CPUs and CUDA devices; elsewhere the compiler stays, as kernels may have no other form there.
+    """
+    import torch
+
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    if before is None and not torch.backends.mps.is_available() and not torch.xpu.is_available():
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ModelError
@@ -171,6 +173,17 @@ def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
             for name, kind in layout.towers.items()
         }
         return {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])), **towers}
+
+
+def shared_skeleton(configs: Configs, layout: Layout) -> Mapping[str, nn.Module]:
+    """Returns the same networks each time, made once for these configs: to look at names and shapes, not to change."""
+    told = {name: dict(configs[name]) for name in ("unet", *layout.towers)}
+    return _shared(layout.family, json.dumps(told, sort_keys=True))
+
+
+@cache
+def _shared(family: str, configs: str) -> Mapping[str, nn.Module]:
+    return build_skeleton(json.loads(configs), LAYOUTS[family])
 
 
 def load_dtypes(options: Any, configs: Configs, device: torch.device) -> dict[str, torch.dtype]:

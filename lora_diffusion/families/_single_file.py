@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,7 +20,15 @@ from lora_diffusion.core.files import atomic_path, content_hash, default_cache_p
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families import _sources
-from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
+from lora_diffusion.families._components import (
+    LAYOUTS,
+    Layout,
+    as_loaded,
+    build_skeleton,
+    describe,
+    load_dtypes,
+    shared_skeleton,
+)
 from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, PREDICTION_KEYS, Shapes, component_configs
 
 if TYPE_CHECKING:
@@ -60,6 +68,10 @@ class SingleFile:
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders on the meta device."""
         return build_skeleton(self._configs, self.layout)
+
+    def outline(self) -> Mapping[str, nn.Module]:
+        """Returns UNet and text encoder on the meta device, to look at."""
+        return shared_skeleton(self._configs, self.layout)
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the checkpoint through diffusers with configs made from its shapes."""

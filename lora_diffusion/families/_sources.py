@@ -26,6 +26,7 @@ from lora_diffusion.families._components import (
     check_family,
     describe,
     load_dtypes,
+    shared_skeleton,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Source(Protocol):
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds the parts on the meta device."""
+
+    def outline(self) -> Mapping[str, nn.Module]:
+        """Returns the parts on the meta device, which nobody may change; asked again it costs nothing."""
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the base, frozen and in eval mode."""
@@ -180,9 +184,14 @@ class Folder:
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders from their configs, once the weight files hold all tensors of these."""
+        self.outline()
+        return build_skeleton(self._configs(), self.layout)
+
+    def outline(self) -> Mapping[str, nn.Module]:
+        """Returns UNet and text encoders of their configs, once the weight files hold all tensors of these."""
         configs = self._configs()
         with explained(self.path):
-            parts = build_skeleton(configs, self.layout)
+            parts = shared_skeleton(configs, self.layout)
             lacking = {name: missing(part, self._weight_files(name)) for name, part in parts.items()}
             lacking["vae"] = missing_of_vae(configs["vae"], self._weight_files("vae"))
         faults = [f"{name}/{tensor}" for name, tensors in lacking.items() for tensor in tensors]
@@ -199,7 +208,7 @@ class Folder:
 
         silence_progress()
         info = self.info(options)
-        self.skeleton()
+        self.outline()
         is_half = ".fp16" in self._weight_files("unet")[0].name
         with explained(self.path):
             pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(

@@ -72,9 +72,10 @@ class StableDiffusionXL:
 
     def key_map(self, format_name: str, options: SDXLOptions | None) -> KeyMap:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
-        from lora_diffusion.families import _names
+        from lora_diffusion.families import _names, _sources
 
-        return _names.key_map(format_name, None if options is None else self.skeleton(options), self.name)
+        parts = None if options is None else _sources.find(options).outline()
+        return _names.key_map(format_name, parts, self.name)
 
     def load(self, options: SDXLOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizers and scheduler."""
@@ -125,9 +126,10 @@ class StableDiffusionXL:
 
     def example(self, options: SDXLOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
         """Gives latents, timesteps, text and sizes for the UNet, and token ids for trained text encoders."""
-        from lora_diffusion.families import _latent
+        from lora_diffusion.families import _latent, _sources
 
-        return Example(_latent.example(self.skeleton(options), self.check(options), options, trained, batch_size, size))
+        parts = _sources.find(options).outline()
+        return Example(_latent.example(parts, self.check(options), options, trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""
