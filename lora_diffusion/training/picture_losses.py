@@ -6,12 +6,17 @@ the picture. So each picture is given the same draws here, and each loss is divi
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_diffusion.core.logs import logger
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import Batch, ImageText, LossOutput, Prepared, SampleLoss
 
@@ -82,3 +87,22 @@ def usual_losses(losses: Tensor, levels: Tensor) -> Tensor:
     sums = torch.zeros(_NUM_LEVELS).index_add_(0, bins, losses.flatten())
     counts = torch.zeros(_NUM_LEVELS).index_add_(0, bins, torch.ones(len(bins)))
     return (sums / counts.clamp(min=1))[bins].view_as(losses)
+
+
+def read_losses(run_path: Path) -> list[SampleLoss]:
+    """Returns what a run measured; nothing where there is no file, and, with a warning, where it is damaged."""
+    path = run_path / LOSSES_NAME
+    if not path.is_file():
+        return []
+    try:
+        return [_typed(SampleLoss(**values)) for values in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, RecursionError) as error:
+        logger.warning("%s is damaged and left out (%s).", path, error)
+        return []
+
+
+def _typed(loss: SampleLoss) -> SampleLoss:
+    texts: list[Any] = [loss.key, loss.path, loss.caption]
+    if not (all(isinstance(text, str) for text in texts) and math.isfinite(loss.loss + loss.caption_help)):
+        raise ValueError(f"the entry of {loss.key} is no loss of a picture")
+    return loss

@@ -24,7 +24,7 @@ from lora_diffusion.formats.thumbnail import data_url
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.training.tracking import METRICS_NAME
+from lora_diffusion.training.tracking import read_metrics
 
 _OF_OBJECTIVE = {
     "noise_offset": "noise_offset",
@@ -57,9 +57,7 @@ def fingerprint(
 
 def final_loss(run: RunFolder) -> float | None:
     """Returns the mean loss over the last tenth of the steps; None where their record is gone."""
-    path = run.path / METRICS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [line["loss"] for line in read_metrics(run.path)]
     if not losses:
         return None
     last = losses[-max(1, len(losses) // 10) :]

@@ -17,6 +17,7 @@ from lora_diffusion.adapters.merge import remove
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import sha256
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import AdapterState, Loaded, Output, Request
 from lora_diffusion.core.weighted import weighted_files
@@ -83,16 +84,20 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
 
 
 def from_run(run: RunFolder, config: Config, family: Family, faults: Faults) -> list[Entry]:
-    """Returns an entry for each checkpoint of a run, oldest first; damaged ones are faults."""
-    entries = []
+    """Returns an entry for each whole checkpoint of a run, oldest first; where none is, the damaged ones are faults."""
+    entries, damaged = [], Faults()
     saved = checkpoint.saved_steps(run.path)
     if not saved:
         faults.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
     for step, path in saved.items():
-        with faults.noted():
+        with damaged.noted():
             read = partial(read_checkpoint, path, config, family)
             source = _source(path.name, path, path / "adapter.safetensors", read)
             entries.append(Entry(((replace(source, step=step), 1.0),)))
+    if entries and damaged:
+        logger.warning("%d damaged checkpoints are left out: %s", len(damaged), name_some(damaged))
+    else:
+        faults += damaged
     return entries
 
 

@@ -21,7 +21,7 @@ from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.files import atomic_path, sha256, user_path, write_json
 from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family, Format, Metric
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.data import sources
@@ -121,21 +121,25 @@ def _unseen(run: RunFolder, evaluation: Evaluation) -> list[str]:
 
 
 def read_selection(run_path: Path) -> Selection | None:
-    """Returns what `select` chose in a run, or None."""
+    """Returns what `select` chose in a run; None if it did not, or, with a warning, if the file is damaged."""
     path = run_path / SELECTION_NAME
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Selection(
-        run_path / values["file"],
-        run_path / BEST_NAME,
-        values["weight"],
-        Preference(**values["preference"]),
-        values["why"],
-        values["candidate"],
-        run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
-        tuple(values["warnings"]),
-    )
+    try:
+        values = json.loads(path.read_bytes())
+        return Selection(
+            run_path / values["file"],
+            run_path / BEST_NAME,
+            float(values["weight"]),
+            Preference(**values["preference"]),
+            str(values["why"]),
+            str(values["candidate"]),
+            run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
+            tuple(values["warnings"]),
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        logger.warning("%s is damaged and left out (%r); select again.", path, error)
+        return None
 
 
 def check_name(name: str) -> None:

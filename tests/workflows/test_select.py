@@ -197,6 +197,26 @@ def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp
     assert "no checkpoint of" in outcome.message
 
 
+def test_report_of_a_run_with_damaged_records(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
+    assert "damaged" not in command.good("report", run).err
+    for name in ("metrics.jsonl", "picture_losses.json", "selection.json"):
+        with (run / name).open("r+b") as stream:
+            stream.write(b"\x00" * 20)
+        # The console breaks long paths.
+        assert name in "".join(command.good("report", run).err.split())
+
+
+def test_damaged_checkpoint_is_no_candidate(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
+    (run / "checkpoints" / "step-000002" / "state.json").write_bytes(b"\x00" * 20)
+    outcome = command.good("select", run)
+    assert "1 damaged checkpoints are left out" in outcome.message
+    assert "step-000004" in outcome.out
+    (run / "checkpoints" / "step-000004" / "state.json").write_bytes(b"\x00" * 20)
+    assert command("evaluate", "--run", run, "--prompts", "emoji", "--output", tmp_path / "e").code != 0
+
+
 def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path: Path) -> None:
     outcome = command("select", trained)
     assert outcome.code == 2
