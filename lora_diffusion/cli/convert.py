@@ -12,7 +12,9 @@ from lora_diffusion.cli._shared import print_result, set_up_logs
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("convert", help="write an adapter file in another spelling")
-    parser.add_argument("input", type=Path, metavar="IN", help="adapter file, or folder saved by PEFT")
+    parser.add_argument(
+        "input", type=Path, metavar="IN", help="adapter file, folder saved by PEFT, or checkpoint of a run"
+    )
     parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
     parser.add_argument(
         "--to",

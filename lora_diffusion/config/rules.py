@@ -61,6 +61,8 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.threads": (lambda v: v == "auto" or (v.isdecimal() and int(v) > 0), "must be auto or a number of threads"),
     "train.save_every_steps": _NOT_NEGATIVE,
     "train.keep_checkpoints": _NOT_NEGATIVE,
+    "train.save_adapter_every_steps": _NOT_NEGATIVE,
+    "train.save_adapter_every_epochs": _NOT_NEGATIVE,
     "train.preview_every_steps": _NOT_NEGATIVE,
     "train.tracker": _one_of("none", "tensorboard"),
     "preview.seeds": _SEEDS,
@@ -99,6 +101,8 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
     preview, output = sections["preview"], sections["output"]
     if train.max_steps is not None and train.epochs is not None:
         yield f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
+    if train.save_adapter_every_steps and train.save_adapter_every_epochs:
+        yield "train.save_adapter_every_steps and save_adapter_every_epochs name files alike; give one of the two"
     if train.max_steps is not None and 0 < train.max_steps <= train.warmup_steps:
         yield f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
     if train.max_steps is None and train.epochs is None and train.warmup_steps >= DEFAULT_STEPS:

@@ -33,6 +33,9 @@ class ModelOptions:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """"section.key" -> the default that suits this family, where it differs from the one written below."""
+    free: ClassVar[frozenset[str]] = frozenset({"path"})
+    """Keys that may change when a run is resumed, here as in other sections: they say where something lies, whose
+    content is compared, or how long, how fast or how visibly is computed, and not what."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class DataConfig:
 
     ranges: ClassVar[Mapping[str, Any]] = {}
     """Key -> what its value must satisfy, and that in words."""
+    free: ClassVar[frozenset[str]] = frozenset({"path", "skip_bad"})
 
     def faults(self) -> Iterator[str]:
         """Yields a line for each pair of values that cannot go together."""
@@ -128,6 +132,7 @@ class ChatDataConfig(DataConfig):
     zooms: tuple[float, ...] = (1.0,)
     """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 
+    free: ClassVar[frozenset[str]] = DataConfig.free | {"images"}
     ranges: ClassVar[Mapping[str, Any]] = {
         "max_tokens": (lambda v: v >= 1, "must be 1 or greater"),
         "too_long": (lambda v: v in ("refuse", "skip"), "must be one of refuse, skip"),
@@ -225,10 +230,20 @@ class TrainConfig:
     """Steps between checkpoints; 0 keeps only the last."""
     keep_checkpoints: int = 3
     """Older checkpoints are deleted; 0 keeps all."""
+    save_adapter_every_steps: int = 0
+    """Steps between adapter files in all of output.formats, such as name-000200.safetensors after step 200, which are
+    never deleted; 0 writes none."""
+    save_adapter_every_epochs: int = 0
+    """The same by passes over the data, such as name-000002.safetensors after the second; give one of the two."""
     preview_every_steps: int = 0
     """Steps between previews; 0 makes none."""
     tracker: str = "none"
     """none or tensorboard (in the run folder)."""
+
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"max_steps", "epochs", "gradient_checkpointing", "threads", "save_every_steps", "keep_checkpoints"}
+        | {"save_adapter_every_steps", "save_adapter_every_epochs", "preview_every_steps", "tracker"}
+    )
 
 
 @dataclass(frozen=True)
@@ -327,3 +342,10 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+
+FREE_SECTIONS = frozenset({"preview", "evaluate", "cache", "output"})
+"""Sections that may change as a whole when a run is resumed; of the others the keys in their `free`."""
+PATHS = ("model.path", "data.path", "data.images", "evaluate.references", "evaluate.prompts", "evaluate.clip")
+PATHS += ("output.thumbnail",)
+"""Keys whose value may be a path, which is relative to where the run was started."""

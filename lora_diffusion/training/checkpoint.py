@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -99,8 +98,16 @@ def save(
     older = [step for step in saved if step <= state.step]
     for step in older[:-keep] if keep else []:
         if step not in kept:
-            shutil.rmtree(saved[step])
+            _delete(saved[step])
     return path
+
+
+def _delete(path: Path) -> None:
+    """Deletes what `save` wrote; what somebody else put beside it stays."""
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def find_latest(run_path: Path) -> Path | None:
@@ -164,6 +171,9 @@ def check_length(path: Path, num_steps: int) -> None:
 
 
 def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
+    if key == "model.path" and NETWORKS in then:
+        # Where the base lies may change; what it is, NETWORKS and "base" tell.
+        return True
     if key not in then:
         # A list that the version of the checkpoint did not know was as good as empty.
         return key == NETWORKS or value == []

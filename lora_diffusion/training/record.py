@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from lora_diffusion.core.files import content_hash, user_path
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import Kind
-from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags
+from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags, spec_date
 from lora_diffusion.formats.thumbnail import data_url
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import read_metrics
 
+METADATA_NAME = "metadata.json"
+"""What the adapter of the run tells of itself, in the run folder, for files of its checkpoints."""
 _OF_OBJECTIVE = {
     "noise_offset": "noise_offset",
     "min_snr_gamma": "min_snr_gamma",
@@ -67,10 +69,10 @@ def final_loss(run: RunFolder) -> float | None:
 def metadata(
     config: Config,
     info: BaseInfo,
-    state: AdapterState,
     kind: Kind,
     samples: Sequence[Sample],
     batches: Batches,
+    state: AdapterState,
     step: int,
 ) -> dict[str, str]:
     """Returns the metadata of the adapter file.
@@ -78,10 +80,10 @@ def metadata(
     Args:
         config: the run's config.
         info: the base.
-        state: the trained adapter.
         kind: kind of the samples.
         samples: the data.
         batches: how the data was shown.
+        state: the trained adapter.
         step: optimizer steps made.
     """
     written_at, run = time.time(), RunFolder(user_path(config.output.path, "output.path"))
@@ -110,6 +112,27 @@ def metadata(
         about=_about(config, info),
         **kind.headline(samples),
     )
+
+
+def at_step(metadata: Mapping[str, str], step: int, name: str, written_at: float) -> dict[str, str]:
+    """Returns the metadata of a run's adapter for a file of an earlier or later step of the same run.
+
+    Args:
+        metadata: as the function of that name gives them; those of older versions may lack texts, which stay away.
+        step: optimizer steps made.
+        name: file name without ending.
+        written_at: seconds since 1970.
+    """
+    per_epoch = [metadata.get(key, "") for key in ("ss_num_batches_per_epoch", "ss_gradient_accumulation_steps")]
+    told = {"ss_steps": str(step), "ss_max_train_steps": str(step), "ss_output_name": name}
+    told |= {"ss_training_finished_at": str(written_at), "modelspec.date": spec_date(written_at)}
+    if all(text.isdecimal() and int(text) for text in per_epoch):
+        batches, accumulation = map(int, per_epoch)
+        epochs = str(-(-step * accumulation // batches))
+        told |= {"ss_epoch": epochs, "ss_num_epochs": epochs}
+    if metadata.get("modelspec.title") == metadata.get("ss_output_name"):
+        told["modelspec.title"] = name
+    return {**metadata, **{key: value for key, value in told.items() if key in metadata}}
 
 
 def _network_args(config: Config) -> dict[str, Any]:

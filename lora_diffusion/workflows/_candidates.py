@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,8 +24,10 @@ from lora_diffusion.evaluation.drawing import Look, look
 from lora_diffusion.evaluation.results import BASE, Candidate, FileHash
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._faults import Faults
-from lora_diffusion.workflows._steps import attach, read_adapter, read_checkpoint
+from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
+from lora_diffusion.workflows._steps import attach, read_adapter
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
                 raise ConfigError(f"--adapter {text} names a file twice; name it once, with the sum of its weights.")
             asked.append(parts)
     paths = list(dict.fromkeys(path for parts in asked for path, _ in parts))
-    stems = Counter(path.stem for path in paths)
+    found = {path: _run_checkpoints.find(path) for path in paths}
+    stems = {path: own.folder.name if own else path.stem for path, own in found.items()}
     sources = {}
-    for path in paths:
+    for path, own in found.items():
         with faults.noted():
-            name = path.stem if stems[path.stem] == 1 else str(path)
-            sources[path] = _source(name, path, path, partial(read_adapter, path, family, model))
+            name = stems[path] if [*stems.values()].count(stems[path]) == 1 else str(path)
+            sources[path] = _source(name, path, own.file if own else path, partial(read_adapter, path, family, model))
     return [
         Entry(tuple((sources[path], weight) for path, weight in parts))
         for parts in asked
@@ -83,7 +85,7 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
     ]
 
 
-def from_run(run: RunFolder, config: Config, family: Family, faults: Faults) -> list[Entry]:
+def from_run(run: RunFolder, faults: Faults) -> list[Entry]:
     """Returns an entry for each whole checkpoint of a run, oldest first; where none is, the damaged ones are faults."""
     entries, damaged = [], Faults()
     saved = checkpoint.saved_steps(run.path)
@@ -91,14 +93,18 @@ def from_run(run: RunFolder, config: Config, family: Family, faults: Faults) -> 
         faults.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
     for step, path in saved.items():
         with damaged.noted():
-            read = partial(read_checkpoint, path, config, family)
-            source = _source(path.name, path, path / "adapter.safetensors", read)
+            found = RunCheckpoint(path)
+            source = _source(path.name, path, found.file, partial(_read_checkpoint, found))
             entries.append(Entry(((replace(source, step=step), 1.0),)))
     if entries and damaged:
         logger.warning("%d damaged checkpoints are left out: %s", len(damaged), name_some(damaged))
     else:
         faults += damaged
     return entries
+
+
+def _read_checkpoint(found: RunCheckpoint) -> AdapterState:
+    return _run_checkpoints.read(found)[1]
 
 
 def _source(name: str, path: Path, hashed: Path, read: Callable[[], AdapterState]) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.formats import clients, detect
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._files import (
     check_target,
     common_dtype,
@@ -106,6 +108,18 @@ def compose(
         AdapterFileError: a file cannot be read, or the adapters are of different kinds of base.
         UnsupportedError: a kind of adapter that cannot be added like this.
     """
+    with ExitStack() as opened:
+        files = [(opened.enter_context(_run_checkpoints.as_file(path)), weights) for path, weights in adapters]
+        return _compose(files, output_path, rule, dtype, overwrite)
+
+
+def _compose(
+    adapters: Sequence[tuple[Path, float | Mapping[str, float]]],
+    output_path: Path,
+    rule: RankRule | None,
+    dtype: str,
+    overwrite: bool,
+) -> Composition:
     families, states = zip(*(read_alone(path) for path, _ in adapters), strict=True)
     format_: Format = registry.find("formats", _spelling(families[0], adapters[0][0]))
     check_target(output_path, format_, overwrite)
@@ -145,14 +159,15 @@ def resize(
         AdapterFileError: the file cannot be read.
         UnsupportedError: a kind of adapter that has no rank of its own.
     """
-    format_: Format = registry.find("formats", detect(input_path))
-    check_target(output_path, format_, overwrite)
-    family, state = read_alone(input_path)
-    term = Term(input_path.name, state, dict.fromkeys(state.parts(), 1.0))
-    with one_thread():
-        made = add([term], rule, _kernels(family))
-    dtype = common_dtype([input_path]) if dtype == "auto" else dtype
-    _write(made, [_source(input_path, term)], family, format_, output_path, dtype)
+    with _run_checkpoints.as_file(input_path) as path:
+        format_: Format = registry.find("formats", detect(path))
+        check_target(output_path, format_, overwrite)
+        family, state = read_alone(path)
+        term = Term(path.name, state, dict.fromkeys(state.parts(), 1.0))
+        with one_thread():
+            made = add([term], rule, _kernels(family))
+        dtype = common_dtype([path]) if dtype == "auto" else dtype
+        _write(made, [_source(path, term)], family, format_, output_path, dtype)
     return Composition(output_path, made, dtype, (), {})
 
 

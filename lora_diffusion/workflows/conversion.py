@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions, with_attention
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._files import check_target, common_dtype, dtype_named, read_stored_alone, stored_dtype
 
 
@@ -77,7 +77,7 @@ def convert(
     text encoder that diffusers would refuse.
 
     Args:
-        input_path: adapter file, or folder saved by PEFT.
+        input_path: adapter file, folder saved by PEFT, or checkpoint of a run.
         output_path: file, or folder if the format is one.
         format_name: spelling, or a program that reads it.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
@@ -93,7 +93,7 @@ def convert(
     """
     format_: Format = registry.find("formats", READERS.get(format_name, format_name))
     check_target(output_path, format_, overwrite)
-    with as_safetensors(input_path) if is_pickle else nullcontext(input_path) as path:
+    with as_safetensors(input_path) if is_pickle else _run_checkpoints.as_file(input_path) as path:
         source: Format = registry.find("formats", detect(path))
         if model_path is None:
             family, state = read_stored_alone(path, family_name)
@@ -108,7 +108,7 @@ def convert(
             written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
     return Conversion(
         output_path,
-        source.name,
+        "checkpoint" if _run_checkpoints.find(input_path) else source.name,
         format_.name,
         family.name,
         Counter(adapter.variant for _, adapter in state),

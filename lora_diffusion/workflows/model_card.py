@@ -84,12 +84,8 @@ def collect(source: Path) -> Package:
     run = RunFolder(source)
     config = run.config()
     run.find_adapter(config)
-    adapters = {
-        name: path
-        for name in config.output.formats
-        for is_folder in (False, True)
-        if (path := run.adapter_path(config, name, is_folder)).exists()
-    }
+    paths = {name: run.adapter_path(config, name) for name in config.output.formats}
+    adapters = {name: path for name, path in paths.items() if path.exists()}
     previews = sorted(run.previews_path.glob("step-*.png"))[-1:]
     return _package(adapters, [*sorted(source.glob("*.png")), *previews], config.model.path, _evaluation(source))
 

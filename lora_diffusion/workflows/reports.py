@@ -14,6 +14,7 @@ from lora_diffusion.evaluation.report import Training, write_report
 from lora_diffusion.evaluation.sections import Findings
 from lora_diffusion.evaluation.select import Preference, choose
 from lora_diffusion.evaluation.table import Table
+from lora_diffusion.training import run_files
 from lora_diffusion.training.picture_losses import read_losses
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import read_metrics
@@ -42,6 +43,8 @@ def report(paths: list[Path], output_path: Path | None = None) -> tuple[Path, ..
         return versus.write_comparison(output, entries)
     path = paths[0]
     findings, training = _found(path, chosen[path])
+    if output.parent.resolve() == path.resolve():
+        run_files.add(path, [output.with_suffix(ending).name for ending in (output.suffix, ".json", ".csv")])
     return write_report(
         output,
         title=f"{'Evaluation of' if findings else 'Training of'} {_name(path)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from accelerate import PartialState
 
 from lora_diffusion import __version__
 from lora_diffusion.adapters import variants
-from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
@@ -34,12 +34,17 @@ from lora_diffusion.evaluation.suites import read_cases
 from lora_diffusion.evaluation.table import Table
 from lora_diffusion.formats import detect
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.training import run_files
 from lora_diffusion.training.checkpoint import saved_steps
+from lora_diffusion.training.record import at_step
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows._steps import read_adapter, read_checkpoint
+from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
+from lora_diffusion.workflows._steps import read_adapter
 from lora_diffusion.workflows.evaluation import Question, evaluate
 
-EVALUATION_NAME, SELECTION_NAME, BEST_NAME = "evaluation", "selection.json", "best.safetensors"
+EVALUATION_NAME = "evaluation"
+SELECTION_NAME, BEST_NAME = run_files.CHOICE
 _MAX_ASKED, _MAX_PLAIN = 12, 4
 """Prompts that are made from the captions of references."""
 
@@ -94,8 +99,7 @@ def select(
         InputError: no finished run, or an evaluation that is of other adapters or allows no choice.
     """
     run, preference = RunFolder(run_path), preference or Preference()
-    run.config()
-    config = load(run.config_path, overrides)
+    config = run.config(overrides)
     check_name(run.name(config))
     final = run.find_adapter(config)
     folder = evaluation_path or run.path / EVALUATION_NAME
@@ -267,17 +271,18 @@ def _write(
     finished = read_adapter(final, family, config.model)
     is_final = final.is_file() and finished.metadata.get("ss_steps") == str(choice.candidate.step)
     name = final.name if is_final else f"{run.name(config)}-{checkpoint.name}.safetensors"
-    state = finished if is_final else read_checkpoint(checkpoint, config, family)
-    told = {**finished.metadata, **(marks(choice, evaluation))}
+    state = finished if is_final else _run_checkpoints.read(RunCheckpoint(checkpoint))[1]
+    told = dict(finished.metadata)
     if not is_final:
-        told |= {"ss_steps": str(choice.candidate.step), "ss_output_name": Path(name).stem}
+        told = at_step(told, int(str(choice.candidate.step)), Path(name).stem, time.time())
         told["modelspec.title"] = Path(name).stem
+    told |= marks(choice, evaluation)
     path = run.path / name
+    run_files.claim(run.path, [*run_files.CHOICE, *([] if is_final else [name])], f"select {run.path}")
     spelling = detect(final) if is_final else _spelling(config)
     _write_adapter(AdapterState(state.modules, told), family, config, path, spelling)
-    for old in run.path.glob(f"{run.name(config)}-step-*.safetensors"):
-        if old != path:
-            old.unlink()
+    chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
+    run_files.remove(run.path, chosen - {name})
     return path
 
 

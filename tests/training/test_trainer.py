@@ -10,7 +10,7 @@ from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.errors import ConfigError, NonFiniteError, UnsupportedError
 from lora_diffusion.core.types import ModuleKey
 from lora_diffusion.training import checkpoint, optim
-from lora_diffusion.training.hooks import EarlyStop, Hook, PreviewHook
+from lora_diffusion.training.hooks import EarlyStop, Hook, IntervalHook
 from lora_diffusion.training.trainer import total_steps
 from tests.training.toy import Toy, ToyBatches, moments
 
@@ -119,7 +119,7 @@ def test_hooks_do_not_change_the_training(tmp_path: Path) -> None:
 
     plain, watched = Toy(), Toy()
     plain.trainer(tmp_path / "a", max_steps=6).fit(ToyBatches())
-    watched.trainer(tmp_path / "b", hooks=(PreviewHook(2, draw),), max_steps=6).fit(ToyBatches())
+    watched.trainer(tmp_path / "b", hooks=(IntervalHook(2, draw),), max_steps=6).fit(ToyBatches())
     assert drawn == [2, 4, 6]
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
 
