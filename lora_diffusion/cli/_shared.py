@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.launch import process_index
 from lora_diffusion.core.weighted import weighted_file
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """Prints the result on stdout: as JSON if asked, else as text."""
-    print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
+    """Prints the result on stdout, of several processes once: as JSON if asked, else as text."""
+    if process_index() == 0:
+        print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
 
 
 def set_up_logs(args: argparse.Namespace) -> None:

@@ -33,7 +33,9 @@ from lora_diffusion.cli import (
     transcribe,
     verify,
 )
-from lora_diffusion.core.errors import LoraDiffusionError
+from lora_diffusion.core import launch
+from lora_diffusion.core.errors import ConfigError, LoraDiffusionError
+from lora_diffusion.core.logs import shown
 
 _COMMANDS = (
     quickstart,
@@ -59,6 +61,8 @@ _COMMANDS = (
     config,
 )
 
+_SHARED_WORK = ("train", "evaluate", "select")
+"""Commands that several processes do together."""
 _AFTER_EQUALS = re.compile(r"^(--[\w-]+=)~(?=/|$)")
 
 
@@ -96,6 +100,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _check_processes(command: str) -> None:
+    if command not in _SHARED_WORK and launch.num_processes() > 1:
+        raise ConfigError(
+            f"{launch.num_processes()} processes were started, and {command} is done by one; run it without "
+            "'accelerate launch', or with --num_processes 1."
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -104,12 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parse(arguments)
     try:
+        _check_processes(args.command)
         args.run(args)
         sys.stdout.flush()
     except LoraDiffusionError as error:
         if args.debug:
             raise
-        print(f"lora-diffusion {args.command}: {error}", file=sys.stderr)
+        # The main process tells the rest.
+        told = str(error) if launch.process_index() == 0 else str(error).partition("\n")[0]
+        print(f"lora-diffusion {args.command}: {told}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output, say head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,6 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"lora-diffusion {args.command}: {error}; is the disk full or a folder gone?", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if args.debug or not launch.is_lost_process(error):
+            raise
+        place = f"process {launch.process_index() + 1} of {launch.num_processes()}"
+        told = shown(str(error).strip().partition("\n")[0], 200)
+        print(f"lora-diffusion {args.command}: {place} stopped, since another one ended ({told}).", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         instead = " instead of --overwrite" if getattr(args, "overwrite", False) else ""

@@ -346,6 +346,8 @@ class Config:
 
 FREE_SECTIONS = frozenset({"preview", "evaluate", "cache", "output"})
 """Sections that may change as a whole when a run is resumed; of the others the keys in their `free`."""
-PATHS = ("model.path", "data.path", "data.images", "evaluate.references", "evaluate.prompts", "evaluate.clip")
-PATHS += ("output.thumbnail",)
+PATHS = frozenset(
+    {"model.path", "data.path", "data.images", "evaluate.references", "evaluate.prompts", "evaluate.clip"}
+    | {"output.thumbnail"}
+)
 """Keys whose value may be a path, which is relative to where the run was started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_diffusion.core import launch
 from lora_diffusion.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def process_group() -> PartialState:
-    """Returns this process among those that `accelerate launch` started, on the CPU if it was told so."""
+    """Returns this process among those that `accelerate launch` started, on the CPU if it was told so.
+
+    Raises:
+        ConfigError: it was told to do what is not supported.
+    """
+    launch.check()
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -64,7 +70,10 @@ def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Returns the number type of autocast; auto is bf16 where the device is fast at it, else fp32."""
+    """Returns the number type of autocast.
+
+    auto is what `accelerate launch` was told, else bf16 where the device is fast at it, else fp32.
+    """
     if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
+        precision = launch.asked_precision() or ("bf16" if has_fast_bf16(device) else "fp32")
     return find_dtype(precision)

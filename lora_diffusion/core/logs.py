@@ -6,6 +6,8 @@ import logging
 from functools import cache
 from typing import TYPE_CHECKING
 
+from lora_diffusion.core.launch import process_index
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -14,10 +16,10 @@ logger = logging.getLogger("lora_diffusion")
 
 @cache
 def console() -> Console:
-    """Returns the console on stderr that logs, progress bars and tables share."""
+    """Returns the console on stderr that logs, progress bars and tables share; only the main process shows them."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=process_index() > 0)
 
 
 def set_up(debug: bool = False) -> None:

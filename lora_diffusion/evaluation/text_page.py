@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.core.privacy import public
 from lora_diffusion.evaluation import plots
 from lora_diffusion.evaluation.page import Album, write_page
 from lora_diffusion.evaluation.report import Training
@@ -63,7 +64,7 @@ def write_text_page(path: Path, page: TextPage, *, training: Training, next_comm
             "examples": [row(cells) for cells in page.examples],
             "about_examples": page.about_examples,
             "loss": plots.loss(training.metrics),
-            "facts": {**training.facts, "lora-diffusion": __version__},
-            "next_commands": next_commands,
+            "facts": public({**training.facts, "lora-diffusion": __version__}),
+            "next_commands": public(next_commands),
         },
     )

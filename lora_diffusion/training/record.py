@@ -16,6 +16,7 @@ from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
 from lora_diffusion.core.files import content_hash, user_path
+from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.kinds import Kind
@@ -222,10 +223,12 @@ def _precision(precision: str) -> str:
 
 def _published(kind: Kind, samples: Sequence[Sample]) -> dict[str, Any]:
     captions: dict[str, list[str]] = {}
+    # A home folder is called as its user is.
+    names = {sample.key: public_path(str(sample.path.parent.absolute())) for sample in samples}
     for sample in samples:
-        captions.setdefault(sample.path.parent.name, []).extend(kind.texts(sample))
-    folders = Counter(sample.path.parent.name for sample in samples)
-    repeats = {sample.path.parent.name: sample.num_repeats for sample in samples}
+        captions.setdefault(names[sample.key], []).extend(kind.texts(sample))
+    folders = Counter(names.values())
+    repeats = {names[sample.key]: sample.num_repeats for sample in samples}
     dirs = {name: {"n_repeats": repeats[name], "img_count": count} for name, count in folders.items()}
     tags = {"tag_frequency": count_tags(captions)} if any(captions.values()) else {}
     return {**tags, "dataset_dirs": dirs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,13 +77,21 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
     sources = {}
     for path, own in found.items():
         with faults.noted():
-            name = stems[path] if [*stems.values()].count(stems[path]) == 1 else str(path)
+            twins = [twin for twin, stem in stems.items() if stem == stems[path]]
+            name = stems[path] if len(twins) == 1 else _told_apart(path, twins)
             sources[path] = _source(name, path, own.file if own else path, partial(read_adapter, path, family, model))
     return [
         Entry(tuple((sources[path], weight) for path, weight in parts))
         for parts in asked
         if all(path in sources for path, _ in parts)
     ]
+
+
+def _told_apart(path: Path, twins: Sequence[Path]) -> str:
+    """Returns a name of a file among others of its name; where paths are absolute, without what all have in common."""
+    if not all(twin.is_absolute() for twin in twins):
+        return str(path)
+    return os.path.relpath(path, os.path.commonpath(twins))
 
 
 def from_run(run: RunFolder, faults: Faults) -> list[Entry]:

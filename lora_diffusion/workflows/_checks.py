@@ -12,7 +12,7 @@ from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.rules import as_written
 from lora_diffusion.config.schema import Config
-from lora_diffusion.core import registry
+from lora_diffusion.core import launch, registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols import Family
@@ -69,6 +69,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
     kind = KINDS[family.sample_type]
     info = look(lambda: family.check(config.model))
     variant = look(lambda: variants.find(config.adapter.variant, config.model.quantization))
+    look(lambda: launch.check_training(config.train.precision, config.train.gradient_accumulation))
     look(lambda: optim.check(config.train, pick_device()))
     look(lambda: check_tracker(config.train.tracker))
     run = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))

@@ -64,5 +64,5 @@ def export(
         verification.require_sound(output_path, faults)
     if card:
         package = model_card.collect_exported(output_path, format_name, run)
-        write_text(card_path, model_card.write(package, str(output_path.parent)))
+        write_text(card_path, model_card.write(package, "."))
     return output_path

@@ -24,6 +24,7 @@ from lora_diffusion.core.errors import ConfigError, MissingModelError, ModelErro
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.lowrank import RankRule
+from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import metadata
@@ -96,7 +97,7 @@ def merge(
     ]
     told = {
         "modelspec.merged_from": ", ".join([Path(model.path).name, *names]),
-        "lora_diffusion.merged": json.dumps({"model": model.path, "adapters": made_from}),
+        "lora_diffusion.merged": json.dumps({"model": public_path(model.path), "adapters": made_from}),
     }
     chosen = None if dtype == "auto" else find_dtype(dtype)
     merged = merging.merge(checkpoint, terms, output_path, chosen, told)
@@ -187,7 +188,11 @@ def extract(
         prediction_type=info.prediction,
         training={"sd_model_name": Path(base.path).name},
     )
-    made_from = {"base": base.path, "tuned": tuned.path, "relative_error": extraction.changes.error}
+    made_from = {
+        "base": public_path(base.path),
+        "tuned": public_path(tuned.path),
+        "relative_error": extraction.changes.error,
+    }
     state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
     with dtype_named():
         write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))

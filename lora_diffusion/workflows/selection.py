@@ -22,6 +22,7 @@ from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.files import atomic_path, sha256, user_path, write_json
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.protocols import Family, Format, Metric
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.data import sources
@@ -322,7 +323,7 @@ def marks(choice: Choice, evaluation: Evaluation) -> dict[str, str]:
         "lora_diffusion.scores": json.dumps(
             {metric: round(table.mean(choice.candidate.name, metric), 4) for metric in metrics}
         ),
-        "lora_diffusion.scorer": json.dumps(dict(evaluation.scorer)),
+        "lora_diffusion.scorer": json.dumps({kind: public_path(name) for kind, name in evaluation.scorer.items()}),
         "lora_diffusion.evaluated_with": evaluation.lora_diffusion,
     }
 
