@@ -51,10 +51,21 @@ def add(run_path: Path, names: Iterable[str]) -> None:
 
 def forget_pruned(run_path: Path) -> None:
     """Takes checkpoints that are gone out of the record: what is put under their names is not the run's."""
+    known = read(run_path) or ()
+    _forget(run_path, {name for name in known if name.startswith("checkpoints/") and not (run_path / name).exists()})
+
+
+def discard(run_path: Path, names: Iterable[str]) -> None:
+    """Deletes files of a run that goes on, and takes them out of its record; see `remove`."""
+    names = {*names}
+    remove(run_path, names)
+    _forget(run_path, names)
+
+
+def _forget(run_path: Path, names: set[str]) -> None:
     known = read(run_path)
-    gone = {name for name in known or () if name.startswith("checkpoints/") and not (run_path / name).exists()}
-    if known is not None and gone:
-        _write(run_path, known - gone, started_in(run_path))
+    if known is not None and known & names:
+        _write(run_path, known - names, started_in(run_path))
 
 
 def claim(run_path: Path, names: Iterable[str], setting: str) -> None:

@@ -238,7 +238,7 @@ def go_on(run: RunFolder) -> None:
         logger.warning(
             "The run goes on, so the choice of its best checkpoint is dropped; select again when it is done."
         )
-        run_files.remove(run.path, chosen)
+        run_files.discard(run.path, chosen)
 
 
 def _check_equal(run: RunFolder, config: Config) -> None:

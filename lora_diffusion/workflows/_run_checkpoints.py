@@ -86,6 +86,7 @@ def read(checkpoint: RunCheckpoint) -> tuple[Family, AdapterState]:
     from lora_diffusion.training.checkpoint import read_adapter
     from lora_diffusion.training.run_folder import RunFolder
 
+    tensors = read_adapter(checkpoint.folder)
     run = RunFolder(checkpoint.run_path)
     if not run.config_path.is_file():
         raise ConfigError(
@@ -94,7 +95,6 @@ def read(checkpoint: RunCheckpoint) -> tuple[Family, AdapterState]:
         )
     config = run.config()
     family: Family = registry.find("families", config.model.family)
-    tensors = read_adapter(checkpoint.folder)
     stored = variants.find(config.adapter.variant, config.model.quantization).stored
     modules = {}
     try:

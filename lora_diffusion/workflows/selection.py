@@ -283,7 +283,7 @@ def _write(
     spelling = detect(final) if is_final else _spelling(config)
     _write_adapter(AdapterState(state.modules, told), family, config, path, spelling)
     chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
-    run_files.remove(run.path, chosen - {name})
+    run_files.discard(run.path, chosen - {name})
     return path
 
 

@@ -19,6 +19,7 @@ from lora_diffusion.config.load import load
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
+from lora_diffusion.training import run_files
 from lora_diffusion.workflows.selection import cases, scorers
 from tests.workflows.conftest import Commands, fill_with_pictures
 
@@ -126,6 +127,7 @@ def test_choice_goes_with_the_run_that_it_was_made_for(
     run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
     old = run / "run-step-000002.safetensors"
     shutil.copy(run / "run.safetensors", old)
+    run_files.add(run, [old.name])
     plain = settings(tiny_base, pictures, run)
     command.good("train", *plain, "--resume")
     assert old.exists()
@@ -135,6 +137,7 @@ def test_choice_goes_with_the_run_that_it_was_made_for(
     assert not any(path.is_symlink() or path.exists() for path in marks)
 
     old.touch()
+    run_files.add(run, [old.name])
     command.good("train", *plain, "--overwrite")
     assert not old.exists()
 
