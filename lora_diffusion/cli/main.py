@@ -63,6 +63,8 @@ _COMMANDS = (
 
 _SHARED_WORK = ("train", "evaluate", "select")
 """Commands that several processes do together."""
+_WITHOUT_TRAINING = ("generate", "evaluate", "select", "transcribe", "ask")
+"""Commands that compute with a base and train nothing."""
 _AFTER_EQUALS = re.compile(r"^(--[\w-]+=)~(?=/|$)")
 
 
@@ -108,6 +110,13 @@ def _check_processes(command: str) -> None:
         )
 
 
+def _tell_unused_precision(command: str) -> None:
+    asked = launch.asked_precision()
+    if asked and command in _WITHOUT_TRAINING and launch.process_index() == 0:
+        told = f"accelerate's mixed precision ({asked}) is that of training; {command} computes in model.dtype"
+        print(f"lora-diffusion {command}: {told}.", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -117,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
     try:
         _check_processes(args.command)
+        _tell_unused_precision(args.command)
         args.run(args)
         sys.stdout.flush()
     except LoraDiffusionError as error:

@@ -152,8 +152,9 @@ def read(run_path: Path) -> set[str] | None:
 
 
 def _read(run_path: Path) -> dict[str, Any]:
+    path = run_path / RECORD_NAME
     try:
-        values = json.loads((run_path / RECORD_NAME).read_bytes())
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

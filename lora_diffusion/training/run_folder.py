@@ -109,6 +109,14 @@ class RunFolder:
             },
         )
 
+    def find(self, text: str) -> str:
+        """Returns a path that was relative to where the run was started so that it is found from here.
+
+        Raises:
+            ConfigError: this is no run folder.
+        """
+        return _find(text, [*self._places(load(self.config_path))], Path.exists)
+
     def _places(self, stored: Config) -> Iterator[Path]:
         """Yields folders below which relative paths of the stored config may lie, the likeliest first."""
         if (started_in := run_files.started_in(self.path)) is not None:

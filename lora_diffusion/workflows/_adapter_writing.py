@@ -39,10 +39,12 @@ class AdapterWriter:
             told = self.describe(read_state(self.loaded), step)
             write_json(self.run.path / record.METADATA_NAME, dict(told))
 
-    def hooks(self, num_steps_per_epoch: int) -> list[Hook]:
+    def hooks(self, num_steps_per_epoch: int, num_steps: int) -> list[Hook]:
         """Returns what writes `<name>-000200.safetensors` after step, or epoch, 200, if that is asked for."""
         train = self.config.train
         every = train.save_adapter_every_steps or train.save_adapter_every_epochs * num_steps_per_epoch
+        if every > num_steps:
+            logger.warning("train.save_adapter_every_*: no file is due in the %d steps of this run.", num_steps)
         by = num_steps_per_epoch if train.save_adapter_every_epochs else 1
         return [IntervalHook(every, lambda step: self._write_at(step, step // by))] if every else []
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.config.rules import MAX_DRAWING_STEPS
 from lora_diffusion.config.schema import Config, ModelOptions
-from lora_diffusion.core import launch, registry
+from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device, process_group
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, sha256, user_path
@@ -131,8 +131,6 @@ def evaluate(question: Question) -> Evaluation:
     metrics = _metrics(question, cases, given, scorers, faults)
     _check_rest(question, tried, metrics, faults)
     faults.stop("evaluate")
-    if launch.asked_precision():
-        logger.warning("accelerate's mixed precision is that of training; pictures are drawn in model.dtype.")
 
     process_group().wait_for_everyone()  # all have looked into the folder before one writes into it
     use_threads("auto", question.output_path / "machine.json")

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.core import registry
-from lora_diffusion.core.errors import AdapterFileError, DataError, ModelError
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lora_diffusion.core.files import sha256
 from lora_diffusion.core.logs import shown
 from lora_diffusion.core.privacy import public_path, public_text
@@ -22,6 +22,7 @@ from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats import describe_file, detect
 from lora_diffusion.formats.clients import CLIENTS
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows.checkpoints import find_model
 
 _MOST_PICTURES = 4
@@ -84,6 +85,11 @@ def collect(source: Path) -> Package:
     Raises:
         InputError: it is neither, the run has not finished, or a file cannot be read.
     """
+    if (checkpoint := _run_checkpoints.find(source)) is not None:
+        raise ConfigError(
+            f"{source} is a checkpoint, which no program reads; make a file of it with 'lora-diffusion export "
+            f"{checkpoint.run_path} --step {checkpoint.step}'."
+        )
     if not (source / "config.yaml").is_file():
         return _package({detect(source): source})
     run = RunFolder(source)

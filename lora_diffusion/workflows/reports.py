@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lora_diffusion.config.describe import differences
@@ -11,6 +12,7 @@ from lora_diffusion.core.errors import ConfigError, DataError, RunError
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.evaluation import results, versus
 from lora_diffusion.evaluation.report import Training, write_report
+from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.evaluation.sections import Findings
 from lora_diffusion.evaluation.select import Preference, choose
 from lora_diffusion.evaluation.table import Table
@@ -67,7 +69,8 @@ def read_training(run_path: Path) -> Training:
     run = RunFolder(run_path)
     if not run.config_path.is_file():
         return Training()
-    return Training(metrics=read_metrics(run.path), losses=read_losses(run.path), facts=_settings(run.config()))
+    losses = [replace(loss, path=run.find(loss.path)) for loss in read_losses(run.path)]
+    return Training(metrics=read_metrics(run.path), losses=losses, facts=_settings(run.config()))
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -95,11 +98,25 @@ def _evaluation_folder(path: Path, selection: Selection | None) -> Path | None:
     return next((folder for folder in folders if (folder / "evaluation.json").is_file()), None)
 
 
+def _located(evaluation: Evaluation, run: RunFolder) -> Evaluation:
+    """Returns an evaluation of a run whose pictures are found from here, too."""
+    if not run.config_path.is_file():
+        return evaluation
+    files = {file.path for file in (*evaluation.references, *evaluation.training_pictures)}
+    places = {text: run.find(text) for text in {*files, *(score.detail for score in evaluation.scores if score.detail)}}
+    return replace(
+        evaluation,
+        references=[replace(file, path=places[file.path]) for file in evaluation.references],
+        training_pictures=[replace(file, path=places[file.path]) for file in evaluation.training_pictures],
+        scores=[replace(score, detail=places.get(score.detail, "")) for score in evaluation.scores],
+    )
+
+
 def _found(path: Path, selection: Selection | None) -> tuple[Findings | None, Training]:
     folder, training = _evaluation_folder(path, selection), read_training(path)
     if folder is None:
         return None, training
-    evaluation = results.read(folder)
+    evaluation = _located(results.read(folder), RunFolder(path))
     try:
         choice = choose(evaluation, selection.preference if selection else Preference())
     except (DataError, ConfigError, RunError):

@@ -95,7 +95,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
 
         describe = partial(record.metadata, config, checked.info, kind, samples, batches)
         writer = AdapterWriter(config, family, run, loaded, describe)
-        hooks += writer.hooks(batches.num_steps_per_epoch)
+        hooks += writer.hooks(batches.num_steps_per_epoch, checked.num_steps)
         trainer = Trainer(
             config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint, plan.module_rates()
         )

@@ -204,6 +204,20 @@ class TestOtherWorkingDirectory:
         monkeypatch.chdir(made)
         assert RunFolder(made / "runs/one").config().data.path == "photos"
 
+    def test_report_and_evaluation_find_pictures(
+        self, command: Commands, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = project / "runs/one"
+        (tmp_path / "elsewhere").mkdir()
+        losses = [{"key": "0.png", "path": "photos/0.png", "caption": "a", "loss": 1.0, "caption_help": 0.5}]
+        (run / "picture_losses.json").write_text(json.dumps(losses))
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        command.good("report", run)
+        assert "data:image/webp" in (run / "report.html").read_text()
+        assert str(project) not in (run / "report.json").read_text()
+        record = json.loads((run / "files.json").read_text())["files"]
+        assert {"report.html", "report.json", "report.csv"} <= {*record}
+
     def test_renamed_run_finds_its_adapter(self, tmp_path: Path, command: Commands, trained: Path) -> None:
         run = shutil.copytree(trained, tmp_path / "renamed", symlinks=True)
         target = tmp_path / "a.safetensors"
