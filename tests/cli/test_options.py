@@ -25,7 +25,7 @@ OPTIONS = {
     "data": "action",
     "data check": "folder --config overrides",
     "data caption": "folder --config --model --adapter --prompt --trigger --ending --overwrite",
-    "export": "run_path --to --output --client --card --overwrite",
+    "export": "run_path --step --to --output --client --card --overwrite",
     "convert": "input output --to --dtype --family --model --from-pickle --overwrite",
     "inspect": "path",
     "verify": "path --client --base",
