@@ -103,6 +103,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check_processes(command: str) -> None:
+    if command in (*_SHARED_WORK, *_WITHOUT_TRAINING):
+        launch.check()  # now, since all that they import takes seconds
     if command not in _SHARED_WORK and launch.num_processes() > 1:
         raise ConfigError(
             f"{launch.num_processes()} processes were started, and {command} is done by one; run it without "
