@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.core.adapter_state import AdapterState as AdapterState
+from lora_diffusion.core.adapter_state import ModuleAdapter as ModuleAdapter
+from lora_diffusion.core.adapter_state import ModuleKey as ModuleKey
 
 if TYPE_CHECKING:
     import torch
@@ -330,60 +333,3 @@ class Scores:
         if self.weights is None:
             return self.values.mean().item()
         return ((self.values * self.weights).sum() / self.weights.sum()).item()
-
-
-class ModuleKey(NamedTuple):
-    """Names one module of a base: the part and the dotted path in it, as `named_modules()` gives it."""
-
-    part: str
-    path: str
-
-
-@dataclass(frozen=True)
-class ModuleAdapter:
-    """The adapter of one module; `core.delta` says what it does to the weight."""
-
-    variant: str
-    """lora, dora, dora_out, loha or lokr."""
-    tensors: Mapping[str, Tensor]
-    """Two dimensions on a linear layer, four on a convolution where (k, k) stands; the names in brackets may be absent.
-
-    lora        "down" [rank, in, (k, k)], "up" [out, rank, (1, 1)], ("mid" [rank, rank, k, k]: down is then 1x1)
-    dora        the same and "magnitude" [1, in, (1, 1)]; dora_out: [out, 1, (1, 1)]
-    loha        "w1_a", "w2_a" [out, rank] and "w1_b", "w2_b" [rank, in * k * k];
-                with ("t1", "t2" [rank, rank, k, k]) [rank, out] and [rank, in]
-    lokr        "w1" or "w1_a" and "w1_b"; "w2" or "w2_a" and "w2_b", ("t2")
-
-    Float32, or numpy arrays of any number type in what `Format.read_stored` gives.
-    """
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Size between the factors; for lokr between those of its second factor, or of its first, or of neither."""
-        for name in ("down", "w2_b", "w1_b"):
-            if name in self.tensors:
-                return int(self.tensors[name].shape[0])
-        outputs, *inputs = self.tensors["w2"].shape
-        return min(outputs, math.prod(inputs))
-
-    @property
-    def scale(self) -> float:
-        """What the product of the factors is multiplied with: alpha / rank, and 1 for lokr with two whole factors."""
-        return 1.0 if {"w1", "w2"} <= self.tensors.keys() else self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """An adapter as plain data, free of any file's spelling; its modules may be of different variants."""
-
-    modules: Mapping[ModuleKey, ModuleAdapter]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def parts(self) -> tuple[str, ...]:
-        """Returns the part names in the order of first appearance."""
-        return tuple(dict.fromkeys(key.part for key in self.modules))
-
-    def __iter__(self) -> Iterator[tuple[ModuleKey, ModuleAdapter]]:
-        """Yields (key, adapter) in the order of the state."""
-        return iter(self.modules.items())
