@@ -19,7 +19,7 @@ from lora_diffusion.core.files import atomic_path, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, in_float32
-from lora_diffusion.formats._holding import check_holds
+from lora_diffusion.formats._holding import check_holds_state
 from lora_diffusion.formats._lora_config import (
     check_config,
     find_alpha,
@@ -28,7 +28,7 @@ from lora_diffusion.formats._lora_config import (
     without_recorded_scale,
     write_config,
 )
-from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
+from lora_diffusion.formats._peft_tensors import NOT_IN_PEFT, WRONG_AXIS, check_one_kind, peft_tensors
 from lora_diffusion.formats._published import published
 from lora_diffusion.formats._spelling import PEFT_PREFIX, read_modules, split_name
 from lora_diffusion.formats.metadata import without_hashes
@@ -54,7 +54,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 class _Peft:
     name = "peft"
     is_folder = True
-    refused: Mapping[str, str] = {"dora": WRONG_AXIS}
+    refused: Mapping[str, str] = {"dora": WRONG_AXIS, **NOT_IN_PEFT}
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a name begins as PEFT begins all of them."""
@@ -72,7 +72,7 @@ class _Peft:
             NonFiniteError: a value does not fit `dtype`.
             UnsupportedError: PEFT cannot hold a variant, or mixes of them in one folder.
         """
-        check_holds(self, (adapter.variant for _, adapter in state))
+        check_holds_state(self, state)
         groups: dict[str, dict[str, ModuleAdapter]] = {}
         for key, adapter in state:
             part, bare = _split(key_map, key)
