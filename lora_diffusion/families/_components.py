@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.errors import ModelError, UntrainableError
 from lora_diffusion.core.types import BaseInfo, Loaded
 
 if TYPE_CHECKING:
@@ -140,11 +140,14 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
     unet, vae = configs["unet"], configs["vae"]
     towers = {name: configs[name] for name in layout.towers}
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
-        raise ModelError(
-            f"The UNet of {options.path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained."
+        raise UntrainableError(
+            f"The UNet of {options.path} takes {unet.get('in_channels')} channels: bases for inpainting, depth or "
+            "editing cannot be trained, only merged into."
         )
     if vae.get("latents_mean") or vae.get("shift_factor"):
-        raise ModelError(f"The VAE of {options.path} shifts its latents, which {layout.title} does not; take its own.")
+        raise UntrainableError(
+            f"The VAE of {options.path} shifts its latents, which {layout.title} does not; take its own."
+        )
     width = sum(tower.get("hidden_size", 0) for tower in towers.values())
     if unet.get("cross_attention_dim") != width:
         raise ModelError(
@@ -160,7 +163,7 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
 
 
 def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
-    """Returns UNet and text encoders on the meta device."""
+    """Returns UNet and those text encoders that have a config, on the meta device."""
     import torch
     import transformers
     from diffusers import UNet2DConditionModel
@@ -169,6 +172,7 @@ def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
         towers = {
             name: getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(configs[name])))
             for name, kind in layout.towers.items()
+            if name in configs
         }
         return {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])), **towers}
 

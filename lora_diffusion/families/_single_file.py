@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.errors import ModelError, UntrainableError
 from lora_diffusion.core.files import atomic_path, content_hash, default_cache_path, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
-from lora_diffusion.families import _sources
+from lora_diffusion.families import _ldm, _sources
 from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
 from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, PREDICTION_KEYS, Shapes, component_configs
 
@@ -40,6 +40,7 @@ _MARKS_OF_OTHERS = {
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
     "conditioner.": "half of a Stable Diffusion XL",
+    "model_ema.": "the averaged copies of the weights (EMA) alone",
 }
 
 
@@ -51,14 +52,33 @@ class SingleFile:
     layout: Layout
 
     def info(self, options: Any) -> BaseInfo:
-        """Describes the base from the shapes of its tensors."""
-        info = replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
+        """Describes the base from the shapes of its tensors.
+
+        Raises:
+            UntrainableError: networks are missing, or the UNet takes more than latents.
+        """
+        lacking = [name for name in self.layout.networks if name not in self._configs]
+        if lacking:
+            raise UntrainableError(
+                f"{self.path} is not a whole {self.layout.title} checkpoint: it holds no {', '.join(lacking)}.",
+                self.path,
+            )
+        if _header(self.path).is_renamed:
+            raise UntrainableError(
+                f"{self.path} does not name its tensors as published {self.layout.title} checkpoints do, so that it "
+                "cannot be loaded; adapters can be merged into it.",
+                self.path,
+            )
+        try:
+            info = replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
+        except UntrainableError as error:
+            raise UntrainableError(str(error), self.path) from error
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
         return info
 
     def skeleton(self) -> dict[str, nn.Module]:
-        """Builds UNet and text encoders on the meta device."""
+        """Builds UNet and those text encoders that the file holds on the meta device."""
         return build_skeleton(self._configs, self.layout)
 
     def load(self, options: Any, device: torch.device) -> Loaded:
@@ -87,7 +107,7 @@ class SingleFile:
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
-        shapes, metadata = _header(self.path)
+        shapes, metadata, _ = _header(self.path)
         _check_kind(self.path, shapes, self.layout)
         with _sources.explained(self.path):
             return component_configs(shapes, metadata, self.layout)
@@ -109,36 +129,57 @@ class SingleFile:
         return folder
 
 
+class _Header(NamedTuple):
+    shapes: Shapes
+    """By the names that published checkpoints use."""
+    metadata: dict[str, str]
+    is_renamed: bool
+    """Whether the file uses other names."""
+
+
 @cache
-def _header(path: Path) -> tuple[Shapes, dict[str, str]]:
+def _header(path: Path) -> _Header:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes, file.metadata() or {}
+            published_name = _ldm.published_name(file.keys())
+            shapes = {published_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return _Header(shapes, file.metadata() or {}, is_renamed=shapes.keys() != set(file.keys()))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole .safetensors file ({error}); fetch it again.") from error
 
 
 def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
-    found = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
+    found = _family_of(shapes)
     if found not in (None, layout.family):
         raise ModelError(
             f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
             "model.path."
         )
-    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-    missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
-    missing += [] if found else list(layout.towers)
-    if missing:
+    if found is None:
         kinds = [kind for mark, kind in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
-        what = f"it looks like {kinds[0]}" if kinds else f"it holds no {', '.join(missing)}"
+        what = f"it looks like {kinds[0]}" if kinds else "it holds no unet"
         raise ModelError(f"{path} is not a {layout.title} checkpoint: {what}.")
 
 
+def _family_of(shapes: Shapes) -> str | None:
+    """Returns the family that the names of text encoders tell, or without these the build of the UNet."""
+    if not any(name.startswith(_ldm.UNET) for name in shapes):
+        return None
+    told = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
+    projection = shapes.get(f"{_ldm.UNET}middle_block.1.proj_in.weight")
+    if told or not projection or any(name.startswith("conditioner.") for name in shapes):
+        return told
+    # SDXL has three levels and is told the sizes; the refiner and bases for image variations have four.
+    has_sizes, is_deep = (f"{_ldm.UNET}{name}.weight" in shapes for name in ("label_emb.0.0", "input_blocks.9.0.op"))
+    if has_sizes:
+        return None if is_deep else "sdxl"
+    return "sd2" if len(projection) == 2 else "sd1"
+
+
 def _told_prediction(path: Path) -> bool:
-    shapes, metadata = _header(path)
+    shapes, metadata, _ = _header(path)
     return "v_pred" in shapes or any(key in metadata for key in PREDICTION_KEYS)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import frozen_name, pick_device
-from lora_diffusion.core.errors import MissingModelError, ModelError
+from lora_diffusion.core.errors import MissingModelError, ModelError, UntrainableError
 from lora_diffusion.core.files import builtin_path, content_hash, user_path
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.types import BaseInfo, Loaded
@@ -169,8 +169,11 @@ class Folder:
 
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
-        with explained(self.path):
-            info = describe(self._configs(), self.layout, options)
+        try:
+            with explained(self.path):
+                info = describe(self._configs(), self.layout, options)
+        except UntrainableError as error:
+            raise UntrainableError(str(error), self.path) from error
         networks = [file for name in ("unet", *self.layout.towers) for file in self._weight_files(name)]
         files = (*networks, self.path / "scheduler" / "scheduler_config.json")
         return replace(info, path=self.path, files=files)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.checkpoints import MergeResult as MergeResult
     from lora_diffusion.workflows.checkpoints import extract as extract
     from lora_diffusion.workflows.checkpoints import find_model as find_model
+    from lora_diffusion.workflows.checkpoints import find_weights as find_weights
     from lora_diffusion.workflows.checkpoints import merge as merge
     from lora_diffusion.workflows.comparison import compare as compare
     from lora_diffusion.workflows.composition import Composition as Composition
@@ -56,7 +57,7 @@ _HOMES = {
     "answering": ("ask", "examine"),
     "captioning": ("Captions", "caption"),
     "data_check": ("check_data",),
-    "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
+    "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "find_weights", "merge"),
     "comparison": ("compare",),
     "config_check": ("check_config",),
     "composition": ("Composition", "compose", "resize"),

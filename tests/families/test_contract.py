@@ -303,7 +303,9 @@ class TestNames:
             assert key_map.name(key) == name
         for part, network in setup.family.skeleton(setup.options()).items():
             paths = {path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-            assert {key.path for key, _ in key_map if key.part == part} == paths
+            # Norms and embeddings have names too, since adapters of other programs change them.
+            own = {key.path for key, _ in key_map if key.part == part}
+            assert paths <= own <= {path for path, _ in network.named_modules()}
 
     @pytest.mark.parametrize("format_name", FORMATS)
     def test_written_adapter_is_read_back(self, setup: Setup, loaded: Loaded, format_name: str, tmp_path: Path) -> None:
