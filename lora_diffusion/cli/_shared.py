@@ -65,6 +65,16 @@ def add_rank(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument("--energy", type=float, help="share of each module's squared norm to keep, say 0.95")
 
 
+def add_embeddings(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for text embeddings that are packed into adapter files."""
+    parser.add_argument(
+        "--embeddings",
+        choices=["keep", "drop"],
+        default="keep",
+        help="text embeddings that come along in the file, bundle_emb (keep)",
+    )
+
+
 def check_rank(args: argparse.Namespace) -> None:
     """Checks the values of `add_rank`.
 

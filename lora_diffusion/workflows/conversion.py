@@ -17,7 +17,14 @@ from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions, with_attention
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
-from lora_diffusion.workflows._files import check_target, common_dtype, dtype_named, read_stored_alone, stored_dtype
+from lora_diffusion.workflows._files import (
+    check_target,
+    common_dtype,
+    dtype_named,
+    read_stored_alone,
+    stored_dtype,
+    with_embeddings,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ def convert(
     model_path: str | None = None,
     family_name: str | None = None,
     is_pickle: bool = False,
+    embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Conversion:
     """Writes an adapter in another spelling, with the same tensors, alphas and metadata.
@@ -84,6 +92,7 @@ def convert(
         model_path: base whose modules give the names; needed only for networks of another build than the published.
         family_name: kind of base; without it, what the tensors tell.
         is_pickle: take the tensors out of a pickle, without running what is in it.
+        embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.
 
     Raises:
@@ -100,7 +109,7 @@ def convert(
             names = family.key_map(format_.name, None)
         else:
             family, state, names = _read_for(model_path, family_name, path, source, format_)
-        state = replace(state, metadata=with_base(state.metadata, family.name))
+        state = replace(with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.name))
         state = with_attention(state) if format_.name == "diffusers" else state
         kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
