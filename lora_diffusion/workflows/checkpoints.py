@@ -199,7 +199,7 @@ def extract(
         tuned: a fine-tuned model of the same family; may be laid out differently.
         output_path: file, or folder for peft.
         rule: rank of each module.
-        parts: networks to look at; none takes all.
+        parts: networks to look at; none takes all that the base holds.
         targets: as `adapter.targets`; none takes every group of the family.
         format_name: spelling of the file.
         dtype: fp32, fp16 or bf16.
@@ -214,10 +214,11 @@ def extract(
         raise ModelError(f"{base.path} is of family {base.family}, {tuned.path} of {tuned.family}; give two of one.")
     family, before = _open(base, "vae")
     _, after = _open(tuned, "vae")
-    parts = tuple(parts or family.parts)
+    skeleton = family.skeleton(base)
+    parts = tuple(parts or (part for part in family.parts if part in skeleton))
     groups = dict.fromkeys(group for name in parts if name in family.parts for group in family.parts[name].groups)
     asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))
-    modules = [module.key for module in plan(family.skeleton(base), family.parts, asked).modules]
+    modules = [module.key for module in plan(skeleton, family.parts, asked).modules]
     extraction = extracting.extract(before, after, modules, rule, seed=0)
     _warn_of_others(extraction, base, tuned)
     _warn_of_rounding(extraction, base, tuned)

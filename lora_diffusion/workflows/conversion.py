@@ -133,9 +133,9 @@ def _read_for(
     """Returns the family of a base, the adapter with the names of its modules, and those in the target format."""
     # Only now, since it takes seconds to import what builds a base.
     from lora_diffusion.adapters.state import check_fit, weight_shapes
-    from lora_diffusion.workflows.checkpoints import find_model
+    from lora_diffusion.workflows.checkpoints import find_weights
 
-    model = find_model(model_path, family_name)
+    model = find_weights(model_path, family_name)
     family: Family = registry.find("families", model.family)
     skeleton = family.skeleton(model)
     state = fit_dimensions(source.read_stored(path, family.key_map(source.name, model)), weight_shapes(skeleton))

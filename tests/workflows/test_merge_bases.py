@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_diffusion.workflows import find_weights
 from tests.families.ldm import save_single_file, shaped_pipeline
 from tests.workflows.conftest import Commands
 
@@ -152,3 +155,50 @@ def test_other_files_are_no_bases(command: Commands, whole: dict[str, Tensor], t
     save_file({name.replace(*OLD_CLIP): tensor for name, tensor in whole.items()}, tmp_path / "old.safetensors")
     outcome = command("generate", "--model", tmp_path / "old.safetensors", "--prompt", "x", "--output", tmp_path / "p")
     assert (outcome.code, "adapters can be merged into it" in outcome.message) == (2, True)
+
+
+def test_folder_for_inpainting(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
+    base, output = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    (file,) = (base / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    first = weights["conv_in.weight"]
+    save_file({**weights, "conv_in.weight": torch.cat([first, first, first[:, :1]], 1)}, file, {"format": "pt"})
+    query = next(name for name in weights if name.endswith("attn1.to_q.weight"))
+    out, width = weights[query].shape
+    stem = f"unet.{query.removesuffix('.weight')}"
+    factors = {f"{stem}.lora_A.weight": torch.ones(1, width), f"{stem}.lora_B.weight": torch.ones(out, 1)}
+    save_file(factors, tmp_path / "a.safetensors")
+    command.good(
+        "merge", "--model", base, "--adapter", tmp_path / "a.safetensors", "--output", output, "--dtype", "fp16"
+    )
+    merged = load_file(output / "unet" / file.name)
+    assert torch.allclose(merged[query].float(), weights[query] + 1, atol=1e-3)
+    assert merged["conv_in.weight"].shape[1] == 9
+    for path in base.rglob("*"):
+        if path.is_file() and path.parent.name not in ("unet", "text_encoder"):
+            assert (output / path.relative_to(base)).read_bytes() == path.read_bytes()
+    outcome = command("generate", "--model", base, "--prompt", "x", "--output", tmp_path / "p")
+    assert (outcome.code, "only merged into" in outcome.message) == (2, True)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_family_of_a_unet_alone(family: str, tmp_path: Path) -> None:
+    state = shaped_pipeline(family).unet.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "unet.safetensors")
+    assert find_weights(str(tmp_path / "unet.safetensors")).family == family
+
+
+def test_difference_of_two_unets(command: Commands, whole: dict[str, Tensor], tmp_path: Path) -> None:
+    base = unet(whole, "")
+    query = f"{QUERY}.weight"
+    change = torch.outer(torch.arange(len(base[query])) / 50, torch.ones(base[query].shape[1]))
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({**base, query: base[query] + change}, tmp_path / "tuned.safetensors")
+    output = tmp_path / "o.safetensors"
+    arguments = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", output, "--rank", 1, "--dtype", "fp32")
+    command.good("extract", *arguments)
+    found = load_file(output)
+    assert torch.allclose(found[f"{FLAT}.lora_up.weight"] @ found[f"{FLAT}.lora_down.weight"], change, atol=1e-5)
