@@ -169,11 +169,15 @@ def _wrong_factor(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
 
 def _wrong_change(adapter: ModuleAdapter, shape: tuple[int, ...]) -> str | None:
     try:
-        is_right = fits(adapter, shape)
+        if fits(adapter, shape):
+            return None
+        plain = {name: tensor for name, tensor in adapter.tensors.items() if name != "magnitude"}
+        if len(plain) < len(adapter.tensors) and fits(replace(adapter, tensors=plain), shape):
+            return f"magnitude is {list(adapter.tensors['magnitude'].shape)}, the base has {list(shape)}"
     except AdapterFileError as error:
         return str(error)
     sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
-    return None if is_right else f"{sizes} do not fit a weight of {list(shape)}"
+    return f"its change is of another size than the base's {list(shape)}: {sizes}"
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:
