@@ -5,7 +5,7 @@ before them is then the whole name:
 
     ...attn.in_proj_weight#q    the first third of the rows (#k the second, #v the third)
     ...text_projection#t        the tensor is stored transposed
-    ...positional_embedding#    the name has no ".weight" behind it
+    ...positional_embedding#w   the whole tensor, whose name has no ".weight" behind it
 
 Source: the tables of `scripts/convert_diffusers_to_original_sdxl.py` and `..._stable_diffusion.py` in diffusers.
 """
@@ -52,7 +52,7 @@ _OPEN_CLIP_ENDS = {
     "text_projection": "text_projection#t",
     "final_layer_norm": "ln_final",
     "embeddings.token_embedding": "token_embedding",
-    "embeddings.position_embedding": "positional_embedding#",
+    "embeddings.position_embedding": "positional_embedding#w",
 }
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")

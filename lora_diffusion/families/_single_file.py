@@ -157,16 +157,17 @@ def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
             f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
             "model.path."
         )
-    if found is None:
+    prefixes = {"unet": _ldm.UNET, "vae": "first_stage_model."}
+    missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
+    if found is None or "unet" in missing:
+        missing += [] if found else list(layout.towers)
         kinds = [kind for mark, kind in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
-        what = f"it looks like {kinds[0]}" if kinds else "it holds no unet"
+        what = f"it looks like {kinds[0]}" if kinds else f"it holds no {', '.join(missing)}"
         raise ModelError(f"{path} is not a {layout.title} checkpoint: {what}.")
 
 
 def _family_of(shapes: Shapes) -> str | None:
     """Returns the family that the names of text encoders tell, or without these the build of the UNet."""
-    if not any(name.startswith(_ldm.UNET) for name in shapes):
-        return None
     told = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
     projection = shapes.get(f"{_ldm.UNET}middle_block.1.proj_in.weight")
     if told or not projection or any(name.startswith("conditioner.") for name in shapes):
