@@ -2,6 +2,6 @@
 
 import sys
 
-from lora_diffusion.cli.main import main
+from lora_diffusion.cli.start import main
 
 sys.exit(main())

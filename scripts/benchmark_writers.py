@@ -203,7 +203,7 @@ def _our_logits(case: Case, base: Path, run: Path, adapter: Path) -> tuple[Any, 
             inputs = {"input_features": batch.tensors["features"][:, 0].to(model.dtype), "decoder_input_ids": ids}
             return model(**inputs).logits.float(), inputs
         ids = batch.tensors["input_ids"]
-        inputs = {"input_ids": ids, "pixel_values": _vision.pixels(loaded, sample.views[0]).to(model.dtype)}
+        inputs = {"input_ids": ids, "pixel_values": _vision.pixels(loaded, sample.views[0])[0].to(model.dtype)}
         embedded = _vision.embed(loaded, ids, list(batch.tensors["features"]), batch.tensors["image_size"])
         hidden = loaded.parts["language_model"](inputs_embeds=embedded, use_cache=False).last_hidden_state
         return model.lm_head(hidden).float(), inputs

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.adapters._frozen import frozen_weight
+from lora_diffusion.adapters._peft import LoraVariant
 from lora_diffusion.core.delta import AXES, norms
 from lora_diffusion.core.types import ModuleAdapter
 

@@ -6,14 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
-from peft.tuners.loha import LoHaLayer
-from peft.tuners.lokr import LoKrLayer
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_diffusion.adapters._dora import Dora, Magnitude
 from lora_diffusion.adapters._fused import FusedLinear, TrainingDropout
+from lora_diffusion.adapters._peft import (
+    LoHaConfig,
+    LoHaLayer,
+    LoKrConfig,
+    LoKrLayer,
+    LoraConfig,
+    LoraLayer,
+    PeftConfig,
+)
 from lora_diffusion.core.types import ModuleAdapter
 
 

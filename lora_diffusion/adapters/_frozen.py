@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
+
+from lora_diffusion.adapters._peft import dequantize_bnb_weight, get_bnb_param_type
 
 
 def frozen_weight(base: nn.Module) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_diffusion.adapters._peft import Linear
 from lora_diffusion.core.products import product_dtype
 
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 from lora_diffusion.config.per_module import Entry, read_entry
 from lora_diffusion.core.errors import TargetError
 from lora_diffusion.core.keymap import question, suggestion
+from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.types import ModuleKey, Part
 
 if TYPE_CHECKING:
     from torch import nn
+
+SHOWN_FAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,33 @@ class Scope:
             path for path, module in self.modules[part].items() if any(True for _ in module.parameters(recurse=False))
         )
         return [path for path in weighty if any(pattern.fullmatch(path) for pattern in compiled)]
+
+
+def fit_for_adapters(scope: Scope, target: str, unread: Mapping[str, Sequence[str]]) -> list[ModuleKey]:
+    found = scope.find(target)
+    if not any(read_ones({path: scope.modules[part][path]}, unread.get(part, ())) for part, path in found):
+        raise TargetError(
+            f'{scope.key}: "{target}" matches only {name_some([f"{part}/{path}" for part, path in found])}, whose '
+            "output this base never reads, so that nothing could be learnt there. Name other layers."
+        )
+    unfit = [
+        f"{part}/{path} is a {type(scope.modules[part][path]).__name__}"
+        for part, path in found
+        if not kind_of(scope.modules[part][path])
+    ]
+    if unfit:
+        raise TargetError(
+            f'{scope.key}: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
+            "Conv2d (without groups) can. Name a narrower target.",
+            unfit[:SHOWN_FAULTS],
+        )
+    return found
+
+
+def read_ones(modules: Mapping[str, nn.Module], unread: Sequence[str]) -> dict[str, nn.Module]:
+    """Returns the modules whose output the base reads."""
+    patterns = [re.compile(pattern) for pattern in unread]
+    return {path: own for path, own in modules.items() if not any(pattern.fullmatch(path) for pattern in patterns)}
 
 
 def settle(texts: Sequence[str], scope: Scope) -> dict[ModuleKey, Entry]:

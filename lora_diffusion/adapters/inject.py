@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from peft.functional import inject_adapter_in_model
 from torch import Tensor, nn
 
 from lora_diffusion.adapters._engines import ENGINES, LAYERS, Engine
 from lora_diffusion.adapters._frozen import frozen_weight
+from lora_diffusion.adapters._peft import inject_adapter_in_model
 from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import FULL, Variant

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters._targets import Scope, kind_of, settle
+from lora_diffusion.adapters._targets import SHOWN_FAULTS, Scope, fit_for_adapters, kind_of, read_ones, settle
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core.errors import ConfigError, TargetError
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.types import ModuleKey, Part
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_SHOWN_FAULTS = 10
+_NOTHING: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class InjectionPlan:
     modules: tuple[PlannedModule, ...]
     part_sizes: Mapping[str, int]
     """Part -> number of parameters of the frozen network."""
+    unread: tuple[str, ...] = ()
+    """Part/path of modules that were asked for and left out, since the base never reads what they give."""
 
     @property
     def num_parameters(self) -> int:
@@ -85,8 +89,12 @@ class InjectionPlan:
         return {module.key: module.learning_rate for module in self.modules if module.learning_rate}
 
     def lines(self) -> list[str]:
-        """Returns one line for each part: modules, parameters, and their share of the frozen network."""
-        return [self._summary(part, size) for part, size in self.part_sizes.items()]
+        """Returns one line for each part: modules, parameters, their share of the network; and what is left out."""
+        lines = [self._summary(part, size) for part, size in self.part_sizes.items()]
+        if self.unread:
+            shown = name_some(list(self.unread))
+            lines.append(f"left out: {len(self.unread)} modules whose output this base never reads ({shown})")
+        return lines
 
     def _summary(self, part: str, size: int) -> str:
         own = self.of_part(part)
@@ -104,12 +112,14 @@ class InjectionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for plan.json."""
-        return {"part_sizes": dict(self.part_sizes), "modules": [asdict(module) for module in self.modules]}
+        modules = [asdict(module) for module in self.modules]
+        return {"part_sizes": dict(self.part_sizes), "modules": modules, "unread": list(self.unread)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> InjectionPlan:
         """Returns the plan that `to_json` gave."""
-        return cls(tuple(_restored(module) for module in values["modules"]), dict(values["part_sizes"]))
+        modules = tuple(_restored(module) for module in values["modules"])
+        return cls(modules, dict(values["part_sizes"]), tuple(values.get("unread", ())))
 
 
 def _restored(values: Mapping[str, Any]) -> PlannedModule:
@@ -122,6 +132,7 @@ def plan(
     declared: Mapping[str, Part],
     config: AdapterConfig,
     learning_rates: Sequence[str] = (),
+    unread: Mapping[str, Sequence[str]] = _NOTHING,
 ) -> InjectionPlan:
     """Resolves `adapter.parts`, `adapter.targets` and `adapter.full` to modules, each with its rank and alpha.
 
@@ -134,10 +145,11 @@ def plan(
         declared: part -> its groups, from the family.
         config: asks for variant, parts, targets and size.
         learning_rates: `train.module_learning_rates`.
+        unread: `BaseInfo.unread`; such modules are left out.
 
     Raises:
-        TargetError: a target that matches nothing or what cannot hold an adapter, or a part left without a module; a
-            setting of single modules that acts on none.
+        TargetError: a target that matches nothing, nothing that the base reads, or what cannot hold an adapter, or a
+            part left without a module; a setting of single modules that acts on none.
         ConfigError: a part that the base does not have; rank, alpha or dropout out of range, or of no use.
         UnsupportedError: there is no such variant.
     """
@@ -145,7 +157,11 @@ def plan(
     _check_numbers(config, variant)
     _check_parts(config.parts, skeleton, declared)
     _check_full(config, variant)
-    found = _find(skeleton, declared, config, variant)
+    matched = _find(skeleton, declared, config, variant, unread)
+    found = {part: read_ones(modules, unread.get(part, ())) for part, modules in matched.items()}
+    left_out = tuple(
+        f"{part}/{path}" for part, modules in matched.items() for path in modules if path not in found[part]
+    )
     empty = [part for part, modules in found.items() if not modules]
     if empty:
         raise TargetError(
@@ -161,11 +177,15 @@ def plan(
     _check_ranks(planned, config, variant, own)
     _check_alphas(planned, own)
     _check_convolutions(planned, config, own)
-    return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts})
+    return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts}, left_out)
 
 
 def _find(
-    skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part], config: AdapterConfig, variant: Variant
+    skeleton: Mapping[str, nn.Module],
+    declared: Mapping[str, Part],
+    config: AdapterConfig,
+    variant: Variant,
+    unread: Mapping[str, Sequence[str]],
 ) -> dict[str, dict[str, nn.Module]]:
     """Returns part -> path -> module of all that gets an adapter, in the order of the networks."""
     networks = {
@@ -176,7 +196,9 @@ def _find(
     added = [
         f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
     ]
-    asked = {key for target in (*config.targets, *added) if by_targets for key in _fit_for_adapters(scope, target)}
+    asked = {
+        key for target in (*config.targets, *added) if by_targets for key in fit_for_adapters(scope, target, unread)
+    }
     return {
         part: {
             path: module
@@ -185,22 +207,6 @@ def _find(
         }
         for part, modules in networks.items()
     }
-
-
-def _fit_for_adapters(scope: Scope, target: str) -> list[ModuleKey]:
-    found = scope.find(target)
-    unfit = [
-        f"{part}/{path} is a {type(scope.modules[part][path]).__name__}"
-        for part, path in found
-        if not kind_of(scope.modules[part][path])
-    ]
-    if unfit:
-        raise TargetError(
-            f'{scope.key}: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
-            "Conv2d (without groups) can. Name a narrower target.",
-            unfit[:_SHOWN_FAULTS],
-        )
-    return found
 
 
 class _Own(NamedTuple):
@@ -307,7 +313,7 @@ def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, varian
                 f"of them is {min(largest.values())}. Lower the rank or name other targets.",
                 [
                     f"{module.part}/{module.path} holds rank {largest[module]} at most"
-                    for module in small[:_SHOWN_FAULTS]
+                    for module in small[:SHOWN_FAULTS]
                 ],
             )
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_diffusion.adapters._engines import LAYERS, engine_of
+from lora_diffusion.adapters._engines import ENGINES, LAYERS, engine_of
 from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
 from lora_diffusion.adapters.variants import VARIANTS
-from lora_diffusion.core.delta import AXES, change_shape, without_tucker
+from lora_diffusion.core.delta import fits, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, RunError, UnsupportedError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 
@@ -55,6 +55,7 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
         ConfigError: the name is taken.
         UnsupportedError: a variant that does not run on quantized layers, and the base has such.
     """
+    _check_kinds(state, name)
     check_fit(state, loaded.parts, f'The adapter "{name}"')
     _check_quantization(state, getattr(loaded.options, "quantization", "none"), name)
 
@@ -66,6 +67,16 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
 
     slots = {key: Slot(adapter.variant, adapter.rank, adapter.alpha) for key, adapter in state}
     add_adapter(loaded, slots, name, make, weight=weight)
+
+
+def _check_kinds(state: AdapterState, name: str) -> None:
+    found = {adapter.variant for _, adapter in state if adapter.variant not in ENGINES}
+    found |= {"changes of biases" for _, adapter in state if "bias" in adapter.tensors}
+    if found:
+        raise UnsupportedError(
+            f'The adapter "{name}" holds {", ".join(sorted(found))}, which cannot be switched on and off beside a '
+            "base; merge it into the base: lora-diffusion merge."
+        )
 
 
 def _check_quantization(state: AdapterState, quantization: str, name: str) -> None:
@@ -101,10 +112,10 @@ def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) 
 
 
 def weight_shapes(parts: Mapping[str, nn.Module]) -> dict[ModuleKey, tuple[int, ...]]:
-    """Returns the shapes of the weights of all linear, convolution and norm layers; the meta device is enough."""
+    """Returns the shapes of the weights of all layers that adapters of any kind change; the meta device is enough."""
     from torch import nn
 
-    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
+    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding
     return {
         ModuleKey(part, path): tuple(module.get_parameter("weight").shape)
         for part, network in parts.items()
@@ -122,18 +133,26 @@ def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapt
     except AttributeError:
         return f"{key.part}/{key.path}: no such module"
     base = module.get_base_layer() if isinstance(module, LAYERS) else module
-    if not isinstance(base, nn.Linear) and not (isinstance(base, nn.Conv2d) and base.groups == 1):
-        return f"{key.part}/{key.path}: a {type(base).__name__} cannot hold an adapter"
-    shape = _shape(base)
+    shape = _shape(base, adapter)
+    if shape is None:
+        return f"{key.part}/{key.path}: a {type(base).__name__} cannot hold {adapter.variant}"
+    if "bias" in adapter.tensors and getattr(base, "bias", None) is None:
+        return f"{key.part}/{key.path}: a bias is changed, and the base has none"
     fault = _wrong_factor(adapter, shape) or _wrong_change(adapter, shape)
     return fault and f"{key.part}/{key.path}: {fault}"
 
 
-def _shape(base: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+def _shape(base: nn.Module, adapter: ModuleAdapter) -> tuple[int, ...] | None:
+    """Returns the shape of a layer's weight; None if it is of a kind that cannot hold the adapter."""
     # A quantized weight is stored in another shape.
     if isinstance(base, nn.Linear):
         return (base.out_features, base.in_features)
-    return (base.out_channels, base.in_channels, *base.kernel_size)
+    if isinstance(base, nn.Conv2d) and base.groups == 1:
+        return (base.out_channels, base.in_channels, *base.kernel_size)
+    if isinstance(base, nn.Embedding) and adapter.variant in ("lora", "full", "set"):
+        return (base.num_embeddings, base.embedding_dim)
+    is_norm = isinstance(base, nn.GroupNorm | nn.LayerNorm) and base.weight is not None
+    return tuple(base.get_parameter("weight").shape) if is_norm and adapter.variant in ("full", "norm", "set") else None
 
 
 def _wrong_factor(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
@@ -142,22 +161,23 @@ def _wrong_factor(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
     expected = {"down": (adapter.rank, *shape[1:]), "up": (shape[0], adapter.rank, *(1,) * (len(shape) - 2))}
     for tensor, wanted in expected.items():
         own = tuple(adapter.tensors[tensor].shape)
-        if _bare(own) != _bare(wanted):
+        # ComfyUI writes the factors of convolutions flat.
+        if _bare(own) != _bare(wanted) and own != (wanted[0], math.prod(wanted[1:])):
             return f"{tensor} is {list(own)}, the base needs {list(wanted)}"
     return None
 
 
-def _wrong_change(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
+def _wrong_change(adapter: ModuleAdapter, shape: tuple[int, ...]) -> str | None:
     try:
-        found = change_shape(adapter)
+        if fits(adapter, shape):
+            return None
+        plain = {name: tensor for name, tensor in adapter.tensors.items() if name != "magnitude"}
+        if len(plain) < len(adapter.tensors) and fits(replace(adapter, tensors=plain), shape):
+            return f"magnitude is {list(adapter.tensors['magnitude'].shape)}, the base has {list(shape)}"
     except AdapterFileError as error:
         return str(error)
-    if found != (shape[0], math.prod(shape[1:])):
-        return f"its change is {list(found)}, the base has {list(shape)}"
-    magnitude = adapter.tensors.get("magnitude")
-    if magnitude is not None and math.prod(magnitude.shape) != shape[AXES[adapter.variant]]:
-        return f"magnitude is {list(magnitude.shape)}, the base has {list(shape)}"
-    return None
+    sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in adapter.tensors.items())
+    return f"its change is of another size than the base's {list(shape)}: {sizes}"
 
 
 def _bare(shape: Sequence[int]) -> tuple[int, ...]:

@@ -5,18 +5,49 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.launch import process_index
+from lora_diffusion.core.logs import printable, printable_json
 from lora_diffusion.core.weighted import weighted_file
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """Prints the result on stdout: as JSON if asked, else as text."""
-    print(json.dumps(result, indent=2, ensure_ascii=False) if args.json else text)
+    """Prints the result on stdout, of several processes once: as JSON if asked, else as text.
+
+    Both are without control characters.
+    """
+    if process_index() > 0:
+        return
+    if args.json:
+        is_unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+        print(printable_json(json.dumps(result, indent=2, ensure_ascii=not is_unicode)))
+    else:
+        print(printable(text))
+
+
+def print_scores(args: argparse.Namespace, results: Mapping[str, Any], records: str) -> None:
+    """Prints the scores of each set, and writes those of its records into the table that `add_csv` asked for.
+
+    Args:
+        args: of the command.
+        results: set -> its scores.
+        records: the attribute with one record for each answer.
+    """
+    if args.csv:
+        from lora_diffusion.core.files import write_csv
+
+        write_csv(
+            args.csv, [{"set": name, **vars(one)} for name, own in results.items() for one in getattr(own, records)]
+        )
+    lines = [line for name, result in results.items() for line in (f"{name}:", *result.lines())]
+    print_result(args, {name: result.to_json() for name, result in results.items()}, "\n".join(lines))
 
 
 def set_up_logs(args: argparse.Namespace) -> None:
@@ -38,6 +69,27 @@ def config_and_overrides(args: argparse.Namespace) -> tuple[Path | None, list[st
     if args.config is None and ("=" not in first or Path(first).exists()):
         return Path(first), args.overrides[1:]
     return args.config, args.overrides
+
+
+def add_csv(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds the options that ask for a table."""
+    parser.add_argument("--csv", type=Path, metavar="FILE", help=f"write {what} with their scores into a table")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def check_csv(args: argparse.Namespace) -> None:
+    """Checks the values of `add_csv`, before anything takes time.
+
+    Raises:
+        ConfigError: the file is there, or could not be written.
+    """
+    from lora_diffusion.core.files import check_writable
+
+    if args.csv is None:
+        return
+    if args.csv.is_dir() or (args.csv.exists() and not args.overwrite):
+        raise ConfigError(f"--csv {args.csv} is there already; name another file, or add --overwrite.")
+    check_writable(args.csv.parent, "--csv")
 
 
 def base_of(args: argparse.Namespace) -> Any:
@@ -65,6 +117,16 @@ def add_rank(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument("--energy", type=float, help="share of each module's squared norm to keep, say 0.95")
 
 
+def add_embeddings(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for text embeddings that are packed into adapter files."""
+    parser.add_argument(
+        "--embeddings",
+        choices=["keep", "drop"],
+        default="keep",
+        help="text embeddings that come along in the file, bundle_emb (keep)",
+    )
+
+
 def check_rank(args: argparse.Namespace) -> None:
     """Checks the values of `add_rank`.
 
@@ -84,7 +146,7 @@ def weighted_parts(text: str) -> tuple[Path, float | dict[str, float]]:
         ConfigError: a weight is not a number, a part is named twice, or there is no such file.
     """
     path, _, tail = text.rpartition(":")
-    if Path(text).exists() or "=" not in tail:
+    if Path(text).exists() or "=" not in tail or not Path(path).exists():
         return weighted_file(text, "adapter")
     pairs = [pair.partition("=") for pair in tail.split(",")]
     wrong = [part + sign + number for part, sign, number in pairs if not part or not _NUMBER.fullmatch(number)]

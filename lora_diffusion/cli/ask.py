@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._shared import add_csv, check_csv, print_result, print_scores, set_up_logs
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.weighted import weighted_file
 
@@ -19,6 +19,9 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--question", help="what to ask about each picture")
     what.add_argument("--score", action="store_true", help="compare with the answers of conversations: exact match, F1")
     parser.add_argument("--clip", metavar="NAME", help="with --score: a CLIP that scores the answers as captions")
+    parser.add_argument("--images", metavar="DIR", help="with --score: folder of the pictures that the data names")
+    parser.add_argument("--split", metavar="NAME", help="with --score: folder, file or split to score on (all)")
+    add_csv(parser, "the answers")
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders; conversations to score"
     )
@@ -37,29 +40,47 @@ def add_base(parser: argparse.ArgumentParser) -> None:
 
 def read_base(args: argparse.Namespace) -> tuple[Any, list[tuple[Path, float]]]:
     """Returns the options of the base and the adapters that `add_base` asked for."""
+    config = _config(args)
+    return config.model, [weighted_file(text) for text in args.adapter]
+
+
+def _config(args: argparse.Namespace) -> Any:
     from lora_diffusion.config.load import load
 
     given = [f"model.path={args.model}"] if args.model else []
-    config = load(args.config, given if args.config else ["model.family=llava", *given], required=False)
-    return config.model, [weighted_file(text) for text in args.adapter]
+    return load(args.config, given if args.config else ["model.family=llava", *given], required=False)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     missing = [str(path) for path in args.paths if not path.exists()]
-    if args.clip and not args.score:
-        raise ConfigError("--clip scores answers, which --score asks for; add it.")
+    if idle := [f"--{name}" for name in ("clip", "images", "split") if getattr(args, name) and not args.score]:
+        raise ConfigError(f"{idle[0]} is about answers that are compared, which --score asks for; add it.")
     if missing:
         raise ConfigError(f"There is no {', '.join(missing)}; correct the path.")
+    check_csv(args)
     model, adapters = read_base(args)
     set_up_logs(args)
     from lora_diffusion import workflows
 
     if args.score:
-        found = workflows.examine(model, args.paths, adapters, args.clip)
-        results = dict(zip(map(str, args.paths), found, strict=True))
-        lines = [line for name, result in results.items() for line in (f"{name}:", *result.lines())]
-        print_result(args, {name: result.to_json() for name, result in results.items()}, "\n".join(lines))
+        found = workflows.examine(model, args.paths, adapters, args.clip, _data(args))
+        print_scores(args, dict(zip(map(str, args.paths), found, strict=True)), "answers")
         return
     answers = {str(path): text for path, text in workflows.ask(model, args.paths, args.question, adapters).items()}
+    if args.csv:
+        from lora_diffusion.core.files import write_csv
+
+        write_csv(args.csv, [{"picture": path, "question": args.question, "answer": answers[path]} for path in answers])
     print_result(args, answers, "\n".join(f"{path}\t{text}" for path, text in answers.items()))
+
+
+def _data(args: argparse.Namespace) -> Any:
+    """Returns how conversations to score are read: as the config says, of all splits unless --split names one."""
+    from dataclasses import replace
+
+    from lora_diffusion.config.schema import ChatDataConfig
+
+    data = _config(args).data
+    own = data if isinstance(data, ChatDataConfig) else ChatDataConfig()
+    return replace(own, images=args.images or own.images, split=args.split or "all")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_rank, check_rank, print_result, set_up_logs, weighted_parts
+from lora_diffusion.cli._shared import add_embeddings, add_rank, check_rank, print_result, set_up_logs, weighted_parts
 
 
 def add_parser(commands: Any) -> None:
@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file, in kohya's spelling")
     add_rank(parser, required=False)
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of the adapters")
+    add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         rule=rank_rule(args.rank, args.energy),
         dtype=args.dtype or "auto",
+        embeddings=args.embeddings,
         overwrite=args.overwrite,
     )
     print_result(args, result.to_json(), result.text())

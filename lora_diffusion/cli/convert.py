@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._shared import add_embeddings, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("convert", help="write an adapter file in another spelling")
-    parser.add_argument("input", type=Path, metavar="IN", help="adapter file, or folder saved by PEFT")
+    parser.add_argument(
+        "input", type=Path, metavar="IN", help="adapter file, folder saved by PEFT, or checkpoint of a run"
+    )
     parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
     parser.add_argument(
         "--to",
@@ -28,6 +30,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="take the tensors out of a .pt or .bin file, also in a folder",
     )
+    add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         model_path=args.model,
         family_name=args.family,
         is_pickle=args.from_pickle,
+        embeddings=args.embeddings,
         overwrite=args.overwrite,
     )
     print_result(args, result.to_json(), result.text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,28 @@ def _add_caption(actions: Any) -> None:
 def run_check(args: argparse.Namespace) -> None:
     """Runs `data check`."""
     from lora_diffusion.config.load import load
+    from lora_diffusion.config.schema import REQUIRED
 
     overrides = list(args.overrides)
     if args.folder and "=" in args.folder and not Path(args.folder).exists():
         overrides.insert(0, args.folder)
     elif args.folder:
         overrides.insert(0, f"data.path={args.folder}")
-    names_base = args.config or any(text.startswith(("model.path=", "model.family=")) for text in overrides)
-    config = load(args.config, overrides if names_base else ["model.path=builtin:emoji", *overrides], required=False)
-    if config.data.path == "???":
+    config = load(args.config, overrides, required=False)
+    names_base = config.model.path != REQUIRED
+    if not names_base and config.model.family == "sd1":
+        # Only its sizes count.
+        config = replace(config, model=replace(config.model, path="builtin:emoji"))
+    if config.model.path == REQUIRED:
+        raise ConfigError(f"model.path must be given, since bases of model.family={config.model.family} differ.")
+    if config.data.path == REQUIRED:
         raise ConfigError("There is nothing to check: give a FOLDER, or --config with a data.path.")
     set_up_logs(args)
     from lora_diffusion import workflows
 
-    report = workflows.check_data(config)
-    print_result(args, vars(report), "\n".join([*report.lines(), "No faults."]))
+    report = workflows.check_data(config, base_is_named=names_base)
+    lines = [line.replace("\n", r"\n") for line in report.lines()]  # names of files may hold line breaks
+    print_result(args, vars(report), "\n".join([*lines, "No faults."]))
 
 
 def run_caption(args: argparse.Namespace) -> None:

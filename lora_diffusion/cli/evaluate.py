@@ -67,7 +67,6 @@ def run(args: argparse.Namespace) -> None:
     configured = base_of(args) if args.config or args.model is not None else None
     set_up_logs(args)
     from lora_diffusion import workflows
-    from lora_diffusion.core.device import process_group
 
     question = workflows.Question(
         output_path=args.output,
@@ -92,9 +91,8 @@ def run(args: argparse.Namespace) -> None:
     )
     evaluation = workflows.evaluate(question)
     failed = workflows.failed_gates(evaluation, args.gates)
-    if process_group().is_main_process:
-        text = f"{evaluation.text()}\nScores and pictures are in {args.output}"
-        print_result(args, {**evaluation.to_json(), "failed": failed}, text)
+    text = f"{evaluation.text()}\nScores and pictures are in {args.output}"
+    print_result(args, {**evaluation.to_json(), "failed": failed}, text)
     if failed:
         raise GateError(f"{len(failed)} condition(s) of --assert do not hold.", failed)
 

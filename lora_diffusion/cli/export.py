@@ -12,7 +12,10 @@ from lora_diffusion.cli._shared import print_result, set_up_logs
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("export", help="write the adapter of a run in another spelling")
-    parser.add_argument("run_path", type=Path, metavar="RUN_DIR", help="folder of a training run")
+    parser.add_argument(
+        "run_path", type=Path, metavar="RUN_DIR", help="folder of a training run, or a checkpoint in it"
+    )
+    parser.add_argument("--step", type=int, help="the checkpoint after this step instead of the finished adapter")
     parser.add_argument("--to", required=True, choices=["kohya", "diffusers", "peft"], help="spelling of the file")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder for peft")
     parser.add_argument(
@@ -32,6 +35,12 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion import workflows
 
     path = workflows.export(
-        args.run_path, args.to, args.output, clients=args.client, card=args.card, overwrite=args.overwrite
+        args.run_path,
+        args.to,
+        args.output,
+        step=args.step,
+        clients=args.client,
+        card=args.card,
+        overwrite=args.overwrite,
     )
     print_result(args, {"file": str(path), "format": args.to}, f"Wrote {path} and read it back: equal.")

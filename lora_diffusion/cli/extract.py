@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     rule = rank_rule(args.rank, args.energy)
     assert rule is not None
     result = workflows.extract(
-        workflows.find_model(args.base, args.family),
-        workflows.find_model(args.tuned, args.family),
+        workflows.find_weights(args.base, args.family),
+        workflows.find_weights(args.tuned, args.family),
         args.output,
         rule,
         parts=args.parts,

@@ -12,7 +12,9 @@ from lora_diffusion.cli._shared import print_result
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("inspect", help="say what an adapter file is and what is wrong with it")
-    parser.add_argument("path", type=Path, metavar="FILE", help="adapter file, or folder saved by PEFT")
+    parser.add_argument(
+        "path", type=Path, metavar="FILE", help="adapter file, folder saved by PEFT, or checkpoint of a run"
+    )
     parser.set_defaults(run=run)
 
 

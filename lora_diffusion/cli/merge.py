@@ -23,7 +23,11 @@ def add_parser(commands: Any) -> None:
         help="one weight, or one for each part (FILE:unet=0.8,text_encoder=0); may be given several times",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder, or file if the base is one file")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: as stored in the base")
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="number type of the networks' weights; default: as stored in the base, as all else in it stays",
+    )
     parser.add_argument("--family", help="kind of base model; default: found from its files")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
@@ -35,6 +39,6 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion import workflows
 
-    model = workflows.find_model(args.model, args.family)
+    model = workflows.find_weights(args.model, args.family)
     result = workflows.merge(model, adapters, args.output, dtype=args.dtype or "auto", overwrite=args.overwrite)
     print_result(args, result.to_json(), result.text())

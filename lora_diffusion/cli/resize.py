@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_rank, check_rank, print_result, set_up_logs
+from lora_diffusion.cli._shared import add_embeddings, add_rank, check_rank, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:
@@ -16,6 +16,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
     add_rank(parser, required=True)
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
+    add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 
@@ -29,5 +30,12 @@ def run(args: argparse.Namespace) -> None:
 
     rule = rank_rule(args.rank, args.energy)
     assert rule is not None
-    result = workflows.resize(args.input, args.output, rule, dtype=args.dtype or "auto", overwrite=args.overwrite)
+    result = workflows.resize(
+        args.input,
+        args.output,
+        rule,
+        dtype=args.dtype or "auto",
+        embeddings=args.embeddings,
+        overwrite=args.overwrite,
+    )
     print_result(args, result.to_json(), result.text())

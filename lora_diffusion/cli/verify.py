@@ -13,7 +13,9 @@ from lora_diffusion.core.errors import VerificationError
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("verify", help="say what ComfyUI and others would lose or misread of an adapter file")
-    parser.add_argument("path", type=Path, metavar="FILE", help="adapter file, or folder saved by PEFT")
+    parser.add_argument(
+        "path", type=Path, metavar="FILE", help="adapter file, folder saved by PEFT, or checkpoint of a run"
+    )
     parser.add_argument(
         "--client",
         action="append",

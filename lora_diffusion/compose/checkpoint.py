@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,9 +15,13 @@ from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.types import ModuleKey
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _TEXT = "text_model."
+_WEIGHTS = ("weight", "bias", "in_proj_weight", "in_proj_bias", "positional_embedding", "text_projection")
+"""Last words of the names of weights. What is called otherwise is a buffer or a mark, whatever its shape: the noise
+schedule (alphas_cumprod, betas, sigmas), position_ids, attention masks, logit_scale, scales of quantized weights."""
 _ROW_THIRDS = {"q": 0, "k": 1, "v": 2}
 
 
@@ -44,10 +49,11 @@ class Checkpoint:
     files: Mapping[Path, TensorFile]
     """Those that may hold weights of its modules."""
     names: Mapping[ModuleKey, tuple[tuple[str | None, str], ...]]
-    """Module -> where it may stand: folder of the part (None: anywhere) and name, with its mark behind "#"."""
+    """Module -> where it may stand: folder of the part (None: anywhere) and name of its weight, with its mark behind
+    "#"."""
 
-    def places(self, key: ModuleKey) -> tuple[Place, ...]:
-        """Returns every place of a module's weight: a folder may hold it in several number types.
+    def places(self, key: ModuleKey, tensor: str = "weight") -> tuple[Place, ...]:
+        """Returns every place of a module's weight, or of its bias: a folder may hold it in several number types.
 
         Raises:
             ModelError: there is none.
@@ -56,17 +62,53 @@ class Checkpoint:
         for path, file in self.files.items():
             for folder, spelled in self.names.get(key, ()):
                 name, _, mark = spelled.partition("#")
+                name = name.removesuffix("weight") + "bias" if tensor == "bias" else name
                 if folder in (None, path.parent.name) and name in file.tensors:
                     found.append(Place(path, name, mark))
                     break
         if not found:
-            raise ModelError(f"{self.path} has no weight of {key.part}/{key.path}.")
+            raise ModelError(f"{self.path} has no {tensor} of {key.part}/{key.path}.")
         return tuple(found)
 
+    def weights(self, path: Path) -> list[str]:
+        """Returns the names of all weights and biases of its networks in one of its files, stored unquantized.
+
+        The VAE belongs to no network that an adapter changes, nor do copies of the weights such as `model_ema`.
+        """
+        file = self.files[path]
+        prefixes = ("",) if self.path.is_dir() else self._prefixes(file)
+        return [
+            name
+            for name, stored in file.tensors.items()
+            if is_plain(stored.dtype) and name.startswith(prefixes) and name.rpartition(".")[2] in _WEIGHTS
+        ]
+
+    def _prefixes(self, file: TensorFile) -> tuple[str, ...]:
+        """Returns how the names of each network begin in a single file."""
+        found: dict[str, list[str]] = {}
+        for key, own in self.names.items():
+            spelled = (name.partition("#")[0] for _, name in own)
+            found.setdefault(key.part, []).extend(name for name in spelled if name in file.tensors)
+        return tuple(_common_start(names) for names in found.values() if names)
+
     def read(self, key: ModuleKey) -> Tensor:
-        """Returns the weight of a module in float32, from the first of its places."""
+        """Returns the weight of a module as stored, from the first of its places."""
         place = self.places(key)[0]
-        return place.view(self.files[place.file].read(place.name).float())
+        return place.view(self.files[place.file].read(place.name))
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """Returns the words that all names begin with."""
+    words = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{found[0]}." for found in takewhile(lambda found: len(set(found)) == 1, words))
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Says whether a dtype holds weights unquantized.
+
+    Floating-point numbers of 8 bits are a kind of quantization: they come with scales, or have lost what those hold.
+    """
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def open_checkpoint(path: Path, parts: Iterable[str], names: KeyMap) -> Checkpoint:
@@ -81,7 +123,10 @@ def open_checkpoint(path: Path, parts: Iterable[str], names: KeyMap) -> Checkpoi
         ModelError: nothing is there, or it is no safetensors file.
     """
     if path.is_file():
-        spelled = {key: ((None, name if "#" in name else f"{name}.weight"),) for key, name in names}
+        spelled = {
+            key: tuple((None, name if "#" in name else f"{name}.weight") for name in own)
+            for key, own in names.spellings().items()
+        }
         return Checkpoint(path, {path: TensorFile(path)}, spelled)
     files = [file for part in parts for file in sorted((path / part).glob("*.safetensors"))]
     if not files and (whole := sorted(path.glob("model*.safetensors"))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import ModuleKey
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _TEXT = "text_model."
@@ -34,6 +36,11 @@ class Extraction:
     others: tuple[str, ...] | None
     """Tensors outside those modules that differ, which the adapter does not hold: norms, biases, embeddings, what no
     target names. None if the checkpoints are laid out differently, so that they cannot be compared."""
+    rounding: float = 0.0
+    """Norm of what rounding to the narrower dtype of the two takes from the other one's weights, relative to that of
+    all changes; 0 where both are stored in one dtype."""
+    dtypes: tuple[str, ...] = ()
+    """Of the two checkpoints, where they differ in a module that changed."""
 
 
 def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule: RankRule, seed: int) -> Extraction:
@@ -50,12 +57,18 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
         ModelError: a module is missing or of another shape in one of them, or nothing differs.
     """
     kept, num_equal, misfits = {}, 0, []
+    lost: list[float] = []
+    dtypes: tuple[str, ...] = ()
     for key in keys:
         old, new = base.read(key), tuned.read(key)
         if old.shape != new.shape:
             misfits.append(f"{key.part}/{key.path}: {list(old.shape)} and {list(new.shape)}")
-        elif not misfits and (change := new - old).any():
+        elif not misfits and not same_rounded(old, new):
+            change = new.float() - old.float()
             kept[key] = lowrank.truncate_dense(change, rule, derive(seed, "sketch", key.part, key.path))
+            if old.dtype != new.dtype:
+                lost.append(_rounding(old, new))
+                dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in (old, new))
         else:
             num_equal += 1
     if misfits:
@@ -64,18 +77,43 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
             misfits[:_SHOWN],
         )
     if not kept:
-        raise ModelError(f"None of the {len(keys)} modules differs between {base.path} and {tuned.path}.")
+        raise ModelError(
+            f"None of the {len(keys)} modules differs between {base.path} and {tuned.path} by more than the rounding "
+            "to another dtype."
+        )
     changes = Sum(
         {key: as_lora(truncated.factors) for key, truncated in kept.items()},
         {key: truncated.norm for key, truncated in kept.items()},
         {key: truncated.error for key, truncated in kept.items()},
     )
-    return Extraction(changes, num_equal, _others(base, tuned, keys))
+    whole = math.hypot(*changes.norms.values())
+    rounding = math.hypot(*lost) / whole if whole else 0.0
+    return Extraction(changes, num_equal, _others(base, tuned, keys), rounding, dtypes)
+
+
+def same_rounded(first: Tensor, second: Tensor) -> bool:
+    """Says whether two tensors are equal in the narrower dtype of the two, so that one may be a copy of the other."""
+    import torch
+
+    if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):
+        return torch.equal(first, second)
+    narrow = _narrower(first, second)
+    return torch.equal(first.to(narrow), second.to(narrow))
+
+
+def _narrower(first: Tensor, second: Tensor) -> torch.dtype:
+    import torch
+
+    return max((first.dtype, second.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _rounding(first: Tensor, second: Tensor) -> float:
+    """Returns the norm of what rounding to the narrower dtype takes from both."""
+    narrow = _narrower(first, second)
+    return math.hypot(*(float((own.float() - own.to(narrow).float()).norm()) for own in (first, second)))
 
 
 def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> tuple[str, ...] | None:
-    import torch
-
     if base.path.is_file() != tuned.path.is_file():
         return None
     looked_at = {_identity(base, place.file, place.name) for key in keys for place in base.places(key)}
@@ -84,7 +122,9 @@ def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> t
     return tuple(
         name
         for name in names
-        if name not in old or name not in new or not torch.equal(_read(*old[name]), _read(*new[name]))
+        if name not in old
+        or name not in new
+        or not same_rounded(*(file.read(own) for file, own in (old[name], new[name])))
     )
 
 
@@ -101,9 +141,3 @@ def _identity(checkpoint: Checkpoint, path: Path, name: str) -> str:
     if checkpoint.path.is_file():
         return name
     return (path.relative_to(checkpoint.path).parent / name.removeprefix(_TEXT)).as_posix()
-
-
-def _read(file: TensorFile, name: str) -> Tensor:
-    # Number types may differ between the two; a copy in another type is no change.
-    tensor = file.read(name)
-    return tensor.float() if tensor.is_floating_point() else tensor

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lora_diffusion.core import lowrank
-from lora_diffusion.core.delta import change_shape, delta_weight, without_tucker
+from lora_diffusion.core.delta import change_shape, delta_norm, delta_weight, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
 from lora_diffusion.core.lowrank import Factors, RankRule, Truncated
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = 10
 
@@ -29,7 +33,7 @@ class Term:
     def factors(self, key: ModuleKey) -> Factors | None:
         """Returns the weighted change of one module; None if it is not the product of two factors."""
         adapter = without_tucker(self.state.modules[key])
-        if adapter.tensors.keys() != {"down", "up"}:
+        if adapter.tensors.keys() - {"bias"} != {"down", "up"}:
             return None
         return Factors(adapter.tensors["down"], adapter.tensors["up"], self.weights[key.part] * adapter.scale)
 
@@ -39,7 +43,7 @@ class Sum:
     """One adapter that does what several do together."""
 
     modules: Mapping[ModuleKey, ModuleAdapter]
-    """All of variant lora with scale 1: alpha equals the rank."""
+    """All of variant lora with scale 1, alpha equals the rank, but for vectors, which are full or norm."""
     norms: Mapping[ModuleKey, float]
     """Frobenius norm of each change before anything was cut off."""
     errors: Mapping[ModuleKey, float]
@@ -76,13 +80,54 @@ def add(
         UnsupportedError: an adapter whose change depends on the base, or that has no factors and no rule is given.
     """
     _check(terms, rule)
-    owners = {key: [term for term in terms if key in term.state.modules] for key in keys(terms)}
-    kept = {key: _add_module(own, key, rule, (kernels or {}).get(key, ())) for key, own in owners.items()}
-    return Sum(
-        {key: as_lora(truncated.factors) for key, truncated in kept.items()},
-        {key: truncated.norm for key, truncated in kept.items()},
-        {key: truncated.error for key, truncated in kept.items()},
-    )
+    modules: dict[ModuleKey, ModuleAdapter] = {}
+    norms: dict[ModuleKey, float] = {}
+    errors: dict[ModuleKey, float] = {}
+    for key in keys(terms):
+        own = [term for term in terms if key in term.state.modules]
+        changing = [term for term in own if term.state.modules[key].changes_weight]
+        if all(_is_vector(term.state.modules[key]) for term in changing):
+            modules[key] = _add_vectors(changing, key)
+            norms[key], errors[key] = delta_norm(modules[key]), 0.0
+        else:
+            truncated = _add_module(changing, key, rule, (kernels or {}).get(key, ()))
+            modules[key], norms[key], errors[key] = as_lora(truncated.factors), truncated.norm, truncated.error
+        if bias := [term.weights[key.part] * found for term in own if (found := _bias(term, key)) is not None]:
+            modules[key] = replace(modules[key], tensors={**modules[key].tensors, "bias": sum(bias[1:], start=bias[0])})
+    return Sum(modules, norms, errors)
+
+
+def share_left(terms: Iterable[Term], made: Sum) -> float:
+    """Returns the size of a sum in terms of the size that its adapters have, taken by themselves, at their weights.
+
+    It is 0 where they cancel each other, and where nothing is added.
+    """
+    before = [abs(term.weights[key.part]) * _size(adapter) for term in terms for key, adapter in term.state]
+    whole = math.hypot(*before)
+    return math.hypot(*map(_size, made.modules.values())) / whole if whole else 0.0
+
+
+def _size(adapter: ModuleAdapter) -> float:
+    bias = adapter.tensors.get("bias")
+    return math.hypot(delta_norm(adapter), 0.0 if bias is None else float(bias.norm()))
+
+
+def _bias(term: Term, key: ModuleKey) -> Tensor | None:
+    return term.state.modules[key].tensors.get("bias")
+
+
+def _is_vector(adapter: ModuleAdapter) -> bool:
+    """Says whether a change is that of a norm, which has no factors and needs none."""
+    return adapter.variant in ("full", "norm") and adapter.tensors["diff"].dim() == 1
+
+
+def _add_vectors(terms: Sequence[Term], key: ModuleKey) -> ModuleAdapter:
+    if not terms:
+        return ModuleAdapter("full", {}, 0.0)
+    changes = [term.weights[key.part] * delta_weight(term.state.modules[key]) for term in terms]
+    variants = {term.state.modules[key].variant for term in terms}
+    variant = variants.pop() if len(variants) == 1 else "full"
+    return ModuleAdapter(variant, {"diff": sum(changes[1:], start=changes[0])}, 0.0)
 
 
 def keys(terms: Iterable[Term]) -> list[ModuleKey]:
@@ -135,14 +180,18 @@ def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None, ke
 
 def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
     for term in terms:
-        unsummed = {adapter.variant for _, adapter in term.state if "magnitude" in adapter.tensors}
+        unsummed = {adapter.variant for _, adapter in term.state if adapter.needs_base}
         if unsummed:
             raise UnsupportedError(
                 f"{term.name} is a {', '.join(sorted(unsummed))} adapter: its change depends on its base's weights "
                 "and has no sum without it. Merge it into its base with 'lora-diffusion merge', and take the "
                 "change out again as a lora with 'lora-diffusion extract'."
             )
-        unfactored = {adapter.variant for key, adapter in term.state if term.factors(key) is None}
+        unfactored = {
+            adapter.variant
+            for key, adapter in term.state
+            if adapter.changes_weight and not _is_vector(adapter) and term.factors(key) is None
+        }
         if rule is None and unfactored:
             raise UnsupportedError(
                 f"{term.name} is a {', '.join(sorted(unfactored))} adapter, which becomes a lora with some error only; "
@@ -158,5 +207,6 @@ def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
 
 def _shapes(terms: Sequence[Term], key: ModuleKey) -> list[str]:
     """Returns the sizes of one module's change if the adapters disagree about it."""
-    found = {change_shape(term.state.modules[key]) for term in terms if key in term.state.modules}
+    own = [term.state.modules[key] for term in terms if key in term.state.modules]
+    found = {change_shape(adapter) for adapter in own if adapter.changes_weight}
     return [f"{out}x{width}" for out, width in sorted(found)] if len(found) > 1 else []

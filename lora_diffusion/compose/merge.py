@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diffusion.compose.checkpoint import Checkpoint, Place, check_space
+from lora_diffusion.compose.checkpoint import Checkpoint, Place, check_space, is_plain
 from lora_diffusion.compose.linear import Term, keys
 from lora_diffusion.compose.tensor_file import Change, TensorFile
 from lora_diffusion.core.delta import delta_weight
@@ -52,7 +52,8 @@ def merge(
         checkpoint: the base, left as it is.
         terms: adapters that fit it.
         path: folder if the base is one, else file; replaced if it exists.
-        dtype: number type of all weights; None keeps each its own.
+        dtype: number type of the weights and biases of the networks that can hold adapters; None keeps each its own.
+            All else keeps its own anyhow: noise schedules that programs sample by, marks, ids, the VAE.
         told: added to the metadata of every changed file.
 
     Raises:
@@ -64,21 +65,18 @@ def merge(
     """
     changes = _changes(checkpoint, terms)
     jobs = {checkpoint.path: Path()} if checkpoint.path.is_file() else _folder_jobs(checkpoint)
-    rewritten = {
-        file: checkpoint.files.get(file) or TensorFile(file)
-        for file in jobs
-        if file.suffix == ".safetensors" and (file in changes or dtype)
-    }
+    dtypes = {file: dict.fromkeys(checkpoint.weights(file), dtype) if dtype else {} for file in checkpoint.files}
+    rewritten = {file: checkpoint.files[file] for file in jobs if file in changes or dtypes.get(file)}
     copied = [file.stat().st_size for file in jobs if file not in rewritten]
-    check_space(path, sum(copied) + sum(source.size_as(dtype) for source in rewritten.values()))
+    check_space(path, sum(copied) + sum(source.size_as(dtypes[file]) for file, source in rewritten.items()))
     with atomic_path(path) as temporary:
         for file, relative in jobs.items():
             target = temporary / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in rewritten:
                 own = changes.get(file, {})
-                rewritten[file].rewrite(target, own, dtype, told if own else {})
-                rewritten[file].verify(target, own, dtype)
+                rewritten[file].rewrite(target, own, dtypes[file], told if own else {})
+                rewritten[file].verify(target, own, dtypes[file])
             else:
                 _copy(file, target)
         if dtype:
@@ -90,28 +88,54 @@ def merge(
 
 def _changes(checkpoint: Checkpoint, terms: Sequence[Term]) -> dict[Path, dict[str, Change]]:
     """Returns file -> tensor name -> what is to be done to it."""
-    pieces: dict[Path, dict[str, list[tuple[Place, ModuleKey]]]] = {}
+    pieces: dict[Path, dict[str, list[_Piece]]] = {}
     for key in keys(terms):
-        for place in checkpoint.places(key):
-            pieces.setdefault(place.file, {}).setdefault(place.name, []).append((place, key))
+        own = [term for term in terms if key in term.state.modules]
+        if weighted := [term for term in own if term.state.modules[key].changes_weight]:
+            for place in checkpoint.places(key):
+                pieces.setdefault(place.file, {}).setdefault(place.name, []).append(_Piece(place, key, weighted))
+        if biased := [term for term in own if "bias" in term.state.modules[key].tensors]:
+            for place in checkpoint.places(key, "bias"):
+                pieces.setdefault(place.file, {}).setdefault(place.name, []).append(_Bias(place, key, biased))
     for file, names in pieces.items():
         _check_floating(checkpoint.files[file], names)
-    return {file: {name: _change(own, terms) for name, own in names.items()} for file, names in pieces.items()}
+    return {file: {name: _change(own) for name, own in names.items()} for file, names in pieces.items()}
 
 
-def _change(pieces: Sequence[tuple[Place, ModuleKey]], terms: Sequence[Term]) -> Change:
+@dataclass(frozen=True)
+class _Piece:
+    """The weight of one module, which may be a piece of a tensor, and the adapters that change it."""
+
+    place: Place
+    key: ModuleKey
+    terms: Sequence[Term]
+
+    def change(self, whole: Tensor) -> None:
+        """Adds the changes of all adapters to the weight in place."""
+        weight = self.place.view(whole)
+        # The change of a dora is that of the frozen weight, of which the others need no copy: it may be large.
+        is_needed = any(term.state.modules[self.key].needs_base for term in self.terms)
+        base = weight.clone() if is_needed else weight
+        for term in self.terms:
+            weight += delta_weight(term.state.modules[self.key], base).mul_(term.weights[self.key.part])
+
+
+class _Bias(_Piece):
+    def change(self, whole: Tensor) -> None:
+        """Adds the changes of the bias."""
+        bias = self.place.view(whole)
+        for term in self.terms:
+            own = term.state.modules[self.key].tensors["bias"]
+            bias += term.weights[self.key.part] * own.float().reshape(bias.shape)
+
+
+def _change(pieces: Sequence[_Piece]) -> Change:
     def change(tensor: Tensor) -> Tensor:
         import torch
 
         whole = tensor.to(torch.float32, copy=True)
-        for place, key in pieces:
-            weight = place.view(whole)
-            own = [term for term in terms if key in term.state.modules]
-            # The change of a dora is that of the frozen weight, of which the others need no copy: it may be large.
-            is_needed = any("magnitude" in term.state.modules[key].tensors for term in own)
-            base = weight.clone() if is_needed else weight
-            for term in own:
-                weight += delta_weight(term.state.modules[key], base).mul_(term.weights[key.part])
+        for piece in pieces:
+            piece.change(whole)
         return whole
 
     return change
@@ -119,18 +143,13 @@ def _change(pieces: Sequence[tuple[Place, ModuleKey]], terms: Sequence[Term]) ->
 
 def _check_floating(file: TensorFile, names: Iterable[str]) -> None:
     dtypes = {name: file.tensors[name].dtype for name in names}
-    wrong = [f"{name} is {dtype}" for name, dtype in dtypes.items() if not _is_plain(dtype)]
+    wrong = [f"{name} is {dtype}" for name, dtype in dtypes.items() if not is_plain(dtype)]
     if wrong:
         raise UnsupportedError(
             f"{file.path} stores {len(wrong)} of the weights quantized, and merging would round the adapter away; "
             "merge into the checkpoint that was quantized, then quantize the result.",
             wrong[:_SHOWN],
         )
-
-
-def _is_plain(dtype: torch.dtype) -> bool:
-    # Floating-point numbers of 8 bits are a kind of quantization: they come with scales, or have lost what those hold.
-    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _folder_jobs(checkpoint: Checkpoint) -> dict[Path, Path]:
@@ -169,5 +188,5 @@ def _correct_indices(folder: Path) -> None:
     for path in folder.rglob(f"*{_INDEX}"):
         index = json.loads(path.read_text(encoding="utf-8"))
         shards = {path.parent / name for name in index.get("weight_map", {}).values()}
-        index.setdefault("metadata", {})["total_size"] = sum(TensorFile(shard).size_as(None) for shard in shards)
+        index.setdefault("metadata", {})["total_size"] = sum(TensorFile(shard).size_as({}) for shard in shards)
         write_json(path, index)

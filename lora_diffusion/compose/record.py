@@ -10,9 +10,10 @@ from typing import Any
 
 from lora_diffusion.compose.linear import Sum
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.formats.metadata import told_kind
+from lora_diffusion.formats.metadata import BASE, told_kind
 
 _OF_THE_BASE = (
+    BASE,
     "modelspec.architecture",
     "modelspec.implementation",
     "modelspec.predict_key",

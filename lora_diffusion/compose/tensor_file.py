@@ -77,25 +77,25 @@ class TensorFile:
                 raise ModelError(f"{self.path} was cut off while it was read; fetch it again.")
         return torch.frombuffer(content, dtype=stored.dtype).reshape(stored.shape)
 
-    def size_as(self, dtype: torch.dtype | None) -> int:
-        """Returns the bytes of all tensors, the floating-point ones in another number type."""
-        return sum(stored.num_bytes for stored in self._recast(dtype).values())
+    def size_as(self, dtypes: Mapping[str, torch.dtype]) -> int:
+        """Returns the bytes of all tensors, the named ones in other dtypes."""
+        return sum(stored.num_bytes for stored in self._recast(dtypes).values())
 
     def rewrite(
-        self, target: Path, changes: Mapping[str, Change], dtype: torch.dtype | None, told: Mapping[str, str]
+        self, target: Path, changes: Mapping[str, Change], dtypes: Mapping[str, torch.dtype], told: Mapping[str, str]
     ) -> None:
         """Writes the file again with some tensors changed.
 
         Args:
             target: written; what stands there is lost.
             changes: tensor name -> change.
-            dtype: number type of all floating-point tensors; None keeps each its own.
+            dtypes: tensor name -> its new dtype; all others keep their own.
             told: added to the metadata.
 
         Raises:
             NonFiniteError: a value does not fit its number type.
         """
-        layout = self._recast(dtype)
+        layout = self._recast(dtypes)
         kept = {key: text for key, text in self.metadata.items() if key not in _OUTDATED}
         with target.open("wb") as new:
             # transformers refuses a file that has metadata but does not say "pt".
@@ -103,7 +103,7 @@ class TensorFile:
             for name, stored in layout.items():
                 new.write(_bits(self._expected(name, stored.dtype, changes)).numpy().data)
 
-    def verify(self, target: Path, changes: Mapping[str, Change], dtype: torch.dtype | None) -> None:
+    def verify(self, target: Path, changes: Mapping[str, Change], dtypes: Mapping[str, torch.dtype]) -> None:
         """Compares what `rewrite` wrote bit for bit with what it must hold.
 
         Raises:
@@ -111,7 +111,7 @@ class TensorFile:
         """
         import torch
 
-        new, layout = TensorFile(target), self._recast(dtype)
+        new, layout = TensorFile(target), self._recast(dtypes)
         if new.tensors.keys() != layout.keys():
             raise VerificationError(f"{target} was read back with other names; is the disk sound?")
         wrong = [
@@ -122,12 +122,9 @@ class TensorFile:
         if wrong:
             raise VerificationError(f"{target} was read back with other numbers; is the disk sound?", wrong[:_SHOWN])
 
-    def _recast(self, dtype: torch.dtype | None) -> dict[str, _Stored]:
+    def _recast(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, _Stored]:
         """Returns what the new file holds, largest numbers first: a tensor begins at a multiple of its number type."""
-        layout = {
-            name: stored._replace(dtype=dtype if dtype and stored.dtype.is_floating_point else stored.dtype)
-            for name, stored in self.tensors.items()
-        }
+        layout = {name: stored._replace(dtype=dtypes.get(name, stored.dtype)) for name, stored in self.tensors.items()}
         return dict(sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize))
 
     def _expected(self, name: str, dtype: torch.dtype, changes: Mapping[str, Change]) -> Tensor:

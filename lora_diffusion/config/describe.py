@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_diffusion.config.docs import field_docs
-from lora_diffusion.config.load import to_values
+from lora_diffusion.config.load import MARK, to_values
 from lora_diffusion.config.rules import as_written
-from lora_diffusion.config.schema import Config
+from lora_diffusion.config.schema import FREE_SECTIONS, Config
 
 
 def explained_yaml(config: Config) -> str:
     """Returns the resolved config as YAML with the meaning of each key above it."""
     import yaml
 
-    lines = []
+    lines = [MARK]
     for section, values in to_values(config).items():
         lines.append(f"{section}:")
         docs = field_docs(type(getattr(config, section)))
@@ -37,6 +37,14 @@ def differences(config: Config, other: Config) -> list[str]:
         for f in dataclasses.fields(mine)
         if getattr(mine, f.name) != getattr(theirs, f.name, None)
     ]
+
+
+def fixed_differences(config: Config, other: Config) -> list[str]:
+    """Returns the differences in what must not change when a run is resumed."""
+    sections = [f.name for f in dataclasses.fields(Config) if f.name not in FREE_SECTIONS]
+    free = [f"{name}.{key}: " for name in sections for key in getattr(getattr(config, name), "free", ())]
+    free += [f"{name}." for name in FREE_SECTIONS]
+    return [line for line in differences(config, other) if not line.startswith(tuple(free))]
 
 
 def _paired_sections(config: Config, other: Config) -> Iterator[tuple[str, Any, Any]]:

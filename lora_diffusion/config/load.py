@@ -1,32 +1,44 @@
-"""YAML file and `key=value` overrides -> Config. All faults are collected and raised at once."""
+"""YAML file and `key=value` overrides -> Config. All faults are collected and raised at once.
+
+Nothing is looked up: `${...}`, like all else that a text may hold, stays as it stands.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.config import typed
 from lora_diffusion.config.docs import field_docs
+from lora_diffusion.config.other_files import refuse_others
+from lora_diffusion.config.other_trainers import key_hint, section_hint
 from lora_diffusion.config.rules import contradictions, out_of_range
 from lora_diffusion.config.schema import DATA_SECTIONS, REQUIRED, Config, ModelOptions
+from lora_diffusion.config.settle import settle
 from lora_diffusion.config.shipped import shipped
-from lora_diffusion.core import registry
+from lora_diffusion.core import plain_yaml, registry
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.keymap import question, suggestion
+from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.core.protocols import Family
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
+MARK = "# All settings of a run, as lora-diffusion resolved them; texts stand as they are."
+"""First line of a resolved config. Those of versions that knew references have none, and a backslash before `${`."""
+_REFERENCE = re.compile(r"(\\*)\$\{")
 
 
 def load(
     path: Path | None, overrides: Sequence[str] = (), *, required: bool = True, unused: Sequence[str] = ()
 ) -> Config:
     """Reads a config.
+
+    What the overrides say wins over the file: a setting of the file that cannot go together with them gives way, and a
+    warning tells it.
 
     Args:
         path: YAML file, or the name of a shipped config such as sd1/style; None starts from the defaults.
@@ -38,27 +50,28 @@ def load(
         ConfigError: lists every unknown key, wrong type, missing value and broken rule.
     """
     source = str(path) if path else "the command line"
-    values = _read(path) if path else {}
-    _check_form(overrides)
-    chosen = [override for override in overrides if override.startswith("model.family=")]
-    family = _family(_merged(values, chosen))
+    in_file = _read(path) if path else {}
+    family = _family(in_file, overrides)
     schema = _typed_sections(family)
-    values = _merged(values, [_quoted(override, schema) for override in overrides])
+    told = _nested(overrides, schema)
+    values = _merged(in_file, told)
     faults = list(_unknown_keys(values, schema))
-    sections, type_faults = _convert(values, schema, family.options_type.defaults)
+    sections, type_faults = typed.convert(values, schema, family.options_type.defaults)
     faults += type_faults
+    faults += out_of_range(sections)
     if required:
         faults += _missing(sections, unused)
-    faults += out_of_range(sections)
+    told_keys = frozenset(f"{section}.{key}" for section, own in told.items() if isinstance(own, dict) for key in own)
     if not faults:
-        faults += contradictions(sections)
+        sections = settle(sections, told_keys, typed.defaults(schema, family.options_type.defaults), source)
+        faults += dict.fromkeys(found.text for found in contradictions(sections))
     if faults:
         raise ConfigError(
             f"The config from {source} has {len(faults)} fault(s); mend them or see the keys with "
             "'lora-diffusion config show'.",
             faults,
         )
-    return Config(**sections)
+    return Config(**sections, told=told_keys)
 
 
 def to_values(config: Config) -> dict[str, Any]:
@@ -68,9 +81,9 @@ def to_values(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Returns the fully resolved config as YAML."""
-    from omegaconf import OmegaConf
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_values(config))))
+    return f"{MARK}\n{yaml.safe_dump(to_values(config), allow_unicode=True, sort_keys=False)}"
 
 
 def _plain(value: Any) -> Any:
@@ -79,180 +92,148 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _escaped(value: Any) -> Any:
-    """Puts a backslash before "${" in texts, where it would refer to another key."""
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value) if isinstance(value, str) else value
-
-
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-    from omegaconf import OmegaConf
-
     known = shipped()
+    if path.is_dir():
+        inside = path / "config.yaml"
+        advice = f"give {inside}" if inside.is_file() else "give a YAML file"
+        raise ConfigError(f"{path} is a folder, not a config file; {advice}.")
     if not path.is_file() and str(path) not in known:
         hint = suggestion(str(path), known)
         raise ConfigError(
             f"There is no config file {path}{hint}; 'lora-diffusion config list' shows those that come along."
         )
+    file = path if path.is_file() else known[str(path)][0]
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path if path.is_file() else known[str(path)][0]))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+        text = plain_yaml.read_text(file)
+    except (OSError, plain_yaml.YamlError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}.") from error
+    try:
+        values = plain_yaml.parse(text)
+    except plain_yaml.YamlError as error:
+        refuse_others(path, text, None)
+        raise ConfigError(f"{path} is not a YAML file: {error}.") from error
+    if values is None:
+        return {}
+    refuse_others(path, text, values)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}, not sections such as 'model:' and 'data:'.")
-    return typing.cast(dict[str, Any], values)
+        raise ConfigError(f"{path} holds no sections such as 'model:' and 'data:', but {shown(repr(values))}.")
+    return _unescaped(values, path, text)
 
 
-def _check_form(overrides: Sequence[str]) -> None:
+def _unescaped(values: dict[str, Any], path: Path, text: str) -> dict[str, Any]:
+    """Takes the backslashes away that older versions wrote before `${` in resolved configs; tells of others."""
+    if "\\" not in text or text.startswith((MARK, "{")):
+        return values
+    texts = [match for item in _texts(values) for match in _REFERENCE.finditer(item)]
+    is_resolved = set(values) >= {f.name for f in dataclasses.fields(Config)}
+    if is_resolved and all(len(match[1]) % 2 for match in texts):
+        return typing.cast(dict[str, Any], _without_escapes(values))
+    if escaped := [match.string for match in texts if match[1]]:
+        logger.warning(
+            "%s: the backslash before ${ is kept, as ${ refers to nothing and needs none: %s",
+            path,
+            name_some([shown(item) for item in escaped]),
+        )
+    return values
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _without_escapes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_escapes(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_escapes(item) for item in value]
+    plain = _REFERENCE.sub(lambda match: match[1][len(match[1]) // 2 + 1 :] + "${", value)
+    # A Plain text that needs no change stays one.
+    return plain if plain != value else value
+
+
+def _nested(overrides: Sequence[str], schema: Mapping[str, type[Any]]) -> dict[str, Any]:
+    """Returns what the overrides say, in sections; later ones win."""
+    told: dict[str, Any] = {}
     for override in overrides:
-        if not _OVERRIDE.fullmatch(override):
-            raise ConfigError(f"{override!r} is not an override; write section.key=value, say train.max_steps=500.")
+        match = _parts(override)
+        value = _value(match, schema, override)
+        for key in reversed(match[2].split(".")[1:]):
+            value = {key: value}
+        told = _merged(told, {match[1]: value})
+    return told
 
 
-def _merged(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
-
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except (GrammarParseError, InterpolationResolutionError) as error:
-        raise ConfigError(
-            f"{getattr(error, 'full_key', None) or 'A value'}: {_first_line(error)}. ${{...}} stands for the value of "
-            "another key, such as ${output.name}; write \\${ where the characters themselves are meant."
-        ) from error
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"The overrides {' '.join(overrides)} do not fit the config: {_first_line(error)}") from error
-
-
-def _quoted(override: str, schema: Mapping[str, type[Any]]) -> str:
-    """Puts the value of a text in quotes, so that YAML takes it as it stands: "a #b", "sks: dog", "007", "no"."""
+def _parts(override: str) -> re.Match[str]:
     match = _OVERRIDE.fullmatch(override)
-    assert match, "_check_form was called before"
+    if not match:
+        raise ConfigError(f"{shown(override)!r} is not an override; write section.key=value, say train.max_steps=500.")
+    return match
+
+
+def _value(match: re.Match[str], schema: Mapping[str, type[Any]], override: str) -> Any:
+    """Reads a value as YAML; that of a text is taken as it stands: "a #b", "sks: dog", "007", "no"."""
     section, key, value = match[1], match[2].removeprefix("."), match[3]
     hint = typing.get_type_hints(schema[section]).get(key) if section in schema else None
     members = typing.get_args(hint) or (hint,)
-    is_plain = str in members and not value.startswith(('"', "'")) and not (value == "null" and type(None) in members)
-    if _is_list(hint):
-        is_plain = is_plain and value not in ("", "null") and not value.startswith("[")
-    return f"{section}.{key}={json.dumps(value, ensure_ascii=False)}" if is_plain else override
+    is_text = str in members and not value.startswith(('"', "'")) and not (value == "null" and type(None) in members)
+    if typed.is_list(hint):
+        is_text = is_text and value not in ("", "null") and not value.startswith("[")
+    if is_text:
+        return value
+    try:
+        parsed = plain_yaml.parse(value)
+    except plain_yaml.YamlError as error:
+        raise ConfigError(f"{shown(override)}: its value is no YAML: {error}.") from error
+    return plain_yaml.Plain("null") if parsed is None else parsed
 
 
-def _family(values: Mapping[str, Any]) -> Family:
-    model = values.get("model")
-    name = model.get("family", ModelOptions.family) if isinstance(model, Mapping) else ModelOptions.family
-    return typing.cast(Family, registry.find("families", str(name)))
+def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values with the others in their place, mappings merged."""
+    made = dict(values)
+    for key, other in others.items():
+        mine = made.get(key)
+        made[key] = _merged(mine, other) if isinstance(mine, dict) and isinstance(other, dict) else other
+    return made
+
+
+def _family(in_file: Mapping[str, Any], overrides: Sequence[str]) -> Family:
+    model = in_file.get("model")
+    name = model.get("family", ModelOptions.family) if isinstance(model, dict) else ModelOptions.family
+    told = [match[3] for override in overrides if (match := _parts(override))[1] + match[2] == "model.family"]
+    return typing.cast(Family, registry.find("families", str(told[-1] if told else name)))
 
 
 def _typed_sections(family: Family) -> dict[str, type[Any]]:
-    typed = {"model": family.options_type, "data": DATA_SECTIONS[family.sample_type]}
-    hints = typing.get_type_hints(Config) | typed
+    own = {"model": family.options_type, "data": DATA_SECTIONS[family.sample_type]}
+    hints = typing.get_type_hints(Config) | own
     return {f.name: hints[f.name] for f in dataclasses.fields(Config)}
 
 
 def _unknown_keys(values: Mapping[str, Any], schema: Mapping[str, type[Any]]) -> Iterator[str]:
     known = {f"{name}.{f.name}" for name, section in schema.items() for f in dataclasses.fields(section)}
     for name, section in values.items():
-        if name not in schema:
-            yield f"{name}: there is no such section{suggestion(str(name), schema) or _suggest_key(str(name), known)}"
-        elif not isinstance(section, Mapping):
+        if name in known:
+            first, _, key = name.partition(".")
+            yield f"{name}: in a file, write '{first}:' and below it, indented, '{key}: ...'"
+        elif name not in schema:
+            yield f"{shown(name)}: there is no such section{section_hint(name, schema, known)}"
+        elif not isinstance(section, dict):
             yield f"{name}: is a section; write its keys below it, such as {_first_key(name, schema)}"
         else:
             for key in section:
                 if f"{name}.{key}" not in known:
-                    yield f"{name}.{key}: there is no such key{_suggest_key(f'{name}.{key}', known)}"
+                    yield f"{name}.{shown(key)}: there is no such key{key_hint(f'{name}.{key}', known)}"
 
 
 def _first_key(section: str, schema: Mapping[str, type[Any]]) -> str:
     return f"{section}.{dataclasses.fields(schema[section])[0].name}"
-
-
-def _suggest_key(dotted: str, known: set[str]) -> str:
-    """Offers the same key of another section, else keys of any section that are spelled alike."""
-    section, _, key = dotted.rpartition(".")
-    # Keys of the same section come last, so that they win over equal ones of others.
-    ordered = sorted(known, key=lambda name: (name.startswith(f"{section}."), name))
-    by_key = {name.split(".", 1)[1]: name for name in ordered}
-    close = [key] if key in by_key else difflib.get_close_matches(key, list(by_key), n=2, cutoff=0.7)
-    return question(by_key[match] for match in close)
-
-
-def _convert(
-    values: Mapping[str, Any], schema: Mapping[str, type[Any]], defaults: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Returns typed section objects and the faults of those values that have the wrong type."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    sections, faults = {}, []
-    for name, section_type in schema.items():
-        section = OmegaConf.structured(section_type)
-        OmegaConf.set_readonly(section, False)
-        for key, value in defaults.items():
-            if key.startswith(f"{name}."):
-                OmegaConf.update(section, key.removeprefix(f"{name}."), _plain(value))
-        given = values.get(name)
-        hints = typing.get_type_hints(section_type)
-        for key, value in given.items() if isinstance(given, Mapping) else ():
-            if key not in hints:
-                continue
-            if not _is_typed(value, hints[key]):
-                faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
-                continue
-            try:
-                alone = _is_list(hints[key]) and isinstance(value, str | int | float)
-                OmegaConf.update(section, key, _escaped([value] if alone else value))
-            except (OmegaConfBaseException, ValueError, TypeError):
-                faults.append(f"{name}.{key}={value!r}: must be {_spell(hints[key])}")
-            if isinstance(value, bool) and str in (typing.get_args(hints[key]) or (hints[key],)):
-                faults.append(f"{name}.{key}: YAML reads a bare yes, no, on or off as {value}; put the text in quotes")
-        typed = typing.cast(dict[str, Any], OmegaConf.to_container(section, resolve=True))
-        sections[name] = section_type(**{key: _tuples(value) for key, value in typed.items()})
-    return sections, faults
-
-
-def _is_typed(value: Any, hint: Any) -> bool:
-    """Says whether numbers and truth values are written as such; OmegaConf would take "500" for 500 and 5 for true."""
-    if _is_list(hint):
-        own = typing.get_args(hint)[0]
-        return all(_is_typed(item, own) for item in value) if isinstance(value, list) else _is_typed(value, own)
-    members = set(typing.get_args(hint) or (hint,))
-    if isinstance(value, bool):
-        return bool(members & {bool, str})
-    if isinstance(value, int):
-        return bool(members & {int, float, str})
-    if isinstance(value, str):
-        return not members <= {int, float, bool, type(None)}
-    return True
-
-
-def _is_list(hint: Any) -> bool:
-    return typing.get_origin(hint) is tuple
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-_SPELLED: dict[Any, str] = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
-def _spell(hint: Any) -> str:
-    if _is_list(hint):
-        return f"a list, each {_spell(typing.get_args(hint)[0])}"
-    members = typing.get_args(hint)
-    return " or ".join(_spell(member) for member in members) if members else _SPELLED.get(hint, str(hint))
 
 
 def _missing(sections: Mapping[str, Any], unused: Sequence[str]) -> list[str]:
@@ -266,7 +247,3 @@ def _missing(sections: Mapping[str, Any], unused: Sequence[str]) -> list[str]:
 
 def _doc(section_type: type[Any], key: str) -> str:
     return field_docs(section_type).get(key, "").rstrip(".")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.logs import shown
 
 PER_MODULE: Mapping[str, str] = {
     "adapter.module_ranks": "attn=8",
@@ -14,6 +15,8 @@ PER_MODULE: Mapping[str, str] = {
     "train.module_learning_rates": "attn=1e-4",
 }
 """Key of a list of such settings -> one that it can hold."""
+
+_MOST_DIGITS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +44,12 @@ def read_entry(key: str, text: str) -> Entry:
     're:.*(?=attn).*'
     """
     target, _, number = (side.strip() for side in text.rpartition("="))
-    value = int(number) if number.isdecimal() else read_number(number)
+    value = int(number) if number.isdecimal() and len(number) < _MOST_DIGITS else read_number(number)
     is_rank = key == "adapter.module_ranks"
     if not target or not 0 < value < math.inf or (is_rank and not isinstance(value, int)):
         kind = "whole number" if is_rank else "number"
         raise ConfigError(
-            f"{key}: {text!r} must be TARGET=VALUE, the value a {kind} greater than 0, as in {PER_MODULE[key]}"
+            f"{key}: {shown(text)!r} must be TARGET=VALUE, the value a {kind} greater than 0, as in {PER_MODULE[key]}"
         )
     return Entry(key, target, value)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from lora_diffusion.config.other_trainers import value_hint
 from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
-from lora_diffusion.config.schema import DEFAULT_STEPS
+from lora_diffusion.config.schema import DEFAULT_STEPS, REQUIRED, Contradiction
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.logs import shown
 
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")
@@ -21,14 +24,25 @@ _SEEDS = (
 )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Allows a text, or a list of texts, that are among these."""
+
+    choices: tuple[str, ...]
+
+    def __call__(self, value: Any) -> bool:
+        return value in self.choices if isinstance(value, str) else len(value) > 0 and set(value) <= set(self.choices)
+
+
 def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda v: v in choices), f"must be one of {', '.join(choices)}"
+    return _Choice(choices), f"must be one of {', '.join(choices)}"
 
 
 def _each_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda v: len(v) > 0 and set(v) <= set(choices)), f"must name one or more of {', '.join(choices)}"
+    return _Choice(choices), f"must name one or more of {', '.join(choices)}"
 
 
+_LARGEST, _LONGEST = 2**63 - 1, 20_000
 MAX_DRAWING_STEPS = 999
 """Bases know 1000 noise levels, and samplers that look one step ahead need one more than their steps."""
 
@@ -58,9 +72,14 @@ RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.warmup_steps": _NOT_NEGATIVE,
     "train.max_grad_norm": _NOT_NEGATIVE,
     "train.precision": _one_of("auto", "fp32", "bf16", "fp16"),
-    "train.threads": (lambda v: v == "auto" or (v.isdecimal() and int(v) > 0), "must be auto or a number of threads"),
+    "train.threads": (
+        lambda v: v == "auto" or (v.isdecimal() and len(v) < 6 and int(v) > 0),
+        "must be auto or a number of threads",
+    ),
     "train.save_every_steps": _NOT_NEGATIVE,
     "train.keep_checkpoints": _NOT_NEGATIVE,
+    "train.save_adapter_every_steps": _NOT_NEGATIVE,
+    "train.save_adapter_every_epochs": _NOT_NEGATIVE,
     "train.preview_every_steps": _NOT_NEGATIVE,
     "train.tracker": _one_of("none", "tensorboard"),
     "preview.seeds": _SEEDS,
@@ -84,75 +103,133 @@ def out_of_range(sections: Mapping[str, Any]) -> Iterator[str]:
     """Yields one line for each value out of range."""
     own = {name: getattr(type(section), "ranges", {}) for name, section in sections.items()}
     rules = {**RANGES, **{f"{name}.{key}": rule for name, table in own.items() for key, rule in table.items()}}
-    for dotted, (allows, text) in rules.items():
-        section, key = dotted.split(".")
-        value = getattr(sections[section], key)
-        if value is not None and value != "???" and not allows(value):
-            yield f"{dotted}={as_written(value)}: {text}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{dotted}={value}: must be a finite number"
+    for name, section in sections.items():
+        for key, value in vars(section).items():
+            dotted = f"{name}.{key}"
+            allows, text = rules.get(dotted, (None, ""))
+            if allows and value not in (None, REQUIRED) and not allows(value):
+                yield f"{dotted}={shown(as_written(value))}: {text}{_hint(dotted, value, allows)}"
+            else:
+                yield from (f"{dotted}={fault}" for one in _items(value) if (fault := _too_large(one)))
 
 
-def contradictions(sections: Mapping[str, Any]) -> Iterator[str]:
-    """Yields one line for each pair of values that cannot go together."""
-    data, adapter, train = sections["data"], sections["adapter"], sections["train"]
-    preview, output = sections["preview"], sections["output"]
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _too_large(value: Any) -> str | None:
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return f"{shown(value, 20)!r}: must have at most {_LONGEST} characters"
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"{shown(str(value), 20)}: must be less than 2**63"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}: must be a finite number"
+    return None
+
+
+def _hint(dotted: str, value: Any, allows: Callable[[Any], bool]) -> str:
+    """Returns what to write instead of a value that others use."""
+    choices = getattr(allows, "choices", ())
+    wrong = [one for one in _items(value) if one not in choices]
+    return value_hint(dotted, wrong[0], choices) if choices and wrong and isinstance(wrong[0], str) else ""
+
+
+def contradictions(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
+    """Yields what cannot go together, once for each value that could give way."""
+    yield from _length_relations(sections["train"])
+    yield from _part_relations(sections["adapter"], sections["train"])
+    yield from _preview_relations(sections["preview"], sections["train"])
+    yield from _per_module_faults(sections)
+    yield from _evaluate_relations(sections["evaluate"])
+    yield from sections["data"].faults()
+    yield from _output_relations(sections["output"], sections["train"])
+
+
+def _length_relations(train: Any) -> Iterator[Contradiction]:
     if train.max_steps is not None and train.epochs is not None:
-        yield f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
-    if train.max_steps is not None and 0 < train.max_steps <= train.warmup_steps:
-        yield f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
+        text = f"train.max_steps={train.max_steps} and train.epochs={train.epochs}: give one of the two"
+        yield Contradiction(text, "train.max_steps", ("train.epochs",))
+        yield Contradiction(text, "train.epochs", ("train.max_steps",))
+    elif train.max_steps is not None and 0 < train.max_steps <= train.warmup_steps:
+        text = f"train.warmup_steps={train.warmup_steps}: must be less than train.max_steps={train.max_steps}"
+        yield Contradiction(text, "train.warmup_steps", ("train.max_steps",))
+    if train.save_adapter_every_steps and train.save_adapter_every_epochs:
+        text = "train.save_adapter_every_steps and save_adapter_every_epochs name files alike; give one of the two"
+        yield Contradiction(text, "train.save_adapter_every_steps", ("train.save_adapter_every_epochs",))
+        yield Contradiction(text, "train.save_adapter_every_epochs", ("train.save_adapter_every_steps",))
     if train.max_steps is None and train.epochs is None and train.warmup_steps >= DEFAULT_STEPS:
-        yield (
+        text = (
             f"train.warmup_steps={train.warmup_steps}: must be less than the {DEFAULT_STEPS} steps that are made "
             "without train.max_steps"
         )
-    if train.text_encoder_learning_rate is not None and not any("text" in part for part in adapter.parts):
-        yield (
-            f"train.text_encoder_learning_rate={train.text_encoder_learning_rate}: no text encoder is trained; "
-            "add text_encoder to adapter.parts or drop this key"
+        yield Contradiction(text, "train.warmup_steps", ("train.max_steps", "train.epochs"))
+
+
+def _part_relations(adapter: Any, train: Any) -> Iterator[Contradiction]:
+    rate = train.text_encoder_learning_rate
+    if rate is not None and not any("text" in part for part in adapter.parts):
+        text = (
+            f"train.text_encoder_learning_rate={rate}: no text encoder is trained; add text_encoder to adapter.parts "
+            "or drop this key"
         )
-    for text in train.part_learning_rates:
-        part, _, rate = text.partition("=")
-        if part not in adapter.parts or not 0 < read_number(rate) < math.inf:
-            yield f"train.part_learning_rates: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
-    yield from _preview_relations(preview, train)
-    yield from _per_module_faults(sections)
-    yield from _evaluate_relations(sections["evaluate"])
-    yield from data.faults()
-    if output.thumbnail == "preview" and not train.preview_every_steps:
-        yield "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
-    if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
-        yield f"output.name={output.name}: must be a plain file name without folders"
+        yield Contradiction(text, "train.text_encoder_learning_rate", ("adapter.parts",))
+    key = "train.part_learning_rates"
+    rates = {text: text.partition("=") for text in train.part_learning_rates}
+    fitting = tuple(text for text, (part, _, _) in rates.items() if part in adapter.parts)
+    for text, (part, _, number) in rates.items():
+        fault = f"{key}: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
+        if not 0 < read_number(number) < math.inf:
+            yield Contradiction(fault)
+        elif part not in adapter.parts:
+            yield Contradiction(fault, key, ("adapter.parts",), fitting)
+    idle = [part for part in adapter.full if part not in adapter.parts]
+    if idle:
+        text = f"adapter.full asks for {', '.join(idle)}, which is not trained; add it to adapter.parts"
+        trained = tuple(part for part in adapter.full if part in adapter.parts)
+        yield Contradiction(text, "adapter.full", ("adapter.parts",), trained)
 
 
-def _preview_relations(preview: Any, train: Any) -> Iterator[str]:
-    if preview.prompts and not train.preview_every_steps:
-        yield "preview.prompts: no previews are drawn; set train.preview_every_steps or drop the prompts"
-    if preview.seeds != type(preview)().seeds and not train.preview_every_steps:
-        yield "preview.seeds: no previews are drawn; set train.preview_every_steps or drop the seeds"
+def _preview_relations(preview: Any, train: Any) -> Iterator[Contradiction]:
+    for key, what in (("prompts", "the prompts"), ("seeds", "the seeds")):
+        if getattr(preview, key) != getattr(type(preview)(), key) and not train.preview_every_steps:
+            text = f"preview.{key}: no previews are drawn; set train.preview_every_steps or drop {what}"
+            yield Contradiction(text, f"preview.{key}", ("train.preview_every_steps",))
     if preview.negative and preview.guidance == 1:
-        yield "preview.negative: does nothing at preview.guidance=1, which turns guidance off; drop one of the two"
+        text = "preview.negative: does nothing at preview.guidance=1, which turns guidance off; drop one of the two"
+        yield Contradiction(text, "preview.negative", ("preview.guidance",))
+        yield Contradiction(text, "preview.guidance", ("preview.negative",))
 
 
-def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[str]:
+def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
     for dotted in PER_MODULE:
         section, key = dotted.split(".")
         for text in getattr(sections[section], key):
             try:
                 read_entry(dotted, text)
             except ConfigError as error:
-                yield str(error)
+                yield Contradiction(str(error))
 
 
-def _evaluate_relations(evaluate: Any) -> Iterator[str]:
+def _evaluate_relations(evaluate: Any) -> Iterator[Contradiction]:
     if evaluate.class_words and not evaluate.prompts:
-        yield f"evaluate.class_words={evaluate.class_words}: fills {{class}} of evaluate.prompts, which is not set"
+        text = f"evaluate.class_words={evaluate.class_words}: fills {{class}} of evaluate.prompts, which is not set"
+        yield Contradiction(text, "evaluate.class_words", ("evaluate.prompts",))
     if evaluate.patience and not evaluate.every_steps:
-        yield f"evaluate.patience={evaluate.patience}: there are no scores to wait for; set evaluate.every_steps"
+        text = f"evaluate.patience={evaluate.patience}: there are no scores to wait for; set evaluate.every_steps"
+        yield Contradiction(text, "evaluate.patience", ("evaluate.every_steps",))
     for key in ("after_training", "every_steps"):
         value = getattr(evaluate, key)
         if value and not evaluate.references:
-            yield f"evaluate.{key}={value}: needs evaluate.references, pictures to compare with"
+            text = f"evaluate.{key}={as_written(value)}: needs evaluate.references, pictures to compare with"
+            yield Contradiction(text, f"evaluate.{key}", ("evaluate.references",))
+
+
+def _output_relations(output: Any, train: Any) -> Iterator[Contradiction]:
+    if output.thumbnail == "preview" and not train.preview_every_steps:
+        text = "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
+        yield Contradiction(text, "output.thumbnail", ("train.preview_every_steps",))
+    if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
+        yield Contradiction(f"output.name={output.name}: must be a plain file name without folders")
 
 
 def as_written(value: Any) -> str:

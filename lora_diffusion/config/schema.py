@@ -7,15 +7,29 @@ that of the family's kind of samples, see DATA_SECTIONS.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
-from lora_diffusion.core.types import AudioText, Chat, ImageText, Sample
+from lora_diffusion.core.chat import Chat
+from lora_diffusion.core.types import AudioText, ImageText, Sample
 
 DEFAULT_STEPS = 1000
 """Optimizer steps where neither train.max_steps nor train.epochs is given."""
 REQUIRED: Any = "???"
-"""A value that the user must give (OmegaConf's marker for a missing value)."""
+"""A value that the user must give; a file may say so, too."""
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Values that cannot go together."""
+
+    text: str
+    """What is told if neither gives way."""
+    key: str = ""
+    """The setting that gives way where a file says it, and the command line one of `against`; "" where none can."""
+    against: tuple[str, ...] = ()
+    instead: Any = None
+    """What it becomes; None for its default."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,11 @@ class ModelOptions:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """"section.key" -> the default that suits this family, where it differs from the one written below."""
+    of_answers: ClassVar[frozenset[str]] = frozenset()
+    """Keys that say how the base is asked, and do not change what it learns."""
+    free: ClassVar[frozenset[str]] = frozenset({"path"})
+    """Keys that may change when a run is resumed, here as in other sections: they say where something lies, whose
+    content is compared, or how long, how fast or how visibly is computed, and not what."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +61,15 @@ class DataConfig:
     path: str = REQUIRED
     """Folder with the files to train on and what is to be learnt of each."""
     skip_bad: bool = False
-    """Leave out files that cannot be read, with a warning, instead of stopping."""
+    """Leave out what cannot be used, with a warning that counts it, instead of stopping: pictures that cannot be read;
+    recordings and conversations with any fault, such as a missing file or too long a transcript."""
 
     ranges: ClassVar[Mapping[str, Any]] = {}
     """Key -> what its value must satisfy, and that in words."""
+    free: ClassVar[frozenset[str]] = frozenset({"path", "skip_bad"})
 
-    def faults(self) -> Iterator[str]:
-        """Yields a line for each pair of values that cannot go together."""
+    def faults(self) -> Iterator[Contradiction]:
+        """Yields each pair of values that cannot go together."""
         yield from ()
 
 
@@ -57,8 +78,8 @@ class PictureDataConfig(DataConfig):
     """The pictures and their captions."""
 
     path: str = REQUIRED
-    """Folder with pictures and captions (name.txt or name.caption beside each picture, or a metadata.jsonl), or with
-    kohya folders such as "10_sks dog"."""
+    """Folder with pictures and captions (name.txt or name.caption beside each picture, or a metadata.jsonl or .csv), or
+    with kohya folders such as "10_sks dog", or such a folder itself."""
     resolution: int | None = None
     """Side in pixels of a square picture; other shapes get the same area. None takes what the base was trained on."""
     buckets: bool = True
@@ -67,20 +88,26 @@ class PictureDataConfig(DataConfig):
     """required: every picture needs one. optional: those without take default_caption."""
     default_caption: str = ""
     """Caption of pictures that have none, with captions: optional."""
+    caption_lines: str = "joined"
+    """A caption of several lines: joined makes one caption of them. each makes a caption of its own of each line of a
+    file, one of which is drawn each time. first takes the first line."""
     trigger: str = "auto"
-    """Words that call up what is trained. auto takes the words that all captions share; "" means there are none."""
+    """Words that call up what is trained. auto takes the rare words that all captions share; "" means there are
+    none."""
     flip: bool = False
     """Show each picture mirrored half of the time."""
 
     ranges: ClassVar[Mapping[str, Any]] = {
         "resolution": (lambda v: 16 <= v <= 4096, "must be between 16 and 4096 pixels"),
         "captions": (lambda v: v in ("required", "optional"), "must be one of required, optional"),
+        "caption_lines": (lambda v: v in ("joined", "each", "first"), "must be one of joined, each, first"),
     }
 
-    def faults(self) -> Iterator[str]:
-        """Yields a fault if a default caption is given that nothing uses."""
+    def faults(self) -> Iterator[Contradiction]:
+        """Yields one if a default caption is given that nothing uses."""
         if self.default_caption and self.captions == "required":
-            yield "data.default_caption: is only used with data.captions=optional"
+            text = "data.default_caption: is only used with data.captions=optional"
+            yield Contradiction(text, "data.default_caption", ("data.captions",))
 
 
 @dataclass(frozen=True)
@@ -88,8 +115,11 @@ class RecordingDataConfig(DataConfig):
     """The recordings and their transcripts."""
 
     path: str = REQUIRED
-    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl), or
-    a data set that `datasets.Dataset.save_to_disk` wrote."""
+    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl, the
+    layouts of Common Voice, LibriSpeech and LJSpeech), Parquet files, or what `save_to_disk` of datasets wrote."""
+    split: str = "auto"
+    """Which folders, tables and splits are taken: auto leaves out those named test, validation, dev or eval; all takes
+    everything; else the name of one, say validated."""
     long: str = "refuse"
     """Recordings that are longer than the base hears at once: refuse, or split at the timestamps of their transcript
     (<|0.00|> first words<|4.20|><|4.20|> next words<|9.10|>)."""
@@ -100,6 +130,7 @@ class RecordingDataConfig(DataConfig):
     time."""
 
     ranges: ClassVar[Mapping[str, Any]] = {
+        "split": (lambda v: v != "", "must be auto, all or the name of a split"),
         "long": (lambda v: v in ("refuse", "split"), "must be one of refuse, split"),
         "speeds": (
             lambda v: len(v) > 0 and len(set(v)) == len(v) and all(0.5 <= speed <= 2 for speed in v),
@@ -118,17 +149,23 @@ class ChatDataConfig(DataConfig):
 
     path: str = REQUIRED
     """JSON or JSONL file, or a folder with such files, of LLaVA ("image" and "conversations"), ShareGPT or messages
-    with role and content; or a data set that `datasets.Dataset.save_to_disk` wrote."""
+    with role and content; Parquet files; or what `save_to_disk` of datasets wrote. Those without a picture are learnt
+    as text alone."""
+    split: str = "auto"
+    """Which folders, files and splits of data.path are taken: auto leaves out those named test, validation, dev or
+    eval; all takes everything; else the name of one."""
     images: str | None = None
     """Folder that the names of pictures are looked up in; None takes that of the file which names them."""
     max_tokens: int | None = None
     """Longest conversation in tokens, those of the picture counted; None takes what the base can read."""
     too_long: str = "refuse"
-    """Conversations that are longer: refuse, or skip them with a warning."""
+    """Conversations that are longer: refuse, or skip them with a warning, as data.skip_bad does with all faults."""
     zooms: tuple[float, ...] = (1.0,)
     """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 
+    free: ClassVar[frozenset[str]] = DataConfig.free | {"images"}
     ranges: ClassVar[Mapping[str, Any]] = {
+        "split": (lambda v: v != "", "must be auto, all or the name of a split"),
         "max_tokens": (lambda v: v >= 1, "must be 1 or greater"),
         "too_long": (lambda v: v in ("refuse", "skip"), "must be one of refuse, skip"),
         "zooms": (
@@ -225,10 +262,20 @@ class TrainConfig:
     """Steps between checkpoints; 0 keeps only the last."""
     keep_checkpoints: int = 3
     """Older checkpoints are deleted; 0 keeps all."""
+    save_adapter_every_steps: int = 0
+    """Steps between adapter files in all of output.formats, such as name-000200.safetensors after step 200, which are
+    never deleted; 0 writes none."""
+    save_adapter_every_epochs: int = 0
+    """The same by passes over the data, such as name-000002.safetensors after the second; give one of the two."""
     preview_every_steps: int = 0
     """Steps between previews; 0 makes none."""
     tracker: str = "none"
     """none or tensorboard (in the run folder)."""
+
+    free: ClassVar[frozenset[str]] = frozenset(
+        {"max_steps", "epochs", "gradient_checkpointing", "threads", "save_every_steps", "keep_checkpoints"}
+        | {"save_adapter_every_steps", "save_adapter_every_epochs", "preview_every_steps", "tracker"}
+    )
 
 
 @dataclass(frozen=True)
@@ -274,9 +321,10 @@ class EvaluateConfig:
     """Steps between scores of the adapter while it is trained, on the first prompts and seeds; 0 makes none."""
     patience: int = 0
     """End the run when so many of these scores in a row are no better than the best before; 0 never ends it early."""
-    picture_draws: int = 8
-    """Noises with which the loss of each training picture is taken after training, to show bad captions; 0 leaves
-    it out."""
+    picture_draws: int | None = None
+    """Noises with which the loss of each training picture is taken after training, to show bad captions; 0 leaves it
+    out. None takes up to 8, of fewer pictures if need be, within 3 % of the passes of training, and none in runs of
+    less than 100 steps."""
 
 
 @dataclass(frozen=True)
@@ -327,3 +375,22 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    told: InitVar[frozenset[str]] = frozenset()
+    """Keys that the command line gave, over a file; they are no part of the config."""
+
+    def __post_init__(self, told: frozenset[str]) -> None:
+        """Keeps what the command line gave."""
+        object.__setattr__(self, "told", told)
+
+    def is_told(self, *keys: str) -> bool:
+        """Says whether the command line gave one of these."""
+        return not vars(self)["told"].isdisjoint(keys)
+
+
+FREE_SECTIONS = frozenset({"preview", "evaluate", "cache", "output"})
+"""Sections that may change as a whole when a run is resumed; of the others the keys in their `free`."""
+PATHS = frozenset(
+    {"model.path", "data.path", "data.images", "evaluate.references", "evaluate.prompts", "evaluate.clip"}
+    | {"output.thumbnail"}
+)
+"""Keys whose value may be a path, which is relative to where the run was started."""

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.relative import CHANGES as _RELATIVE
+from lora_diffusion.core.relative import glora_shape
 
 if TYPE_CHECKING:
     import numpy
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 _EPSILON = 2.0**-23
 """Added to a norm before division, as LyCORIS does with the step of float32 at 1."""
-AXES: Mapping[str, int] = {"dora": 1, "dora_out": 0}
+AXES: Mapping[str, int] = {
+    "dora": 1,
+    "dora_out": 0,
+    **{f"{kind}+{end}": axis for kind in ("loha", "lokr") for end, axis in (("dora", 1), ("dora_out", 0))},
+}
 """Variant -> the axis of the weight along which its magnitude runs: inputs or outputs."""
 
 
@@ -35,11 +41,14 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
             that of each output row (Liu et al. 2024, arXiv 2402.09353, equation 5)
     loha    alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b) (Hyeon-Woo et al. 2021, arXiv 2108.06098, section 2)
     lokr    alpha / rank * kron(w1, w2), and the scale is 1 where neither is low-rank (Yeh et al. 2023,
-            arXiv 2309.14859, section 4.2)
+            arXiv 2309.14859, section 4.2); loha+dora, lokr+dora and so on: with a magnitude as dora has it
+    full    the change itself; norm the same. No change where only the bias is changed
+    set, ia3, oft, boft, glora  see `core.relative`
 
     Args:
-        adapter: its tensors, on one device.
-        base_weight: the frozen weight, [out, in] or [out, in, k, k]; dora needs it, the others only take its shape.
+        adapter: its tensors, on one device. The change of a bias is not looked at.
+        base_weight: the frozen weight, [out, in], [out, in, k, k] or of a norm [width]; adapters that `needs_base` need
+            it, the others only take its shape.
 
     Returns:
         Always float32, so that several changes can be summed before one cast. In the shape of the base weight; without
@@ -61,7 +70,10 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
 
 def _delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None) -> Tensor:
     tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
-    change = _CHANGES[adapter.variant](tensors).mul_(adapter.scale)
+    if adapter.variant in _RELATIVE:
+        assert base_weight is not None, "the change depends on the base weight"
+        return _RELATIVE[adapter.variant](tensors, adapter.alpha, base_weight.float())
+    change = _CHANGES[adapter.variant.partition("+")[0]](tensors).mul_(adapter.scale)
     if base_weight is not None:
         change = change.reshape(base_weight.shape)
     if adapter.variant not in AXES:
@@ -77,6 +89,8 @@ def _delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None) -> Tensor:
 def change_shape(adapter: ModuleAdapter) -> tuple[int, int]:
     """Returns outputs, and inputs times the size of the kernel, of the weight that an adapter changes.
 
+    Those of ia3, oft and boft, and of one that changes a bias alone, tell less: see `fits`.
+
     Raises:
         AdapterFileError: the tensors do not fit each other.
     """
@@ -84,14 +98,38 @@ def change_shape(adapter: ModuleAdapter) -> tuple[int, int]:
     try:
         if "down" in shapes:
             return _lora_shape(shapes)
+        if "a1" in shapes:
+            return glora_shape(shapes)
+        if whole := shapes.get("diff", shapes.get("value")):
+            return whole[0], math.prod(whole[1:])
         (rows, columns), (more_rows, more_columns) = (_factor_shape(shapes, factor) for factor in ("w1", "w2"))
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError) as error:
         raise _misfit(adapter, None) from error
-    if adapter.variant == "lokr":
+    if "lokr" in adapter.variant:
         return rows * more_rows, columns * more_columns
     if (rows, columns) != (more_rows, more_columns):
         raise _misfit(adapter, None)
     return rows, columns
+
+
+def fits(adapter: ModuleAdapter, weight: tuple[int, ...]) -> bool:
+    """Says whether an adapter can change a weight of this shape, and its bias."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if any(sizes.get(name, weight[0]) != weight[0] for name in ("bias", "rescale")):
+        return False
+    if "factor" in shapes:
+        is_input = bool(adapter.tensors["on_input"].reshape(-1)[0])
+        return len(weight) > 1 and sizes["factor"] == weight[1 if is_input else 0]
+    if "blocks" in shapes:
+        *_, number, size, side = shapes["blocks"]
+        return len(weight) > 1 and size == side and number * size == weight[0]
+    if not adapter.changes_weight:
+        return True
+    found = change_shape(adapter)
+    if "magnitude" in shapes and sizes["magnitude"] != weight[AXES[adapter.variant]]:
+        return False
+    return found == (weight[0], math.prod(weight[1:]))
 
 
 def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -139,6 +177,8 @@ def norms(weight: Tensor, axis: int) -> Tensor:
 def delta_norm(adapter: ModuleAdapter) -> float:
     """Returns the Frobenius norm of `delta_weight`, and of dora that of its change before the magnitude acts.
 
+    0 of what `core.relative` has formulas for, whose norm depends on the base.
+
     The dense change is not made where the Gram matrices of the factors tell it, and torch is not needed: tensors may be
     numpy arrays. Infinity where float64 cannot hold the norm, or the tensors are not finite.
     """
@@ -150,10 +190,16 @@ def delta_norm(adapter: ModuleAdapter) -> float:
 
 
 def _norm(adapter: ModuleAdapter) -> float:
+    import numpy
+
     arrays = {name: _as_float64(tensor) for name, tensor in adapter.tensors.items()}
+    if adapter.variant in _RELATIVE:
+        return 0.0 if all(numpy.isfinite(array).all() for array in arrays.values()) else math.nan
+    if adapter.variant in ("full", "norm"):
+        return float(numpy.linalg.norm(arrays["diff"])) if "diff" in arrays else 0.0
     if "down" in arrays:
         size = _product_norm(arrays["up"], _wide(arrays["down"], arrays.get("mid")))
-    elif adapter.variant == "lokr":
+    elif "lokr" in adapter.variant:
         size = math.prod(_factor_norm(arrays, factor) for factor in ("1", "2"))
     else:
         size = _hadamard_norm(*(_pair(arrays, factor) for factor in ("1", "2")))
@@ -266,5 +312,14 @@ def _lokr(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.kron(first.reshape(*first.shape, *(1,) * (second.dim() - 2)), second.contiguous())
 
 
-_CHANGES = {"lora": _lora, "dora": _lora, "dora_out": _lora, "loha": _loha, "lokr": _lokr}
-"""Variant -> the change without its scale."""
+def _full(tensors: Mapping[str, Tensor]) -> Tensor:
+    return tensors["diff"].clone()
+
+
+_CHANGES = {
+    **dict.fromkeys(("lora", "dora", "dora_out"), _lora),
+    **dict.fromkeys(("full", "norm"), _full),
+    "loha": _loha,
+    "lokr": _lokr,
+}
+"""Variant without its magnitude -> the change without its scale."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lora_diffusion.core import launch
 from lora_diffusion.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -12,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def process_group() -> PartialState:
-    """Returns this process among those that `accelerate launch` started, on the CPU if it was told so."""
+    """Returns this process among those that `accelerate launch` started, on the CPU if it was told so.
+
+    Raises:
+        ConfigError: it was told to do what is not supported.
+    """
+    launch.check()
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -64,7 +73,29 @@ def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Returns the number type of autocast; auto is bf16 where the device is fast at it, else fp32."""
+    """Returns the number type of autocast.
+
+    auto is what `accelerate launch` was told, else bf16 where the device is fast at it, else fp32.
+    """
     if precision == "auto":
-        precision = "bf16" if has_fast_bf16(device) else "fp32"
+        precision = launch.asked_precision() or ("bf16" if has_fast_bf16(device) else "fp32")
     return find_dtype(precision)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Within the context `torch.compile` hands functions back as they are, and loads nothing of its compiler.
+
+    That holds on CPUs and CUDA devices; elsewhere the compiler stays, as kernels may have no other form there.
+    """
+    import torch
+
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    if before is None and not torch.backends.mps.is_available() and not torch.xpu.is_available():
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

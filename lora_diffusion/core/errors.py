@@ -6,7 +6,8 @@ LoraDiffusionError
 │   │   └── TargetError    a target names no module of the base
 │   ├── DataError          pictures, captions, folders
 │   ├── ModelError         the base model cannot be what was asked for
-│   │   └── MissingModelError  there is nothing of that name
+│   │   ├── MissingModelError  there is nothing of that name
+│   │   └── UntrainableError   it cannot be trained or run, but adapters can be merged into it
 │   ├── AdapterFileError   an adapter file is damaged or of another architecture
 │   └── UnsupportedError   each part is right, the combination cannot work
 └── RunError               the input was right and the run failed; exit code 1
@@ -20,6 +21,7 @@ LoraDiffusionError
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class LoraDiffusionError(Exception):
@@ -62,6 +64,15 @@ class MissingModelError(ModelError):
         """Keeps what is missing apart from what a family would take instead."""
         self.message = message
         super().__init__(f"{message} {remedy}")
+
+
+class UntrainableError(ModelError):
+    """A base cannot be trained or run here, but its weights can be changed."""
+
+    def __init__(self, message: str, path: Path = Path()) -> None:
+        """Keeps where the base lies on this machine."""
+        self.path = path
+        super().__init__(message)
 
 
 class AdapterFileError(InputError):

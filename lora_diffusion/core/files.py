@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.logs import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        if path.is_dir() and not path.is_symlink():
-            old = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-old-{path.name}")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.replace(path)
+        _put(temporary, path)
         _sync(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
@@ -54,9 +52,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         if temporary.is_dir():
-            shutil.rmtree(temporary)
+            _remove_folder(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Gives a file or folder its name; a folder that stands there, or that another process puts there, is replaced."""
+    while True:
+        old = path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-old-{path.name}")
+        if path.is_dir() and not path.is_symlink():
+            with suppress(FileNotFoundError):  # another process was quicker
+                path.rename(old)
+        try:
+            temporary.replace(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
+                raise
+        finally:
+            _remove_folder(old)
 
 
 def is_text(name: str) -> bool:
@@ -65,6 +80,20 @@ def is_text(name: str) -> bool:
     Python reads the bytes that are none as lone surrogates, which can be neither printed nor stored.
     """
     return not _SURROGATES.search(name)
+
+
+def not_a_file(path: Path) -> str | None:
+    """Returns what a path is that is neither a file nor a folder, say "a pipe", or None.
+
+    Opening a pipe waits for somebody who writes into it, and a device may have no end. What is not there, or cannot be
+    looked at, gives None: opening it says why.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    names = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return names.get(stat.S_IFMT(mode))
 
 
 def user_path(name: str, setting: str) -> Path:
@@ -118,12 +147,24 @@ def remove_leftovers(folder: Path, depth: str = "", older_than_s: float = 0.0) -
         older_than_s: younger ones stay; not 0 where other processes write too.
     """
     for leftover in folder.glob(f"{depth}{_TEMPORARY}*"):
-        if older_than_s and time.time() - leftover.stat().st_mtime < older_than_s:
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        try:
+            if older_than_s and time.time() - leftover.stat().st_mtime < older_than_s:
+                continue
+            # Of a link to a folder only the link is ours.
+            if leftover.is_dir() and not leftover.is_symlink():
+                _remove_folder(leftover)
+            else:
+                leftover.unlink()
+        except OSError as error:  # another process takes it away too, writes into it, or owns it
+            logger.debug("%s stays: %s", leftover, error)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Deletes a folder; that another process deletes the same is no error."""
+    while folder.exists():
+        # At a file that is gone the standard library gives up, whatever else is left.
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _flush(path: Path) -> None:
@@ -139,6 +180,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Returns what JSON of a stranger holds.
+
+    Raises:
+        ValueError: it is none, holds a number of thousands of digits, or nests more deeply than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
@@ -148,6 +201,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, indented, with a final line break."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes records as a table with a header, atomically; all have the keys of the first."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, stream.getvalue())
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -187,11 +249,39 @@ def _hash(path: Path, changed_ns: int, num_bytes: int) -> str:
 
 
 def default_cache_path() -> Path:
-    """Returns the folder for what can be made again: $LORA_DIFFUSION_CACHE, or lora-diffusion in the user's cache."""
+    """Returns the folder for what can be made again: $LORA_DIFFUSION_CACHE, or lora-diffusion in the user's cache.
+
+    Raises:
+        ConfigError: the user has no home folder, as in containers that run under the number of an unknown user.
+    """
     own = os.environ.get("LORA_DIFFUSION_CACHE")
     if own:
         return user_path(own, "LORA_DIFFUSION_CACHE")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-diffusion"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-diffusion"
+    except RuntimeError as error:
+        raise ConfigError(
+            "There is no home folder to keep prepared samples in: HOME is not set, and this user has none; set "
+            "LORA_DIFFUSION_CACHE to a folder that can be written."
+        ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Says whether a name is spelled as the ids of the hub are, and is no file or folder here."""
+    is_spelled_so = re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) and not name.startswith(".")
+    return bool(is_spelled_so) and not Path(name).exists()
+
+
+def public_base(source: str) -> str | None:
+    """Returns what others find a base by: a hub id or builtin:NAME; None for what lies on this machine alone.
+
+    >>> public_base("/home/me/.cache/huggingface/hub/models--openai--whisper-tiny/snapshots/1a2b")
+    'openai/whisper-tiny'
+    """
+    if source.startswith("builtin:") or is_hub_id(source):
+        return source
+    found = re.search(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", source)
+    return f"{found[1]}/{found[2]}" if found else None
 
 
 def builtin_path(name: str) -> Path:

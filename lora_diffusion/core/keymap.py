@@ -118,10 +118,14 @@ def dotted_key_map(paths: Mapping[str, Iterable[str]], prefixes: Mapping[str, st
     return KeyMap((ModuleKey(part, path), prefixes[part] + path) for part, own in paths.items() for path in own)
 
 
+_LONGEST = 200
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Returns ' (did you mean "a" or "b"?)', or nothing where no known word is close."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return question(close)
+    by_small = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word[:_LONGEST].lower(), list(by_small), n=3, cutoff=0.6)
+    return question(by_small[name] for name in close)
 
 
 def question(words: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.core.types import (
+    PIECES,
     AdapterState,
     BaseInfo,
     Batch,
@@ -56,11 +57,19 @@ class Family(Protocol):
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the base, frozen and in eval mode."""
 
-    def cache_key(self, options: Any, trained: frozenset[str]) -> str:
-        """Names all, besides the sample, that a prepared item depends on; `trained` holds the trained part names."""
+    def cache_key(self, options: Any, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
+        """Names all, besides the sample, that these pieces of a prepared item depend on.
 
-    def prepare(self, loaded: Loaded, samples: Sequence[Sample], trained: frozenset[str]) -> list[Prepared]:
-        """Runs the encoders that are not trained. No gradient and no random draw."""
+        `trained` holds the names of the trained parts.
+        """
+
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[Sample], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
+        """Runs the encoders that are not trained, over these pieces of the samples. No gradient and no random draw.
+
+        Each piece gives tensors of its own; samples must be opened for the views only.
+        """
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items of one group."""

@@ -18,6 +18,8 @@ ABSURD = "module(s) whose change is larger than any weight, so that pictures fal
 def change_rms(adapter: ModuleAdapter, norm: float | None = None) -> float:
     """Returns the root mean square of a change of weight; of a DoRA, of that before its magnitude.
 
+    0 of what changes the bias alone, and of what depends on the base in another way.
+
     Args:
         adapter: its tensors, or numpy arrays.
         norm: `delta_norm` of it, if that is known.
@@ -25,6 +27,9 @@ def change_rms(adapter: ModuleAdapter, norm: float | None = None) -> float:
     Raises:
         AdapterFileError: the tensors do not fit each other.
     """
+    is_relative = adapter.needs_base and "magnitude" not in adapter.tensors
+    if is_relative or not adapter.changes_weight:
+        return 0.0 if norm is None else norm
     num_weights = math.prod(change_shape(adapter))
     return (delta_norm(adapter) if norm is None else norm) / math.sqrt(num_weights) if num_weights else 0.0
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import default_cache_path, write_json
 from lora_diffusion.core.logs import logger
 
@@ -56,8 +57,8 @@ def measured_choice(
 
 
 def _choice_of_machine(key: str, candidates: Mapping[str, Callable[[], object]], cache_path: Path | None) -> str:
-    cache_path = cache_path or default_cache_path() / "machine.json"
-    known, busy = _read(cache_path).get(key, {}), _is_busy()
+    cache_path = cache_path or _machine_file()
+    known, busy = _read(cache_path).get(key, {}) if cache_path else {}, _is_busy()
     is_valid = known.get("choice") in candidates and time.time() < known.get("valid_until", 0)
     if is_valid and (known.get("busy") or not busy):
         return str(known["choice"])
@@ -67,8 +68,17 @@ def _choice_of_machine(key: str, candidates: Mapping[str, Callable[[], object]],
     if is_valid and seconds[known["choice"]] <= _COLLAPSE * seconds[best]:
         return str(known["choice"])
     valid_until = time.time() + (_VALID_IF_BUSY_S if busy else _VALID_S)
-    _remember(cache_path, key, {"choice": best, "valid_until": valid_until, "busy": busy, "seconds": seconds})
+    if cache_path:
+        _remember(cache_path, key, {"choice": best, "valid_until": valid_until, "busy": busy, "seconds": seconds})
     return best
+
+
+def _machine_file() -> Path | None:
+    """Returns where this machine's answers are; None where there is no home folder, so that they are measured anew."""
+    try:
+        return default_cache_path() / "machine.json"
+    except ConfigError:
+        return None
 
 
 def use_threads(setting: str, record_path: Path | None = None) -> int:

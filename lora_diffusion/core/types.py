@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.core.adapter_state import AdapterState as AdapterState
+from lora_diffusion.core.adapter_state import ModuleAdapter as ModuleAdapter
+from lora_diffusion.core.adapter_state import ModuleKey as ModuleKey
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from lora_diffusion.core.clip_text import TextLimit
     from lora_diffusion.core.protocols import AdapterSwitch
+
+
+PIECES = frozenset({"views", "texts"})
+"""What an item is prepared from, each by itself: the views of its picture or recording, and its texts."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +85,6 @@ class AudioText(Sample):
     def asked(self, options: Any) -> tuple[str, str]:
         """Returns language and task: its own, or those of the model options."""
         return self.language or options.language, self.task or options.task
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side says in a conversation."""
-
-    role: str
-    """system, user or assistant."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Chat(Sample):
-    """A conversation about a picture, which is shown at the beginning of the first question."""
-
-    turns: tuple[Turn, ...] = ()
-    """A system turn or none, then questions and answers in turn, an answer last."""
-    size: tuple[int, int] = (0, 0)
-    """Width and height in pixels of the picture."""
-    num_tokens: int = 0
-    """Of the whole conversation, those of the picture counted."""
-    group: str = ""
-    """The same for conversations of about the same length."""
-    read_bytes: Callable[[], bytes] | None = None
-    """Gives the content of the picture where it lies in a table; None reads `path`."""
-    views: tuple[Image, ...] = ()
-    """The picture at each of `data.zooms`, all of one size; filled only while the sample is being prepared."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +178,11 @@ class BaseInfo:
     """Where it lies on this machine; what a hub id names is fetched by then."""
     files: tuple[Path, ...] = ()
     """Those there that decide what training sees: weights of its parts, settings of its noise schedule."""
+    unread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Part -> regular expressions of the paths of modules whose output nothing reads, so that an adapter there learns
+    nothing."""
+    text_limit: TextLimit | None = field(default=None, compare=False, repr=False)
+    """How much of a caption is read; None where captions are not, or may have any length."""
 
 
 @dataclass(frozen=True)
@@ -216,23 +202,11 @@ class SpeechInfo(BaseInfo):
     """What it writes at once, the tokens that name language and task counted."""
     languages: tuple[str, ...] = ()
     """Codes that its tokenizer has a token for; none where it knows one language only."""
-    count_tokens: Callable[[Sequence[str]], list[int]] | None = field(default=None, compare=False, repr=False)
-    """Transcripts -> their numbers of tokens, those that name language and task counted."""
-
-
-@dataclass(frozen=True)
-class ChatInfo(BaseInfo):
-    """What is known of a base that talks about pictures; it has no prediction."""
-
-    resolution: int = 0
-    size_step: int = 1
-    architecture: str = ""
-    prediction: str = ""
-    source: str = ""
-    max_tokens: int = 4096
-    """What it reads and writes at once, the tokens of the picture counted."""
-    count_tokens: Callable[[Sequence[Chat]], list[int | str]] | None = field(default=None, compare=False, repr=False)
-    """Conversations -> the number of tokens of each, or why the chat template cannot render it."""
+    count_tokens: Callable[[Sequence[str]], list[int | str]] | None = field(default=None, compare=False, repr=False)
+    """Transcripts -> the number of tokens of each, those that name language and task counted, or why it cannot be
+    learnt."""
+    find_language: Callable[[str], str | None] | None = field(default=None, compare=False, repr=False)
+    """What a table calls a language, say English or en-US -> the code by which the base knows it, if it does."""
 
 
 @dataclass
@@ -332,60 +306,3 @@ class Scores:
         if self.weights is None:
             return self.values.mean().item()
         return ((self.values * self.weights).sum() / self.weights.sum()).item()
-
-
-class ModuleKey(NamedTuple):
-    """Names one module of a base: the part and the dotted path in it, as `named_modules()` gives it."""
-
-    part: str
-    path: str
-
-
-@dataclass(frozen=True)
-class ModuleAdapter:
-    """The adapter of one module; `core.delta` says what it does to the weight."""
-
-    variant: str
-    """lora, dora, dora_out, loha or lokr."""
-    tensors: Mapping[str, Tensor]
-    """Two dimensions on a linear layer, four on a convolution where (k, k) stands; the names in brackets may be absent.
-
-    lora        "down" [rank, in, (k, k)], "up" [out, rank, (1, 1)], ("mid" [rank, rank, k, k]: down is then 1x1)
-    dora        the same and "magnitude" [1, in, (1, 1)]; dora_out: [out, 1, (1, 1)]
-    loha        "w1_a", "w2_a" [out, rank] and "w1_b", "w2_b" [rank, in * k * k];
-                with ("t1", "t2" [rank, rank, k, k]) [rank, out] and [rank, in]
-    lokr        "w1" or "w1_a" and "w1_b"; "w2" or "w2_a" and "w2_b", ("t2")
-
-    Float32, or numpy arrays of any number type in what `Format.read_stored` gives.
-    """
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Size between the factors; for lokr between those of its second factor, or of its first, or of neither."""
-        for name in ("down", "w2_b", "w1_b"):
-            if name in self.tensors:
-                return int(self.tensors[name].shape[0])
-        outputs, *inputs = self.tensors["w2"].shape
-        return min(outputs, math.prod(inputs))
-
-    @property
-    def scale(self) -> float:
-        """What the product of the factors is multiplied with: alpha / rank, and 1 for lokr with two whole factors."""
-        return 1.0 if {"w1", "w2"} <= self.tensors.keys() else self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """An adapter as plain data, free of any file's spelling; its modules may be of different variants."""
-
-    modules: Mapping[ModuleKey, ModuleAdapter]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def parts(self) -> tuple[str, ...]:
-        """Returns the part names in the order of first appearance."""
-        return tuple(dict.fromkeys(key.part for key in self.modules))
-
-    def __iter__(self) -> Iterator[tuple[ModuleKey, ModuleAdapter]]:
-        """Yields (key, adapter) in the order of the state."""
-        return iter(self.modules.items())

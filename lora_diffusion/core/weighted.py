@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import ConfigError
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+
 
 def weighted_file(text: str, option: str = "--adapter") -> tuple[Path, float]:
     """Reads FILE or FILE:WEIGHT; the weight is 1 if it is left out.
@@ -17,7 +19,9 @@ def weighted_file(text: str, option: str = "--adapter") -> tuple[Path, float]:
     path, weight = Path(text), 1.0
     if not path.exists() and ":" in text:
         name, number = text.rsplit(":", 1)
-        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", number):
+        if not _NUMBER.fullmatch(number):
+            if not Path(name).exists():  # the colon may be that of C:\loras
+                raise ConfigError(f"{option} {text}: there is no file {path}.")
             raise ConfigError(
                 f"{option} {text}: {number!r} is not a weight; write FILE:WEIGHT, say style.safetensors:0.8."
             )
@@ -36,5 +40,7 @@ def weighted_files(text: str, option: str = "--adapter") -> tuple[tuple[Path, fl
     Raises:
         ConfigError: as `weighted_file`.
     """
-    parts = [text] if Path(text).exists() else re.split(r"\+(?!\d+\.?\d*$)", text)
+    name, _, number = text.rpartition(":")
+    is_one = Path(text).exists() or (_NUMBER.fullmatch(number) and Path(name).exists())
+    parts = [text] if is_one else re.split(r"\+(?!\d+\.?\d*$)", text)
     return tuple(weighted_file(part, option) for part in parts)

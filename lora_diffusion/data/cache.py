@@ -1,12 +1,17 @@
-"""Prepared samples on the disk, found by what they were made from."""
+"""Prepared samples on the disk, found by what they were made from.
+
+The views of a picture or recording and the texts of a sample are files of their own, so that a new caption costs no
+latent, and a picture that two captions describe is encoded once. Each file tells the checksums of its tensors.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import ChainMap, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +25,7 @@ from lora_diffusion.core.files import (
     save_tensors,
     user_path,
 )
-from lora_diffusion.core.logs import logger
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import Loaded, Prepared, Sample
 from lora_diffusion.data._progress import watch
@@ -29,12 +34,18 @@ from lora_diffusion.data.kinds import KINDS, Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-_VERSION = 2
+_VERSION = 3
 """Raised whenever the same sample would be opened or stored differently."""
 _LEFTOVER_AGE_S = 3600.0
 """Half-written files that are older were left by a killed process; younger ones may be another's work."""
 _MEMORY_BYTES = 2**30
-"""Items that need no more than this are kept in memory, which saves some percent of a small base's step."""
+"""Files of no more than this are kept in memory, which saves some percent of a small base's step."""
+_TITLES = {"views": "", "texts": "the texts of "}
+"""Piece -> what of the samples is prepared, for messages."""
+
+
+class _DamagedError(Exception):
+    """A file does not hold what was written."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +56,11 @@ class _FileTensors(Mapping[str, "Tensor"]):
     names: tuple[str, ...]
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
         if name not in self.names:
             raise KeyError(name)
         try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-                return tensor.clone()  # a mapped file that is cut off by another program would end the process
-        except (OSError, SafetensorError) as error:
+            return _load(self.path, [name])[name]
+        except _DamagedError as error:
             raise RunError(
                 f"The cache file {self.path} was deleted or damaged during the run ({error}); start the command again, "
                 "the file is then made anew."
@@ -64,6 +71,46 @@ class _FileTensors(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass
+class _Files:
+    """The files that a run uses: each is read and checked once, and the first stay in memory."""
+
+    _known: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict)
+    _num_bytes: int = 0
+
+    def find(self, paths: Iterable[Path]) -> set[Path]:
+        """Returns the files that must be made; warns once of those that are there and damaged."""
+        distinct = list(dict.fromkeys(paths))
+        missing: set[Path] = set()
+        damaged = []
+        for path in watch(distinct, len(distinct), "Reading the cache"):
+            try:
+                if path.exists():
+                    self.read(path)
+                    continue
+            except _DamagedError as error:
+                damaged.append(f"{path} ({error})")
+            missing.add(path)
+        if damaged:
+            logger.warning(
+                "%d cache file(s) are damaged, and what they held is made again: %s", len(damaged), name_some(damaged)
+            )
+        return missing
+
+    def read(self, path: Path) -> Mapping[str, Tensor]:
+        """Returns the tensors of a file, in memory while there is room for them.
+
+        Raises:
+            _DamagedError: they are not what was written.
+        """
+        if path not in self._known:
+            tensors = _load(path)
+            self._num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            is_small = self._num_bytes <= _MEMORY_BYTES
+            self._known[path] = tensors if is_small else _FileTensors(path, tuple(tensors))
+        return self._known[path]
 
 
 def check(config: CacheConfig) -> None:
@@ -89,8 +136,8 @@ def prepare(
 ) -> list[Prepared]:
     """Returns one item for each sample, in their order; only what the cache lacks is prepared.
 
-    A file is named by the hash of all that its content depends on: the family's `cache_key` and the kind's `identity`
-    of the sample. Names and repeats are not part of it, so renaming a file costs nothing.
+    A file is named by the hash of all that its content depends on: the family's `cache_key` of views or texts, and what
+    the kind says of those of the sample. Names and repeats are not part of it, so renaming a file costs nothing.
 
     Args:
         family: prepares samples of one group together, and must give one item for each.
@@ -105,29 +152,56 @@ def prepare(
 
     Raises:
         ConfigError: the cache folder cannot be written.
+        RunError: a file cannot be read back; on access, one was damaged during the run.
     """
-    root, kind = _root(config), KINDS[family.sample_type]
-    base_key = family.cache_key(loaded.options, trained)
-    paths = [_cache_file(root, base_key, kind.identity(sample, data)) for sample in samples]
-    missing = {path: sample for path, sample in zip(paths, samples, strict=True) if _read(path, sample) is None}
+    root, kind, files = _root(config), KINDS[family.sample_type], _Files()
+    identities = {
+        "views": [kind.view_identity(sample, data) for sample in samples],
+        "texts": [kind.text_identity(sample) for sample in samples],
+    }
+    keys = {piece: family.cache_key(loaded.options, trained, frozenset({piece})) for piece in identities}
+    paths = {piece: [_cache_file(root, piece, keys[piece], one) for one in own] for piece, own in identities.items()}
+    missing = files.find(chain.from_iterable(paths.values()))
     if missing:
         remove_leftovers(root, "*/*/", _LEFTOVER_AGE_S)
-        told = (len(missing), len(samples), kind.noun)
-        logger.info("Preparing %d of %d %s; the others are in the cache.", *told)
-    batches = _split(missing, kind, data)
-    for batch in watch(batches, len(batches), f"Preparing {kind.noun}"):
-        chosen = [kind.open(missing[path], data) for path in batch]
-        for path, item in zip(batch, family.prepare(loaded, chosen, trained), strict=True):
-            _write(path, item)
-    items = [_read_again(path, sample) for path, sample in zip(paths, samples, strict=True)]
-    if sum(path.stat().st_size for path in set(paths)) <= _MEMORY_BYTES:
-        return [replace(item, tensors=dict(item.tensors)) for item in items]
-    return items
+    for piece, own in paths.items():
+        lacking = {path: sample for path, sample in zip(own, samples, strict=True) if path in missing}
+        if lacking:
+            told = (_TITLES[piece], len(lacking), len(samples), kind.noun)
+            logger.info("Preparing %s%d of %d %s; the others are in the cache.", *told)
+            _prepare_missing(lacking, piece, family, loaded, trained, data)
+    return [
+        Prepared(
+            sample.key,
+            _joined(_read_again(files, views, sample), _read_again(files, texts, sample)),
+            kind.group(sample),
+            sample.num_repeats,
+        )
+        for sample, views, texts in zip(samples, paths["views"], paths["texts"], strict=True)
+    ]
 
 
-def _cache_file(root: Path, base_key: str, identity: Sequence[Any]) -> Path:
-    digest = hashlib.sha256(json.dumps([_VERSION, base_key, *identity]).encode()).hexdigest()
+def _cache_file(root: Path, piece: str, key: str, identity: Sequence[Any]) -> Path:
+    digest = hashlib.sha256(json.dumps([_VERSION, piece, key, *identity]).encode()).hexdigest()
     return root / digest[:2] / digest[2:4] / f"{digest}.safetensors"
+
+
+def _prepare_missing(
+    missing: Mapping[Path, Sample],
+    piece: str,
+    family: Family,
+    loaded: Loaded,
+    trained: frozenset[str],
+    data: DataConfig,
+) -> None:
+    kind = KINDS[family.sample_type]
+    batches = _split(missing, kind, data)
+    for batch in watch(batches, len(batches), f"Preparing {_TITLES[piece]}{kind.noun}"):
+        chosen = [missing[path] for path in batch]
+        if piece == "views":
+            chosen = [kind.open(sample, data) for sample in chosen]
+        for path, item in zip(batch, family.prepare(loaded, chosen, trained, frozenset({piece})), strict=True):
+            _write(path, item)
 
 
 def _split(missing: Mapping[Path, Sample], kind: Kind, data: DataConfig) -> list[list[Path]]:
@@ -141,34 +215,50 @@ def _split(missing: Mapping[Path, Sample], kind: Kind, data: DataConfig) -> list
     return batches
 
 
-def _read(path: Path, sample: Sample) -> Prepared | None:
-    """Returns the item of a cache file, or None if there is no file or it is damaged."""
+def _read_again(files: _Files, path: Path, sample: Sample) -> Mapping[str, Tensor]:
+    try:
+        return files.read(path)
+    except _DamagedError as error:
+        raise RunError(
+            f"The cache file {path} of {sample.key} cannot be read back ({error}); is the disk full or failing?"
+        ) from error
+
+
+def _joined(views: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(views, dict) and isinstance(texts, dict):
+        return {**views, **texts}
+    return ChainMap(texts, views)  # type: ignore[arg-type]  # nobody writes to it
+
+
+def _load(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Returns tensors of a cache file, all unless names are given, once they are what their checksums say.
+
+    Raises:
+        _DamagedError: the file is gone or cut off, is another than its name says, or a bit of it has changed.
+    """
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        return None
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, tuple(file.keys())
-    except (OSError, SafetensorError) as error:
-        logger.warning("The cache file %s is damaged (%s) and is made again.", path, error)
-        return None
+            metadata = file.metadata() or {}
+            checksums = json.loads(metadata.get("checksums", "{}"))
+            # Cloned, since a mapped file that is cut off by another program would end the process.
+            tensors = {name: file.get_tensor(name).clone() for name in (names or file.keys())}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _DamagedError(str(error)) from error
     if metadata.get("content") != path.stem:
-        logger.warning("The cache file %s holds another sample than its name says and is made again.", path)
-        return None
-    return Prepared(sample.key, _FileTensors(path, names), metadata["group"], sample.num_repeats)
-
-
-def _read_again(path: Path, sample: Sample) -> Prepared:
-    item = _read(path, sample)
-    if item is None:
-        raise RunError(f"The cache file {path} of {sample.key} cannot be read back; is the disk full or failing?")
-    return item
+        raise _DamagedError("it holds another sample than its name says")
+    if changed := [name for name, tensor in tensors.items() if checksums.get(name) != _checksum(tensor)]:
+        raise _DamagedError(f"its checksum does not fit: {', '.join(changed)}")
+    if checksums.keys() != tensors.keys() and names is None:
+        raise _DamagedError("it lacks tensors")
+    return tensors
 
 
 def _write(path: Path, item: Prepared) -> None:
-    metadata = {"content": path.stem, "group": item.group, "key": item.key, "num_repeats": str(item.num_repeats)}
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in item.tensors.items()}
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    metadata = {"content": path.stem, "key": item.key, "checksums": json.dumps(checksums)}
     try:
         with atomic_path(path) as temporary:
             save_tensors(tensors, temporary, metadata)
@@ -176,3 +266,12 @@ def _write(path: Path, item: Prepared) -> None:
         raise ConfigError(
             f"cache.path: {path.parent} cannot be written ({error.strerror}); free space or set another cache.path."
         ) from error
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Returns the hash of a contiguous tensor's type, shape and bytes."""
+    import torch
+
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

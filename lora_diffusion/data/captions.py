@@ -1,28 +1,27 @@
-"""Captions: where they are written, and the trigger words in them."""
+"""Captions: where they are written, and what is left of them without the trigger."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from lora_diffusion.data.folder import Folder, read_text
+from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.data import tables
+from lora_diffusion.data.folder import Folder, parse_json, read_text
+from lora_diffusion.data.known_words import LINKING, SAY_NOTHING, UNSPACED, WIDE_COMMAS, WIDE_STOPS
 
 ENDINGS = (".txt", ".caption")
-METADATA_NAME = "metadata.jsonl"
+METADATA = "metadata"
+"""Name of the table of Hugging Face's imagefolder: metadata.jsonl, metadata.csv, or the same with tabs."""
 _TEXT_KEYS = ("text", "caption")
-
-_LINKING_WORDS = (
-    "a an the of in on at by to from with without and or as for into over under near is are was its his her their "
-    "this that it"
-)
-_MEDIA_WORDS = "picture pictures photo photograph image emoji icon sticker drawing painting illustration portrait s t"
-_LINKING = frozenset(_LINKING_WORDS.split())
-_SAY_NOTHING = _LINKING | frozenset(_MEDIA_WORDS.split())
-_WEAK = frozenset({"style"})
-"""Part of a trigger ("blob style"), but none by itself."""
+_LARGEST_BYTES = 2**16
+"""Of a caption file; text encoders read some hundred characters of a caption."""
 
 _THINGS = """
     airplane anchor balloon banana basket bear bed bell bicycle bird boat book bottle box bread bridge broom brush
@@ -37,78 +36,144 @@ _THINGS = """
 _FEWEST_OTHERS, _OTHERS_IN_ALL = 4, 64
 """Of each caption, and of all together where there are few."""
 
-_WORD = re.compile(r"\w+")
-_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
-"""Thai, Lao, Burmese, Khmer, kana and Chinese characters, by the blocks of Unicode."""
 _CUT = "\0"
-_LINK = rf"(?:{'|'.join(sorted(_LINKING))})\b"
-_DANGLING_BEFORE = re.compile(rf"(?:\b{_LINK}\s+|{_CUT}\s*)*{_CUT}(?=\s*(?:[,.;:]|$|{_LINK}))", re.IGNORECASE)
+_BRACKET = re.compile(r"\\([()\[\]{}])")
+_EMPTY_BRACKETS = re.compile(
+    rf"\\?\(\s*{_CUT}\s*(?::\s*-?[\d.]+\s*)?\\?\)|\\?[\[{{]\s*{_CUT}\s*\\?[\]}}]|[\"“「『]\s*{_CUT}\s*[\"”」』]"
+)
+_DEEPEST = 4
+"""Brackets in brackets, as in "((word))"."""
+_WEIGHTED = re.compile(r"[(\[{]+([^()\[\]{}:]*)(?::[\d.\s]+)?[)\]}]+")
+_LINK = rf"(?:{'|'.join(sorted(LINKING))})\b"
+_DANGLING_BEFORE = re.compile(
+    rf"(?:\b{_LINK}\s+|{_CUT}\s*)*{_CUT}(?=\s*(?:[,.;:{WIDE_COMMAS}{WIDE_STOPS}]|$|{_LINK}))", re.IGNORECASE
+)
 _DANGLING_AFTER = re.compile(rf"(^|[,.;:])\s*{_CUT}\s*(?:of|and|or)\b", re.IGNORECASE)
 
 Lines = tuple[str, ...]
 
 
-def collect(folder: Folder, faults: list[str]) -> dict[Path, Lines | None]:
-    """Returns the captions of each picture that has a caption file or a line in a metadata.jsonl.
+class _Rule(NamedTuple):
+    """What becomes of the lines of a text."""
 
-    An empty tuple stands for an empty caption, None for a file that cannot be read.
+    meaning: str
+    """In words, for the message that counts such texts."""
+    of_file: Callable[[Sequence[str]], Sequence[str]]
+    of_row: Callable[[Sequence[str]], Sequence[str]]
+    """A row of a table holds one caption in any case, or a list of them."""
+
+
+def _join(lines: Sequence[str]) -> Sequence[str]:
+    return [" ".join(lines)]
+
+
+LINE_RULES: Mapping[str, _Rule] = {
+    "joined": _Rule(
+        "each is one caption, its lines joined; data.caption_lines=each makes a caption of its own of each line",
+        _join,
+        _join,
+    ),
+    "each": _Rule("each line is a caption of its own; one of them is drawn each time", list, _join),
+    "first": _Rule("only the first line is used", lambda lines: lines[:1], lambda lines: lines[:1]),
+}
+"""`data.caption_lines` -> what it means."""
+
+
+def collect(folder: Folder, faults: list[str], line_rule: str = "joined") -> dict[Path, Lines | None]:
+    """Returns the captions of each picture that has a caption file or a row in a metadata.jsonl, .csv or .tsv.
+
+    An empty tuple stands for an empty caption, None for a file that cannot be read. One message counts the texts of
+    several lines.
 
     Args:
         folder: the files.
         faults: one line is added for each thing that is wrong.
+        line_rule: one of LINE_RULES.
     """
     found: dict[Path, Lines | None] = {}
     origins: dict[Path, str] = {}
+    reader = _Reader(folder, faults, LINE_RULES[line_rule])
     for file in folder.others:
-        if file.name == METADATA_NAME:
-            captioned = _read_metadata(folder, file, faults)
-        elif file.suffix.lower() in ENDINGS:
-            captioned = _read_beside(folder, file, faults)
-        else:
-            continue
-        for picture, lines in captioned.items():
+        for picture, lines in reader.read(file).items():
             if found.get(picture, lines) != lines and None not in (lines, found[picture]):
                 faults.append(
                     f"{folder.name(picture)}: {origins[picture]} and {folder.name(file)} give it different captions; "
                     "keep one of them."
                 )
             found[picture], origins[picture] = lines, folder.name(file)
+    reader.tell()
     return found
 
 
-def _read_beside(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Lines | None]:
-    pictures = folder.beside(file)
-    if not pictures:
+@dataclass(frozen=True)
+class _Reader:
+    folder: Folder
+    faults: list[str]
+    rule: _Rule
+    long: dict[str, None] = field(default_factory=dict)
+    """Names of what has texts of several lines, in order."""
+
+    def read(self, file: Path) -> dict[Path, Lines | None]:
+        if file.name == f"{METADATA}.jsonl":
+            return self._gathered(self._json_lines(file))
+        if file.stem == METADATA and file.suffix.lower() in tables.DELIMITERS:
+            return self._gathered(self._table(file))
+        if file.suffix.lower() in ENDINGS and (pictures := self.folder.beside(file)):
+            text = read_text(self.folder, file, self.faults, _LARGEST_BYTES)
+            lines = None if text is None else tuple(self._shaped(text, self.rule.of_file, self.folder.name(file)))
+            return dict.fromkeys(pictures, lines)
         return {}
-    text = read_text(folder, file, faults)
-    lines = None if text is None else tuple(filter(None, map(_tidy_space, text.splitlines())))
-    return dict.fromkeys(pictures, lines)
 
+    def tell(self) -> None:
+        """Tells how many texts have several lines, and what that means."""
+        if self.long:
+            log = logger.info if self.rule is LINE_RULES["each"] else logger.warning
+            names = name_some(list(self.long))
+            log("Captions of several lines: %d (%s); %s.", len(self.long), names, self.rule.meaning)
 
-def _read_metadata(folder: Folder, file: Path, faults: list[str]) -> dict[Path, Lines | None]:
-    found: dict[Path, Lines | None] = {}
-    for number, line in enumerate((read_text(folder, file, faults) or "").split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{folder.name(file)}, line {number}"
+    def _shaped(self, text: str, shape: Callable[[Sequence[str]], Sequence[str]], name: str) -> Sequence[str]:
+        lines = [line for line in map(_tidy_space, text.splitlines()) if line]
+        if len(lines) > 1:
+            self.long[name] = None
+        return shape(lines) if lines else []
+
+    def _gathered(self, entries: Iterator[tuple[Path, Sequence[str]]]) -> dict[Path, Lines | None]:
+        found: dict[Path, Lines | None] = {}
+        for picture, texts in entries:
+            shaped = (self._shaped(text, self.rule.of_row, self.folder.name(picture)) for text in texts)
+            found[picture] = (found.get(picture) or ()) + tuple(line for lines in shaped for line in lines)
+        return found
+
+    def _json_lines(self, file: Path) -> Iterator[tuple[Path, Sequence[str]]]:
+        for number, line in enumerate((read_text(self.folder, file, self.faults) or "").split("\n"), start=1):
+            if line.strip():
+                yield from self._entry(file, number, partial(_parse_entry, line))
+
+    def _table(self, file: Path) -> Iterator[tuple[Path, Sequence[str]]]:
+        text = read_text(self.folder, file, self.faults) or ""
+        for number, row in tables.rows(self.folder, file, text, self.faults):
+            yield from self._entry(file, number, partial(_parse_row, row))
+
+    def _entry(
+        self, file: Path, number: int, parse: Callable[[], tuple[str, Sequence[str]]]
+    ) -> Iterator[tuple[Path, Sequence[str]]]:
+        """Yields the picture and the texts of an entry, or adds a fault."""
+        place = f"{self.folder.name(file)}, line {number}"
         try:
-            name, texts = _parse_entry(line)
+            name, texts = parse()
         except ValueError as error:
-            faults.append(f"{place}: {error}")
-            continue
-        picture = folder.find(file.parent / name)
-        if picture is None:
-            faults.append(f"{place}: there is no picture {name}; correct file_name or remove the line.")
-            continue
-        found[picture] = (found.get(picture) or ()) + texts
-    return found
+            self.faults.append(f"{place}: {error}")
+            return
+        picture = self.folder.find(file.parent / name)
+        if picture:
+            yield picture, texts
+        elif not self.folder.is_left_out(file.parent / name):
+            self.faults.append(f"{place}: there is no picture {name}; correct file_name or remove the line.")
 
 
-def _parse_entry(line: str) -> tuple[str, Lines]:
+def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at character {error.pos + 1}); correct the line.") from error
     except RecursionError as error:
@@ -119,67 +184,79 @@ def _parse_entry(line: str) -> tuple[str, Lines]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError('has no "text" or "caption" that is a string or a list of strings; add one.')
-    return entry["file_name"], tuple(filter(None, map(_tidy_space, texts)))
+    return entry["file_name"], texts
+
+
+def _parse_row(row: Mapping[str | None, Any]) -> tuple[str, Sequence[str]]:
+    if None in row:  # where the reader of tables puts what is left over
+        raise ValueError("has more columns than the header; put captions that hold the delimiter into quotes.")
+    columns = ", ".join(map(str, row))
+    if not row.get("file_name"):
+        raise ValueError(f'names no picture; the table needs a column "file_name", and has {columns}.')
+    key = next((key for key in _TEXT_KEYS if key in row), None)
+    if key is None:
+        raise ValueError(f'has no caption; the table needs a column "text" or "caption", and has {columns}.')
+    return row["file_name"], [row[key] or ""]
 
 
 def _tidy_space(text: str) -> str:
     return " ".join(text.split())
 
 
-def find_trigger(captions: Sequence[str]) -> str:
-    """Returns the words that all captions share, as the first one spells them, or "" if there are none.
-
-    Words that say nothing by themselves (a, of, in, picture, emoji, ...) do not count. Words that stand together in
-    every caption are returned as that phrase. Empty captions are left out; fewer than two give no trigger.
-
-    >>> find_trigger(["an emoji of a cat, blob style", "a blob style dog"])
-    'blob style'
-    """
-    texts = [caption for caption in captions if caption.strip()]
-    if len(texts) < 2:
-        return ""
-    shared = set.intersection(*({word.lower() for word in _WORD.findall(text)} for text in texts))
-    shared -= _SAY_NOTHING
-    if shared <= _WEAK:
-        return ""
-    matches = [match for match in _WORD.finditer(texts[0]) if match[0].lower() in shared]
-    phrase = texts[0][matches[0].start() : matches[-1].end()]
-    if all(map(phrase_pattern(phrase).search, texts)):
-        return phrase
-    first_spelling: dict[str, str] = {}
-    for match in matches:
-        first_spelling.setdefault(match[0].lower(), match[0])
-    return " ".join(first_spelling.values())
-
-
 def phrase_pattern(phrase: str) -> re.Pattern[str]:
-    """Returns a pattern for a fixed phrase: whole words, any case, any white space between them."""
-    words = r"\s+".join(map(re.escape, phrase.split()))
-    return _whole(words, phrase[:1], phrase[-1:])
+    """Returns a pattern for a fixed phrase: whole words, any case.
+
+    Between words stand white space, underscores or hyphens; brackets may have the backslash with which some programs
+    want them.
+    """
+    words = [_BRACKET.sub(r"\\\\?\\\1", re.escape(word)) for word in re.split(r"[\s_-]+", _plain(phrase)) if word]
+    return _whole(r"[\s_-]+".join(words) or re.escape(phrase), phrase[:1], phrase[-1:])
 
 
 def words_pattern(trigger: str) -> re.Pattern[str]:
-    """Returns a pattern for each telling word of a trigger that `find_trigger` found, wherever it stands."""
-    words = [word for word in _WORD.findall(trigger) if word.lower() not in _SAY_NOTHING]
-    return re.compile("|".join(_whole(re.escape(word), word[0], word[-1]).pattern for word in words), re.IGNORECASE)
+    """Returns a pattern for each phrase of a trigger that was found, and each telling word of it, wherever it stands.
+
+    Args:
+        trigger: as `trigger.find` gives it, and as adapter files tell it.
+    """
+    phrases = [unit.strip() for unit in trigger.split(",") if unit.strip()]
+    words = [word for word in re.findall(r"\w+", trigger) if word.casefold() not in SAY_NOTHING]
+    patterns = [phrase_pattern(text).pattern for text in dict.fromkeys([*phrases, *words])]
+    return re.compile("|".join(patterns), re.IGNORECASE)
+
+
+def _plain(phrase: str) -> str:
+    return re.sub(r"\\(?=[()\[\]{}])", "", phrase)
 
 
 def _whole(pattern: str, first: str, last: str) -> re.Pattern[str]:
-    """Wants no letter beside the pattern, except where its end is of a script that sets no spaces between words."""
-    before, after = "" if _UNSPACED.match(first) else r"(?<![^\W_])", "" if _UNSPACED.match(last) else r"(?![^\W_])"
-    return re.compile(f"{before}{pattern}{after}", re.IGNORECASE)
+    """Wants no letter beside the pattern, except where it or its end is of a script that sets no spaces."""
+    # Large ranges take long to be compiled where case is ignored.
+    letter = rf"(?-i:[^\W_{UNSPACED}])"
+    before, after = ("" if re.match(rf"[{UNSPACED}]", end) else letter for end in (first, last))
+    return re.compile(
+        f"{before and f'(?<!{before})'}{pattern}{after and f'(?!{after})'}",
+        re.IGNORECASE,
+    )
 
 
 def without_trigger(caption: str, trigger: re.Pattern[str]) -> str:
-    """Returns the caption without the trigger, and without the commas and linking words that only led to it.
+    """Returns the caption without the trigger, and without the brackets, commas and linking words that only led to it.
 
     >>> without_trigger("an emoji of a cat, in blob style", phrase_pattern("blob style"))
     'an emoji of a cat'
+    >>> without_trigger("(zwx:1.2), red hair", phrase_pattern("zwx"))
+    'red hair'
     """
     text = trigger.sub(_CUT, caption)
+    for _ in range(_DEEPEST):
+        text = _EMPTY_BRACKETS.sub(_CUT, text)
     text = _DANGLING_BEFORE.sub(_CUT, text)
     text = _DANGLING_AFTER.sub(rf"\1{_CUT}", text).replace(_CUT, " ")
-    text = re.sub(r"\s+(?=[,.;:])", "", _tidy_space(text))
+    text = re.sub(rf"\s+(?=[,.;:{WIDE_COMMAS}{WIDE_STOPS}])", "", _tidy_space(text))
+    text = re.sub(
+        rf"[{WIDE_COMMAS}](?=[{WIDE_COMMAS}{WIDE_STOPS}])|^[{WIDE_COMMAS}{WIDE_STOPS}]+|[{WIDE_COMMAS}]+$", "", text
+    )
     return ", ".join(filter(None, (part.strip(" ;:_") for part in text.split(",")))).strip(" ,")
 
 
@@ -200,7 +277,17 @@ def priors(caption: str, trigger: re.Pattern[str], seed: str, num_captions: int)
     """
     if not trigger.search(caption):
         return ()
-    together = re.compile(rf"(?:{trigger.pattern})(?:\s+(?:{trigger.pattern}))*", trigger.flags)
+    together = re.compile(rf"(?:{trigger.pattern})(?:[\s,{WIDE_COMMAS}]+(?:{trigger.pattern}))*", trigger.flags)
     num_others = max(_OTHERS_IN_ALL // num_captions, _FEWEST_OTHERS)
     others = random.Random(seed).sample(_THINGS.split(), num_others)  # noqa: S311
-    return (without_trigger(caption, trigger), *(together.sub(word, caption) for word in others))
+    return (without_trigger(caption, trigger), *(_with_other(caption, together, word) for word in others))
+
+
+def _with_other(caption: str, trigger: re.Pattern[str], word: str) -> str:
+    """Returns the caption with a word in place of the trigger, but as one tag at most: never "woman, woman, woman"."""
+    text, count = trigger.subn(word, caption)
+    if count == 1:
+        return text
+    tags = re.split(rf"([,{WIDE_COMMAS}]\s*)", text)
+    repeated = [at for at in range(0, len(tags), 2) if _WEIGHTED.sub(r"\1", tags[at]).strip() == word][1:]
+    return "".join(tag for at, tag in enumerate(tags) if at not in repeated and at + 1 not in repeated)

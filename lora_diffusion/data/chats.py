@@ -1,35 +1,33 @@
-"""Conversations about pictures, as a kind of samples."""
+"""Conversations about pictures, or about none, as a kind of samples."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
+from lora_diffusion.core.chat import Chat, ChatImage, ChatInfo, Turn
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.extras import require
 from lora_diffusion.core.files import user_path
 from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.types import Chat, ChatInfo, Request, Turn
-from lora_diffusion.data import conversations, images
+from lora_diffusion.core.types import Request
+from lora_diffusion.data import conversations, images, rows, splits
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.conversations import Conversation
-from lora_diffusion.data.folder import Folder, list_folder, stop
+from lora_diffusion.data.folder import Folder, list_folder, named_in, stop_or_leave_out
 
 _NUM_THREADS = 8
 _NUM_AT_ONCE = 8
 _NUM_PREVIEWS = 4
 _SHORTEST_GROUP = 32
-_SAVED_BY_DATASETS = "dataset_info.json"
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,16 @@ class ChatReport:
     num_tokens: int
     commonest_answers: tuple[tuple[str, int], ...]
     """The answers that are given most often."""
+    num_without_picture: int = 0
+    """Conversations that show none."""
 
     def lines(self) -> list[str]:
         """Returns the report as lines of plain text."""
         common = ", ".join(f'"{answer}" ({count})' for answer, count in self.commonest_answers)
+        without = f" ({self.num_without_picture} without a picture)" if self.num_without_picture else ""
         return [
-            f"Conversations: {self.num_conversations} about {self.num_pictures} pictures, {self.num_shown} in an epoch",
+            f"Conversations: {self.num_conversations} about {self.num_pictures} pictures{without}, {self.num_shown} in "
+            "an epoch",
             f"Answers:       {self.num_answers}, most often {common}",
             f"Tokens:        {self.num_tokens}, the longest has {self.longest[1]} ({self.longest[0]})",
         ]
@@ -63,29 +65,39 @@ class _Chats:
     noun = "conversations"
 
     def read(self, config: ChatDataConfig, info: ChatInfo) -> list[Chat]:
-        """Reads the files, or a data set that was saved to the disk, and decodes every picture once."""
-        is_table = (user_path(config.path, "data.path") / _SAVED_BY_DATASETS).is_file()
+        """Reads the files, or a data set of rows, and decodes every picture once."""
         faults: list[str] = []
-        folder, entries = (_list_saved if is_table else _list_files)(config, faults)
-        checked = _check_pictures(entries, config, faults)
-        unreadable = 0 if config.skip_bad else len(entries) - len(checked)
-        samples = [_sample(entry, size) for entry, size in checked]
+        folder, entries = (_list_rows if rows.are_rows(config.path) else _list_files)(config, faults)
+        samples = _with_sizes(entries, faults)
         samples = _count(samples, config, info, faults)
-        stop(folder, "pictures", faults, unreadable)
+        stop_or_leave_out(folder, "pictures", faults, len(samples), skip_bad=config.skip_bad)
         if not samples:
             raise DataError(f"data.path={config.path}: no conversation is left to train on.")
         logger.info("Read %d conversations with %d answers.", len(samples), sum(map(_num_answers, samples)))
         return samples
 
     def identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
-        """Names the picture by its bytes and the views of it, and what is said."""
-        digest = hashlib.sha256(_content(sample)).hexdigest()
-        return [digest, config.zooms, [[turn.role, turn.text] for turn in sample.turns]]
+        """Names the pictures by their bytes and the views of them, and what is said."""
+        said = [*self.view_identity(sample, config), _spelled(sample)]
+        if _shows_one_at_first(sample):  # as older runs name it
+            return said
+        return [*said, [turn.num_images for turn in sample.turns]]
+
+    def view_identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
+        """Names the pictures by their bytes, and the views of them."""
+        digests = [hashlib.sha256(_content(image)).hexdigest() for image in sample.images]
+        return [digests[0] if _shows_one_at_first(sample) else digests, config.zooms]
+
+    def text_identity(self, sample: Chat) -> list[Any]:
+        """Names what is said, and the sizes of the pictures, which decide how many tokens they take."""
+        sizes = [image.size for image in sample.images]
+        return [_spelled(sample), sizes, [turn.num_images for turn in sample.turns]]
 
     def open(self, sample: Chat, config: ChatDataConfig) -> Chat:
-        """Decodes the picture at each zoom."""
-        picture = images.open_rgb(sample.path, _content(sample))
-        return replace(sample, views=tuple(_zoomed(picture, zoom) for zoom in config.zooms))
+        """Decodes the pictures at each zoom."""
+        pictures = [images.open_rgb(image.path, _content(image)) for image in sample.images]
+        views = tuple(tuple(_zoomed(picture, zoom) for picture in pictures) for zoom in config.zooms)
+        return replace(sample, views=views)
 
     def group(self, sample: Chat) -> str:
         """Names the length, rounded up by at most a half."""
@@ -103,25 +115,27 @@ class _Chats:
         return ChatReport(
             num_conversations=len(samples),
             num_shown=sum(sample.num_repeats for sample in samples),
-            num_pictures=len({sample.path for sample in samples}),
+            num_pictures=len({image.path for sample in samples for image in sample.images}),
             num_answers=answers.total(),
             longest=(longest.key, longest.num_tokens),
             num_tokens=sum(sample.num_tokens for sample in samples),
             commonest_answers=tuple(answers.most_common(3)),
+            num_without_picture=sum(not sample.images for sample in samples),
         )
 
     def largest(self, samples: Sequence[Chat]) -> tuple[int, int]:
-        """Gives the tokens of the longest conversation, and the pictures of one."""
-        return max(sample.num_tokens for sample in samples), 1
+        """Gives the tokens of the longest conversation, and the most pictures of one."""
+        return max(sample.num_tokens for sample in samples), max(1, *(len(sample.images) for sample in samples))
 
     def previews(self, samples: Sequence[Chat], config: PreviewConfig) -> list[Request]:
         """Asks about the first pictures: the prompts, or what the data asks first."""
-        first = list({sample.path: sample for sample in reversed(samples)}.values())[::-1][:_NUM_PREVIEWS]
+        about = [sample for sample in samples if sample.images] or samples
+        first = list({sample.path: sample for sample in reversed(about)}.values())[::-1][:_NUM_PREVIEWS]
         opened = [self.open(sample, ChatDataConfig()) for sample in first]
         return [
             Request(prompt, seed, sample=sample)
             for sample in opened
-            for prompt in map(conversations.bare, config.prompts or (_first_question(sample),))
+            for prompt in map(conversations.bare, config.prompts or (sample.first_question().text,))
             for seed in config.seeds
         ]
 
@@ -140,103 +154,95 @@ class _Chats:
         return ()
 
 
-@dataclass(frozen=True)
-class _Entry:
-    key: str
-    conversation: Conversation
-    path: Path
-    read_bytes: Callable[[], bytes] | None = None
-
-
-def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
+def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[Chat]]:
     path = user_path(config.path, "data.path")
     if path.is_file() and path.suffix.lower() in conversations.ENDINGS:
-        folder = Folder(path.parent, "files", (path,), ())
+        folder = Folder(path.parent, "files", (path,), (), f"data.path={config.path}")
+        splits.check_single(config.split, folder.given)
     else:
-        folder = replace(list_folder(config.path, _Chats.noun, conversations.ENDINGS), noun="files")
+        listed = list_folder(config.path, _Chats.noun, conversations.ENDINGS)
+        folder = splits.choose(replace(listed, noun="files"), config.split)
     entries = []
     for file, conversation in conversations.read_files(folder, faults):
-        picture = _find_picture(file, conversation, config, faults)
-        if picture:
-            entries.append(_Entry(conversation.origin, conversation, picture))
+        found = _find_pictures(file, conversation, config, faults)
+        if found is not None:
+            entries.append(_sample(conversation, found, file))
     return folder, entries
 
 
-def _find_picture(file: Path, conversation: Conversation, config: ChatDataConfig, faults: list[str]) -> Path | None:
-    name = conversation.image
-    if not isinstance(name, str):
-        faults.append(f'{conversation.origin}: names no picture; give it a key "image" with its file name.')
+def _sample(conversation: Conversation, found: tuple[ChatImage, ...], file: Path) -> Chat:
+    return Chat(conversation.origin, found[0].path if found else file, turns=conversation.turns, images=found)
+
+
+def _find_pictures(
+    file: Path, conversation: Conversation, config: ChatDataConfig, faults: list[str]
+) -> tuple[ChatImage, ...] | None:
+    """Returns the pictures of a conversation, or None and a fault."""
+    unfit = [name for name in conversation.images if not isinstance(name, str)]
+    if unfit:
+        faults.append(f"{conversation.origin}: calls a picture {shown(repr(unfit[0]))}; give its file name.")
         return None
     root = user_path(config.images, "data.images") if config.images else file.parent
-    path = root / name
-    if os.path.isfile(path):  # noqa: PTH113 - that of pathlib raises where the name is too long
-        return path
+    paths = [named_in(root, name) for name in conversation.images]
+    # os.path, since pathlib raises where the name is too long
+    missing = [name for name, path in zip(conversation.images, paths, strict=True) if not os.path.isfile(path)]  # noqa: PTH113
+    if not missing:
+        return tuple(map(ChatImage, paths))
     remedy = (
         "correct the name" if config.images else "correct the name or set data.images to the folder of the pictures"
     )
-    if name.startswith("data:"):
+    if missing[0].startswith("data:"):
         remedy = "pictures inside the file are not read, so save each as a file and give its name"
-    faults.append(f"{conversation.origin}: there is no picture {shown(name)} in {root}; {remedy}.")
+    more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+    faults.append(
+        f"{conversation.origin}: there is no picture {shown(missing[0])}{more} in {root.absolute()}; {remedy}."
+    )
     return None
 
 
-def _list_saved(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[_Entry]]:
-    datasets = require("datasets", "Reading a data set that was saved to the disk")
-    root = user_path(config.path, "data.path")
-    table = datasets.load_from_disk(str(root))
-    columns = getattr(table, "column_names", ())
-    column = next((name for name in conversations.IMAGE_KEYS if name in columns), None)
-    if column is None or not set(conversations.LIST_KEYS) & set(columns):
-        raise DataError(
-            f"data.path={config.path} is a saved data set without columns such as image and messages, or with several "
-            "splits; give the folder of one split that holds conversations about pictures."
-        )
-    is_list = not isinstance(table.features[column], datasets.Image)
-    feature = datasets.Image(decode=False)
-    table = table.cast_column(column, datasets.List(feature) if is_list else feature)
-    texts, entries = table.remove_columns(column), []
-    for index in range(len(table)):
-        conversation = conversations.parse(texts[index], f"row {index}", faults)
+def _list_rows(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[Chat]]:
+    table = rows.read(config.path, config.split, conversations.IMAGE_KEYS, "Image", "pictures")
+    if not set(conversations.LIST_KEYS) & set(table.texts.column_names):
+        keys = f"{', '.join(conversations.LIST_KEYS[:-1])} or {conversations.LIST_KEYS[-1]}"
+        raise DataError(f"data.path={config.path}: the table has no column {keys}; what is said must stand in one.")
+    entries = []
+    for index, files in enumerate(table.files):
+        origin = f"row {index}"
+        conversation = conversations.parse(table.texts[index], origin, faults, files)
         if conversation:
-            content = partial(_cell_content, table, index, column)
-            entries.append(_Entry(conversation.origin, conversation, root / f"row {index}", content))
-    return Folder(root, _Chats.noun, tuple(entry.path for entry in entries), ()), entries
+            found = tuple(
+                ChatImage(table.root / (origin if place == 0 else f"{origin}, picture {place}"), read_bytes=content)
+                for place, content in enumerate(files)
+            )
+            entries.append(_sample(conversation, found, table.root / origin))
+    given = f"data.path={config.path}"
+    return Folder(table.root, _Chats.noun, tuple(entry.path for entry in entries), (), given), entries
 
 
-def _cell_content(table: Any, index: int, column: str) -> bytes:
-    cell = table[index][column]
-    cell = cell[0] if isinstance(cell, list) else cell
-    content: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    return content
+def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
+    """Returns the samples whose pictures can be read, with the sizes of those; the others are faults."""
 
-
-def _check_pictures(
-    entries: Sequence[_Entry], config: ChatDataConfig, faults: list[str]
-) -> list[tuple[_Entry, tuple[int, int]]]:
-    """Returns the entries whose pictures can be read, with their sizes; the others are faults or left out."""
-
-    def measure(entry: _Entry) -> tuple[int, int] | str:
+    def measure(image: ChatImage) -> tuple[int, int] | str:
         try:
-            return images.open_rgb(entry.path, entry.read_bytes() if entry.read_bytes else None).size
+            return images.measure(image.path, image.read_bytes() if image.read_bytes else None)
         except images.PictureError as error:
             return error.reason
+        except OSError as error:  # of a table, which may name a file
+            return f"cannot be read ({error.strerror}); correct the row."
 
-    distinct = {entry.path: entry for entry in entries}
+    distinct = {image.path: image for entry in entries for image in entry.images}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         found = list(watch(pool.map(measure, distinct.values()), len(distinct), "Checking pictures"))
     sizes = dict(zip(distinct, found, strict=True))
-    bad = {path: reason for path, reason in sizes.items() if isinstance(reason, str)}
-    good = [(entry, size) for entry in entries if not isinstance(size := sizes[entry.path], str)]
-    if bad and config.skip_bad and good:
-        names = [path.name for path in bad]
-        logger.warning("Left out pictures that cannot be read: %d (%s).", len(bad), name_some(names))
-    else:
-        faults.extend(f"{distinct[path].key}: its picture {path.name} {reason}" for path, reason in bad.items())
-    return good
-
-
-def _sample(entry: _Entry, size: tuple[int, int]) -> Chat:
-    return Chat(entry.key, entry.path, turns=entry.conversation.turns, size=size, read_bytes=entry.read_bytes)
+    samples = []
+    for entry in entries:
+        bad = next((image.path for image in entry.images if isinstance(sizes[image.path], str)), None)
+        if bad is None:
+            sized = tuple(replace(image, size=sizes[image.path]) for image in entry.images)
+            samples.append(replace(entry, images=sized))
+        else:
+            faults.append(f"{entry.key}: its picture {bad.name} {sizes[bad]}")
+    return samples
 
 
 def _count(samples: Sequence[Chat], config: ChatDataConfig, info: ChatInfo, faults: list[str]) -> list[Chat]:
@@ -276,8 +282,17 @@ def _lengths() -> Iterator[int]:
         length *= 2
 
 
-def _content(sample: Chat) -> bytes:
-    return sample.read_bytes() if sample.read_bytes else sample.path.read_bytes()
+def _content(image: ChatImage) -> bytes:
+    return image.read_bytes() if image.read_bytes else image.path.read_bytes()
+
+
+def _shows_one_at_first(sample: Chat) -> bool:
+    """Says whether a conversation is about one picture, which its first question shows."""
+    return len(sample.images) == sample.first_question().num_images == 1
+
+
+def _spelled(sample: Chat) -> list[list[str]]:
+    return [[turn.role, turn.text] for turn in sample.turns]
 
 
 def _zoomed(picture: Image.Image, zoom: float) -> Image.Image:
@@ -296,30 +311,31 @@ def _num_answers(sample: Chat) -> int:
     return sum(turn.role == "assistant" for turn in sample.turns)
 
 
-def _first_question(sample: Chat) -> str:
-    return next(turn.text for turn in sample.turns if turn.role == "user")
-
-
 def ask(path: Path, question: str, seed: int = 0) -> Request:
     """Returns a request to answer a question about a picture, which it may mark with "<image>" as training data does.
 
     Raises:
         PictureError: it cannot be read.
     """
-    question = conversations.bare(question)
-    sample = Chat(str(path), path, turns=(Turn("user", question),))
-    return Request(question, seed, sample=replace(sample, views=(images.open_rgb(path),)))
+    question, picture = conversations.bare(question), images.open_rgb(path)
+    asked = Turn("user", question, 1)
+    sample = Chat(str(path), path, turns=(asked,), images=(ChatImage(path, picture.size),), views=((picture,),))
+    return Request(question, seed, sample=sample)
 
 
 def questions(samples: Sequence[Chat]) -> list[tuple[Request, str]]:
     """Returns the first question of each conversation as a request, and the answer that it should get."""
-    opened: Mapping[Path, Chat] = {sample.path: sample for sample in samples}
-    views = {path: KIND.open(sample, ChatDataConfig()).views for path, sample in opened.items()}
+    opened: Mapping[tuple[Path, ...], Chat] = {_pictures(sample): sample for sample in samples}
+    views = {paths: KIND.open(sample, ChatDataConfig()).views for paths, sample in opened.items()}
     pairs = []
     for sample in samples:
         asked, answer = [turn.text for turn in sample.turns if turn.role != "system"][:2]
-        pairs.append((Request(asked, 0, sample=replace(sample, views=views[sample.path])), answer))
+        pairs.append((Request(asked, 0, sample=replace(sample, views=views[_pictures(sample)])), answer))
     return pairs
+
+
+def _pictures(sample: Chat) -> tuple[Path, ...]:
+    return tuple(image.path for image in sample.images)
 
 
 KIND = _Chats()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.core.chat import Turn
 from lora_diffusion.core.logs import shown
-from lora_diffusion.core.types import Turn
-from lora_diffusion.data.folder import Folder, read_text
+from lora_diffusion.data.folder import Folder, parse_json, read_text
 
 ENDINGS = (".json", ".jsonl")
 IMAGE = "<image>"
@@ -38,8 +37,8 @@ class Conversation:
     origin: str
     """Where it is written, for messages."""
     turns: tuple[Turn, ...]
-    image: Any = None
-    """A path as written, or what a table holds; None where it names none."""
+    images: tuple[Any, ...] = ()
+    """Paths as written, or what a table holds, in the order in which the turns show them."""
 
 
 def read_files(folder: Folder, faults: list[str]) -> list[tuple[Path, Conversation]]:
@@ -73,13 +72,13 @@ def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tu
 
 def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
     try:
-        return [json.loads(text)]
+        return [parse_json(text)]
     except (ValueError, RecursionError) as error:
         faults.append(f"{place}: is not JSON that can be read ({error}); correct it.")
         return []
 
 
-def parse(entry: Any, origin: str, faults: list[str]) -> Conversation | None:
+def parse(entry: Any, origin: str, faults: list[str], held: Sequence[Any] | None = None) -> Conversation | None:
     """Returns the conversation of an entry, or None and a fault.
 
     Args:
@@ -87,17 +86,20 @@ def parse(entry: Any, origin: str, faults: list[str]) -> Conversation | None:
             {"messages": [{"role": ..., "content": text or list of parts}]}.
         origin: where it is written.
         faults: a line is added if it cannot be used.
+        held: pictures that a table holds, which count instead of names in the entry.
     """
     try:
-        turns, image = _turns(entry)
+        turns, images = _turns(entry)
+        images = images if held is None else list(held)
         _check(turns)
-        return Conversation(origin, _without_marks(turns), image)
+        _check_marks(turns, images)
+        return Conversation(origin, tuple(map(_without_marks, turns)), tuple(images))
     except ValueError as error:
         faults.append(f"{origin}: {error}")
         return None
 
 
-def _turns(entry: Any) -> tuple[list[Turn], Any]:
+def _turns(entry: Any) -> tuple[list[Turn], list[Any]]:
     if not isinstance(entry, Mapping):
         raise ValueError(f'is no object with one of {", ".join(LIST_KEYS)} and "image"; correct it.')
     listed = next((entry[key] for key in LIST_KEYS if isinstance(entry.get(key), Sequence)), None)
@@ -105,11 +107,9 @@ def _turns(entry: Any) -> tuple[list[Turn], Any]:
         raise ValueError(f"has no list of turns; give it a key {', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}.")
     told = [_turn(number, item) for number, item in enumerate(listed, start=1)]
     named = [image for _, images in told for image in images if image is not None]
-    images = _listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None))
-    images += [image for image in named if image not in images]
-    if len(images) > 1:
-        raise ValueError(f"names {len(images)} pictures; a conversation is about one.")
-    return [turn for turn, _ in told], images[0] if images else None
+    above = _listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None))
+    images = above + [image for image in named if image not in above] if above else named
+    return [turn for turn, _ in told], images
 
 
 def _listed(value: Any) -> list[Any]:
@@ -161,19 +161,28 @@ def _check(turns: Sequence[Turn]) -> None:
     empty = [n for n, turn in enumerate(spoken, start=first) if turn.role == "assistant" and not bare(turn.text)]
     if empty:
         raise ValueError(f"has an empty answer (turn {empty[0]}); write it.")
-    marks = [turn.text.count(IMAGE) for turn in turns]
-    if sum(marks) == 0:
+
+
+def _check_marks(turns: Sequence[Turn], images: Sequence[Any]) -> None:
+    marks = sum(turn.text.count(IMAGE) for turn in turns)
+    if images and not marks:
         raise ValueError(f"has no {IMAGE} in any turn; write it into the first question.")
-    if sum(marks) > 1:
-        raise ValueError(f"has {sum(marks)} times {IMAGE}; a conversation is about one picture, shown once.")
-    if IMAGE not in spoken[0].text:
-        raise ValueError(f"has {IMAGE} in a later turn; move it into the first question.")
+    if marks and not images:
+        raise ValueError(f'names no picture; give it a key "image" with its file name, or take {IMAGE} out.')
+    if len(images) != marks:
+        raise ValueError(
+            f"has {marks} times {IMAGE} and names {len(images)} pictures; write {IMAGE} once for each picture."
+        )
+    wrong = [n for n, turn in enumerate(turns, start=1) if turn.role != "user" and IMAGE in turn.text]
+    if wrong:
+        role = turns[wrong[0] - 1].role
+        raise ValueError(f"has {IMAGE} in turn {wrong[0]}, which is the {role}'s; only questions show pictures.")
 
 
 def bare(text: str) -> str:
-    """Returns a text without the mark of its picture, which is shown at the beginning anyway."""
+    """Returns a text without the marks of its pictures, which are shown before it anyway."""
     return text.replace(IMAGE, "").strip()
 
 
-def _without_marks(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    return tuple(Turn(turn.role, bare(turn.text)) for turn in turns)
+def _without_marks(turn: Turn) -> Turn:
+    return Turn(turn.role, bare(turn.text), turn.text.count(IMAGE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
 from collections import Counter
@@ -9,9 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import is_text, user_path
+from lora_diffusion.core.files import is_text, not_a_file, user_path
+from lora_diffusion.core.logs import logger, name_some
+
+_NUM_TOLD = 2
+"""Faults of samples that are left out, in the warning."""
+LARGEST_TABLE_BYTES = 2 * 2**30
+"""Twice the largest list of conversations that people train on."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,10 @@ class Folder:
     files: tuple[Path, ...]
     """Those to train on."""
     others: tuple[Path, ...]
+    given: str = ""
+    """What the user gave, for messages, say "data.path=pictures"; "" stands for data.path and the root."""
+    left_out: frozenset[Path] = frozenset()
+    """Files that are there for something else, or of splits that are not asked for; tables may name them."""
 
     def name(self, path: Path) -> str:
         """Returns a path as the user knows it: below the folder, with forward slashes."""
@@ -43,8 +55,15 @@ class Folder:
         return self.by_stem.get(_spelled(text_file.with_suffix("")), ())
 
     def find(self, path: Path) -> Path | None:
-        """Returns the file to train on of a name, however accents are written in it, or None."""
-        return self._by_path.get(_spelled(path))
+        """Returns the file to train on of a name, however accents are written in it, or None.
+
+        Tables that were written on Windows have backslashes between folders.
+        """
+        return self._by_path.get(_spelled(path)) or self._by_path.get(_spelled(Path(str(path).replace("\\", "/"))))
+
+    def is_left_out(self, path: Path) -> bool:
+        """Tells whether a name is that of a file which is there for something else."""
+        return bool(self.left_out & {path, Path(str(path).replace("\\", "/"))})
 
     @cached_property
     def _by_path(self) -> dict[Path, Path]:
@@ -54,6 +73,13 @@ class Folder:
 def _spelled(path: Path) -> Path:
     """Returns a path whose accented letters are single characters; macOS writes letter and accent apart."""
     return Path(unicodedata.normalize("NFC", str(path)))
+
+
+def named_in(folder: Path, name: str) -> Path:
+    """Returns the file that a table names; those that were written on Windows have backslashes between folders."""
+    path = folder / name
+    # os.path, since pathlib raises where the name is too long
+    return path if "\\" not in name or os.path.isfile(path) else folder / name.replace("\\", "/")  # noqa: PTH113
 
 
 def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "data.path") -> Folder:
@@ -74,7 +100,7 @@ def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "da
     if not root.is_dir():
         raise DataError(f"{setting}={path} is a file; give the folder that holds the {noun}.")
     try:
-        found = list(_walk(root, {root.resolve()}))
+        found = list(_walk(root))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); correct its access rights.") from error
     odd = [os.fsencode(file.relative_to(root)) for file in found if not is_text(str(file.relative_to(root)))]
@@ -88,23 +114,45 @@ def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "da
             f"{setting}={path} and its subfolders hold no {noun} ({', '.join(endings)}), but {present}; "
             f"give the folder with the {noun}, or convert them."
         )
-    return Folder(root, noun, files, tuple(file for file in found if file.suffix.lower() not in endings))
+    others = tuple(file for file in found if file.suffix.lower() not in endings)
+    return Folder(root, noun, files, others, f"{setting}={path}")
 
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+def _walk(root: Path) -> Iterator[Path]:
+    """Yields all but folders in the order of their names, whatever links lead back; each folder is walked once."""
+    seen = {_identity(root)}
+    open_folders = [iter(sorted(root.iterdir()))]
+    while open_folders:
+        entry = next(open_folders[-1], None)
+        if entry is None:
+            open_folders.pop()
+        elif entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if not entry.is_dir():
+        elif not entry.is_dir():
             yield entry
-        elif (target := entry.resolve()) not in seen:
-            seen.add(target)
-            yield from _walk(entry, seen)
+        elif (identity := _identity(entry)) not in seen:
+            seen.add(identity)
+            open_folders.append(iter(sorted(entry.iterdir())))
 
 
-def read_text(folder: Folder, file: Path, faults: list[str]) -> str | None:
-    """Returns the content of a UTF-8 file, or None and a fault."""
+def _identity(folder: Path) -> tuple[int, int]:
+    facts = folder.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def read_text(folder: Folder, file: Path, faults: list[str], largest_bytes: int = LARGEST_TABLE_BYTES) -> str | None:
+    """Returns the content of a UTF-8 file, or None and a fault; what is larger than it can be is not read."""
+    if kind := not_a_file(file):
+        faults.append(f"{folder.name(file)}: is {kind} and no file; move it away.")
+        return None
     try:
+        num_bytes = file.stat().st_size
+        if num_bytes > largest_bytes:
+            faults.append(
+                f"{folder.name(file)}: has {num_bytes:,} bytes, and at most {largest_bytes:,} are read; "
+                "cut or split it, or move it away."
+            )
+            return None
         text = file.read_text(encoding="utf-8-sig")
         if "\0" not in text:
             return text
@@ -120,6 +168,22 @@ def read_text(folder: Folder, file: Path, faults: list[str]) -> str | None:
     return None
 
 
+def parse_json(text: str) -> Any:
+    """Returns a JSON value whose texts can be stored and tokenized.
+
+    Raises:
+        ValueError: it is none, or holds half a character, as a text does that was cut inside an emoji.
+        RecursionError: it is nested too deep.
+    """
+    value = json.loads(text)
+    if "\\u" in text and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(
+            "holds half a character (one of \\ud800 to \\udfff by itself), as texts do that were cut inside an emoji; "
+            "write all of it, or leave it out."
+        )
+    return value
+
+
 def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> None:
     """Ends the check.
 
@@ -132,11 +196,41 @@ def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> 
     Raises:
         DataError: there are faults; it lists all of them.
     """
+    if faults:
+        skip = f", or set data.skip_bad=true to leave out {folder.noun} that cannot be read" if unreadable else ""
+        raise _refusal(folder, texts, faults, skip)
+
+
+def stop_or_leave_out(folder: Folder, texts: str, faults: Sequence[str], num_left: int, *, skip_bad: bool) -> None:
+    """Ends the check of samples of which each can be left out by itself.
+
+    Args:
+        folder: what was checked.
+        texts: what belongs to the files, say "transcripts".
+        faults: all that is wrong; each begins with the name of its sample and a colon.
+        num_left: samples without a fault.
+        skip_bad: `data.skip_bad`: warn of the faults, as long as a sample is left.
+
+    Raises:
+        DataError: there are faults, and they shall not be left out; it lists all of them.
+    """
     if not faults:
         return
-    skip = f", or set data.skip_bad=true to leave out {folder.noun} that cannot be read" if unreadable else ""
-    faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
-    raise DataError(
-        f"data.path={folder.root}: {faults_of} {len(folder.files)} {folder.noun} and {texts}; correct the files{skip}.",
-        faults,
+    if not skip_bad or not num_left:
+        skip = ", or set data.skip_bad=true to leave out what cannot be used" if num_left else ""
+        raise _refusal(folder, texts, faults, skip)
+    names = list(dict.fromkeys(fault.partition(": ")[0] for fault in faults))
+    logger.warning(
+        "Left out, since data.skip_bad=true: %d (%s); kept: %d. For example, %s",
+        len(names),
+        name_some(names),
+        num_left,
+        " ".join(faults[:_NUM_TOLD]),
     )
+
+
+def _refusal(folder: Folder, texts: str, faults: Sequence[str], skip: str) -> DataError:
+    given = folder.given or f"data.path={folder.root}"
+    faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
+    num = len(folder.files)
+    return DataError(f"{given}: {faults_of} {num} {folder.noun} and {texts}; correct the files{skip}.", faults)

@@ -4,26 +4,52 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from lora_diffusion.core.errors import ConfigError, DataError
+from lora_diffusion.core.errors import ConfigError, DataError, RunError
+from lora_diffusion.core.files import not_a_file
 from lora_diffusion.core.types import BaseInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
 """Files with these endings are taken for pictures, in any case. Of animations the first frame is used."""
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-_OPENING = threading.Lock()
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the picture upright. CIPA DC-008 (Exif 2.32), section 4.6.5.1.10."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_CHUNK = struct.Struct(">I4s")
+"""Length and kind of a chunk of a PNG file, before its content."""
+_CHECKSUM_BYTES = 4
+_ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""Keywords of texts in which programs write EXIF data."""
+_PIXELS_AT_ONCE = 100_000_000
+_STRIP_PIXELS = 2**22
+_BYTES_PER_PIXEL = 16
+"""Most that a decoder and its picture need."""
 _FINE_BUCKETS_FROM = 512
+
+# Blocks of Pillow's usual 16 MiB stay with the thread that freed them; the C library gives back at once what is larger
+# than 32 MiB. Without this four threads keep gigabytes after one giant each.
+Image.core.set_block_size(2**26)
 
 
 class PictureError(DataError):
@@ -33,6 +59,31 @@ class PictureError(DataError):
         """Keeps the reason by itself, for lists in which the file goes by another name."""
         self.reason = reason
         super().__init__(f"{path}: {reason}")
+
+
+class _Room:
+    """Lets threads decode pictures as long as these have few pixels together; a giant waits until it is alone."""
+
+    def __init__(self) -> None:
+        self._queue, self._freed, self._num_pixels = threading.Lock(), threading.Condition(), 0
+
+    @contextmanager
+    def of(self, num_pixels: int) -> Iterator[None]:
+        """Waits for room, and gives it back; first come, first served."""
+        with self._queue, self._freed:
+            while self._num_pixels and self._num_pixels + num_pixels > _PIXELS_AT_ONCE:
+                self._freed.wait()
+            self._num_pixels += num_pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._num_pixels -= num_pixels
+                self._freed.notify()
+
+
+_ROOM = _Room()
+_QUIET = threading.Lock()
 
 
 def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
@@ -46,50 +97,158 @@ def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
 
     Raises:
         PictureError: the file cannot be read.
+        RunError: there is not enough memory for it.
     """
+    with _decoded(path, content) as image:
+        return _flatten(image)
+
+
+def measure(path: Path, content: bytes | None = None) -> tuple[int, int]:
+    """Returns width and height of a picture as it stands upright, once it was decoded in full; raises as `open_rgb`."""
+    with _decoded(path, content) as image:
+        return image.size
+
+
+def look(path: Path, side: int) -> tuple[tuple[int, int], bytes]:
+    """Returns width and height of a picture, and its RGB bytes when scaled to a square; raises as `open_rgb`."""
+    with _decoded(path, None) as image:
+        return image.size, _flatten(image).resize((side, side), Image.Resampling.BOX).tobytes()
+
+
+@contextmanager
+def _decoded(path: Path, content: bytes | None) -> Iterator[Image.Image]:
+    """Yields a picture upright, its colours as they are stored; other threads wait while it needs much memory."""
+    if content is None and (kind := not_a_file(path)):
+        raise PictureError(path, f"is {kind} and no file; move it away.")
+    size = (0, 0)
     try:
-        with _open(path if content is None else io.BytesIO(content)) as image:
-            return _flatten(ImageOps.exif_transpose(image))
+        with _stream(path, content) as stream, _open(stream) as image:
+            size = image.size
+            with _ROOM.of(math.prod(size)):
+                image.load()
+                if image.mode == "F":
+                    raise PictureError(path, "holds fractions, not colours of 8 or 16 bits; convert it.")
+                yield _upright(image)
     except Image.DecompressionBombError as error:
         raise PictureError(path, f"has too many pixels to be read safely ({error}); scale it down.") from error
+    except PictureError:
+        raise
     except UnidentifiedImageError as error:
         raise PictureError(path, _explain_unknown(path.stat().st_size if content is None else len(content))) from error
     except Exception as error:  # decoders raise what they like on damaged files; each means the same to the user
-        reason = f"cannot be decoded ({getattr(error, 'strerror', None) or error})"
-        raise PictureError(path, f"{reason}, it is damaged or cut off; replace it or move it away.") from error
+        if _lacks_memory(error, math.prod(size)):
+            raise RunError(
+                f"{path}: there is not enough memory to decode {size[0]} x {size[1]} pixels; close other programs, "
+                "raise the limit of memory, or scale the picture down."
+            ) from error
+        raise PictureError(path, _explain(error)) from error
 
 
-def _open(source: Path | io.BytesIO) -> Image.Image:
+def _stream(path: Path, content: bytes | None) -> BinaryIO:
+    stream: BinaryIO = path.open("rb") if content is None else io.BytesIO(content)
+    if stream.read(len(_PNG)) == _PNG:
+        texts = list(_text_chunks(stream))
+        stream.seek(0)
+        if texts:
+            with stream:
+                data = bytearray(stream.read())
+            for start, end in reversed(texts):
+                del data[start:end]
+            return io.BytesIO(data)
+    stream.seek(0)
+    return stream
+
+
+def _text_chunks(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yields where in a PNG file a text begins and ends, but for those that may hold its orientation.
+
+    Programs that make pictures write how they did it; of more than 1 MiB Pillow refuses the picture.
+
+    Source: PNG specification (third edition), sections 5.3 and 11.3.3.
+    """
+    position = len(_PNG)
+    while len(start := stream.read(_CHUNK.size + max(map(len, _ORIENTED)))) >= _CHUNK.size:
+        length, kind = _CHUNK.unpack_from(start)
+        end = position + _CHUNK.size + length + _CHECKSUM_BYTES
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and not start[_CHUNK.size :].startswith(_ORIENTED):
+            yield position, end
+        position = stream.seek(end)
+
+
+def _open(stream: BinaryIO) -> Image.Image:
     # Pillow warns about pictures of more than 89 million pixels and refuses twice that; the refusal is enough.
     # The lock is there because warning filters belong to the whole process.
-    with _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(source, formats=_FORMATS)
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Image.open(stream, formats=_FORMATS)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns a picture turned as its EXIF data wants it; damaged data says nothing."""
+    turn = None
+    with _QUIET, warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
+def _lacks_memory(error: Exception, num_pixels: int) -> bool:
+    """Says whether a picture could not be decoded for lack of memory, which some decoders call an error of the file."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return True
+    try:
+        np.empty(num_pixels * _BYTES_PER_PIXEL, np.uint8)  # reserves without use
+    except MemoryError:
+        return True
+    return False
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({error.strerror}); correct its access rights or link."
+    if isinstance(error, ValueError) and "MAX_TEXT_CHUNK" in str(error):
+        return "holds a colour profile of more than 1 MiB; save it in sRGB colours."
+    return f"cannot be decoded ({error}), it is damaged or cut off; replace it or move it away."
 
 
 def _explain_unknown(num_bytes: int) -> str:
     if num_bytes == 0:
         return "is empty (0 bytes); replace it or move it away."
-    return "is no png, jpeg, webp, bmp or gif picture, whatever its name says; convert it or move it away."
+    kinds = f"{', '.join(name.lower() for name in _FORMATS[:-1])} or {_FORMATS[-1].lower()}"
+    return f"is no {kinds} picture, whatever its name says; convert it or move it away."
 
 
 def _flatten(image: Image.Image) -> Image.Image:
+    """Returns a picture in RGB, made in strips, since giants in several modes at once take gigabytes."""
+    to_srgb = _to_srgb(image)
+    flat, rows = Image.new("RGB", image.size), max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        flat.paste(_flatten_strip(strip, to_srgb), (0, top))
+    return flat
+
+
+def _to_srgb(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
     profile = image.info.get("icc_profile")
+    if not profile:
+        return None
+    mode = image.mode if image.mode == "CMYK" else "RGB"
+    try:
+        return ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, "RGB")
+    except ImageCms.PyCMSError:
+        return None  # a profile that is damaged or made for other channels says nothing about the colours
+
+
+def _flatten_strip(image: Image.Image, to_srgb: ImageCms.ImageCmsTransform | None) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits of grey: Pillow's own conversion clips all above 255 to white.
         image = Image.fromarray(np.clip(np.asarray(image) / 257 + 0.5, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA"))
-    flat = image if image.mode == "CMYK" else image.convert("RGB")
-    if profile:
-        try:
-            srgb = ImageCms.createProfile("sRGB")
-            converted = ImageCms.profileToProfile(flat, io.BytesIO(profile), srgb, outputMode="RGB")
-            return converted or flat
-        except ImageCms.PyCMSError:
-            pass  # a profile that is damaged or made for other channels says nothing about the colours
-    return flat.convert("RGB")
+    if to_srgb:
+        return ImageCms.applyTransform(image if image.mode == "CMYK" else image.convert("RGB"), to_srgb) or image
+    return image.convert("RGB")
 
 
 def bucket_sizes(resolution: int, info: BaseInfo) -> list[tuple[int, int]]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lora_diffusion.config.schema import PreviewConfig
-from lora_diffusion.core.types import AudioText, BaseInfo, Chat, ImageText, Request, Sample
+from lora_diffusion.core.chat import Chat
+from lora_diffusion.core.types import AudioText, BaseInfo, ImageText, Request, Sample
 from lora_diffusion.data import chats, pictures, recordings
 
 
@@ -36,6 +37,12 @@ class Kind(Protocol):
 
         Names and repeats are not part of it.
         """
+
+    def view_identity(self, sample: Any, config: Any) -> list[Any]:
+        """Returns JSON values that name what the views of a sample depend on: its bytes, and how they are seen."""
+
+    def text_identity(self, sample: Any) -> list[Any]:
+        """Returns JSON values that name what is made of the texts of a sample."""
 
     def open(self, sample: Any, config: Any) -> Sample:
         """Returns the sample with its raw input, as the family's `prepare` wants it."""

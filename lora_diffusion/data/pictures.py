@@ -27,8 +27,15 @@ class _Pictures:
 
     def identity(self, sample: ImageText, config: PictureDataConfig) -> list[Any]:
         """Names the picture by its bytes, and how it is scaled, cropped and captioned."""
-        place = [sample.size, sample.original_size, sample.crop, config.flip]
-        return [content_hash(sample.path), *place, sample.captions, sample.prior_captions]
+        return [*self.view_identity(sample, config), *self.text_identity(sample)]
+
+    def view_identity(self, sample: ImageText, config: PictureDataConfig) -> list[Any]:
+        """Names the picture by its bytes, and how it is scaled and cropped."""
+        return [content_hash(sample.path), sample.size, sample.original_size, sample.crop, config.flip]
+
+    def text_identity(self, sample: ImageText) -> list[Any]:
+        """Names the captions."""
+        return [sample.captions, sample.prior_captions]
 
     def open(self, sample: ImageText, config: PictureDataConfig) -> ImageText:
         """Decodes the picture, scaled and cropped to its bucket."""

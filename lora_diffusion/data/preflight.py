@@ -8,26 +8,32 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.data import audio, images
+from lora_diffusion.data import audio, companions, images
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.folder import Folder, list_folder
 
-_OTHER_PICTURES = (".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".svg", ".psd", ".dng")
-_OTHER_RECORDINGS = (
-    *(".m4a", ".mp4", ".m4b", ".aac", ".wma", ".aif", ".aiff", ".au", ".amr", ".ac3", ".caf", ".ape", ".wv", ".oga"),
-    *(".webm", ".weba", ".mka", ".mkv", ".mov", ".avi", ".3gp", ".3gpp"),
+_OTHER_PICTURES = (
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".svg", ".psd", ".xcf", ".tga", ".ico", ".exr", ".hdr"),
+    *(".ppm", ".pgm", ".pnm", ".qoi", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw"),
 )
+_OTHER_RECORDINGS = (".wma", ".amr", ".ac3", ".ape", ".wv", ".avi", ".3gp", ".3gpp", ".ra", ".dsf", ".mid")
 _OTHER_CAPTIONS = (".txt", ".caption", ".cap", ".captions", ".text", ".tag", ".tags", ".prompt", ".json", ".md")
 _NUM_THREADS = 8
 
 
-def list_pictures(path: str) -> Folder:
-    """Returns the files of a folder of pictures and its subfolders, and warns of names that mean trouble.
+def list_pictures(path: str, setting: str = "data.path") -> Folder:
+    """Returns the pictures of a folder and its subfolders that are to be trained on.
+
+    Warns of those that are there for something else, and of names that mean trouble.
+
+    Args:
+        path: the folder, as the user gave it.
+        setting: where the user gave it, for messages.
 
     Raises:
         DataError: there is no such folder, or no picture in it.
     """
-    folder = list_folder(path, "pictures", images.ENDINGS)
+    folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting))
     _warn_of_names(folder, _OTHER_PICTURES, "png", "caption")
     return folder
 
@@ -42,7 +48,7 @@ def find_pictures(path: str, setting: str) -> list[Path]:
     Raises:
         DataError: there is no such folder, no picture in it, or some that cannot be read, which are all listed.
     """
-    folder = list_folder(path, "pictures", images.ENDINGS, setting)
+    folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting), setting)
     faults: list[str] = []
     measure(folder, False, faults)
     if faults:
@@ -51,13 +57,17 @@ def find_pictures(path: str, setting: str) -> list[Path]:
     return list(folder.files)
 
 
-def list_recordings(path: str) -> Folder:
+def list_recordings(path: str, setting: str = "data.path") -> Folder:
     """Returns the files of a folder of recordings and its subfolders, and warns of names that mean trouble.
+
+    Args:
+        path: the folder, as the user gave it.
+        setting: where the user gave it, for messages.
 
     Raises:
         DataError: there is no such folder, or no recording in it.
     """
-    folder = list_folder(path, "recordings", audio.ENDINGS)
+    folder = list_folder(path, "recordings", audio.ENDINGS, setting)
     _warn_of_names(folder, _OTHER_RECORDINGS, "wav or flac", "transcript")
     return folder
 
@@ -105,7 +115,7 @@ def measure(folder: Folder, skip_bad: bool, faults: list[str]) -> dict[Path, tup
 
 def _measure(path: Path) -> tuple[int, int] | str:
     try:
-        return images.open_rgb(path).size
+        return images.measure(path)
     except images.PictureError as error:
         return error.reason
 
@@ -126,7 +136,7 @@ def add_missing_captions(folder: Folder, missing: Sequence[Path], num_pictures: 
     advice = f"these look like captions, rename them: {name_some(close)}" if close else "write them"
     faults.append(
         f"None of the {num_pictures} pictures has a caption (name.txt or name.caption beside name.png, or a "
-        f"metadata.jsonl); {advice}, or set data.captions=optional."
+        f"metadata.jsonl or metadata.csv); {advice}, or set data.captions=optional."
     )
 
 

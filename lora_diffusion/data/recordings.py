@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
-from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.core.extras import require
-from lora_diffusion.core.files import user_path
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import AudioText, Request, SpeechInfo
-from lora_diffusion.data import audio, preflight, transcripts
+from lora_diffusion.data import audio, preflight, rows, splits, transcripts
 from lora_diffusion.data._progress import watch
 from lora_diffusion.data.audio import Facts, RecordingError
-from lora_diffusion.data.folder import Folder, stop
+from lora_diffusion.data.folder import Folder, stop_or_leave_out
 from lora_diffusion.data.transcripts import Transcript
 
 _NUM_THREADS = 4
 _NUM_AT_ONCE = 8
 _NUM_PREVIEWS = 4
-_LONGEST_FILE_S = 4 * 3600
-"""Recordings of more than this are never read, not even to be split."""
-_SAVED_BY_DATASETS = "dataset_info.json"
 
 
 @dataclass(frozen=True)
@@ -73,24 +66,31 @@ class _Recordings:
     noun = "recordings"
 
     def read(self, config: RecordingDataConfig, info: SpeechInfo) -> list[AudioText]:
-        """Reads a folder, or a data set that was saved to the disk, and decodes every recording once."""
-        is_table = (user_path(config.path, "data.path") / _SAVED_BY_DATASETS).is_file()
-        folder, recordings, faults = (_list_saved if is_table else _list_files)(config)
+        """Reads a folder, or a data set of rows, and decodes every recording once."""
+        faults: list[str] = []
+        folder, recordings = (_list_rows if rows.are_rows(config.path) else _list_files)(config, faults)
         checked = _check_all(folder, recordings, config, info, faults)
-        unreadable = 0 if config.skip_bad else len(recordings) - len(checked)
         samples = []
         for recording, facts in checked:
             samples += _samples(recording, facts, config, info, faults)
         samples = _count_tokens(samples, info, faults)
-        stop(folder, "transcripts", faults, unreadable)
+        stop_or_leave_out(folder, "transcripts", faults, len(samples), skip_bad=config.skip_bad)
         _tell(samples, checked, info)
         return samples
 
     def identity(self, sample: AudioText, config: RecordingDataConfig) -> list[Any]:
         """Names the sound by its bytes and the views of it, and what is said."""
+        return [*self.view_identity(sample, config), *self.text_identity(sample)]
+
+    def view_identity(self, sample: AudioText, config: RecordingDataConfig) -> list[Any]:
+        """Names the sound by its bytes, and the views of it."""
         data = sample.read_bytes() if sample.read_bytes else sample.path.read_bytes()
         place = [sample.start_s, sample.duration_s, sample.sampling_rate, config.speeds, config.noise_db]
-        return [hashlib.sha256(data).hexdigest(), *place, sample.transcript, sample.language, sample.task]
+        return [hashlib.sha256(data).hexdigest(), *place]
+
+    def text_identity(self, sample: AudioText) -> list[Any]:
+        """Names what is said, its language and the task."""
+        return [sample.transcript, sample.language, sample.task]
 
     def open(self, sample: AudioText, config: RecordingDataConfig) -> AudioText:
         """Decodes the recording at each speed, clean and with each noise."""
@@ -169,61 +169,73 @@ class _Recordings:
 class _Recording:
     key: str
     path: Path
-    transcript: Transcript
+    transcript: Transcript | None
+    """None where it has none that can be used, which is a fault already."""
     read_bytes: Callable[[], bytes] | None = None
 
 
-def _list_files(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], list[str]]:
-    folder = preflight.list_recordings(config.path)
-    faults: list[str] = []
-    texts = transcripts.collect(folder, faults)
-    preflight.warn_of_orphans(folder, "transcript", (transcripts.BESIDE,))
+def _list_files(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, list[_Recording]]:
+    folder = splits.choose(preflight.list_recordings(config.path), config.split)
+    texts = transcripts.collect(folder, faults, config.split)
+    plain = [file for file in folder.others if not file.name.lower().endswith(transcripts.OF_A_CHAPTER)]
+    preflight.warn_of_orphans(replace(folder, others=tuple(plain)), "transcript", (transcripts.BESIDE,))
     lacking = [path for path in folder.files if path not in texts]
-    if len(lacking) == len(folder.files) and not faults:  # else what is wrong with the table is the reason
-        faults.append(
-            f"None of the {len(lacking)} recordings has a transcript: write it into name.txt beside name.wav, or into "
-            "a metadata.csv with the columns file_name and transcription."
-        )
-    elif len(lacking) < len(folder.files):
+    tables = transcripts.tables_of_splits(folder, config.split)
+    if len(lacking) == len(folder.files):
+        if not faults:  # else what is wrong with the table is the reason
+            faults.append(_explain_no_transcript(folder, len(lacking)))
+    elif tables and lacking:
+        names = [folder.name(path) for path in lacking]
+        where = name_some([folder.name(table) for table in tables])
+        logger.warning("Left out recordings that do not stand in %s: %d (%s).", where, len(names), name_some(names))
+        folder = replace(folder, files=tuple(path for path in folder.files if path in texts))
+    else:
         faults += [f"{folder.name(path)}: has no transcript; write {path.stem}.txt beside it." for path in lacking]
-    faults += [
-        f"{folder.name(path)}: its transcript in {told.origin} is empty; write one."
-        for path, told in texts.items()
-        if told and not transcripts.without_timestamps(told.text)
-    ]
-    nothing = Transcript("")
-    return folder, [_Recording(folder.name(p), p, texts.get(p) or nothing) for p in folder.files], faults
+    named = {folder.name(path): texts.get(path) for path in folder.files}
+    usable = _with_words(named.items(), faults)
+    return folder, [_Recording(folder.name(path), path, usable.get(folder.name(path))) for path in folder.files]
 
 
-def _list_saved(config: RecordingDataConfig) -> tuple[Folder, list[_Recording], list[str]]:
-    datasets = require("datasets", "Reading a data set that was saved to the disk")
-    root = user_path(config.path, "data.path")
-    table = datasets.load_from_disk(str(root))
-    column = next((name for name in transcripts.FILE_KEYS if name in getattr(table, "column_names", ())), None)
-    if column is None:
-        raise DataError(
-            f"data.path={config.path} is a saved data set without a column {', '.join(transcripts.FILE_KEYS)}, or with "
-            "several splits; give the folder of one split that holds recordings."
-        )
-    table = table.cast_column(column, datasets.Audio(decode=False))
-    texts, faults, recordings = table.remove_columns(column), [], []
-    for index in range(len(table)):
+def _explain_no_transcript(folder: Folder, count: int) -> str:
+    tables = [folder.name(file) for file in folder.others if file.suffix.lower() in (".csv", ".tsv")]
+    other = f"; {name_some(tables)} is read with data.split set to its name without ending" if tables else ""
+    return (
+        f"None of the {count} recordings has a transcript: write it into name.txt beside name.wav, or into a "
+        f"metadata.csv with the columns file_name and transcription{other}."
+    )
+
+
+def _list_rows(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, list[_Recording]]:
+    table = rows.read(config.path, config.split, transcripts.FILE_KEYS, "Audio", "recordings")
+    named: dict[str, Transcript | None] = {}
+    for index in range(len(table.files)):
         name = f"row {index}"
         try:
-            transcript = transcripts.of_row(texts[index], name)
+            if not table.files[index]:
+                raise ValueError("holds no recording; remove it.")
+            named[name] = transcripts.of_row(table.texts[index], name)
         except ValueError as error:
             faults.append(f"{name}: {error}")
-            continue
-        if not transcripts.without_timestamps(transcript.text):
-            faults.append(f"{name}: its transcript is empty; write one.")
-        recordings.append(_Recording(name, root, transcript, partial(_content, table, index, column)))
-    return Folder(root, "recordings", tuple(root / recording.key for recording in recordings), ()), recordings, faults
+    usable = _with_words(named.items(), faults)
+    recordings = [
+        _Recording(name, table.root, usable[name], files[0])
+        for name, files in ((f"row {index}", files) for index, files in enumerate(table.files))
+        if name in usable
+    ]
+    paths = tuple(table.root / recording.key for recording in recordings)
+    return Folder(table.root, "recordings", paths, (), f"data.path={config.path}"), recordings
 
 
-def _content(table: Any, index: int, column: str) -> bytes:
-    cell = table[index][column]
-    content: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    return content
+def _with_words(named: Iterable[tuple[str, Transcript | None]], faults: list[str]) -> dict[str, Transcript]:
+    """Returns the transcripts that hold a word, by the name of the recording; those that do not are faults."""
+    usable = {}
+    for name, transcript in named:
+        if transcript and transcripts.without_timestamps(transcript.text):
+            usable[name] = transcript
+        elif transcript:
+            place = f" in {transcript.origin}" if transcript.origin != name else ""
+            faults.append(f"{name}: its transcript{place} is empty; write one.")
+    return usable
 
 
 def _check_all(
@@ -233,11 +245,11 @@ def _check_all(
     info: SpeechInfo,
     faults: list[str],
 ) -> list[tuple[_Recording, Facts]]:
-    """Returns the recordings that can be used, with their facts; the others are faults or, if asked for, left out."""
+    """Returns the recordings that can be used, with their facts; the others are faults."""
     longest_s = info.max_duration_s * min(config.speeds)
     remedy = "cut it, or set data.long=split if its transcript has timestamps"
     if config.long == "split":
-        longest_s, remedy = _LONGEST_FILE_S, "cut it"
+        longest_s, remedy = audio.LONGEST_S, "cut it"
 
     def check(recording: _Recording) -> Facts | str:
         try:
@@ -247,70 +259,101 @@ def _check_all(
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         found = list(watch(pool.map(check, recordings), len(recordings), f"Checking {folder.noun}"))
-    pairs = list(zip(recordings, found, strict=True))
-    good = [(recording, facts) for recording, facts in pairs if not isinstance(facts, str)]
-    bad = {recording.key: reason for recording, reason in pairs if isinstance(reason, str)}
-    if bad and config.skip_bad and good:
-        logger.warning("Left out recordings that cannot be used: %d (%s).", len(bad), name_some(list(bad)))
-    else:
-        faults.extend(f"{key}: {reason}" for key, reason in bad.items())
-    return good
+    faults += [f"{own.key}: {facts}" for own, facts in zip(recordings, found, strict=True) if isinstance(facts, str)]
+    return [(own, facts) for own, facts in zip(recordings, found, strict=True) if not isinstance(facts, str)]
 
 
 def _samples(
     recording: _Recording, facts: Facts, config: RecordingDataConfig, info: SpeechInfo, faults: list[str]
-) -> Iterator[AudioText]:
+) -> list[AudioText]:
+    """Returns a recording as one sample, or in pieces where it is long; none and a fault if that cannot be."""
     told = recording.transcript
-    if told.language and told.language not in info.languages:
-        known = (
-            f"only for {', '.join(info.languages[:20])}" if info.languages else "for none: it knows one language only"
-        )
-        faults.append(f"{recording.key}: the tokenizer of {info.source} has no token for {told.language}, {known}.")
-    whole = AudioText(
-        key=recording.key,
-        path=recording.path,
-        transcript=told.text,
-        language=told.language,
-        task=told.task,
-        duration_s=facts.duration_s,
-        sampling_rate=info.sampling_rate,
-        read_bytes=recording.read_bytes,
-    )
-    longest_s = info.max_duration_s * min(config.speeds)
-    if facts.duration_s <= longest_s:
-        yield whole
-        return
+    if told is None:
+        return []
     try:
-        pieces = transcripts.segments(told.text)
+        whole = AudioText(
+            key=recording.key,
+            path=recording.path,
+            transcript=told.text,
+            language=_language(told, info),
+            task=told.task,
+            duration_s=facts.duration_s,
+            sampling_rate=info.sampling_rate,
+            read_bytes=recording.read_bytes,
+        )
+        longest_s = info.max_duration_s * min(config.speeds)
+        return [whole] if facts.duration_s <= longest_s else list(_cut(whole, longest_s))
+    except ValueError as error:
+        faults.append(f"{recording.key}: {error}")
+        return []
+
+
+def _language(told: Transcript, info: SpeechInfo) -> str | None:
+    """Returns the code of the language that a table names, maybe in words.
+
+    Raises:
+        ValueError: the base does not know it, or cannot translate.
+    """
+    if told.task == "translate" and not info.languages:
+        raise ValueError(f"asks for a translation, and {info.source} knows English only; take a multilingual base.")
+    if not told.language:
+        return None
+    code = info.find_language(told.language) if info.find_language else told.language
+    known = info.languages or ("en",)
+    if code in known:
+        return code
+    if not info.languages:
+        raise ValueError(
+            f"is in {told.language}, and {info.source} knows English only; leave it out or take a multilingual base."
+        )
+    raise ValueError(
+        f"the tokenizer of {info.source} has no token for {told.language}, only for {', '.join(known[:20])}."
+    )
+
+
+def _cut(whole: AudioText, longest_s: float) -> Iterator[AudioText]:
+    """Yields the pieces of a long recording.
+
+    Raises:
+        ValueError: its transcript does not say where to cut it.
+    """
+    try:
+        pieces = transcripts.segments(whole.transcript)
         if not pieces:
             raise ValueError("its transcript has no timestamps to split it at")
-        if pieces[-1].end_s > facts.duration_s + 0.02:
+        if pieces[-1].end_s > whole.duration_s + 0.02:
             raise ValueError(f"its last timestamp is {pieces[-1].end_s:.2f}")
         for group in transcripts.join(pieces, longest_s):
             start, end = group[0].start_s, group[-1].end_s
-            key = f"{recording.key}@{start:.2f}"
+            key = f"{whole.key}@{start:.2f}"
             yield replace(whole, key=key, start_s=start, duration_s=end - start, transcript=transcripts.shifted(group))
     except ValueError as error:
-        faults.append(f"{recording.key}: is {audio.clock(facts.duration_s)} long, but {error}; correct it or cut it.")
+        raise ValueError(f"is {audio.clock(whole.duration_s)} long, but {error}; correct it or cut it.") from error
 
 
 def _count_tokens(samples: list[AudioText], info: SpeechInfo, faults: list[str]) -> list[AudioText]:
     if info.count_tokens is None:
         return samples
+    counted = []
     counts = info.count_tokens([sample.transcript for sample in samples])
     for sample, count in zip(samples, counts, strict=True):
-        if count > info.max_tokens:
+        if isinstance(count, str):
+            faults.append(f"{sample.key}: {count}")
+        elif count > info.max_tokens:
             faults.append(
                 f"{sample.key}: its transcript has {count} tokens, and the base writes at most {info.max_tokens}; "
                 "cut it."
             )
-    return [replace(sample, num_tokens=count) for sample, count in zip(samples, counts, strict=True)]
+        else:
+            counted.append(replace(sample, num_tokens=count))
+    return counted
 
 
 def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Facts]], info: SpeechInfo) -> None:
     seconds = sum(sample.duration_s for sample in samples)
-    logger.info("Read %d recordings with transcripts, %s in all.", len(checked), audio.clock(seconds))
-    if len(samples) > len(checked):
+    num_whole = len({sample.key.removesuffix(f"@{sample.start_s:.2f}") for sample in samples})
+    logger.info("Read %d recordings with transcripts, %s in all.", num_whole, audio.clock(seconds))
+    if len(samples) > num_whole:
         logger.info("Split at timestamps into %d pieces.", len(samples))
     mixed = [recording.key for recording, facts in checked if facts.num_channels > 1]
     if mixed:
@@ -322,51 +365,6 @@ def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Fact
     ]
     if resampled:
         logger.info("Resampled to %d Hz: %d (%s).", info.sampling_rate, len(resampled), name_some(resampled))
-
-
-def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, Request]]:
-    """Returns recordings as requests to write down what is said; long ones become several requests, in order.
-
-    Args:
-        paths: recordings, and folders of them; what is named twice is heard once.
-        info: the base; how much it hears at once.
-
-    Raises:
-        DataError: lists all that cannot be heard.
-    """
-    named: dict[Path, Path] = {}
-    for path in paths:
-        listed = preflight.list_recordings(str(path)).files if path.is_dir() else (path,)
-        for file in listed:
-            named.setdefault(file.parent.resolve() / file.name, file)
-    files = list(named.values())
-    found: list[tuple[Path, Request]] = []
-    faults = []
-    for file in files:
-        try:
-            found += [(file, Request("", 0, sample=piece)) for piece in _pieces(file, info)]
-        except RecordingError as error:
-            faults.append(f"{file}: {error.reason}")
-    if faults:
-        raise DataError(f"{len(faults)} of {len(files)} recordings cannot be heard; correct or leave them out.", faults)
-    return found
-
-
-def _pieces(file: Path, info: SpeechInfo) -> list[AudioText]:
-    import torch
-
-    if not file.is_file():
-        raise RecordingError(str(file), "there is no such file; correct the path.")
-    audio.check(file, _LONGEST_FILE_S)
-    sound = audio.decode(file, info.sampling_rate)
-    pieces = audio.windows(sound, info.sampling_rate, info.max_duration_s)
-    if len(pieces) > 1:
-        logger.info("%s: %s long, heard in %d pieces.", file, audio.clock(len(sound) / info.sampling_rate), len(pieces))
-    starts = accumulate((len(piece) / info.sampling_rate for piece in pieces[:-1]), initial=0.0)
-    return [
-        AudioText(str(file), file, start_s=start, waveforms=(torch.from_numpy(piece),))
-        for start, piece in zip(starts, pieces, strict=True)
-    ]
 
 
 KIND = _Recordings()

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from lora_diffusion.core.files import sha256
-from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.files import content_hash
+from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.core.types import ImageText
 from lora_diffusion.data import images
 from lora_diffusion.data._progress import watch
 
+_LONGEST_EXAMPLE = 200
+"""Characters."""
 _THUMBNAIL_SIDE = 16
 _NEAR = 3.0
 """Root mean square difference of two thumbnails, in 1/255: what saving as JPEG or scaling a picture changes at most."""
@@ -57,7 +58,7 @@ class DataReport:
             f"Trigger:      {self.trigger or 'none'}",
         ]
         if self.prior_example:
-            caption, *priors = (f'"{text}"' for text in self.prior_example)
+            caption, *priors = (f'"{shown(text, _LONGEST_EXAMPLE)}"' for text in self.prior_example)
             lines.append(f"Without it:   {caption} becomes {' or '.join(priors)}")
         lines += [
             f"Buckets:      {buckets}",
@@ -108,9 +109,8 @@ def describe(samples: Sequence[ImageText]) -> DataReport:
 
 
 def _look(path: Path) -> _Look:
-    image = images.open_rgb(path)
-    small = image.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
-    return _Look(image.size, sha256(path), small.tobytes())
+    size, thumbnail = images.look(path, _THUMBNAIL_SIDE)
+    return _Look(size, content_hash(path), thumbnail)
 
 
 def _groups(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], ...]:

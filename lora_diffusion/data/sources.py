@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,13 @@ from pathlib import Path
 from lora_diffusion.config.schema import PictureDataConfig
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import content_hash
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.core.types import BaseInfo, ImageText
-from lora_diffusion.data import captions, images, preflight
+from lora_diffusion.data import caption_checks, captions, images, preflight
 from lora_diffusion.data.folder import Folder, stop
+from lora_diffusion.data.trigger import Found, Trigger, find, in_folder_name
 
-_KOHYA = re.compile(r"(\d+)_(.*)")
+_KOHYA = re.compile(r"(\d{1,4})_(.*)")
 _CAPTION_RULES = ("required", "optional")
 _AUTO = "auto"
 _MANY_REPEATS = 200
@@ -45,7 +47,9 @@ def read(config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
     pictures = list(sizes) if config.skip_bad and sizes else list(folder.files)
     repeats, class_words = _read_kohya_names(folder, pictures, faults)
     texts = _fill_captions(folder, pictures, class_words, config, faults)
-    trigger, priors = _split_trigger(folder, texts, config.trigger, faults)
+    trigger = _find_trigger(folder, texts, class_words, config.trigger, faults)
+    caption_checks.check(folder, texts, trigger, info, config.flip, faults)
+    priors = {} if faults else _priors(texts, trigger)  # a picture that cannot be read has no hash either
     stop(folder, "captions", faults, num_unreadable)
 
     samples = [
@@ -54,7 +58,7 @@ def read(config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
             path=path,
             captions=texts[path],
             prior_captions=priors.get(path, ()),
-            trigger=trigger,
+            trigger=trigger.text,
             num_repeats=repeats[path],
             size=size,
             original_size=sizes[path],
@@ -73,9 +77,10 @@ def _read_kohya_names(
     """Returns the repeats of each picture and, in folders such as "10_sks dog", the words after the number."""
     repeats, words = dict.fromkeys(pictures, 1), {}
     folders: Counter[str] = Counter()
+    of_root = _kohya_name(folder.root.absolute()) or _kohya_name(folder.root.resolve())
     for path in pictures:
-        inner = path.relative_to(folder.root).parents
-        match = next(filter(None, (_KOHYA.fullmatch(parent.name) for parent in inner)), None)
+        inner = [*path.relative_to(folder.root).parents][:-1]
+        match = next(filter(None, map(_kohya_name, inner)), of_root)
         if match:
             repeats[path], words[path] = int(match[1]), match[2].strip()
             folders[match[0]] += 1
@@ -88,6 +93,11 @@ def _read_kohya_names(
     return repeats, words
 
 
+def _kohya_name(folder: Path) -> re.Match[str] | None:
+    """Returns the repeats and the words of a folder's name, as the user sees it; longer numbers are dates."""
+    return _KOHYA.fullmatch(Path(os.path.normpath(folder)).name)
+
+
 def _fill_captions(
     folder: Folder,
     pictures: Sequence[Path],
@@ -96,7 +106,7 @@ def _fill_captions(
     faults: list[str],
 ) -> dict[Path, captions.Lines]:
     """Returns at least one caption for each picture, or adds faults."""
-    found = captions.collect(folder, faults)
+    found = captions.collect(folder, faults, config.caption_lines)
     preflight.warn_of_orphans(folder, "caption", captions.ENDINGS)
     is_required = config.captions == "required"
     filled: dict[Path, captions.Lines] = {}
@@ -119,26 +129,50 @@ def _fill_captions(
     return filled
 
 
-def _split_trigger(
-    folder: Folder, texts: Mapping[Path, captions.Lines], wanted: str, faults: list[str]
-) -> tuple[str, dict[Path, captions.Lines]]:
-    """Returns the trigger, and what the first caption of each picture is without it where that makes a difference."""
-    is_found = wanted == _AUTO
-    trigger = " ".join(wanted.split())
-    if is_found:
-        trigger = captions.find_trigger([text for lines in texts.values() for text in lines]) if len(texts) > 1 else ""
-    if not trigger:
-        return "", {}
-    pattern = captions.words_pattern(trigger) if is_found else captions.phrase_pattern(trigger)
-    for path, lines in texts.items():
-        lacking = [text for text in lines if text and not pattern.search(text)]
-        if lacking:
-            faults.append(
-                f'{folder.name(path)}: data.trigger="{trigger}" is not in its caption "{lacking[0]}"; '
-                "add the words to the caption, or correct data.trigger."
-            )
-    return trigger, {
-        path: captions.priors(lines[0], pattern, content_hash(path), len(texts)) for path, lines in texts.items()
+def _find_trigger(
+    folder: Folder,
+    texts: Mapping[Path, captions.Lines],
+    class_words: Mapping[Path, str],
+    wanted: str,
+    faults: list[str],
+) -> Trigger:
+    """Returns the words that are wanted, or those that are found, with a warning where others could be meant."""
+    if wanted == _AUTO:
+        every = [text for lines in texts.values() for text in lines]
+        named = {class_words.get(path, "") for path in texts}
+        found = find(every) if len(texts) > 1 else Found(Trigger())
+        if found.trigger.units and len(named) == 1:
+            found = found._replace(trigger=in_folder_name(named.pop(), every) or found.trigger, is_doubtful=False)
+        caption_checks.warn_of_trigger(folder, texts, found)
+        return found.trigger
+    units = (" ".join(unit.split()) for unit in wanted.split(","))
+    trigger = Trigger(tuple(filter(None, units)))
+    words = trigger.text
+    # The first one that lacks it is named.
+    lacking = {
+        path: text for path, lines in texts.items() for text in reversed(lines) if text and not trigger.is_in(text)
+    }
+    if len(lacking) > 1 and not any(map(trigger.is_in, (text for lines in texts.values() for text in lines))):
+        faults.append(
+            f'data.trigger="{words}" is in none of the {len(lacking)} captions, such as '
+            f'"{shown(next(iter(lacking.values())))}"; add the words to the captions, or correct data.trigger.'
+        )
+        return trigger
+    faults.extend(
+        f'{folder.name(path)}: data.trigger="{words}" is not in its caption "{text}"; '
+        "add the words to the caption, or correct data.trigger."
+        for path, text in lacking.items()
+    )
+    return trigger
+
+
+def _priors(texts: Mapping[Path, captions.Lines], trigger: Trigger) -> dict[Path, captions.Lines]:
+    """Returns what the first caption of each picture is without the trigger where that makes a difference."""
+    if not trigger.units:
+        return {}
+    return {
+        path: captions.priors(lines[0], trigger.pattern, content_hash(path), len(texts))
+        for path, lines in texts.items()
     }
 
 

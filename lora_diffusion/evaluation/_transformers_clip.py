@@ -42,11 +42,15 @@ def load(name: str, device: str | torch.device) -> tuple[TransformersClip, Prepr
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    kind = AutoConfig.from_pretrained(name).model_type
+    kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if kind != "clip":
         raise ModelError(f"{name} is a model of the kind {kind}, not clip; scores need a CLIPModel of transformers.")
-    model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    images, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    model = CLIPModel.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False, weights_only=True, attn_implementation="sdpa"
+    )
+    model.to(device).eval()
+    images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(texts: Sequence[str]) -> Tensor:

@@ -23,6 +23,8 @@ class Answered:
     answer: str
     exact_match: float
     token_f1: float
+    picture: str = ""
+    """What was asked about: a file, or the row of a table; "" where the question shows none."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def judge(
     answers: Sequence[str],
     pictures: Sequence[Image] = (),
     scorers: Scorers | None = None,
+    names: Sequence[str] = (),
 ) -> Examination:
     """Compares answers with what is right.
 
@@ -80,11 +83,13 @@ def judge(
         answers: those of the model.
         pictures: what was asked about, for a CLIPScore.
         scorers: the CLIP of it; none leaves it out.
+        names: files of the pictures.
     """
     evidence = Evidence(answers=answers, targets=targets, pictures=pictures, meanings=answers, scorers=scorers)
     scores = {name: registry.find("metrics", name).score(evidence) for name in ("exact_match", "token_f1")}
     columns = [scores[name].values.tolist() for name in ("exact_match", "token_f1")]
-    rows = [Answered(*row) for row in zip(keys, questions, targets, answers, *columns, strict=True)]
+    named = names or [""] * len(keys)
+    rows = [Answered(*row) for row in zip(keys, questions, targets, answers, *columns, named, strict=True)]
     shares: dict[str, list[float]] = {}
     for row in rows:
         shares.setdefault(row.question, []).append(row.exact_match)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import write_json, write_text
+from lora_diffusion.core.privacy import public, public_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 
@@ -18,7 +20,7 @@ COMPARISON_KEYS = frozenset({"differences", "columns", "entries"})
 
 
 def write_beside(page: Path, values: Mapping[str, Any], tables: Mapping[Path, Evaluation]) -> tuple[Path, ...]:
-    """Writes the numbers of a page, and returns their files, the JSON first.
+    """Writes the numbers of a page, without paths of this machine, and returns their files, the JSON first.
 
     Args:
         page: the HTML file.
@@ -30,9 +32,9 @@ def write_beside(page: Path, values: Mapping[str, Any], tables: Mapping[Path, Ev
     """
     numbers = page.with_suffix(".json")
     check_beside(page, list(tables))
-    write_json(numbers, values)
+    write_json(numbers, public(dict(values)))
     for path, evaluation in tables.items():
-        write_text(path, results.to_csv(evaluation.scores))
+        write_text(path, results.to_csv(replace(one, detail=public_path(one.detail)) for one in evaluation.scores))
     return numbers, *tables
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path, user_path
+from lora_diffusion.core.logs import shown
+from lora_diffusion.core.model_folder import check_model_folder, check_sizes
 from lora_diffusion.evaluation import _transformers_clip
 from lora_diffusion.evaluation.encoding import Preprocessing, encode_pictures
 
@@ -23,6 +25,10 @@ DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
 """For bases of photographs. Trained on DataComp, by which no text encoder of a base that we load was trained."""
 _TEXT_BATCH = 256
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
+_LARGEST = 10_000
+"""Width, length or size in any CLIP's config."""
+_TOKENIZER_ARGUMENTS = frozenset({"clean", "strip_sep_token", "reduction_mask"})
+"""Those that open_clip's own configs give, and that change texts only."""
 
 _VIT_L = ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "openai/clip-vit-large-patch14")
 _VIT_H = ("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
@@ -80,18 +86,56 @@ def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
 
     try:
         if _is_of_transformers(name, open_clip.list_models()):
-            return Clip(name, *_transformers_clip.load(name, device))
+            folder = user_path(name, "scorer")
+            check_model_folder(folder, f"The CLIP {name}")
+            return Clip(name, *_transformers_clip.load(str(folder) if folder.is_dir() else name, device))
         architecture, tag = _source(name, open_clip.list_models())
-        model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag, device=device)
-        tokenizer = open_clip.get_tokenizer(architecture)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        trust = _check_config(name, open_clip.get_model_config(architecture))
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=tag, device=device, weights_only=True
+        )
+        tokenizer = open_clip.get_tokenizer(architecture, **trust)
+        preprocessing = _preprocessing(transform)
+    except ModelError:
+        raise
+    except Exception as error:  # what libraries raise on wrong files is of every type
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ModelError(
             f"The CLIP {name} cannot be loaded: {reason}. Give --clip a folder or hub id in the format of open_clip or "
             f"transformers, {BUILTIN}, or MODEL/TAG of open_clip, say {DEFAULT}; without a network, its files must "
             "have been fetched before."
         ) from error
-    return Clip(name, model.eval(), _preprocessing(transform), tokenizer)
+    return Clip(name, model.eval(), preprocessing, tokenizer)
+
+
+def _check_config(name: str, config: Any) -> dict[str, bool]:
+    """Checks that a config of open_clip, from a folder or the hub, has only what open_clip publishes build the model.
+
+    Args:
+        name: of the CLIP, as the user gave it.
+        config: has the sections text_cfg and vision_cfg.
+
+    Returns:
+        What its tokenizer must be told besides.
+
+    Raises:
+        ModelError: it names other models, whose code would be loaded, or arguments of the tokenizer that can do so.
+    """
+    import open_clip
+
+    check_sizes(config, f"The CLIP {name}", _LARGEST)
+    faults = []
+    for section, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
+        if inner := config[section].get(key):
+            known = {open_clip.get_model_config(own)[section].get(key) for own in open_clip.list_models()}
+            if str(inner) not in known or Path(str(inner)).exists():
+                faults.append(f"{section}.{key}={shown(str(inner))} is no model that open_clip publishes one with")
+    arguments = set(config["text_cfg"].get("tokenizer_kwargs", {})) - _TOKENIZER_ARGUMENTS
+    faults += [f"text_cfg.tokenizer_kwargs has {shown(str(key))}" for key in sorted(arguments)]
+    if faults:
+        raise ModelError(f"The CLIP {name} is not loaded, since its {_OPEN_CLIP_CONFIG} could run code.", faults)
+    # open_clip hands this on to transformers, and knows no such argument where it has a tokenizer of its own.
+    return {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
 
 
 def default_clip(model_path: str) -> str:
@@ -136,7 +180,8 @@ def _preprocessing(transform: Any) -> Preprocessing:
     """Takes open_clip's transform apart: what Pillow does to each picture, and what can be done in batches."""
     steps = list(transform.transforms)
     names = [type(step).__name__ for step in steps]
-    assert names[-2:] == ["MaybeToTensor", "Normalize"], f"open_clip prepares pictures in a new way: {names}"
+    if names[-2:] != ["MaybeToTensor", "Normalize"]:
+        raise ValueError(f"it prepares pictures by {', '.join(names)}")
 
     def resize(image: Image) -> Image:
         for step in steps[:-2]:

@@ -12,6 +12,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import user_path
+from lora_diffusion.core.model_folder import check_model_folder
 from lora_diffusion.evaluation.encoding import CentreCrop, Preprocessing, encode_pictures
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -41,17 +43,29 @@ def load_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     """
     from transformers import Dinov2Model
 
+    folder = user_path(name, "--scorer dino")
+    check_model_folder(folder, f"--scorer dino={name}")
     try:
-        model, report = Dinov2Model.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = Dinov2Model.from_pretrained(
+            folder if folder.is_dir() else name,
+            trust_remote_code=False,
+            weights_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # what libraries raise on wrong files is of every type
         raise ModelError(
-            f"--scorer dino={name} cannot be loaded: {str(error).splitlines()[0]} Give a folder that holds a "
+            f"--scorer dino={name} cannot be loaded: {_first_line(error)} Give a folder that holds a "
             "Dinov2Model of transformers, or a hub id such as facebook/dinov2-base; without a network, its files must "
             "have been fetched before."
         ) from error
     if report["missing_keys"]:
         raise ModelError(f"--scorer dino={name} is no DINOv2: it lacks {len(report['missing_keys'])} of its tensors.")
     return Dino(name, model.to(device).eval(), _preprocessing(model.config))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _preprocessing(config: Any) -> Preprocessing:

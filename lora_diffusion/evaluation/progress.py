@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL.Image import Image
@@ -46,7 +47,7 @@ def start(
     clip: Clip,
     cases: Sequence[Case],
     seeds: Sequence[int],
-    references: Sequence[Image],
+    references: Sequence[Path | Image],
     template: Request,
     draw: Draw,
 ) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import UnidentifiedImageError
 
 from lora_diffusion import __version__
+from lora_diffusion.core.privacy import public, public_path, public_text
 from lora_diffusion.core.types import SampleLoss
 from lora_diffusion.evaluation import plots, sections
 from lora_diffusion.evaluation.before_after import WITH_ADAPTER, Comparison
@@ -71,9 +73,11 @@ def write_report(
     album = Album()
     shots = Shots(findings, album) if findings else None
     context = {
-        "choice": sections.choice(findings, shots, chosen_file) if findings and shots else None,
+        "choice": sections.choice(findings, shots, chosen_file and Path(chosen_file).name)
+        if findings and shots
+        else None,
         "before_after": None,
-        "doubts": findings.evaluation.warnings if findings else (),
+        "doubts": public(findings.evaluation.warnings) if findings else (),
         "open_comparisons": sections.open_comparisons(findings) if findings else None,
         "candidates": sections.candidates(findings) if findings else None,
         "curves": sections.curves(findings) if findings else [],
@@ -153,6 +157,8 @@ def _write(
             "slider": ("base", "adapter"),
             "raw": [file.name for file in beside],
             **context,
+            # A page may be shown to everybody.
+            **{name: public(context[name]) for name in ("facts", "next_commands")},
         },
     )
 
@@ -161,7 +167,8 @@ def _subtitle(evaluation: Evaluation) -> str:
     scorer = ", ".join(f"{kind} {name}" for kind, name in evaluation.scorer.items())
     return (
         f"{len(evaluation.candidates)} candidates, {len(evaluation.cases)} prompts, {len(evaluation.seeds)} seeds on "
-        f"{evaluation.base.source}. Scored by {scorer}; scores of other scorers cannot be compared."
+        f"{public_path(evaluation.base.source)}. Scored by {public_text(scorer)}; scores of other scorers cannot be "
+        "compared."
     )
 
 
@@ -184,8 +191,13 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _hashes(evaluation: Evaluation) -> dict[str, str]:
-    listed = [*evaluation.adapters.values(), *evaluation.references, *evaluation.training_pictures]
-    return {file.path: file.sha256 for file in listed}
+    """Returns name -> hash of all files; pictures are called by their place below the folder that holds all of them."""
+    hashes = {name: file.sha256 for name, file in evaluation.adapters.items()}
+    groups = {"references": evaluation.references, "training": evaluation.training_pictures}
+    for name, files in groups.items():
+        root = os.path.commonpath([Path(file.path).parent for file in files]) if files else ""
+        hashes |= {f"{name}/{os.path.relpath(file.path, root)}": file.sha256 for file in files}
+    return public(hashes)  # type: ignore[no-any-return]
 
 
 def _training(training: Training, album: Album) -> dict[str, Any] | None:

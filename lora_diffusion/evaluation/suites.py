@@ -10,30 +10,34 @@ A template is a text, or a mapping with `prompt` and, where they do not follow f
 trigger words) and `meaning` (what it shows, in words that the scorer knows; else the plain prompt).
 
 Placeholders: {trigger}, the words that call the adapter up, and {class}, what is trained in words that everybody knows;
-{trigger2}, {class2}, ... are those of further adapters. "a" before a placeholder becomes "an" where that is right.
+{trigger2}, {class2}, ... are those of further adapters. "a" before a placeholder becomes "an" where that is right. All
+else is text, ${...} too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lora_diffusion.core import plain_yaml
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.data.captions import phrase_pattern, without_trigger
 from lora_diffusion.evaluation.results import ALL, Case
 
 PLAIN_KINDS = frozenset({"prior", "leak"})
 """Kinds of prompts that do not ask for what was trained: of its class (prior), and of other things (leak)."""
 _KEYS = ("prompt", "plain", "meaning")
-_PLACEHOLDER = re.compile(r"\{(trigger|class)([2-9]?)\}")
-_ANY_BRACES = re.compile(r"\{.*?\}|[{}]")
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(trigger|class)([2-9]?)\}")
+_ANY_BRACES = re.compile(r"(?P<text>\$\{[^{}]*\}?)|\{[^{}]*\}|[{}]")
+"""`${` is text, here as in configs."""
+_LONGEST = 20_000
+_MOST_FAULTS = 30
 _ARTICLE = r"\b([Aa])n?(?=\s+{word}(?!\w))"
 
 
@@ -71,7 +75,8 @@ def read_cases(
             cases.setdefault((case.kind, case.prompt), case)
     if faults:
         distinct = list(dict.fromkeys(faults))
-        raise ConfigError(f"{setting}{path} has {len(distinct)} fault(s).", distinct)
+        more = [f"and {len(distinct) - _MOST_FAULTS} more"] if len(distinct) > _MOST_FAULTS else []
+        raise ConfigError(f"{setting}{path} has {len(distinct)} fault(s).", distinct[:_MOST_FAULTS] + more)
     if repeated:
         # Drawn from the same noise, they would be the same pictures, and be counted as more.
         logger.warning("%s repeats %d prompt(s), which count once: %s", path, len(repeated), name_some(repeated))
@@ -119,16 +124,16 @@ def _numbered(words: Sequence[str]) -> Iterator[tuple[int, str]]:
 def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yields (kind, texts) of each template, or adds faults."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        faults.append(f"is not a YAML file: {' '.join(str(error).split())}")
+        content = plain_yaml.parse(plain_yaml.read_text(path))
+    except (plain_yaml.YamlError, OSError) as error:
+        faults.append(f"is not a YAML file: {error}")
         return
     if not isinstance(content, dict) or not content:
         faults.append("must map kinds of prompts to lists of them, say 'subject:' and below it '- a {trigger} dog'")
         return
     for kind, templates in content.items():
-        if not re.fullmatch(r"[a-z][a-z_]*", str(kind)) or kind == ALL:
-            faults.append(f"{kind}: a kind is a word in small letters, and not '{ALL}'")
+        if not re.fullmatch(r"[a-z][a-z_]*", kind) or kind == ALL:
+            faults.append(f"{shown(kind)}: a kind is a word in small letters, and not '{ALL}'")
         elif not isinstance(templates, list) or not templates:
             faults.append(f"{kind}: must be a list of prompts, each behind a dash")
         else:
@@ -137,24 +142,38 @@ def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, Mapping[str, 
 
 def _entry(kind: str, template: Any, faults: list[str]) -> Mapping[str, str] | None:
     entry = {"prompt": template} if isinstance(template, str) else template
-    if not isinstance(entry, dict) or "prompt" not in entry or not all(isinstance(v, str) for v in entry.values()):
-        faults.append(f"{kind}: {template!r} is no prompt; write a text, or {{prompt: TEXT, plain: TEXT}}")
+    if not isinstance(entry, dict) or "prompt" not in entry or not all(map(_is_text, entry.values())):
+        faults.append(
+            f"{kind}: {shown(_meant(template))} is no prompt; write a text, in quotes where YAML takes it for a "
+            f"number, yes or no, with at most {_LONGEST} characters, or {{prompt: TEXT, plain: TEXT}}"
+        )
         return None
     unknown = [str(key) for key in entry if key not in _KEYS]
     if unknown:
-        faults.append(f"{kind}: {entry['prompt']!r} has the unknown key {unknown[0]}{suggestion(unknown[0], _KEYS)}")
+        faults.append(
+            f"{kind}: {shown(entry['prompt'])!r} has the unknown key {shown(unknown[0])}{suggestion(unknown[0], _KEYS)}"
+        )
         return None
     return entry
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and isinstance(getattr(value, "meaning", value), str) and len(value) <= _LONGEST
+
+
+def _meant(value: Any) -> str:
+    return repr(getattr(value, "meaning", value))
 
 
 def _faults(template: str, values: Mapping[str, str]) -> list[str]:
     """Returns what is wrong with the placeholders of a text."""
     found = []
-    for braces in _ANY_BRACES.findall(template):
+    for braces in islice((one[0] for one in _ANY_BRACES.finditer(template) if one["text"] is None), _MOST_FAULTS):
         match = _PLACEHOLDER.fullmatch(braces)
         if not match:
             found.append(
-                f"{template!r}: {braces} is no placeholder; known are {{trigger}}, {{class}}, {{trigger2}}, ..."
+                f"{shown(template)!r}: {shown(braces)} is no placeholder; known are {{trigger}}, {{class}}, "
+                "{trigger2}, ..."
             )
         elif match[1] + match[2] not in values:
             which = f"the {match[2]}. --{match[1]}" if match[2] else f"--{match[1]}"

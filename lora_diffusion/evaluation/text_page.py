@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.core.privacy import public
 from lora_diffusion.evaluation import plots
-from lora_diffusion.evaluation.page import Album, write_page
+from lora_diffusion.evaluation.page import Album, Shot, write_page
 from lora_diffusion.evaluation.report import Training
 from lora_diffusion.evaluation.sections import columns, row
 
@@ -28,6 +29,8 @@ class TextPage:
     examples: Sequence[Sequence[Any]]
     about_examples: str
     """How the examples were chosen."""
+    pictures: Sequence[Path] = ()
+    """What each example is about; none where there is nothing to see."""
 
 
 def write_text_page(path: Path, page: TextPage, *, training: Training, next_commands: Sequence[str]) -> None:
@@ -39,10 +42,13 @@ def write_text_page(path: Path, page: TextPage, *, training: Training, next_comm
         training: the run.
         next_commands: command lines to try.
     """
+    album = Album()
+    for picture in page.pictures:
+        album.add(str(picture), picture)
     write_page(
         path,
         "texts.html.j2",
-        Album(),
+        album,
         {
             "title": page.title,
             "subtitle": page.subtitle,
@@ -59,11 +65,12 @@ def write_text_page(path: Path, page: TextPage, *, training: Training, next_comm
             "score_columns": columns(*page.score_names),
             "scores": [row(cells) for cells in page.scores],
             "about": page.about,
-            "example_columns": columns(*page.example_names),
-            "examples": [row(cells) for cells in page.examples],
+            "example_names": page.example_names,
+            "examples": page.examples,
+            "pictures": [Shot(str(picture), "", f"Picture {picture.stem}") for picture in page.pictures],
             "about_examples": page.about_examples,
             "loss": plots.loss(training.metrics),
-            "facts": {**training.facts, "lora-diffusion": __version__},
-            "next_commands": next_commands,
+            "facts": public({**training.facts, "lora-diffusion": __version__}),
+            "next_commands": public(next_commands),
         },
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.privacy import public
 from lora_diffusion.evaluation import plots
 from lora_diffusion.evaluation.beside import write_beside
 from lora_diffusion.evaluation.page import Album, Shot, write_page
@@ -185,7 +186,7 @@ def _settings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Returns the settings that are not the same in all; a dash stands for the default."""
     keys = dict.fromkeys(key for entry in entries for key in entry.training.facts)
     values = {key: [entry.training.facts.get(key, "\N{EN DASH}") for entry in entries] for key in keys}
-    return [row([key, *own]) for key, own in values.items() if len(set(own)) > 1]
+    return [row([key, *public(own)]) for key, own in values.items() if len(set(own)) > 1]
 
 
 def _write_numbers(path: Path, entries: Sequence[Entry], differences: dict[str, Any] | None) -> tuple[Path, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.errors import ModelError, UntrainableError
 from lora_diffusion.core.types import BaseInfo, Loaded
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Layout:
     """Text encoder -> its class in transformers."""
     unwanted: tuple[str, ...]
     """Components of the pipeline that neither training nor drawing needs."""
+    usual_skip: int = 1
+    """Layer of the text encoders that is read unless model.clip_skip says else, counted from the end."""
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -59,6 +63,7 @@ LAYOUTS: Mapping[str, Layout] = {
             "StableDiffusionXLPipeline",
             {**_ONE_TOWER, "text_encoder_2": "CLIPTextModelWithProjection"},
             _UNWANTED,
+            usual_skip=2,
         ),
     )
 }
@@ -124,7 +129,19 @@ def describe(configs: Configs, layout: Layout, options: Any) -> BaseInfo:
         # What suits the published bases drives small ones past the colours they know.
         guidance=_GUIDANCE if resolution >= _SMALLEST_PUBLISHED else _GUIDANCE_OF_SMALL,
         zero_terminal_snr=is_zero,
+        unread=_unread(configs, layout, options.clip_skip or layout.usual_skip),
     )
+
+
+def _unread(configs: Configs, layout: Layout, skip: int) -> dict[str, tuple[str, ...]]:
+    """Returns patterns of the layers behind the one that is read; a summary of the prompt is made of the last."""
+    patterns = {}
+    for tower, kind in layout.towers.items():
+        depth = configs[tower].get("num_hidden_layers", 12)
+        layers = "|".join(map(str, range(depth - skip + 1, depth)))
+        if layers and kind == "CLIPTextModel":
+            patterns[tower] = (rf"(text_model\.)?encoder\.layers\.({layers})\..*",)
+    return patterns
 
 
 _GUIDANCE, _GUIDANCE_OF_SMALL, _SMALLEST_PUBLISHED = 7.0, 3.0, 256
@@ -140,11 +157,14 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
     unet, vae = configs["unet"], configs["vae"]
     towers = {name: configs[name] for name in layout.towers}
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
-        raise ModelError(
-            f"The UNet of {options.path} takes {unet.get('in_channels')} channels: inpainting bases cannot be trained."
+        raise UntrainableError(
+            f"The UNet of {options.path} takes {unet.get('in_channels')} channels: bases for inpainting, depth or "
+            "editing cannot be trained, only merged into."
         )
     if vae.get("latents_mean") or vae.get("shift_factor"):
-        raise ModelError(f"The VAE of {options.path} shifts its latents, which {layout.title} does not; take its own.")
+        raise UntrainableError(
+            f"The VAE of {options.path} shifts its latents, which {layout.title} does not; take its own."
+        )
     width = sum(tower.get("hidden_size", 0) for tower in towers.values())
     if unet.get("cross_attention_dim") != width:
         raise ModelError(
@@ -160,7 +180,7 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
 
 
 def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
-    """Returns UNet and text encoders on the meta device."""
+    """Returns UNet and those text encoders that have a config, on the meta device."""
     import torch
     import transformers
     from diffusers import UNet2DConditionModel
@@ -169,8 +189,20 @@ def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
         towers = {
             name: getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(configs[name])))
             for name, kind in layout.towers.items()
+            if name in configs
         }
         return {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])), **towers}
+
+
+def shared_skeleton(configs: Configs, layout: Layout) -> Mapping[str, nn.Module]:
+    """Returns the same networks each time, made once for these configs: to look at names and shapes, not to change."""
+    told = {name: dict(configs[name]) for name in ("unet", *layout.towers)}
+    return _shared(layout.family, json.dumps(told, sort_keys=True))
+
+
+@cache
+def _shared(family: str, configs: str) -> Mapping[str, nn.Module]:
+    return build_skeleton(json.loads(configs), LAYOUTS[family])
 
 
 def load_dtypes(options: Any, configs: Configs, device: torch.device) -> dict[str, torch.dtype]:

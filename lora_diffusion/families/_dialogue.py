@@ -8,20 +8,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.core.chat import Chat, Turn
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import user_path
-from lora_diffusion.core.types import Chat, Turn
+from lora_diffusion.families._chat_template import chat_template
 from lora_diffusion.families._sources import explained, read_json
 from lora_diffusion.families._transformers import IGNORED
 
 
 @cache
-def read_processor(folder: Path, chat_template: str | None) -> Any:
+def read_processor(folder: Path, template: str | None) -> Any:
     """Returns the processor of a base; nobody may change it.
 
     Args:
         folder: the base.
-        chat_template: file that replaces the base's own template.
+        template: file that replaces the base's own template.
 
     Raises:
         ModelError: it is missing or damaged, has no chat template, or does not fit the model.
@@ -29,22 +30,17 @@ def read_processor(folder: Path, chat_template: str | None) -> Any:
     from transformers import AutoProcessor
 
     with explained(folder):
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     config = read_json(folder / "config.json")
-    if chat_template:
-        file = user_path(chat_template, "model.chat_template")
-        if not file.is_file():
-            raise ModelError(f"model.chat_template={chat_template}: there is no such file; correct the path.")
-        try:
-            processor.chat_template = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            fault = f"is not UTF-8 ({error.reason}); save it so."
-            raise ModelError(f"model.chat_template={chat_template} {fault}") from error
+    if template:
+        processor.chat_template = _read_template(template)
     faults = []
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} holds no processor with tokenizer and image processor; fetch its *.json files.")
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
-    if not processor.chat_template:
+    if isinstance(processor.chat_template, dict):
+        processor.chat_template = processor.chat_template.get("default")
+    if not isinstance(processor.chat_template, str) or not processor.chat_template:
         faults.append(
             "its tokenizer has no chat template; put the chat_template.jinja of its hub page into the folder, or name "
             "a file with model.chat_template"
@@ -69,6 +65,16 @@ def read_processor(folder: Path, chat_template: str | None) -> Any:
     return processor
 
 
+def _read_template(name: str) -> str:
+    file = user_path(name, "model.chat_template")
+    if not file.is_file():
+        raise ModelError(f"model.chat_template={name}: there is no such file; correct the path.")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"model.chat_template={name} is not UTF-8 ({error.reason}); save it so.") from error
+
+
 def spell(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
     """Returns token ids of a conversation, and labels: those of the answers and of their end tokens, -100 elsewhere.
 
@@ -88,7 +94,7 @@ def spell(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
         token if wanted and last > first else IGNORED
         for token, wanted, (first, last) in zip(ids, is_answer, offsets, strict=True)
     ]
-    return expand(processor, ids, labels, sample.size)
+    return expand(processor, ids, labels, [image.size for image in sample.images])
 
 
 def _pieces(processor: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
@@ -112,30 +118,30 @@ def _pieces(processor: Any, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
 
 
 def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
-    """Returns turns as the chat template writes them, with one image token.
+    """Returns turns as the chat template writes them, with one image token for each image.
 
     Args:
         processor: holds the template.
-        turns: the first question shows the picture.
+        turns: what is said, and how many images each shows.
         ask: end with what calls for an answer.
 
     Raises:
-        ValueError: the template refuses the turns, or shows no picture.
+        ValueError: the template refuses the turns, or writes another number of images.
     """
-    from jinja2 import TemplateError
-
-    first = next(index for index, turn in enumerate(turns) if turn.role == "user")
     messages = []
-    for index, turn in enumerate(turns):
-        shown = [{"type": "image"}] if index == first else []
+    for turn in turns:
+        shown = [{"type": "image"}] * turn.num_images
         messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.text}]})
     try:
-        text: str = processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
-    except (TemplateError, TypeError) as error:
+        template = chat_template(processor.chat_template)
+        text = template.render(messages, processor.tokenizer.special_tokens_map, ask=ask)
+    except ValueError as error:
         raise ValueError(f"the chat template of the base cannot render it ({error}).") from error
-    if (count := text.count(processor.image_token)) != 1:
+    wanted = sum(turn.num_images for turn in turns)
+    if (count := text.count(processor.image_token)) != wanted:
+        pictures = {0: "no picture", 1: "one picture"}.get(wanted, f"{wanted} pictures")
         raise ValueError(
-            f"the chat template of the base writes {count} times {processor.image_token} for one picture; set "
+            f"the chat template of the base writes {count} times {processor.image_token} for {pictures}; set "
             "model.chat_template to one that fits."
         )
     return text
@@ -151,10 +157,22 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
 
 
 def expand(
-    processor: Any, ids: Sequence[int], labels: Sequence[int], size: tuple[int, int]
+    processor: Any, ids: Sequence[int], labels: Sequence[int], sizes: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[int]]:
-    """Returns ids and labels with an image token for each feature of the picture."""
-    (count,) = processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens
-    place = ids.index(processor.image_token_id)
-    picture = [processor.image_token_id] * count
-    return [*ids[:place], *picture, *ids[place + 1 :]], [*labels[:place], *[IGNORED] * count, *labels[place + 1 :]]
+    """Returns ids and labels with an image token for each feature of each image.
+
+    Args:
+        processor: tells how many features an image has.
+        ids: with one image token for each image.
+        labels: one for each token.
+        sizes: width and height in pixels of the images.
+    """
+    if not sizes:
+        return list(ids), list(labels)
+    told = processor._get_num_multimodal_tokens(image_sizes=[size[::-1] for size in sizes])
+    counts = iter(told.num_image_tokens)
+    repeats = [next(counts) if token == processor.image_token_id else 1 for token in ids]
+    return (
+        [token for token, repeat in zip(ids, repeats, strict=True) for _ in range(repeat)],
+        [label for label, repeat in zip(labels, repeats, strict=True) for _ in range(repeat)],
+    )

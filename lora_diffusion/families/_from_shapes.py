@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_diffusion.core.clip_text import VOCABULARY as CLIP_VOCABULARY
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.families._components import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-CLIP_VOCABULARY = 49408
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP_PREFIXES = {
     "sd1": {"text_encoder": "cond_stage_model.transformer.text_model."},
@@ -26,13 +26,14 @@ _OPEN_CLIP_PREFIXES = {
 _HEADS_SD1, _HEAD_WIDTH = 8, 64
 _LAYERS_OF_SD2 = 23
 """Stable Diffusion 2 reads the output of the last layer but one, so diffusers leaves the last one away."""
+_TIME_WIDTH_OF_SDXL = 256
 _SAMPLE_SIZE = {"sd1": 64, "sd2": 64, "sdxl": 128}
 _SAMPLE_SIZE_SD2_V = 96
 _SCALING = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 
 
 def component_configs(shapes: Shapes, metadata: Mapping[str, str], layout: Layout) -> dict[str, dict[str, Any]]:
-    """Returns the config of each component, as a diffusers folder would hold it.
+    """Returns the config of each component that is there, as a diffusers folder would hold it.
 
     Args:
         shapes: name -> shape of every tensor.
@@ -44,15 +45,20 @@ def component_configs(shapes: Shapes, metadata: Mapping[str, str], layout: Layou
         LookupError: tensors are missing.
     """
     family = layout.family
-    towers = {part: _clip_config(shapes, prefix) for part, prefix in _CLIP_PREFIXES[family].items()}
-    towers |= {part: _open_clip_config(shapes, prefix, family) for part, prefix in _OPEN_CLIP_PREFIXES[family].items()}
+    clip, open_clip = (
+        {part: prefix for part, prefix in prefixes[family].items() if any(name.startswith(prefix) for name in shapes)}
+        for prefixes in (_CLIP_PREFIXES, _OPEN_CLIP_PREFIXES)
+    )
+    towers = {part: _clip_config(shapes, prefix) for part, prefix in clip.items()}
+    towers |= {part: _open_clip_config(shapes, prefix, family) for part, prefix in open_clip.items()}
+    has_vae = any(name.startswith(_VAE) for name in shapes)
     scheduler = _scheduler_config(shapes, metadata, family)
     is_v2_768 = family == "sd2" and scheduler["prediction_type"] == "v_prediction"
     sample_size = _SAMPLE_SIZE_SD2_V if is_v2_768 else _SAMPLE_SIZE[family]
     return {
         "unet": _unet_config(shapes, family, sample_size, towers),
-        "vae": _vae_config(shapes, family, sample_size),
-        **{part: towers[part] for part in layout.towers},
+        **({"vae": _vae_config(shapes, family, sample_size)} if has_vae else {}),
+        **{part: towers[part] for part in layout.towers if part in towers},
         "scheduler": scheduler,
     }
 
@@ -99,8 +105,10 @@ def _unet_config(
         config |= {
             "addition_embed_type": "text_time",
             "projection_class_embeddings_input_dim": width,
-            # Six numbers, the sizes and the crop, beside the summary of the prompt.
-            "addition_time_embed_dim": (width - towers["text_encoder_2"]["projection_dim"]) // 6,
+            # Six numbers, the sizes and the crop, beside the summary of the prompt; no weight depends on it.
+            "addition_time_embed_dim": (width - towers["text_encoder_2"]["projection_dim"]) // 6
+            if "text_encoder_2" in towers
+            else _TIME_WIDTH_OF_SDXL,
         }
     return config
 

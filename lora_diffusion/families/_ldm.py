@@ -5,6 +5,7 @@ before them is then the whole name:
 
     ...attn.in_proj_weight#q    the first third of the rows (#k the second, #v the third)
     ...text_projection#t        the tensor is stored transposed
+    ...positional_embedding#w   the whole tensor, whose name has no ".weight" behind it
 
 Source: the tables of `scripts/convert_diffusers_to_original_sdxl.py` and `..._stable_diffusion.py` in diffusers.
 """
@@ -14,9 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 
+from lora_diffusion.core.types import ModuleKey
+
 UNET = "model.diffusion_model."
 _FIXED = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -41,6 +45,14 @@ _OPEN_CLIP = {
     "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+}
+_OPEN_CLIP_ENDS = {
+    "text_projection": "text_projection#t",
+    "final_layer_norm": "ln_final",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding": "positional_embedding#w",
 }
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\.(.+)")
@@ -95,8 +107,9 @@ def open_clip_names(prefix: str) -> Callable[[str], str]:
     """
 
     def name(path: str) -> str:
-        if path == "text_projection":
-            return f"{prefix}text_projection#t"
+        end = _OPEN_CLIP_ENDS.get(path.removeprefix("text_model."))
+        if end:
+            return prefix + end
         match = _LAYER.fullmatch(path)
         assert match, f"{path} is no module of a CLIP text tower"
         return f"{prefix}transformer.resblocks.{match[1]}.{_OPEN_CLIP[match[2]]}"
@@ -113,3 +126,49 @@ TOWERS: Mapping[str, Mapping[str, Callable[[str], str]]] = {
     },
 }
 """Family -> part -> naming of its text towers."""
+
+
+def other_names(key: ModuleKey, name: str) -> list[str]:
+    """Returns what else single files call a module: UNets alone, CLIP before 2023, and names of diffusers.
+
+    >>> other_names(ModuleKey("unet", "conv_out"), "model.diffusion_model.out.2")
+    ['diffusion_model.out.2', 'out.2', 'conv_out', 'unet.conv_out']
+    """
+    if key.part == "unet":
+        bare = name.removeprefix(UNET)
+        return [f"diffusion_model.{bare}", bare, key.path, f"unet.{key.path}"]
+    return [name.replace(_CLIP, _OLD_CLIP)] if _CLIP in name else []
+
+
+def published_name(names: Collection[str]) -> Callable[[str], str]:
+    """Returns the function that gives a tensor of a single file the name that published checkpoints give it.
+
+    Args:
+        names: all of the file, which tell how its UNet is named.
+    """
+    prefix = next((prefix for prefix in (UNET, "diffusion_model.") if _any_begin(names, prefix)), "")
+    if prefix or _any_begin(names, "input_blocks."):
+        unet = {name: UNET + name.removeprefix(prefix) for name in names if name.startswith(prefix or _BARE)}
+    else:
+        prefix = "unet." if _any_begin(names, "unet.") else ""
+        own = {name: name.removeprefix(prefix).rpartition(".") for name in names if name.startswith(prefix)}
+        paths = {path for path, _, _ in own.values() if _OF_DIFFUSERS.fullmatch(path)}
+        blocks = unet_names(paths)
+        unet = {name: f"{UNET}{blocks[path]}.{end}" for name, (path, _, end) in own.items() if path in blocks}
+    is_old = not any(_CLIP in name for name in names)
+    return lambda name: unet.get(name) or (_OLD_CLIP_NAME.sub(_CLIP, name) if is_old else name)
+
+
+def _any_begin(names: Collection[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+_CLIP, _OLD_CLIP = ".transformer.text_model.", ".transformer."
+_OLD_CLIP_NAME = re.compile(r"\.transformer\.(?=(embeddings|encoder|final_layer_norm)\.)")
+_BARE = ("input_blocks.", "middle_block.", "output_blocks.", "out.", "time_embed.", "label_emb.")
+"""How names below `model.diffusion_model.` begin."""
+_OF_DIFFUSERS = re.compile(
+    r"(down|up)_blocks\.\d+\.(resnets|attentions|(down|up)samplers)\.\d+\..+|mid_block\.(resnets\.[01]|attentions\.0)\..+"
+    r"|(time|add)_embedding\.linear_[12]|conv_(in|norm_out|out)"
+)
+"""Paths of a UNet2DConditionModel."""

@@ -22,22 +22,20 @@ _FLAT = {
 """Family -> text encoder -> prefixes in kohya's files; the first is written."""
 _LDM_UNET_IN_KOHYA = frozenset({"sdxl"})
 _TEXT = "text_model."
-_NORMS = {
-    "conv1": "norm1",
-    "conv2": "norm2",
-    "proj_in": "norm",
-    "attn1.to_q": "norm1",
-    "attn2.to_q": "norm2",
-    "ff.net.0.proj": "norm3",
+_COMFYUI_TOWERS = {
+    "sd1": {"text_encoder": "clip_l"},
+    "sd2": {"text_encoder": "clip_h"},
+    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
 }
-"""Layer of a UNet's block -> the norm before it."""
+"""Family -> text encoder -> what ComfyUI calls it in the files of its own nodes."""
+_NORM = re.compile(r"(.*\.)?(norm[123]?|conv_norm_out)")
 _LDM_PATHS = re.compile(
-    r"((down|up)_blocks\.\d+\.|mid_block\.(resnets\.[01]|attentions\.0)\.|(time|add)_embedding\.linear_).*|conv_(in|out)"
+    r"((down|up)_blocks\.\d+\.|mid_block\.(resnets\.[01]|attentions\.0)\.|(time|add)_embedding\.linear_).*|conv_(in|norm_out|out)"
 )
 
 
 def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str = "sd1") -> KeyMap:
-    """Maps every linear and convolution layer of the parts to its name in a file.
+    """Maps every linear, convolution, norm and embedding layer of the parts to its name in a file.
 
     transformers 5.6 flattened CLIPTextModel: its paths begin with "encoder.", while files of every client say
     "text_model.encoder.". PEFT folders are loaded on the live model and keep the live path.
@@ -45,20 +43,21 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str
     Args:
         format_name: kohya, diffusers or peft; ldm is that of base checkpoints, see `_ldm`; norms gives what LyCORIS
             calls the norm layers of the UNet's blocks.
-        parts: part -> network; the meta device is enough. None maps all modules that a base of the family may have.
+        parts: part -> network; the meta device is enough. Of a part that is not there, and of all with None, all
+            modules are mapped that a base of the family may have.
         family: which prefixes and block names.
 
     Raises:
         UnsupportedError: the format has no names for this family.
     """
-    paths = _standard.paths(family) if parts is None else _layers(parts)
-    numbered = [path for path in paths.get("unet", ()) if parts or _standard.is_published(family, path)]
+    live = _layers(parts) if parts else {}
+    paths = {**_standard.paths(family), **live}
+    numbered = [path for path in paths["unet"] if "unet" in live or _standard.is_published(family, path)]
     if format_name == "ldm":
-        return KeyMap(_ldm_pairs({**paths, "unet": numbered}, family))
+        pairs = _ldm_pairs({**paths, "unet": numbered}, family)
+        return KeyMap(pairs, ((key, other) for key, name in pairs for other in _ldm.other_names(key, name)))
     if format_name == "norms":
-        norms = [found for path in paths["unet"] if (found := _norm_before(path))]
-        numbered += filter(None, map(_norm_before, numbered))
-        paths, format_name = {"unet": norms}, "kohya"
+        paths, format_name = {"unet": [path for path in paths["unet"] if _NORM.fullmatch(path)]}, "kohya"
     if format_name not in _SPELLINGS:
         known = ", ".join(_SPELLINGS)
         raise UnsupportedError(f"Stable Diffusion adapters have no spelling {format_name!r}; known: {known}.")
@@ -75,11 +74,6 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str
     )
 
 
-def _norm_before(path: str) -> str | None:
-    ends = ((layer, norm) for layer, norm in _NORMS.items() if path.endswith(f".{layer}"))
-    return next((path.removesuffix(layer) + norm for layer, norm in ends), None)
-
-
 class _Module(NamedTuple):
     family: str
     part: str
@@ -91,8 +85,9 @@ class _Module(NamedTuple):
 def _layers(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     from torch import nn
 
+    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding
     return {
-        part: [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        part: [path for path, module in network.named_modules() if isinstance(module, kinds)]
         for part, network in parts.items()
     }
 
@@ -117,6 +112,8 @@ def _kohya(module: _Module) -> Iterable[str]:
 def _diffusers(module: _Module) -> Iterable[str]:
     if module.part != "unet":
         plain = [f"{module.part}.{path}" for path in _text_paths(module.path)]
+        tower = _COMFYUI_TOWERS[module.family][module.part]
+        plain.append(f"text_encoders.{tower}.transformer.{_text_paths(module.path)[0]}")
         return [*plain, *(re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1_lora", name) for name in plain)]
     # What diffusers 0.12 to 0.20 saved: <block>.processor.to_q_lora.up.weight.
     processor = re.sub(r"(attn[12])\.to_(q|k|v|out)(\.0)?$", r"\1.processor.to_\2_lora", module.path)
@@ -131,7 +128,7 @@ def _peft(module: _Module) -> Iterable[str]:
 def _text_paths(path: str) -> list[str]:
     """Returns a path of a text tower with `text_model`, as files have it, and without."""
     bare = path.removeprefix(_TEXT)
-    return [_TEXT + bare, bare] if bare.startswith("encoder.layers.") else [path]
+    return [path] if bare == "text_projection" else [_TEXT + bare, bare]
 
 
 _SPELLINGS: Mapping[str, Callable[[_Module], Iterable[str]]] = {

@@ -30,15 +30,35 @@ Encode = Callable[[Loaded, Rows], "_latent.Condition"]
 
 
 def prepare(
-    loaded: Loaded, samples: Sequence[ImageText], describe: Callable[[Sequence[str]], Mapping[str, Tensor]]
+    loaded: Loaded,
+    samples: Sequence[ImageText],
+    describe: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    pieces: frozenset[str],
 ) -> list[Prepared]:
     """Gives latent moments [views, 2 * channels, height, width] and the text columns of every caption.
 
     Args:
         loaded: its VAE is used.
-        samples: with pixels.
+        samples: with pixels where views are asked for.
         describe: prompts -> text columns with one row for each prompt, on the CPU.
+        pieces: which of the two.
     """
+    views = [_moments(loaded, sample) if "views" in pieces else {} for sample in samples]
+    texts = _text_columns(loaded, samples, describe) if "texts" in pieces else [{} for _ in samples]
+    return [
+        Prepared(sample.key, {**own, **told}, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats)
+        for sample, own, told in zip(samples, views, texts, strict=True)
+    ]
+
+
+def _moments(loaded: Loaded, sample: ImageText) -> dict[str, Tensor]:
+    assert sample.pixels is not None, f"{sample.key} has no pixels"
+    return {"moments": _latent.encode_moments(loaded.modules["vae"], sample.pixels)}
+
+
+def _text_columns(
+    loaded: Loaded, samples: Sequence[ImageText], describe: Callable[[Sequence[str]], Mapping[str, Tensor]]
+) -> list[dict[str, Tensor]]:
     has_priors = loaded.options.prior_weight > 0
     texts = [(*sample.captions, *(sample.prior_captions if has_priors else ())) for sample in samples]
     prompts = list(dict.fromkeys(["", *chain.from_iterable(texts)]))
@@ -48,15 +68,12 @@ def prepare(
         indices = [prompts.index(prompt) for prompt in wanted]
         return {name + suffix: column[indices] for name, column in columns.items()}
 
-    items = []
-    for sample in samples:
-        assert sample.pixels is not None, f"{sample.key} has no pixels"
-        tensors = {"moments": _latent.encode_moments(loaded.modules["vae"], sample.pixels)}
-        tensors |= rows("", *sample.captions) | rows("_empty", "")
-        if has_priors and sample.prior_captions:
-            tensors |= rows("_prior", *sample.prior_captions)
-        items.append(Prepared(sample.key, tensors, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats))
-    return items
+    return [
+        rows("", *sample.captions)
+        | rows("_empty", "")
+        | (rows("_prior", *sample.prior_captions) if has_priors and sample.prior_captions else {})
+        for sample in samples
+    ]
 
 
 def collate(items: Sequence[Prepared]) -> Batch:

@@ -6,22 +6,30 @@ so nothing needs to be fetched.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core import clip_text
+from lora_diffusion.core.errors import ModelError, UntrainableError
 from lora_diffusion.core.files import atomic_path, content_hash, default_cache_path, write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.types import BaseInfo, Loaded
-from lora_diffusion.families import _sources
-from lora_diffusion.families._components import LAYOUTS, Layout, as_loaded, build_skeleton, describe, load_dtypes
-from lora_diffusion.families._from_shapes import CLIP_VOCABULARY, PREDICTION_KEYS, Shapes, component_configs
+from lora_diffusion.families import _ldm, _sources
+from lora_diffusion.families._components import (
+    LAYOUTS,
+    Layout,
+    as_loaded,
+    build_skeleton,
+    describe,
+    load_dtypes,
+    shared_skeleton,
+)
+from lora_diffusion.families._from_shapes import PREDICTION_KEYS, Shapes, component_configs
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +48,7 @@ _MARKS_OF_OTHERS = {
     "joint_blocks.": "Stable Diffusion 3",
     "double_blocks.": "FLUX",
     "conditioner.": "half of a Stable Diffusion XL",
+    "model_ema.": "the averaged copies of the weights (EMA) alone",
 }
 
 
@@ -51,15 +60,39 @@ class SingleFile:
     layout: Layout
 
     def info(self, options: Any) -> BaseInfo:
-        """Describes the base from the shapes of its tensors."""
-        info = replace(describe(self._configs, self.layout, options), path=self.path, files=(self.path,))
+        """Describes the base from the shapes of its tensors.
+
+        Raises:
+            UntrainableError: networks are missing, or the UNet takes more than latents.
+        """
+        lacking = [name for name in self.layout.networks if name not in self._configs]
+        if lacking:
+            raise UntrainableError(
+                f"{self.path} is not a whole {self.layout.title} checkpoint: it holds no {', '.join(lacking)}.",
+                self.path,
+            )
+        if _header(self.path).is_renamed:
+            raise UntrainableError(
+                f"{self.path} does not name its tensors as published {self.layout.title} checkpoints do, so that it "
+                "cannot be loaded; adapters can be merged into it.",
+                self.path,
+            )
+        try:
+            info = describe(self._configs, self.layout, options)
+        except UntrainableError as error:
+            raise UntrainableError(str(error), self.path) from error
+        info = replace(info, path=self.path, files=(self.path,), text_limit=clip_text.TextLimit())
         if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
             _warn_of_guess(str(self.path))
         return info
 
     def skeleton(self) -> dict[str, nn.Module]:
-        """Builds UNet and text encoders on the meta device."""
+        """Builds UNet and those text encoders that the file holds on the meta device."""
         return build_skeleton(self._configs, self.layout)
+
+    def outline(self) -> Mapping[str, nn.Module]:
+        """Returns UNet and text encoder on the meta device, to look at."""
+        return shared_skeleton(self._configs, self.layout)
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the checkpoint through diffusers with configs made from its shapes."""
@@ -77,8 +110,8 @@ class SingleFile:
                 dtype=dtypes["default"],
                 **_sources.unwanted(self.layout),
             )
-        pipeline.vae.to(dtypes["vae"])
-        return as_loaded(pipeline, self.layout, options, device, info)
+            pipeline.vae.to(dtypes["vae"])
+            return as_loaded(pipeline, self.layout, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes the whole file."""
@@ -87,7 +120,7 @@ class SingleFile:
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
-        shapes, metadata = _header(self.path)
+        shapes, metadata, _ = _header(self.path)
         _check_kind(self.path, shapes, self.layout)
         with _sources.explained(self.path):
             return component_configs(shapes, metadata, self.layout)
@@ -109,36 +142,58 @@ class SingleFile:
         return folder
 
 
+class _Header(NamedTuple):
+    shapes: Shapes
+    """By the names that published checkpoints use."""
+    metadata: dict[str, str]
+    is_renamed: bool
+    """Whether the file uses other names."""
+
+
 @cache
-def _header(path: Path) -> tuple[Shapes, dict[str, str]]:
+def _header(path: Path) -> _Header:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes, file.metadata() or {}
+        with safe_open(path, framework="np") as file:
+            published_name = _ldm.published_name(file.keys())
+            shapes = {published_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return _Header(shapes, file.metadata() or {}, is_renamed=shapes.keys() != set(file.keys()))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole .safetensors file ({error}); fetch it again.") from error
 
 
 def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
-    found = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
+    found = _family_of(shapes)
     if found not in (None, layout.family):
         raise ModelError(
             f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
             "model.path."
         )
-    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    prefixes = {"unet": _ldm.UNET, "vae": "first_stage_model."}
     missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
-    missing += [] if found else list(layout.towers)
-    if missing:
+    if found is None or "unet" in missing:
+        missing += [] if found else list(layout.towers)
         kinds = [kind for mark, kind in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
         what = f"it looks like {kinds[0]}" if kinds else f"it holds no {', '.join(missing)}"
         raise ModelError(f"{path} is not a {layout.title} checkpoint: {what}.")
 
 
+def _family_of(shapes: Shapes) -> str | None:
+    """Returns the family that the names of text encoders tell, or without these the build of the UNet."""
+    told = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
+    projection = shapes.get(f"{_ldm.UNET}middle_block.1.proj_in.weight")
+    if told or not projection or any(name.startswith("conditioner.") for name in shapes):
+        return told
+    # SDXL has three levels and is told the sizes; the refiner and bases for image variations have four.
+    has_sizes, is_deep = (f"{_ldm.UNET}{name}.weight" in shapes for name in ("label_emb.0.0", "input_blocks.9.0.op"))
+    if has_sizes:
+        return None if is_deep else "sdxl"
+    return "sd2" if len(projection) == 2 else "sd1"
+
+
 def _told_prediction(path: Path) -> bool:
-    shapes, metadata = _header(path)
+    shapes, metadata, _ = _header(path)
     return "v_pred" in shapes or any(key in metadata for key in PREDICTION_KEYS)
 
 
@@ -167,13 +222,10 @@ def _index(layout: Layout, configs: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 def _write_tokenizer(folder: Path, padding: str) -> None:
     """Writes CLIP's tokenizer files from the merge table that open_clip ships (Radford et al. 2021)."""
-    import open_clip
     from open_clip.tokenizer import bytes_to_unicode
 
-    table = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-    lines = gzip.decompress(table.read_bytes()).decode("utf-8").split("\n")
     letters = list(bytes_to_unicode().values())
-    merges = lines[1 : CLIP_VOCABULARY - 2 * len(letters) - 2 + 1]
+    merges = clip_text.merges()
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge.split()) for merge in merges)]
     vocabulary = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True)

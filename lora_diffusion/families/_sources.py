@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.clip_text import TextLimit
 from lora_diffusion.core.device import frozen_name, pick_device
-from lora_diffusion.core.errors import MissingModelError, ModelError
-from lora_diffusion.core.files import builtin_path, content_hash, user_path
+from lora_diffusion.core.errors import LoraDiffusionError, MissingModelError, ModelError, UntrainableError
+from lora_diffusion.core.files import builtin_path, content_hash, is_hub_id, parse_json, user_path
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import shown
+from lora_diffusion.core.model_folder import check_sizes
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
 from lora_diffusion.families._components import (
@@ -26,6 +29,7 @@ from lora_diffusion.families._components import (
     check_family,
     describe,
     load_dtypes,
+    shared_skeleton,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +40,9 @@ _BUILTIN = {"emoji": "emoji-sd"}
 _HUB_PATTERNS = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 _OTHER_WEIGHTS = ("-*", ".fp16", ".fp16-*")
 """How weights end where a hub repository holds no plain ones, best first: in pieces, in half precision, both."""
+_INDEX = "model_index.json"
+_NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+_SCHEDULER = re.compile(r"diffusers\.\w+Scheduler")
 _FORMS = "a diffusers folder, a .safetensors checkpoint or a hub id"
 
 
@@ -47,6 +54,9 @@ class Source(Protocol):
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds the parts on the meta device."""
+
+    def outline(self) -> Mapping[str, nn.Module]:
+        """Returns the parts on the meta device, which nobody may change; asked again it costs nothing."""
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the base, frozen and in eval mode."""
@@ -77,7 +87,7 @@ def find(options: ModelOptions) -> Source:
         from lora_diffusion.families._single_file import SingleFile
 
         return SingleFile(path, layout)
-    if _is_hub_id(options.path):
+    if is_hub_id(options.path):
         _fetch_other_weights(options.path, path, layout)
     return Folder(path, layout)
 
@@ -95,14 +105,17 @@ def unwanted(layout: Layout) -> dict[str, None]:
     return dict.fromkeys(layout.unwanted)
 
 
-def cache_key(options: ModelOptions, trained: frozenset[str]) -> str:
-    """Names all that a prepared item depends on besides its sample: the encoders that are not trained, and how.
+def cache_key(options: ModelOptions, trained: frozenset[str], pieces: frozenset[str]) -> str:
+    """Names all that pieces of a prepared item depend on besides the sample: encoders that are not trained, and how.
 
     The layer that is read is named only where it is not the usual one, so that older caches stay right.
     """
     layout = LAYOUTS[options.family]
-    frozen = ["vae", *layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
+    texts = [*layout.tokenizers, *(tower for tower in layout.towers if tower not in trained)]
+    frozen = [*(["vae"] if "views" in pieces else []), *(texts if "texts" in pieces else [])]
     settings = [frozen_name(options.dtype, pick_device())]
+    if "texts" not in pieces:
+        return f"{options.family} {find(options).fingerprint(frozen)} {settings[0]}"
     settings += [options.quantization] if options.quantization != "none" else []
     if (skip := getattr(options, "clip_skip", None)) is not None:
         settings.append(f"clip_skip={skip}")
@@ -133,17 +146,12 @@ def local(name: str, builtins: Mapping[str, str], patterns: Sequence[str], forms
     path = user_path(name, "model.path")
     if path.exists():
         return path
-    if _is_hub_id(name):
+    if is_hub_id(name):
         return _download(name, tuple(patterns))
     near = suggestion(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise MissingModelError(
         f"model.path={name}: there is no such folder or file{near}.", f"Give {known}, {forms} such as owner/name."
     )
-
-
-def _is_hub_id(name: str) -> bool:
-    is_spelled_so = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
-    return bool(is_spelled_so) and not Path(name).exists()
 
 
 @cache
@@ -169,17 +177,26 @@ class Folder:
 
     def info(self, options: Any) -> BaseInfo:
         """Reads the component configs."""
-        with explained(self.path):
-            info = describe(self._configs(), self.layout, options)
+        try:
+            with explained(self.path):
+                info = describe(self._configs(), self.layout, options)
+        except UntrainableError as error:
+            raise UntrainableError(str(error), self.path) from error
         networks = [file for name in ("unet", *self.layout.towers) for file in self._weight_files(name)]
         files = (*networks, self.path / "scheduler" / "scheduler_config.json")
-        return replace(info, path=self.path, files=files)
+        limit = TextLimit(self.path / self.layout.tokenizers[0])
+        return replace(info, path=self.path, files=files, text_limit=limit)
 
     def skeleton(self) -> dict[str, nn.Module]:
         """Builds UNet and text encoders from their configs, once the weight files hold all tensors of these."""
+        self.outline()
+        return build_skeleton(self._configs(), self.layout)
+
+    def outline(self) -> Mapping[str, nn.Module]:
+        """Returns UNet and text encoders of their configs, once the weight files hold all tensors of these."""
         configs = self._configs()
         with explained(self.path):
-            parts = build_skeleton(configs, self.layout)
+            parts = shared_skeleton(configs, self.layout)
             lacking = {name: missing(part, self._weight_files(name)) for name, part in parts.items()}
             lacking["vae"] = missing_of_vae(configs["vae"], self._weight_files("vae"))
         faults = [f"{name}/{tensor}" for name, tensors in lacking.items() for tensor in tensors]
@@ -196,7 +213,7 @@ class Folder:
 
         silence_progress()
         info = self.info(options)
-        self.skeleton()
+        self.outline()
         is_half = ".fp16" in self._weight_files("unet")[0].name
         with explained(self.path):
             pipeline = getattr(diffusers, self.layout.pipeline).from_pretrained(
@@ -204,10 +221,11 @@ class Folder:
                 dtype=load_dtypes(options, self._configs(), device),
                 variant="fp16" if is_half else None,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 **unwanted(self.layout),
             )
-        return as_loaded(pipeline, self.layout, options, device, info)
+            return as_loaded(pipeline, self.layout, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes every file of the components' folders."""
@@ -236,9 +254,11 @@ class Folder:
                 f"scheduler/, each as diffusers saves it.{hint}",
                 faults,
             )
-        return {name: read_json(self.path / name / "config.json") for name in networks} | {
-            "scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")
-        }
+        _check_index(self.path, self.layout)
+        configs = {name: read_json(self.path / name / "config.json") for name in networks}
+        for name, config in configs.items():
+            check_sizes(config, f"The {name} of {self.path}")
+        return configs | {"scheduler": read_json(self.path / "scheduler" / "scheduler_config.json")}
 
     def _check_family(self) -> None:
         """Names the right family before anything that this one would miss is listed."""
@@ -257,6 +277,36 @@ class Folder:
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
         return next((fault for file in weights if (fault := damage(file))), None)
+
+
+def _check_index(folder: Path, layout: Layout) -> None:
+    """Checks that the index of a folder names classes of the family only: others could load what runs code.
+
+    Raises:
+        ModelError: it is missing, or names another.
+    """
+    index = read_json(folder / _INDEX)
+    wanted = {name: [f"diffusers.{kind}"] for name, kind in _NETWORKS.items()}
+    wanted |= {name: [f"transformers.{kind}"] for name, kind in layout.towers.items()}
+    wanted |= {name: ["transformers.CLIPTokenizer", "transformers.CLIPTokenizerFast"] for name in layout.tokenizers}
+    faults = []
+    for name, kinds in wanted.items():
+        told = _told(index, name)
+        if told not in kinds:
+            faults.append(f"{name}: it is {shown(told)}, not {' or '.join(kinds)}")
+    if not _SCHEDULER.fullmatch(_told(index, "scheduler")):
+        faults.append(f"scheduler: it is {shown(_told(index, 'scheduler'))}, not one of diffusers")
+    if faults:
+        raise ModelError(
+            f"{folder / _INDEX} names parts that {layout.title} does not have, and that could run code; fetch the base "
+            "from its author again.",
+            faults,
+        )
+
+
+def _told(index: Mapping[str, Any], name: str) -> str:
+    value = index.get(name)
+    return ".".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _weights(name: str) -> str:
@@ -294,14 +344,15 @@ def _damage(path: Path, changed_ns: int, num_bytes: int) -> str | None:
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turns what libraries raise on wrong configs and weights into a ModelError; running out of memory stays."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (LoraDiffusionError, MemoryError):
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as error:  # tokenizers raise nothing more exact, and configs are checked by many libraries
+        torch = sys.modules.get("torch")  # reading configs needs none of it
+        if torch and isinstance(error, torch.OutOfMemoryError):
+            raise
+        what = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 500)}"
         raise ModelError(f"The base {path} cannot be used; a config or its weights are wrong. {what}") from error
 
 
@@ -312,7 +363,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing or damaged.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} of the base cannot be read as a JSON object ({error}); fetch it again.") from error
 

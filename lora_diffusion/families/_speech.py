@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +40,15 @@ _MOST_LAYERS = 32
 """Of encoder or decoder, in any Whisper that was published."""
 _MIN_STRETCHES = 2
 """Of time, hidden in each recording: the default of transformers' mask_time_min_masks."""
-_TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
+_TIMESTAMP = re.compile(r"<\|(\d+\.\d\d)\|>")
+_TIMESTAMP_S = 0.02
+"""Between two timestamps."""
+_ENGLISH = "en"
+_OTHER_CODES = {"jv": "jw", "iw": "he", "in": "id", "nb": "no", "ji": "yi", "fil": "tl", "cmn": "zh", "eng": "en"}
+"""Codes that tables use for languages that Whisper calls by another."""
 _START, _NO_TIMESTAMPS, _FIRST_TIMESTAMP = "<|startoftranscript|>", "<|notimestamps|>", "<|0.00|>"
+_TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
+_MOST_REPETITION = 2.4
 _MULTILINGUAL_VOCABULARY = 51865
 """Tokens of the smallest multilingual vocabulary that was published; English-only ones have one less."""
 
@@ -54,7 +63,7 @@ def read_processor(folder: Path) -> Any:
     from transformers import WhisperProcessor
 
     with explained(folder):
-        return WhisperProcessor.from_pretrained(folder, local_files_only=True)
+        return WhisperProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
@@ -75,8 +84,8 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
     if extractor.feature_size != config.get("num_mel_bins", 80):
         faults.append(f"its feature extractor gives {extractor.feature_size} bands, not {config.get('num_mel_bins')}")
     faults += [f"its tokenizer lacks {token}" for token in (_START, _NO_TIMESTAMPS) if token not in vocabulary]
-    if options.timestamps and _FIRST_TIMESTAMP not in vocabulary:
-        faults.append("its tokenizer has no timestamps; set model.timestamps=false")
+    if options.timestamps and not faults and not _has_timestamps(processor, config):
+        faults.append("it has no tokens for timestamps; set model.timestamps=false")
     languages = tuple(code for code in LANGUAGES if f"<|{code}|>" in vocabulary)
     if not _is_multilingual(folder, config):
         languages = ()
@@ -85,6 +94,7 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
     elif options.language not in languages:
         faults.append(
             f"its tokenizer has no token for model.language={options.language}, only for {', '.join(languages[:20])}"
+            + (f"; set model.language={code}" if (code := _find_language(languages, options.language)) else "")
         )
     if faults:
         raise ModelError(f"The base {folder} cannot be used.", faults)
@@ -98,7 +108,31 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
         max_tokens=config.get("max_target_positions", 448),
         languages=languages,
         count_tokens=partial(_count_tokens, folder, options.timestamps),
+        find_language=partial(_find_language, languages or (_ENGLISH,)),
     )
+
+
+def _find_language(known: Sequence[str], name: str) -> str | None:
+    """Returns the code by which a base knows a language that somebody calls English, EN, en-US or en_US."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    plain = name.strip().lower().replace("_", "-")
+    code = TO_LANGUAGE_CODE.get(plain, plain)
+    candidates = (code, code.partition("-")[0])
+    return next((own for one in candidates for own in (one, _OTHER_CODES.get(one)) if own in known), None)
+
+
+def _has_timestamps(processor: Any, config: Mapping[str, Any]) -> bool:
+    """Says whether a base has a token for each moment that it hears; older tokenizers do not name them."""
+    first = first_timestamp(processor.tokenizer)
+    name = processor.tokenizer.convert_ids_to_tokens(first)
+    last = first + round(processor.feature_extractor.chunk_length / _TIMESTAMP_S)
+    return last < config.get("vocab_size", 0) and name in (None, "", _FIRST_TIMESTAMP)
+
+
+def first_timestamp(tokenizer: Any) -> int:
+    """Returns the token of <|0.00|>, whether the tokenizer knows it by name or not."""
+    return int(tokenizer.convert_tokens_to_ids(_NO_TIMESTAMPS)) + 1
 
 
 def _is_multilingual(folder: Path, config: dict[str, Any]) -> bool:
@@ -107,12 +141,30 @@ def _is_multilingual(folder: Path, config: dict[str, Any]) -> bool:
     return config.get("vocab_size", 0) >= _MULTILINGUAL_VOCABULARY if told is None else bool(told)
 
 
-def _count_tokens(folder: Path, timestamps: bool, texts: Sequence[str]) -> list[int]:
-    tokenizer = read_processor(folder).tokenizer
-    plain = [_written(text, timestamps) for text in texts]
-    # Start, language, task and the mark for no timestamps come before, the end after.
+def _count_tokens(folder: Path, timestamps: bool, texts: Sequence[str]) -> list[int | str]:
+    processor = read_processor(folder)
+    longest_s = processor.feature_extractor.chunk_length
+    counts: list[int | str] = []
+    for text in texts:
+        late = [moment for moment in _TIMESTAMP.findall(text) if timestamps and float(moment) > longest_s]
+        if late:
+            counts.append(f"has the timestamp {late[0]}, and the base has none above {longest_s}.00; correct it.")
+        else:
+            # Start, language, task and the mark for no timestamps come before, the end after.
+            counts.append(len(_words(processor.tokenizer, _written(text, timestamps))) + 5)
+    return counts
+
+
+def _words(tokenizer: Any, text: str) -> list[int]:
+    """Returns the tokens of a transcript; timestamps are numbered, since not every tokenizer names theirs."""
+    first = first_timestamp(tokenizer)
+    pieces = _TIMESTAMP.split(text)
     # Without verbose=False it warns of long ones, which are told of where they are counted.
-    return [len(ids) + 5 for ids in tokenizer(plain, add_special_tokens=False, verbose=False).input_ids]
+    words = [
+        tokenizer(piece, add_special_tokens=False, verbose=False).input_ids if piece else [] for piece in pieces[::2]
+    ]
+    moments = [[first + round(float(moment) / _TIMESTAMP_S)] for moment in pieces[1::2]]
+    return [token for pair in zip_longest(words, moments, fillvalue=[]) for own in pair for token in own]
 
 
 def complete_generation_config(model: Any, tokenizer: Any, info: SpeechInfo) -> None:
@@ -152,9 +204,9 @@ def labels(tokenizer: Any, sample: AudioText, options: WhisperOptions, info: Spe
     names = []
     if info.languages:
         names = [f"<|{name}|>" for name in sample.asked(options)]
-    if not text.startswith("<|"):
+    if not _TIMESTAMP.match(text):
         names.append(_NO_TIMESTAMPS)
-    words = tokenizer(text, add_special_tokens=False).input_ids
+    words = _words(tokenizer, text)
     return [*(vocabulary[name] for name in names), *words, tokenizer.eos_token_id]
 
 
@@ -229,29 +281,75 @@ def _quiet() -> Iterator[None]:
 
 
 def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
-    """Returns what is said in recordings of requests with equal adapter weights, language and task."""
+    """Returns what is said in recordings of requests with equal adapter weights, language and task.
+
+    A text that repeats itself is heard again with drawn tokens, warmer each time, and the least repetitive is taken.
+
+    Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 4.5.
+    """
     import torch
 
-    model, options = loaded.modules["model"], loaded.options
     first = requests[0]
     if first.weights is not None:
         assert loaded.adapters is not None, "a request gives adapter weights, but no adapter was loaded"
         loaded.adapters.set_weights(first.weights)
-    samples = [request.sample for request in requests]
-    heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]  # type: ignore[union-attr]
-    language, task = samples[0].asked(options)  # type: ignore[union-attr]
+    samples: list[Any] = [request.sample for request in requests]
+    heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]
+    features = torch.cat(heard).to(loaded.device, loaded.modules["model"].dtype)
+    language, task = samples[0].asked(loaded.options)
     wanted = {"language": language, "task": task} if loaded.info.languages else {}  # type: ignore[attr-defined]
-    features = torch.cat(heard).to(loaded.device, model.dtype)
+    texts = _search(loaded, features, wanted, 0.0)
+    if loaded.options.repetition_guard:
+        for index in [index for index, text in enumerate(texts) if _repetition(text) > _MOST_REPETITION]:
+            # One by one, so that what is drawn does not depend on the company.
+            texts[index] = _hear_again(loaded, features[index : index + 1], wanted, texts[index], requests[index].seed)
+    return texts
+
+
+def _hear_again(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], text: str, seed: int) -> str:
+    """Returns a transcript of a recording that repeats itself less than `text`, if one is drawn."""
+    import torch
+
+    found = [text]
+    with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for temperature in _TEMPERATURES:
+            found += _search(loaded, features, wanted, temperature)
+            if _repetition(found[-1]) <= _MOST_REPETITION:
+                break
+    return min(found, key=_repetition)
+
+
+def _repetition(text: str) -> float:
+    """Returns by how much a text can be compressed: about 1 to 2 for what people say, more for what goes in circles."""
+    data = _TIMESTAMP.sub("", text).encode()
+    return len(data) / len(zlib.compress(data))
+
+
+def _search(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], temperature: float) -> list[str]:
+    """Returns the likeliest texts, or such as are drawn where the temperature is above 0."""
+    import torch
+
+    model, tokenizer, options = loaded.modules["model"], loaded.modules["tokenizer"], loaded.options
     with torch.no_grad(), _quiet():
-        ids = model.generate(
+        found = model.generate(
             features,
             attention_mask=features.new_ones(features.shape[0], features.shape[2]).long(),
             return_timestamps=options.timestamps,
-            do_sample=False,
-            num_beams=1,
+            return_segments=options.timestamps,
+            temperature=temperature,
+            num_beams=1 if temperature else options.num_beams,
             **wanted,
         )
-    texts = loaded.modules["tokenizer"].batch_decode(
-        ids, skip_special_tokens=True, decode_with_timestamps=options.timestamps
-    )
-    return [" ".join(text.split()) for text in texts]
+    if options.timestamps:
+        return ["".join(_spelled(tokenizer, segment) for segment in own) for own in found["segments"]]
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+
+def _spelled(tokenizer: Any, segment: Mapping[str, Any]) -> str:
+    """Returns a segment with its timestamps; its words alone where it has no end."""
+    first = first_timestamp(tokenizer)
+    ids = segment["tokens"].tolist()
+    words = " ".join(tokenizer.decode([own for own in ids if own < first], skip_special_tokens=True).split())
+    start, end = float(segment["start"]), float(segment["end"])
+    return f"<|{start:.2f}|> {words}<|{end:.2f}|>" if words else ""

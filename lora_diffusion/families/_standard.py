@@ -11,14 +11,18 @@ from collections.abc import Iterator
 _MOST_BLOCKS, _MOST_TEXT_LAYERS = 10, 32
 _TRANSFORMER = [
     *(f"attn{number}.to_{matrix}" for number in (1, 2) for matrix in ("q", "k", "v", "out.0")),
-    *("ff.net.0.proj", "ff.net.2"),
+    *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
 ]
-_TEXT = [*(f"self_attn.{matrix}_proj" for matrix in "qkv"), "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
-_ENDS = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+_TEXT = [
+    *(f"self_attn.{matrix}_proj" for matrix in "qkv"),
+    *("self_attn.out_proj", "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
+]
+_TEXT_ENDS = ("embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm")
+_ENDS = ("conv_in", "conv_norm_out", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 
 
 def paths(family: str) -> dict[str, list[str]]:
-    """Returns part -> paths of linear and convolution layers, as diffusers and transformers 5.6 call them."""
+    """Returns part -> paths of layers, norms and embeddings, as diffusers and transformers 5.6 call them."""
     text = {"text_encoder": _text()}
     if family == "sdxl":
         extra = ["add_embedding.linear_1", "add_embedding.linear_2"]
@@ -64,10 +68,11 @@ def _middle() -> Iterator[str]:
 
 
 def _residual(block: str) -> Iterator[str]:
-    return (f"{block}.{name}" for name in ("conv1", "time_emb_proj", "conv2", "conv_shortcut"))
+    return (f"{block}.{name}" for name in ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"))
 
 
 def _attention(block: str) -> Iterator[str]:
+    yield f"{block}.norm"
     yield f"{block}.proj_in"
     yield f"{block}.proj_out"
     for number in range(_MOST_BLOCKS):
@@ -75,4 +80,5 @@ def _attention(block: str) -> Iterator[str]:
 
 
 def _text() -> list[str]:
-    return [f"encoder.layers.{layer}.{name}" for layer in range(_MOST_TEXT_LAYERS) for name in _TEXT]
+    layers = (f"encoder.layers.{layer}.{name}" for layer in range(_MOST_TEXT_LAYERS) for name in _TEXT)
+    return [*layers, *_TEXT_ENDS]

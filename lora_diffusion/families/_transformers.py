@@ -10,6 +10,8 @@ from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.keymap import KeyMap
+from lora_diffusion.core.logs import shown
+from lora_diffusion.core.model_folder import check_model_folder
 from lora_diffusion.core.types import ModuleKey
 from lora_diffusion.families._sources import damage, explained, local, read_json, silence_progress
 
@@ -50,9 +52,10 @@ def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequen
     told = read_json(folder / "config.json").get("model_type")
     if told not in model_types:
         raise ModelError(
-            f"The base {folder} is of the type {told}, not {' or '.join(model_types)}; set model.family to fit it or "
-            "take another base."
+            f"The base {folder} is of the type {shown(str(told))}, not {' or '.join(model_types)}; set model.family to "
+            "fit it or take another base."
         )
+    check_model_folder(folder, f"The base {folder}")
     _check_weights(folder)
     return folder
 
@@ -89,7 +92,7 @@ def on_meta(folder: Path, build: Callable[[Any], nn.Module]) -> Any:
     from transformers import AutoConfig
 
     with explained(folder), torch.device("meta"):
-        return build(AutoConfig.from_pretrained(folder))
+        return build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 
 def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.device) -> Any:
@@ -106,6 +109,7 @@ def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.de
             folder,
             dtype=frozen_dtype(options.dtype, device),
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core.chat import Chat, ChatInfo, Turn
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.types import Batch, Chat, ChatInfo, Example, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.core.types import Batch, Example, Loaded, ModuleKey, Request
 from lora_diffusion.families import _transformers
 from lora_diffusion.families._dialogue import expand, read_processor, render, spell, tokenize
 from lora_diffusion.families._sources import read_json
@@ -106,7 +107,21 @@ def describe(folder: Path, options: LlavaOptions) -> ChatInfo:
         files=_transformers.weight_files(folder),
         max_tokens=config["text_config"].get("max_position_embeddings", ChatInfo.max_tokens),
         count_tokens=partial(_count_tokens, folder, options.chat_template),
+        unread={"vision_tower": _unread(folder)},
     )
+
+
+def _unread(folder: Path) -> tuple[str, ...]:
+    """Returns patterns of what stands behind the last layer of the image tower that the base reads."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    depth, read = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    # State 0 is what goes into the first layer.
+    last = max(layer % (depth + 1) for layer in ([read] if isinstance(read, int) else read))
+    layers = "|".join(map(str, range(last, depth)))
+    behind = rf"|encoder\.layers\.({layers})\..*" if layers else ""
+    return (rf"(vision_model\.)?(post_layernorm|head\..*{behind})",)
 
 
 def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Chat]) -> list[int | str]:
@@ -120,11 +135,13 @@ def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Cha
     return counts
 
 
-def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool) -> str:
-    """Names by content all that a prepared item depends on besides its sample."""
-    template = read_processor(folder, options.chat_template).chat_template
-    told = f"{_transformers.fingerprint(folder, _PROCESSOR_FILES)} {hashlib.sha256(template.encode()).hexdigest()}"
-    if tower_is_trained:
+def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool, pieces: frozenset[str]) -> str:
+    """Names by content all that pieces of a prepared item depend on besides the sample."""
+    told = _transformers.fingerprint(folder, _PROCESSOR_FILES)
+    if "texts" in pieces:
+        template = read_processor(folder, options.chat_template).chat_template
+        told += f" {hashlib.sha256(template.encode()).hexdigest()}"
+    if tower_is_trained or "views" not in pieces:
         return told
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
@@ -134,10 +151,20 @@ def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool) -> 
     return f"{told} {_transformers.fingerprint(folder, files)} {dtype} {options.quantization}"
 
 
-def pixels(loaded: Loaded, picture: Any) -> Tensor:
-    """Returns what the image tower takes for a picture, [tiles, 3, height, width] float32."""
-    made: Tensor = loaded.modules["processor"].image_processor(images=[picture], return_tensors="pt")["pixel_values"]
-    return made.flatten(0, 1).float() if made.dim() == 5 else made.float()
+def pixels(loaded: Loaded, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Returns what the image tower takes for images, and how many tiles each has.
+
+    Returns:
+        [tiles, 3, height, width] float32, those of all images joined; [images].
+    """
+    import torch
+
+    size = loaded.parts["vision_tower"].config.image_size
+    tiles = [torch.empty(0, 3, size, size)]
+    for image in images:
+        made: Tensor = loaded.modules["processor"].image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        tiles.append(made.flatten(0, 1).float() if made.dim() == 5 else made.float())
+    return torch.cat(tiles), torch.tensor([len(own) for own in tiles[1:]], dtype=torch.int64)
 
 
 def see(loaded: Loaded, tiles: Tensor) -> Tensor:
@@ -147,6 +174,11 @@ def see(loaded: Loaded, tiles: Tensor) -> Tensor:
     config = loaded.modules["model"].config
     tower = loaded.parts["vision_tower"]
     dtype = loaded.modules["model"].dtype
+    if not len(tiles):
+        whole = config.vision_feature_select_strategy != "default"
+        patches = (tower.config.image_size // tower.config.patch_size) ** 2 + whole
+        width = loaded.parts["projector"].linear_1.in_features
+        return torch.empty(0, patches, width, dtype=dtype, device=loaded.device)
     output = tower(tiles.to(loaded.device, dtype), output_hidden_states=True)
     layers = config.vision_feature_layer
     chosen = [output.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -155,48 +187,76 @@ def see(loaded: Loaded, tiles: Tensor) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
+def prepare_views(loaded: Loaded, sample: Chat, tower_is_trained: bool) -> dict[str, Tensor]:
+    """Returns what is seen of an opened sample, as `Llava.prepare` tells: features, or pixels for a trained tower."""
+    import torch
+
+    assert sample.views, f"{sample.key} was not opened"
+    views = [pixels(loaded, view) for view in sample.views]
+    made = torch.stack([tiles for tiles, _ in views])
+    sizes = torch.tensor([image.size[::-1] for image in sample.views[0]]).reshape(-1, 2)
+    tensors = {"image_size": sizes, "num_tiles": views[0][1]}
+    if tower_is_trained:
+        return {**tensors, "pixels": made}
+    with torch.no_grad():
+        seen = see(loaded, made.flatten(0, 1))
+    return {**tensors, "features": seen.unflatten(0, made.shape[:2]).cpu()}
+
+
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the tensors of a batch; tiles of all samples are joined along dimension 1, behind the views."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     looks = "pixels" if "pixels" in rows[0] else "features"
+    # Items of older caches hold one image, without the number of its tiles.
+    num_tiles = [row["num_tiles"] if "num_tiles" in row else torch.tensor([row[looks].shape[1]]) for row in rows]
     return {
         "input_ids": pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=0),
         "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=_transformers.IGNORED),
-        "image_size": torch.stack([row["image_size"] for row in rows]),
-        "num_tiles": torch.tensor([row[looks].shape[1] for row in rows]),
+        "image_size": torch.cat([row["image_size"].reshape(-1, 2) for row in rows]),
+        "num_tiles": torch.cat(num_tiles),
+        "num_images": torch.tensor([len(own) for own in num_tiles]),
         looks: torch.cat([row[looks] for row in rows], dim=1),
     }
 
 
 def draw_view(loaded: Loaded, batch: Batch, rng: torch.Generator) -> list[Tensor]:
-    """Returns the features of one view of each picture, each [tiles, patches, width] on the device."""
+    """Returns the features of the images, each [tiles, patches, width] on the device; one view of a sample is drawn."""
     import torch
 
     looks = batch.tensors["pixels"] if "pixels" in batch.tensors else batch.tensors["features"]
-    num_tiles = batch.tensors["num_tiles"].tolist()
+    num_tiles = batch.tensors["num_tiles"]
     drawn = torch.randint(len(looks), (len(batch),), generator=rng).tolist()
-    pieces = looks.split(num_tiles, dim=1)
+    of_samples = [int(own.sum()) for own in num_tiles.split(batch.tensors["num_images"].tolist())]
+    pieces = looks.split(of_samples, dim=1)
     chosen = torch.cat([piece[view] for piece, view in zip(pieces, drawn, strict=True)])
     seen = see(loaded, chosen) if "pixels" in batch.tensors else chosen.to(loaded.device)
-    return list(seen.split(num_tiles))
+    return list(seen.split(num_tiles.tolist()))
+
+
+def nothing_of(loaded: Loaded) -> Tensor | float:
+    """Returns 0 with a gradient of 0 for what a text without images never reaches."""
+    parts = [loaded.parts[name] for name in ("projector", "vision_tower") if name in loaded.parts]
+    return sum(0 * own.sum() for part in parts for own in part.parameters() if own.requires_grad)
 
 
 def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: Tensor) -> Tensor:
-    """Returns embeddings of tokens, with the projected features in the places of the picture, [batch, tokens, width].
+    """Returns embeddings of tokens, with the projected features in the places of the images, [batch, tokens, width].
 
     Args:
         loaded: the base.
         ids: [batch, tokens].
-        features: of each sample [tiles, patches, width].
-        image_sizes: [batch, 2], height and width of each picture.
+        features: of each image [tiles, patches, width], in the order of the samples.
+        image_sizes: [images, 2], height and width of each.
     """
     import torch
 
     model = loaded.modules["model"]
     ids = ids.to(loaded.device)
     embedded: Tensor = model.get_input_embeddings()(ids)
+    if not len(features):
+        return embedded
     projector = loaded.parts["projector"]
     projected = list(projector(torch.cat(list(features)).to(model.dtype)).split([len(own) for own in features]))
     if hasattr(model.model, "pack_image_features"):
@@ -209,8 +269,10 @@ def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: 
     return embedded.masked_scatter(is_picture, flat.to(embedded.dtype))
 
 
-def example(parts: Mapping[str, Any], folder: Path, trained: frozenset[str], batch_size: int, length: int) -> Example:
-    """Returns what a training step calls on conversations of `length` tokens."""
+def example(
+    parts: Mapping[str, Any], folder: Path, trained: frozenset[str], batch_size: int, size: tuple[int, int]
+) -> Example:
+    """Returns what a training step calls on conversations of `size`: tokens, and images of each."""
     import torch
 
     from lora_diffusion.families._words import Head
@@ -219,7 +281,8 @@ def example(parts: Mapping[str, Any], folder: Path, trained: frozenset[str], bat
     vision = parts["vision_tower"].config
     # The picture as a whole and the tiles of its largest grid.
     grids = config.get("image_grid_pinpoints") or []
-    tiles = 1 + max((h * w // vision.image_size**2 for h, w in grids), default=0)
+    length, num_images = size
+    tiles = num_images * (1 + max((h * w // vision.image_size**2 for h, w in grids), default=0))
     patches = (vision.image_size // vision.patch_size) ** 2
     width = parts["projector"].linear_1.in_features
     told = parts["language_model"].config
@@ -236,7 +299,7 @@ def example(parts: Mapping[str, Any], folder: Path, trained: frozenset[str], bat
                 "use_cache": False,
             },
             # At most, all but the picture is an answer.
-            "head": {"hidden": torch.empty(batch_size * max(length - patches, 1), hidden)},
+            "head": {"hidden": torch.empty(batch_size * max(length - num_images * patches, 1), hidden)},
         }
     return Example(inputs, {"head": Head(told.vocab_size, hidden, is_tied=told.tie_word_embeddings)})
 
@@ -287,11 +350,14 @@ def _embed_question(loaded: Loaded, request: Request) -> Tensor:
     import torch
 
     sample, processor = request.sample, loaded.modules["processor"]
-    assert isinstance(sample, Chat), "a request of LLaVA asks about a picture"
-    picture = sample.views[0]
+    assert isinstance(sample, Chat), "a request of LLaVA is about a conversation"
+    num_images = sample.first_question().num_images
+    shown = sample.views[0][:num_images]
     system = tuple(turn for turn in sample.turns if turn.role == "system")
-    ids, _ = tokenize(processor.tokenizer, render(processor, (*system, Turn("user", request.prompt))))
-    ids, _ = expand(processor, ids, ids, picture.size)
-    features = see(loaded, pixels(loaded, picture))
-    row: Tensor = embed(loaded, torch.tensor([ids]), [features], torch.tensor([picture.size[::-1]]))[0]
+    ids, _ = tokenize(processor.tokenizer, render(processor, (*system, Turn("user", request.prompt, num_images))))
+    ids, _ = expand(processor, ids, ids, [image.size for image in shown])
+    tiles, num_tiles = pixels(loaded, shown)
+    features = see(loaded, tiles).split(num_tiles.tolist()) if shown else ()
+    sizes = torch.tensor([image.size[::-1] for image in shown]).reshape(-1, 2)
+    row: Tensor = embed(loaded, torch.tensor([ids]), features, sizes)[0]
     return row

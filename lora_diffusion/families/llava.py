@@ -8,19 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.chat import Chat, ChatInfo
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import (
-    Batch,
-    Chat,
-    ChatInfo,
-    Example,
-    Loaded,
-    LossOutput,
-    Output,
-    Part,
-    Prepared,
-    Request,
-)
+from lora_diffusion.core.types import PIECES, Batch, Example, Loaded, LossOutput, Output, Part, Prepared, Request
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +44,7 @@ class LlavaOptions(ModelOptions):
         "adapter.targets": ("all-linear",),
         "output.formats": ("peft",),
     }
+    of_answers: ClassVar[frozenset[str]] = frozenset({"max_new_tokens", "temperature"})
     ranges: ClassVar[Mapping[str, Any]] = {
         "max_new_tokens": (lambda v: v >= 1, "must be 1 or greater"),
         "temperature": (lambda v: v >= 0, "must be 0 or greater"),
@@ -123,18 +114,20 @@ class Llava:
         tower = frozenset({"vision_tower"})
         return Loaded(parts, modules, options, device, info, encoders=tower, decoders=tower)
 
-    def cache_key(self, options: LlavaOptions, trained: frozenset[str]) -> str:
+    def cache_key(self, options: LlavaOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names processor and chat template, and, unless it is trained, the image tower by the hash of its weights."""
         from lora_diffusion.families import _vision
 
-        return f"{self.name} {_vision.fingerprint(_find(options), options, 'vision_tower' in trained)}"
+        return f"{self.name} {_vision.fingerprint(_find(options), options, 'vision_tower' in trained, pieces)}"
 
-    def prepare(self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str]) -> list[Prepared]:
-        """Spells conversations, and looks at their pictures.
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
+        """Spells conversations, and looks at their images.
 
         Tensors of an item: "input_ids" and "labels" [tokens], labels -100 but for the answers; "pixels" [views, tiles,
-        3, height, width] if the image tower is trained, else "features" [views, tiles, patches, width]; "image_size"
-        [2], height and width of the picture.
+        3, height, width] if the image tower is trained, else "features" [views, tiles, patches, width], tiles of all
+        images joined; "image_size" [images, 2], height and width, and "num_tiles" [images].
         """
         import torch
 
@@ -142,31 +135,23 @@ class Llava:
 
         items = []
         for sample in samples:
-            assert sample.views, f"{sample.key} was not opened"
-            ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
-            pixels = torch.stack([_vision.pixels(loaded, view) for view in sample.views])
-            tensors = {
-                "input_ids": torch.tensor(ids),
-                "labels": torch.tensor(labels),
-                "image_size": torch.tensor(sample.views[0].size[::-1]),
-            }
-            if "vision_tower" in trained:
-                tensors["pixels"] = pixels
-            else:
-                with torch.no_grad():
-                    seen = _vision.see(loaded, pixels.flatten(0, 1))
-                tensors["features"] = seen.unflatten(0, pixels.shape[:2]).cpu()
+            tensors = {}
+            if "texts" in pieces:
+                ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
+                tensors |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+            if "views" in pieces:
+                tensors |= _vision.prepare_views(loaded, sample, "vision_tower" in trained)
             items.append(Prepared(sample.key, tensors, sample.group, sample.num_repeats))
         return items
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
-        """Pads tokens with 0 and labels with -100 on the right; joins the tiles of all pictures."""
+        """Pads tokens with 0 and labels with -100 on the right; joins the tiles of all images."""
         from lora_diffusion.families import _vision
 
         return Batch(tuple(item.key for item in items), _vision.collate([item.tensors for item in items]))
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
-        """Mean cross-entropy of the tokens of each sample's answers; one view of each picture is drawn."""
+        """Mean cross-entropy of the tokens of each sample's answers; one view of each sample is drawn."""
         from lora_diffusion.families import _vision, _words
 
         features = _vision.draw_view(loaded, batch, rng)
@@ -175,7 +160,8 @@ class Llava:
         output = loaded.parts["language_model"](inputs_embeds=embedded, use_cache=False)
         head, labels = loaded.modules["model"].lm_head, batch.tensors["labels"]
         # The state at a token foretells the next one.
-        return LossOutput(_words.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:]))
+        per_sample = _words.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:])
+        return LossOutput(per_sample if features else per_sample + _vision.nothing_of(loaded))
 
     def example(
         self, options: LlavaOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
@@ -183,7 +169,7 @@ class Llava:
         """Gives pixels for a trained tower, features for the projector, and embeddings of the longest conversation."""
         from lora_diffusion.families import _vision
 
-        return _vision.example(self.skeleton(options), _find(options), trained, batch_size, size[0])
+        return _vision.example(self.skeleton(options), _find(options), trained, batch_size, size)
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Answers questions about pictures, in batches of equal adapter weights; alone where tokens are drawn."""

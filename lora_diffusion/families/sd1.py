@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core.types import (
+    PIECES,
     BaseInfo,
     Batch,
     Example,
@@ -76,9 +77,10 @@ class StableDiffusion1:
 
     def key_map(self, format_name: str, options: StableDiffusionOptions | None) -> KeyMap:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
-        from lora_diffusion.families import _names
+        from lora_diffusion.families import _names, _sources
 
-        return _names.key_map(format_name, None if options is None else self.skeleton(options), self.name)
+        parts = None if options is None else _sources.find(options).outline()
+        return _names.key_map(format_name, parts, self.name)
 
     def load(self, options: StableDiffusionOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizer and scheduler."""
@@ -86,13 +88,17 @@ class StableDiffusion1:
 
         return _sources.find(options).load(options, device)
 
-    def cache_key(self, options: StableDiffusionOptions, trained: frozenset[str]) -> str:
+    def cache_key(
+        self, options: StableDiffusionOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> str:
         """Names the VAE and, unless it is trained, the text encoder by the hash of their weights."""
         from lora_diffusion.families import _sources
 
-        return _sources.cache_key(options, trained)
+        return _sources.cache_key(options, trained, pieces)
 
-    def prepare(self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
         """Gives "moments", and the column "text": embeddings [captions, length, dim], or token ids if trained."""
         from lora_diffusion.families import _objective, _text
 
@@ -102,7 +108,7 @@ class StableDiffusion1:
                 return {"text": ids}
             return _text.in_chunks(lambda rows: {"text": _read(loaded, rows)}, ids)
 
-        return _objective.prepare(loaded, samples, describe)
+        return _objective.prepare(loaded, samples, describe, pieces)
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items; captions are padded with zeros to the largest number of them."""
@@ -120,9 +126,10 @@ class StableDiffusion1:
         self, options: StableDiffusionOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
     ) -> Example:
         """Gives latents, timesteps and text for the UNet, and token ids for a trained text encoder."""
-        from lora_diffusion.families import _latent
+        from lora_diffusion.families import _latent, _sources
 
-        return Example(_latent.example(self.skeleton(options), self.check(options), options, trained, batch_size, size))
+        parts = _sources.find(options).outline()
+        return Example(_latent.example(parts, self.check(options), options, trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.types import (
+    PIECES,
     BaseInfo,
     Batch,
     Example,
@@ -35,7 +36,8 @@ _TOWERS = {"text_encoder": ("tokenizer", "text"), "text_encoder_2": ("tokenizer_
 """Text encoder -> its tokenizer, and the column that holds its embeddings, or token ids if it is trained."""
 _SUMMARY = "summary"
 _SHOWN = "shown"
-_DEFAULT_SKIP = 2
+_ENDINGS = ("", "_empty", "_prior")
+"""Of the text columns."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class StableDiffusionXL:
 
     def key_map(self, format_name: str, options: SDXLOptions | None) -> KeyMap:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
-        from lora_diffusion.families import _names
+        from lora_diffusion.families import _names, _sources
 
-        return _names.key_map(format_name, None if options is None else self.skeleton(options), self.name)
+        parts = None if options is None else _sources.find(options).outline()
+        return _names.key_map(format_name, parts, self.name)
 
     def load(self, options: SDXLOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizers and scheduler."""
@@ -79,13 +82,15 @@ class StableDiffusionXL:
 
         return _sources.find(options).load(options, device)
 
-    def cache_key(self, options: SDXLOptions, trained: frozenset[str]) -> str:
+    def cache_key(self, options: SDXLOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names the VAE and the text encoders that are not trained by the hash of their weights."""
         from lora_diffusion.families import _sources
 
-        return _sources.cache_key(options, trained)
+        return _sources.cache_key(options, trained, pieces)
 
-    def prepare(self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
         """Gives "moments" and "time_ids" of each view, and text columns.
 
         "text" and "text_2" hold embeddings [captions, length, dim], or token ids if that encoder is trained; "summary"
@@ -103,8 +108,8 @@ class StableDiffusionXL:
                 columns |= _text.in_chunks(lambda rows, tower=tower: _read(loaded, tower, rows), ids)
             return columns
 
-        items = _objective.prepare(loaded, samples, describe)
-        return [_with_sizes(loaded, item, sample) for item, sample in zip(items, samples, strict=True)]
+        items = _objective.prepare(loaded, samples, describe, pieces)
+        return [_completed(loaded, item, sample) for item, sample in zip(items, samples, strict=True)]
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items; captions are padded with zeros to the largest number of them."""
@@ -120,9 +125,10 @@ class StableDiffusionXL:
 
     def example(self, options: SDXLOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
         """Gives latents, timesteps, text and sizes for the UNet, and token ids for trained text encoders."""
-        from lora_diffusion.families import _latent
+        from lora_diffusion.families import _latent, _sources
 
-        return Example(_latent.example(self.skeleton(options), self.check(options), options, trained, batch_size, size))
+        parts = _sources.find(options).outline()
+        return Example(_latent.example(parts, self.check(options), options, trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""
@@ -134,31 +140,40 @@ class StableDiffusionXL:
 def _read(loaded: Loaded, tower: str, token_ids: Tensor) -> dict[str, Tensor]:
     """Returns a text encoder's columns: embeddings [num_prompts, length, dim], and from the second the summary."""
     from lora_diffusion.families import _text
+    from lora_diffusion.families._components import LAYOUTS
 
-    skip = loaded.options.clip_skip or _DEFAULT_SKIP
+    skip = loaded.options.clip_skip or LAYOUTS[FAMILY.name].usual_skip
     hidden, summary = _text.encode_raw(loaded.parts[tower], token_ids, skip)
     column = _TOWERS[tower][1]
     return {column: hidden} if summary is None else {column: hidden, _SUMMARY: summary}
 
 
-def _with_sizes(loaded: Loaded, item: Prepared, sample: ImageText) -> Prepared:
-    """Adds what the UNet is told of the picture's sizes, and which captions are shown to it."""
+def _completed(loaded: Loaded, item: Prepared, sample: ImageText) -> Prepared:
+    """Adds what the UNet is told of the sizes of a picture's views, and which captions are shown to it."""
+    sizes = _sizes(sample)[: len(item.tensors["moments"])] if "moments" in item.tensors else None
+    added = {**({} if sizes is None else {"time_ids": sizes}), **_shown(loaded, item.tensors)}
+    return replace(item, tensors={**item.tensors, **added})
+
+
+def _sizes(sample: ImageText) -> Tensor:
+    """Returns original size, crop and size of the picture and of its mirror image, [2, 6]."""
     import torch
 
     width, height = sample.original_size
     left, top, right, _ = sample.crop
+    # What was cut off at the right is at the left of the mirror image.
     rows = [[height, width, top, offset, sample.size[1], sample.size[0]] for offset in (left, right)]
-    lengths = {
-        ending: len(item.tensors[name])
-        for ending in ("", "_empty", "_prior")
-        if (name := f"text{ending}") in item.tensors
-    }
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _shown(loaded: Loaded, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    import torch
+
+    lengths = {ending: len(tensors[f"text{ending}"]) for ending in _ENDINGS if f"text{ending}" in tensors}
     shown = {f"{_SHOWN}{ending}": torch.ones(length) for ending, length in lengths.items()}
-    if loaded.modules["zero_empty_prompt"]:
+    if "" in lengths and loaded.modules["zero_empty_prompt"]:
         shown[f"{_SHOWN}_empty"] = torch.zeros(1)
-    # The second view is the mirror image: what was cut off at the right is then at the left.
-    times = torch.tensor(rows[: len(item.tensors["moments"])], dtype=torch.float32)
-    return replace(item, tensors={**item.tensors, "time_ids": times, **shown})
+    return shown
 
 
 def _encode(loaded: Loaded, rows: Mapping[str, Tensor]) -> Condition:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.types import (
+    PIECES,
     AudioText,
     Batch,
     Example,
@@ -49,6 +50,10 @@ class WhisperOptions(ModelOptions):
     """transcribe, or translate into English."""
     timestamps: bool = False
     """Keep timestamps such as <|0.00|> in transcripts and learn them; false drops them."""
+    num_beams: int = 1
+    """Transcripts that are followed at once in search of the likeliest; 5 is usual, 1 takes the likeliest token."""
+    repetition_guard: bool = True
+    """Hear a recording again, with drawn tokens, where its transcript repeats itself, as Whisper's authors do."""
     mask_time_prob: float = 0.0
     """SpecAugment: share of a recording's frames that are hidden in a training step; 0.05 is usual, 0 turns it off."""
     mask_time_length: int = 10
@@ -62,8 +67,10 @@ class WhisperOptions(ModelOptions):
         "adapter.parts": ("encoder", "decoder"),
         "output.formats": ("peft",),
     }
+    of_answers: ClassVar[frozenset[str]] = frozenset({"num_beams", "repetition_guard"})
     ranges: ClassVar[Mapping[str, Any]] = {
         "task": (lambda v: v in ("transcribe", "translate"), "must be one of transcribe, translate"),
+        "num_beams": (lambda v: v >= 1, "must be 1 or greater"),
         "mask_time_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
         "mask_time_length": (lambda v: v >= 1, "must be 1 or greater"),
         "mask_feature_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
@@ -135,15 +142,19 @@ class Whisper:
         modules = {"model": model, "tokenizer": processor.tokenizer, "extractor": processor.feature_extractor}
         return Loaded(parts, modules, options, device, info)
 
-    def cache_key(self, options: WhisperOptions, trained: frozenset[str]) -> str:
+    def cache_key(self, options: WhisperOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names tokenizer, feature extractor, and how transcripts are written; no weights prepare anything."""
         from lora_diffusion.families import _speech, _transformers
 
         del trained
         files = _transformers.fingerprint(_find(options), _speech.PROCESSOR_FILES)
+        if "texts" not in pieces:
+            return f"{self.name} {files}"
         return f"{self.name} {files} {options.language} {options.task} {options.timestamps}"
 
-    def prepare(self, loaded: Loaded, samples: Sequence[AudioText], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[AudioText], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
         """Gives log-mel features and labels.
 
         Tensors of an item: "features" [views, mels, frames] as the base's feature extractor gives them; "num_frames"
@@ -157,12 +168,14 @@ class Whisper:
         extractor, tokenizer = loaded.modules["extractor"], loaded.modules["tokenizer"]
         items = []
         for sample in samples:
-            assert sample.waveforms, f"{sample.key} was not opened"
-            tensors = {
-                "features": torch.cat([_speech.log_mel(extractor, waveform) for waveform in sample.waveforms]),
-                "num_frames": torch.tensor([-(-len(wave) // extractor.hop_length) for wave in sample.waveforms]),
-                "labels": torch.tensor(_speech.labels(tokenizer, sample, loaded.options, loaded.info)),
-            }
+            tensors = {}
+            if "views" in pieces:
+                assert sample.waveforms, f"{sample.key} was not opened"
+                frames = [-(-len(waveform) // extractor.hop_length) for waveform in sample.waveforms]
+                tensors["features"] = torch.cat([_speech.log_mel(extractor, wave) for wave in sample.waveforms])
+                tensors["num_frames"] = torch.tensor(frames)
+            if "texts" in pieces:
+                tensors["labels"] = torch.tensor(_speech.labels(tokenizer, sample, loaded.options, loaded.info))
             items.append(Prepared(sample.key, tensors, "", sample.num_repeats))
         return items
 
@@ -227,7 +240,7 @@ class Whisper:
         return Example(inputs, {"head": Head(config.vocab_size, width, is_tied=True)})
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
-        """Transcribes recordings by greedy search, in batches of equal adapter weights, language and task."""
+        """Transcribes recordings, in batches of equal adapter weights, language and task."""
         from lora_diffusion.families import _speech
 
         outputs: dict[int, Output] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.formats._spelling import refuse_unread
+from lora_diffusion.formats._spelling import EMBEDDING, refuse_unread
 from lora_diffusion.formats.peft import headers
 
 
@@ -43,7 +43,12 @@ def is_adapter(path: Path) -> bool:
 
 def stored_dtypes(path: Path) -> set[str]:
     """Returns the number types of the matrices of an adapter file or folder, as safetensors spells them: F16, ..."""
-    return {info.dtype for header in headers(path) for info in header.tensors.values() if len(info.shape) > 1}
+    return {
+        info.dtype
+        for header in headers(path)
+        for name, info in header.tensors.items()
+        if len(info.shape) > 1 and not name.startswith(EMBEDDING)
+    }
 
 
 def formats_of(names: Sequence[str]) -> list[str]:

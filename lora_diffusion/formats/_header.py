@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.files import not_a_file
 
 LARGEST_HEADER_BYTES = 16 * 2**20
 """An SDXL adapter of every module and a picture needs one; the library itself would take 100 MB."""
@@ -65,6 +66,8 @@ def read_header(path: Path) -> Header:
     Raises:
         AdapterFileError: not a whole safetensors file; a pickle is refused, since reading one can run code.
     """
+    if kind := not_a_file(path):
+        raise AdapterFileError(f"{path} is {kind} and no file; name an adapter file.")
     if not path.is_file():
         raise AdapterFileError(f"There is no adapter file {path}.")
     num_bytes = path.stat().st_size

@@ -7,9 +7,27 @@ from collections.abc import Iterable
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Format
+from lora_diffusion.core.types import AdapterState
 
 READERS = {"comfyui": "kohya", "a1111": "kohya", "forge": "kohya"}
 """Program -> the format that it reads."""
+
+
+BIAS, EMBEDDINGS = "bias", "embeddings"
+"""What a format's `refused` may name besides variants: changes of biases, and text embeddings packed in the file."""
+
+
+def check_holds_state(format_: Format, state: AdapterState) -> None:
+    """Checks that a format can hold all of an adapter.
+
+    Raises:
+        UnsupportedError: it cannot; the message gives the reason and the formats that can.
+    """
+    check_holds(format_, (adapter.variant for _, adapter in state))
+    if any(BIAS in adapter.tensors for _, adapter in state):
+        check_holds(format_, [BIAS])
+    if state.embeddings:
+        check_holds(format_, [EMBEDDINGS])
 
 
 def check_holds(format_: Format, variants: Iterable[str]) -> None:
@@ -21,9 +39,10 @@ def check_holds(format_: Format, variants: Iterable[str]) -> None:
     for variant in dict.fromkeys(variants):
         if variant in format_.refused:
             others = [name for name in registry.available("formats") if variant not in _find(name).refused]
+            able = f"Formats that can: {', '.join(others)}." if others else "No format can; merge it into its base."
             raise UnsupportedError(
-                f"The {format_.name} spelling cannot hold {variant} adapters: {format_.refused[variant]}. "
-                f"Formats that can: {', '.join(others)}."
+                f"The {format_.name} spelling cannot hold {_TITLES.get(variant, f'{variant} adapters')}: "
+                f"{format_.refused[variant]}. {able}"
             )
 
 
@@ -35,6 +54,9 @@ def check_output(format_names: Iterable[str], variant: str) -> None:
     """
     for name in format_names:
         check_holds(_find(name), [variant])
+
+
+_TITLES = {BIAS: "changes of biases", EMBEDDINGS: "text embeddings"}
 
 
 def _find(name: str) -> Format:

@@ -9,6 +9,7 @@ from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array
+from lora_diffusion.formats._holding import BIAS, EMBEDDINGS
 from lora_diffusion.formats._spelling import PEFT
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ WRONG_AXIS = (
     "PEFT has a magnitude for each output, and this adapter one for each input. Train with adapter.variant=dora_out, "
     "or merge it into the base"
 )
+
+
+_OTHER = "PEFT has other layers for it, or none"
+NOT_IN_PEFT = {
+    **dict.fromkeys(("loha+dora", "loha+dora_out", "lokr+dora", "lokr+dora_out"), _OTHER),
+    **dict.fromkeys(("full", "norm", "set", "ia3", "oft", "boft", "glora"), _OTHER),
+    BIAS: "neither PEFT nor diffusers reads a change of a bias as a difference",
+    EMBEDDINGS: "PEFT and diffusers keep them in files of their own; leave them out with --embeddings drop",
+}
+"""What the spellings of PEFT and diffusers cannot hold -> the reason."""
 
 
 def check_one_kind(part: str, adapters: Iterable[ModuleAdapter]) -> None:

@@ -37,15 +37,16 @@ def _fitted(adapter: ModuleAdapter, weight: tuple[int, ...]) -> ModuleAdapter:
     if "down" not in adapter.tensors or "mid" in adapter.tensors:
         return adapter
     down, up = adapter.tensors["down"], adapter.tensors["up"]
-    is_same_size = (up.shape[0], down.shape[1], *_plain(down.shape[2:])) == (*weight[:2], *_plain(weight[2:]))
-    if not is_same_size:
+    # ComfyUI writes the factors of convolutions flat.
+    own = weight[1:] if down.ndim == 2 and down.shape[1] == math.prod(weight[1:]) else down.shape[1:]
+    if (up.shape[0], own[0], *_plain(own[1:])) != (*weight[:2], *_plain(weight[2:])):
         return adapter
     ones = (1,) * (len(weight) - 2)
-    shapes = {"down": (*down.shape[:2], *weight[2:])}
-    tensors = {
-        name: tensor.reshape(shapes.get(name, (*tensor.shape[:2], *ones))) for name, tensor in adapter.tensors.items()
-    }
-    return replace(adapter, tensors=tensors)
+    shapes = {"down": (down.shape[0], *weight[1:]), "up": (*up.shape[:2], *ones)}
+    if "magnitude" in adapter.tensors:
+        shapes["magnitude"] = (*adapter.tensors["magnitude"].shape[:2], *ones)
+    tensors = {name: adapter.tensors[name].reshape(shape) for name, shape in shapes.items()}
+    return replace(adapter, tensors={**adapter.tensors, **tensors})
 
 
 def _plain(kernel: tuple[int, ...]) -> tuple[int, ...]:
@@ -111,7 +112,11 @@ def with_attention(state: AdapterState) -> AdapterState:
 
 def _zeros_like(adapter: ModuleAdapter) -> ModuleAdapter:
     # All four are square matrices of one size.
-    return _square_zeros(adapter, change_shape(adapter)[0])
+    tensors = adapter.tensors
+    if "blocks" in tensors:
+        return _square_zeros(adapter, math.prod(tensors["blocks"].shape[-3:-1]))
+    side = next((tensors[name].shape[-1] for name in ("factor", "bias") if name in tensors), None)
+    return _square_zeros(adapter, side or change_shape(adapter)[0])
 
 
 def _square_zeros(like: ModuleAdapter, width: int) -> ModuleAdapter:

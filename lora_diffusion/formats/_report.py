@@ -20,7 +20,7 @@ from lora_diffusion.formats._arrays import Array, as_array, widen
 from lora_diffusion.formats._detect import formats_of
 from lora_diffusion.formats._guess import guess_family, sized_as, told_by_content
 from lora_diffusion.formats._lora_config import find_alpha, find_rank
-from lora_diffusion.formats._spelling import PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
+from lora_diffusion.formats._spelling import EMBEDDING, PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.metadata import told_kind
 from lora_diffusion.formats.peft import full_name, headers, part_folders, read_config, tensor_files
@@ -113,6 +113,8 @@ class _Module:
     def variant(self) -> str:
         """Kind of adapter; the axis of a magnitude is not looked at."""
         has_magnitude = bool({"magnitude", "magnitude_out"} & self.group.names.keys())
+        if self.adapter and self.adapter.variant == "boft":
+            return "boft"
         return "+".join(
             [*sorted(self.group.kinds - {"lora"} if has_magnitude else self.group.kinds), *["dora"] * has_magnitude]
         )
@@ -142,7 +144,10 @@ def describe_file(path: Path) -> FileReport:
     modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
     norms, faults = _norms(modules), tuple(_faults(modules, tensors))
     metadata = {key: value for header in found for key, value in header.metadata.items()}
+    packed = [name for name in strange if name.startswith(EMBEDDING)]
+    strange = [name for name in strange if name not in packed]
     variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
+    variants += Counter("embedding" for _ in packed)
     return FileReport(
         path=str(path),
         format="+".join(formats) or "unknown",
@@ -191,18 +196,25 @@ def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapp
         beside = widen(own.pop("alpha"))
         alpha = float(beside.reshape(-1)[0]) if beside.size else None
     # What a magnitude does depends on the base; the change before it is known.
-    plain: dict[str, Any] = {tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude")}
+    plain: dict[str, Any] = {
+        tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude") and tensor != "shape"
+    }
     if len(group.kinds) != 1 or group.lacking:
         return _Module(name, group, None, alpha)
-    adapter = ModuleAdapter(next(iter(group.kinds)), plain, 1.0)
+    (kind,) = group.kinds
+    adapter = ModuleAdapter("boft" if kind == "oft" and plain["blocks"].ndim == 4 else kind, plain, 1.0)
     try:
-        is_empty = not math.prod(change_shape(adapter)) or not adapter.rank
-    except AdapterFileError:
+        is_empty = not all(values.size for values in plain.values())
+        if adapter.changes_weight and kind not in ("ia3", "oft"):
+            is_empty |= not math.prod(change_shape(adapter))
+        is_empty |= not adapter.rank
+    except (AdapterFileError, IndexError):
         return _Module(name, group, None, alpha)
     if is_empty:
         return _Module(name, group, None, alpha)
     adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
-    return _Module(name, group, adapter, alpha, rank, group.kinds == {"lora"} and not fits_magnitude(own))
+    has_misfit = kind in ("lora", "loha", "lokr") and not fits_magnitude(own)
+    return _Module(name, group, adapter, alpha, rank, has_misfit)
 
 
 def _part(name: str) -> str:
@@ -221,6 +233,8 @@ def _norms(modules: Iterable[_Module]) -> dict[str, float]:
         module.name: delta_norm(_widened(module.adapter))
         for module in modules
         if module.adapter
+        and module.adapter.changes_weight
+        and not module.adapter.needs_base
         and math.isfinite(module.adapter.alpha)
         and not _safetensors.non_finite(module.adapter.tensors)
     }
@@ -289,7 +303,7 @@ def _oddities(
     }
     if formats == ["kohya"]:
         found["module(s) without alpha; most programs then take alpha = rank"] = [
-            module.name for module in modules if module.adapter and module.alpha is None
+            module.name for module in modules if module.adapter and module.adapter.has_scale and module.alpha is None
         ]
     yield from _told(found)
 

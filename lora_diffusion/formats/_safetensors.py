@@ -85,9 +85,12 @@ def non_finite(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def not_weights(tensors: Mapping[str, Array]) -> list[str]:
-    """Returns the names of tensors that are empty, or hold several whole numbers; one alone may be an alpha."""
+    """Returns the names of tensors that are empty, or hold several whole numbers that are neither flag nor shape."""
     return [
-        name for name, tensor in tensors.items() if tensor.size == 0 or (tensor.size > 1 and not is_floating(tensor))
+        name
+        for name, tensor in tensors.items()
+        if tensor.size == 0
+        or (tensor.size > 1 and not is_floating(tensor) and not name.endswith((".reshape_weight", ".on_input")))
     ]
 
 

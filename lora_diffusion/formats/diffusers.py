@@ -15,11 +15,18 @@ from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, in_float32
-from lora_diffusion.formats._holding import check_holds
+from lora_diffusion.formats._holding import check_holds_state
 from lora_diffusion.formats._lora_config import check_config, find_alpha, warn_of_ranks, write_config
-from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
+from lora_diffusion.formats._peft_tensors import NOT_IN_PEFT, WRONG_AXIS, check_one_kind, peft_tensors
 from lora_diffusion.formats._portable import complete_attention, with_attention
-from lora_diffusion.formats._spelling import PEFT_PREFIX, group_names, one_alpha, read_modules, split_name
+from lora_diffusion.formats._spelling import (
+    PEFT_PREFIX,
+    group_names,
+    one_alpha,
+    read_modules,
+    split_embeddings,
+    split_name,
+)
 from lora_diffusion.formats.metadata import without_hashes
 
 if TYPE_CHECKING:
@@ -36,7 +43,7 @@ _REASON = "load_lora_weights has no layer for it"
 class _Diffusers:
     name = "diffusers"
     is_folder = False
-    refused: Mapping[str, str] = {"dora": WRONG_AXIS, "loha": _REASON, "lokr": _REASON}
+    refused: Mapping[str, str] = {**NOT_IN_PEFT, "dora": WRONG_AXIS, "loha": _REASON, "lokr": _REASON}
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a dotted path is followed by a suffix of adapters."""
@@ -55,7 +62,7 @@ class _Diffusers:
             NonFiniteError: a value does not fit `dtype`.
             UnsupportedError: diffusers cannot load a variant, or mixes of them in one part.
         """
-        check_holds(self, (adapter.variant for _, adapter in state))
+        check_holds_state(self, state)
         tensors: dict[str, Array] = {}
         parts: dict[str, dict[str, ModuleAdapter]] = {}
         for key, adapter in state:
@@ -80,7 +87,8 @@ class _Diffusers:
 
     def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
-        tensors, metadata = _safetensors.load(path)
+        loaded, metadata = _safetensors.load(path)
+        tensors, embeddings = split_embeddings(loaded)
         configs = read_configs(metadata, path)
         metadata.pop(_CONFIG_KEY, None)
         metadata.pop("format", None)
@@ -102,7 +110,7 @@ class _Diffusers:
         for part, config in configs.items():
             own = {key_map.name(key).removeprefix(f"{part}."): own for key, own in modules.items() if key.part == part}
             warn_of_ranks(own, config, path)
-        return AdapterState(modules, metadata)
+        return AdapterState(modules, metadata, embeddings)  # type: ignore[arg-type]  # arrays
 
 
 def _whole(name: str) -> str:

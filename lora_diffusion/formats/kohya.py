@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING
 import numpy
 
 from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.types import AdapterState
+from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._arrays import Array, in_float32
-from lora_diffusion.formats._holding import check_holds
+from lora_diffusion.formats._arrays import Array, as_array, in_float32
+from lora_diffusion.formats._holding import check_holds_state
+from lora_diffusion.formats._module import FLAGS, SCALED
 from lora_diffusion.formats._portable import complete_attention, share_alpha
-from lora_diffusion.formats._spelling import KOHYA, group_names, one_alpha, read_modules, split_name, unread_kind
+from lora_diffusion.formats._spelling import (
+    EMBEDDING,
+    KOHYA,
+    group_names,
+    one_alpha,
+    read_modules,
+    split_embeddings,
+    split_name,
+    unread_kind,
+)
 from lora_diffusion.formats.metadata import hashes, without_hashes
 
 if TYPE_CHECKING:
@@ -27,15 +37,16 @@ if TYPE_CHECKING:
     from lora_diffusion.core.keymap import KeyMap
 
 _PREFIXES = ("lora_", "lycoris_")
+_WRONG_AXIS = (
+    "ComfyUI, Forge and A1111 misread a magnitude along the outputs, each in its own way. Train with "
+    "adapter.variant=dora, or merge it into the base"
+)
 
 
 class _Kohya:
     name = "kohya"
     is_folder = False
-    refused: Mapping[str, str] = {
-        "dora_out": "ComfyUI, Forge and A1111 misread a magnitude along the outputs, each in its own way. Train with "
-        "adapter.variant=dora, or merge it into the base"
-    }
+    refused: Mapping[str, str] = {"dora_out": _WRONG_AXIS, "loha+dora_out": _WRONG_AXIS, "lokr+dora_out": _WRONG_AXIS}
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a module name without a dot is followed by a suffix of kohya or LyCORIS."""
@@ -54,16 +65,13 @@ class _Kohya:
             NonFiniteError: a value does not fit `dtype`.
             UnsupportedError: a module is of a variant that the readers of this spelling misread.
         """
-        check_holds(self, (adapter.variant for _, adapter in state))
+        check_holds_state(self, state)
         tensors: dict[str, Array] = {}
         for key, adapter in state:
             name = key_map.name(key)
-            suffixes = KOHYA["lora" if adapter.variant == "dora" else adapter.variant]
-            for tensor, suffix in suffixes.items():
-                if tensor in adapter.tensors:
-                    tensors[f"{name}{suffix}"] = _safetensors.cast(name, adapter.tensors[tensor], dtype)
-            # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
-            tensors[f"{name}.alpha"] = numpy.array(adapter.alpha, numpy.float32)
+            tensors |= _tensors(name, adapter, dtype)
+        # Words for prompts are no weights of the adapter and keep their dtype.
+        tensors |= {EMBEDDING + name: as_array(tensor) for name, tensor in state.embeddings.items()}
         # diffusers refuses a file with alphas that also holds its own record of them.
         told = {key: value for key, value in without_hashes(state.metadata).items() if key != "lora_adapter_metadata"}
         _safetensors.save(tensors, {**told, **hashes(tensors, told)}, path)
@@ -74,9 +82,10 @@ class _Kohya:
 
     def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
-        tensors, metadata = _safetensors.load(path)
+        loaded, metadata = _safetensors.load(path)
+        tensors, embeddings = split_embeddings(loaded)
         groups, _ = group_names(tensors)
-        without = [name for name, group in groups.items() if "alpha" not in group.names]
+        without = [name for name, group in groups.items() if "alpha" not in group.names and group.kinds & SCALED]
 
         def find_alpha(name: str) -> float | None:
             full = groups[name].names.get("alpha")
@@ -84,8 +93,23 @@ class _Kohya:
 
         modules = read_modules(tensors, key_map, find_alpha, path)
         if without:
-            _warn_of_alpha(path, without, len(groups))
-        return AdapterState(modules, metadata)
+            _warn_of_alpha(path, without, len([name for name, group in groups.items() if group.kinds & SCALED]))
+        return AdapterState(modules, metadata, embeddings)  # type: ignore[arg-type]  # arrays
+
+
+def _tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype | None) -> dict[str, Array]:
+    """Returns the tensors of a module by their names in a file."""
+    kind = "lora" if adapter.variant == "dora" else adapter.variant.partition("+")[0]
+    suffixes = {"bias": ".diff_b", **KOHYA[kind]}
+    tensors = {
+        f"{name}{suffix}": _safetensors.cast(name, adapter.tensors[tensor], None if tensor in FLAGS else dtype)
+        for tensor, suffix in suffixes.items()
+        if tensor in adapter.tensors
+    }
+    if kind in SCALED or "blocks" in adapter.tensors:
+        # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
+        tensors[f"{name}.alpha"] = numpy.array(adapter.alpha, numpy.float32)
+    return tensors
 
 
 def _module(name: str) -> str:

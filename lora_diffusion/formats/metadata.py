@@ -144,7 +144,7 @@ def build(
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": _BASES[architecture].implementation,
         "modelspec.title": name,
-        "modelspec.date": datetime.fromtimestamp(int(written_at)).isoformat(),
+        "modelspec.date": spec_date(written_at),
     }
     if resolution:
         values["modelspec.resolution"] = f"{resolution[0]}x{resolution[1]}"
@@ -156,6 +156,11 @@ def build(
         values["modelspec.trigger_phrase"] = trigger
     values |= {f"modelspec.{key}": value for key, value in (about or {}).items() if value is not None}
     return {key: _text(value) for key, value in values.items()}
+
+
+def spec_date(written_at: float) -> str:
+    """Returns modelspec's form of a time in seconds since 1970: the local one, without a zone."""
+    return datetime.fromtimestamp(int(written_at)).isoformat()
 
 
 def _version_of(architecture: str, prediction: str | None) -> dict[str, str]:
@@ -186,6 +191,8 @@ def count_tags(captions: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int
     return counts
 
 
+BASE = "base_model_name_or_path"
+"""Key of the hub id of the base, or of its name after builtin:, as PEFT calls it."""
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """What depends on the tensors, and the second on the ss_ metadata too."""
 VISIBLE = ("ss_base_model_version", "ss_v2", "modelspec.architecture")

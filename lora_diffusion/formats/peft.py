@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.core.files import atomic_path, write_json
+from lora_diffusion.core.files import atomic_path, not_a_file, public_base, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, in_float32
-from lora_diffusion.formats._holding import check_holds
+from lora_diffusion.formats._holding import check_holds_state
 from lora_diffusion.formats._lora_config import (
     check_config,
     find_alpha,
@@ -28,10 +28,10 @@ from lora_diffusion.formats._lora_config import (
     without_recorded_scale,
     write_config,
 )
-from lora_diffusion.formats._peft_tensors import WRONG_AXIS, check_one_kind, peft_tensors
+from lora_diffusion.formats._peft_tensors import NOT_IN_PEFT, WRONG_AXIS, check_one_kind, peft_tensors
 from lora_diffusion.formats._published import published
 from lora_diffusion.formats._spelling import PEFT_PREFIX, read_modules, split_name
-from lora_diffusion.formats.metadata import without_hashes
+from lora_diffusion.formats.metadata import BASE, without_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,14 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 """What older versions of PEFT wrote instead."""
 _SHOWN = 10
+_TOLD = (BASE, "auto_mapping", "task_type")
+"""What a record tells of the base and its use, in metadata by the same names; the mapping as JSON."""
+_CLASSES = {
+    "whisper": ("transformers.models.whisper.modeling_whisper", "WhisperForConditionalGeneration"),
+    "llava": ("transformers.models.llava.modeling_llava", "LlavaForConditionalGeneration"),
+    "llava-next": ("transformers.models.llava_next.modeling_llava_next", "LlavaNextForConditionalGeneration"),
+}
+"""Architecture whose parts belong to one model -> module and class of that."""
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"bias": "none", "lora_dropout": 0.0},
     "LOHA": {"rank_dropout": 0.0, "module_dropout": 0.0},
@@ -54,7 +62,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 class _Peft:
     name = "peft"
     is_folder = True
-    refused: Mapping[str, str] = {"dora": WRONG_AXIS}
+    refused: Mapping[str, str] = {"dora": WRONG_AXIS, **NOT_IN_PEFT}
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a name begins as PEFT begins all of them."""
@@ -72,7 +80,7 @@ class _Peft:
             NonFiniteError: a value does not fit `dtype`.
             UnsupportedError: PEFT cannot hold a variant, or mixes of them in one folder.
         """
-        check_holds(self, (adapter.variant for _, adapter in state))
+        check_holds_state(self, state)
         groups: dict[str, dict[str, ModuleAdapter]] = {}
         for key, adapter in state:
             part, bare = _split(key_map, key)
@@ -83,8 +91,9 @@ class _Peft:
                 tensors: dict[str, Array] = {}
                 for name, adapter in adapters.items():
                     tensors |= peft_tensors(PEFT_PREFIX + name, adapter, dtype)
-                _safetensors.save(tensors, {**without_hashes(state.metadata), "format": "pt"}, folder / part / TENSORS)
-                write_json(folder / part / CONFIG, _record(adapters))
+                told = {key: text for key, text in without_hashes(state.metadata).items() if key not in _TOLD}
+                _safetensors.save(tensors, {**told, "format": "pt"}, folder / part / TENSORS)
+                write_json(folder / part / CONFIG, _base(state.metadata, part) | _record(adapters))
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads such a folder, or that of one part, whose part is then told by its names."""
@@ -104,7 +113,7 @@ class _Peft:
             own = {_split(key_map, key)[1]: key for key in found}
             warn_of_ranks({bare: found[key] for bare, key in own.items()}, config, folder)
             modules |= {key: without_recorded_scale(found[key], config, bare) for bare, key in own.items()}
-            metadata.update(told)
+            metadata.update(told | _told(config))
         metadata.pop("format", None)
         return AdapterState(modules, metadata)
 
@@ -158,7 +167,44 @@ def full_name(name: str, part: str) -> str:
 
 def _record(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
     kind = peft_type(adapters)
-    return {"peft_type": kind, "task_type": None, **_FIXED[kind], "inference_mode": True, **write_config(adapters)}
+    return {"peft_type": kind, **_FIXED[kind], "inference_mode": True, **write_config(adapters)}
+
+
+def _base(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+    """Returns what AutoPeftModel and pipelines load the base by; null where it has no name that others know.
+
+    Args:
+        metadata: of the adapter.
+        part: whose folder it is; "" where the folder is that of a whole model, which has a class of its own.
+    """
+    mapping, task = _mapping(metadata.get("auto_mapping", "")), metadata.get("task_type")
+    known = _CLASSES.get(metadata.get("modelspec.architecture", "").split("/")[0])
+    if known and not part and not task:
+        mapping = dict(zip(("parent_library", "base_model_class"), known, strict=True))
+    return {"task_type": task, "auto_mapping": mapping, BASE: metadata.get(BASE)}
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the same as metadata; a path on the machine of whoever wrote it says nothing, and is left out."""
+    base, task, mapping = (config.get(key) for key in (BASE, "task_type", "auto_mapping"))
+    found = {
+        BASE: public_base(base) if isinstance(base, str) else None,
+        "task_type": task if isinstance(task, str) and re.fullmatch(r"[A-Z0-9_]{1,40}", task) else None,
+        "auto_mapping": text if isinstance(mapping, dict) and _mapping(text := json.dumps(mapping)) else None,
+    }
+    return {key: text for key, text in found.items() if text}
+
+
+def _mapping(text: str) -> dict[str, str] | None:
+    """Returns the class of transformers or diffusers that loads a base; None where the text says another thing."""
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(told, dict) or told.keys() != {"base_model_class", "parent_library"}:
+        return None
+    is_known = re.fullmatch(r"(transformers|diffusers)[\w.]*", str(told["parent_library"]))
+    return told if is_known and re.fullmatch(r"\w+", str(told["base_model_class"])) else None
 
 
 def _split(key_map: KeyMap, key: ModuleKey) -> tuple[str, str]:
@@ -221,6 +267,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         UnsupportedError: it describes another kind of adapter.
     """
     path = folder / CONFIG
+    if kind := not_a_file(path):
+        raise AdapterFileError(f"{path} is {kind} and no file; get the folder again.")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

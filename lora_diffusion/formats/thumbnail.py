@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from lora_diffusion.core.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -19,19 +16,13 @@ MOST_CHARACTERS = 64 * 2**10
 _QUALITIES = (85, 70, 50, 30)
 
 
-def data_url(path: Path) -> str:
-    """Returns a picture as a data URL: JPEG, upright, at most LONGEST_SIDE pixels and MOST_CHARACTERS characters.
+def data_url(picture: Picture) -> str:
+    """Returns an RGB picture, which is made small in place, as a data URL.
 
-    Raises:
-        DataError: it cannot be read as a picture.
+    It is a JPEG of at most LONGEST_SIDE pixels and MOST_CHARACTERS characters.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file.") from error
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     # Noise of this size takes 30,000 characters at the lowest quality.
     return next(url for quality in _QUALITIES if len(url := _encoded(picture, quality)) <= MOST_CHARACTERS)

@@ -15,6 +15,7 @@ from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Format
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats._arrays import Array, as_array, same_bits, widen
+from lora_diffusion.formats._module import FLAGS
 from lora_diffusion.formats._safetensors import cast
 
 if TYPE_CHECKING:
@@ -73,7 +74,10 @@ def write_exactly(
     lost = whole = 0.0
     for key, adapter in state:
         if key in again.modules:
-            rounded = {name: cast(key.path, tensor, dtype) for name, tensor in adapter.tensors.items()}
+            rounded = {
+                name: cast(key.path, tensor, None if name in FLAGS else dtype)
+                for name, tensor in adapter.tensors.items()
+            }
             fault = _difference(adapter, rounded, again.modules[key])
             faults += [f"{key.part}/{key.path}: {fault}"] if fault else []
             if dtype is not None:
@@ -81,9 +85,20 @@ def write_exactly(
                     widen(as_array(tensor)) - widen(rounded[name]) for name, tensor in adapter.tensors.items()
                 )
                 whole += _squares(map(widen, rounded.values()))
+    faults += _changed_embeddings(state, again)
     if faults:
         raise VerificationError(f"{path} does not hold what was to be written; do not use it.", faults[:10])
     return Written(path, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def _changed_embeddings(told: AdapterState, found: AdapterState) -> list[str]:
+    names = {**told.embeddings, **found.embeddings}
+    both = told.embeddings.keys() & found.embeddings.keys()
+    return [
+        f"the embedding {name} differs"
+        for name in names
+        if name not in both or not same_bits(as_array(told.embeddings[name]), as_array(found.embeddings[name]))
+    ]
 
 
 def _difference(told: ModuleAdapter, rounded: Mapping[str, Array], found: ModuleAdapter) -> str:

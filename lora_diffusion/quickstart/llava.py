@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lora_diffusion import workflows
@@ -19,10 +20,11 @@ def _page(scores: _writing.Scores) -> TextPage:
         for question, share in before.by_question.items():
             count = sum(one.question == question for one in before.answers)
             rows.append((name, question, count, share, after.by_question[question], "", ""))
-    examples = []
+    examples, pictures = [], []
     for before, after in scores.values():
         said, worst = {one.key: one.answer for one in after.answers}, before.answers[: _writing.NUM_EXAMPLES]
         examples += [(one.question, one.target, one.answer, said[one.key]) for one in worst]
+        pictures += [Path(one.picture) for one in worst]
     return TextPage(
         title="lora-diffusion quickstart: emoji questions",
         subtitle="The same questions about pictures that were not trained on, before and after training.",
@@ -33,6 +35,7 @@ def _page(scores: _writing.Scores) -> TextPage:
         example_names=("question", "right", "answer of the base", "answer with the adapter"),
         examples=examples,
         about_examples="Of each set those that the base answered worst.",
+        pictures=pictures,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -23,6 +23,11 @@ from lora_diffusion.training.optim import Params, named
 NETWORKS = "networks"
 """Key of the fingerprint that names the base's networks by content; checkpoints of version 0.1.0 lack it."""
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+FILES = (_ADAPTER, _OPTIMIZER, _STATE)
+"""What a checkpoint is made of."""
+_CHECKSUM = "state_sha256"
+"""Key of the state that holds the digest of all else in it; absent in checkpoints of version 0.1.0."""
+_OPTIONAL = frozenset({"hooks", _CHECKSUM})
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ def save(
             temporary.mkdir()
             save_tensors({name: _plain(value) for name, value in named(params)}, temporary / _ADAPTER)
             save_tensors(_moments(params, optimizer), temporary / _OPTIMIZER)
-            digests = {name: sha256(temporary / name) for name in (_ADAPTER, _OPTIMIZER)}
-            write_json(temporary / _STATE, {**vars(state), "sha256": digests})
+            values = {**vars(state), "sha256": {name: sha256(temporary / name) for name in (_ADAPTER, _OPTIMIZER)}}
+            write_json(temporary / _STATE, {**values, _CHECKSUM: _digest(values)})
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error}. Older checkpoints are untouched; make room and continue with --resume."
@@ -93,8 +98,16 @@ def save(
     older = [step for step in saved if step <= state.step]
     for step in older[:-keep] if keep else []:
         if step not in kept:
-            shutil.rmtree(saved[step])
+            _delete(saved[step])
     return path
+
+
+def _delete(path: Path) -> None:
+    """Deletes what `save` wrote; what somebody else put beside it stays."""
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def find_latest(run_path: Path) -> Path | None:
@@ -158,6 +171,9 @@ def check_length(path: Path, num_steps: int) -> None:
 
 
 def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
+    if key == "model.path" and NETWORKS in then:
+        # Where the base lies may change; what it is, NETWORKS and "base" tell.
+        return True
     if key not in then:
         # A list that the version of the checkpoint did not know was as good as empty.
         return key == NETWORKS or value == []
@@ -225,16 +241,34 @@ def _shape(value: Tensor | None) -> torch.Size | None:
     return None if value is None else value.shape
 
 
+def _digest(state: Mapping[str, Any]) -> str:
+    """Returns the sha256 of JSON values, however they are laid out in a file."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def _fault(path: Path) -> str | None:
     """Says what is wrong with the files of a checkpoint, or None."""
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        incomplete = bool({*TrainState.__dataclass_fields__} - {*state, "hooks"})
+        state = json.loads((path / _STATE).read_bytes())
+        if fault := _fault_of_state(state):
+            return f"{fault} {_STATE}"
         damaged = [name for name in (_ADAPTER, _OPTIMIZER) if sha256(path / name) != state["sha256"][name]]
     except FileNotFoundError as error:
         return f"lacks {Path(error.filename).name}"
-    except (ValueError, OSError, TypeError, LookupError):
+    except (ValueError, OSError, TypeError, LookupError, RecursionError):
         return f"has an unreadable {_STATE}"
-    if incomplete:
-        return f"has an incomplete {_STATE}"
     return f"has a damaged {damaged[0]}" if damaged else None
+
+
+def _fault_of_state(state: Any) -> str | None:
+    known = {*TrainState.__dataclass_fields__, "sha256", _CHECKSUM}
+    if not isinstance(state, dict) or known - {*state} - _OPTIONAL:
+        return "has an incomplete"
+    told = state.get(_CHECKSUM)
+    rest = {name: value for name, value in state.items() if name != _CHECKSUM}
+    # Without the checksum, a name that is not known is one whose letters changed, maybe its own.
+    is_whole = {*state} <= known if told is None else told == _digest(rest)
+    mappings = [state[name] for name in ("fingerprint", "scaler", "versions")] + [state.get("hooks", {})]
+    numbers = [state["step"], state["num_steps"]]
+    is_typed = all(isinstance(value, dict) for value in mappings) and all(type(number) is int for number in numbers)
+    return None if is_whole and is_typed else "has a damaged"

@@ -37,18 +37,18 @@ class Hook:
         """Takes back what `state` gave when the checkpoint was written."""
 
 
-class PreviewHook(Hook):
-    """Draws previews at every n-th step."""
+class IntervalHook(Hook):
+    """Does something at every n-th step, such as drawing previews or writing an adapter file."""
 
-    def __init__(self, every: int, draw: Callable[[int], None]) -> None:
-        """Keeps the interval in steps (0: never) and what draws the pictures of a step."""
+    def __init__(self, every: int, act: Callable[[int], None]) -> None:
+        """Keeps the interval in steps (0: never) and what is called with the step."""
         self._every = every
-        self._draw = draw
+        self._act = act
 
     def on_step(self, step: int) -> None:
-        """Draws if the step is due."""
+        """Acts if the step is due."""
         if self._every and step % self._every == 0:
-            self._draw(step)
+            self._act(step)
 
 
 class EarlyStop(Hook):

@@ -2,41 +2,82 @@
 
 While a run goes on, the loss of a picture says nothing: it depends on the noise level that was drawn far more than on
 the picture. So each picture is given the same draws here, and each loss is divided by the usual one at its noise level.
+
+What training prepared is used: in a batch of pictures `num_captions` and `num_priors` say how many captions, and how
+many without trigger words, may be drawn of each sample, and beside each column NAME of texts stands NAME_empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_diffusion.core.logs import logger
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import Batch, ImageText, LossOutput, Prepared, SampleLoss
 
 LOSSES_NAME = "picture_losses.json"
 MAX_PICTURES = 500
+SMALLEST_RUN = 100
+"""Steps below which pictures are measured only where it is asked for: little was learnt that could show."""
+SHARE = 0.03
+"""Of the forward passes of training, and of the samples in them, that may go into these losses."""
+_USUAL_DRAWS, _FEWEST_DRAWS, _FEWEST_PICTURES = 8, 2, 2
 _NUM_LEVELS = 8
 """Bins of noise levels in which the usual loss is taken."""
 
 
-def without_caption(sample: ImageText) -> ImageText:
-    """Returns the sample with an empty caption."""
-    return replace(sample, captions=("",), prior_captions=())
+@dataclass(frozen=True)
+class Budget:
+    """How many pictures are measured, and with how many draws each; 0 measures none."""
+
+    num_pictures: int = 0
+    num_draws: int = 0
 
 
-def with_one_caption(sample: ImageText) -> ImageText:
-    """Returns the sample as it is measured: with its first caption and never with those without trigger words."""
-    return replace(sample, captions=sample.captions[:1], prior_captions=())
+def budget(num_pictures: int, num_passes: int, batch_size: int) -> Budget:
+    """Returns what may be measured where nothing is asked for: fewer draws before fewer pictures.
+
+    Args:
+        num_pictures: of the data set.
+        num_passes: forward passes that training made.
+        batch_size: samples in a pass.
+    """
+    most = min(num_pictures, MAX_PICTURES)
+    fewest = -(-_FEWEST_DRAWS // batch_size)
+    # A picture takes two passes for each batch of draws: one with its caption and one without.
+    pairs = int(SHARE * num_passes) // 2
+    chosen = min(most, pairs // fewest)
+    if chosen < min(most, _FEWEST_PICTURES):
+        return Budget()
+    return Budget(chosen, min(pairs // chosen * batch_size, _USUAL_DRAWS))
+
+
+def with_one_caption(batch: Batch) -> Batch:
+    """Returns the batch as it is measured: with the first caption of each sample, never one without trigger words."""
+    counts = {"num_captions": torch.ones(len(batch)).long(), "num_priors": torch.zeros(len(batch)).long()}
+    return replace(batch, tensors={**batch.tensors, **counts})
+
+
+def without_caption(batch: Batch) -> Batch:
+    """Returns the batch with the empty caption in the place of each sample's own."""
+    tensors = batch.tensors
+    empty = {name: tensors[f"{name}_empty"][:, None] for name in tensors if f"{name}_empty" in tensors}
+    return with_one_caption(replace(batch, tensors={**tensors, **empty}))
 
 
 def measure(
     losses: Callable[[Batch, torch.Generator], LossOutput],
     collate: Callable[[Sequence[Prepared]], Batch],
     samples: Sequence[ImageText],
-    items: Sequence[Prepared],
-    blanks: Sequence[Prepared],
+    items: Iterable[Prepared],
     *,
     num_draws: int,
     batch_size: int,
@@ -48,20 +89,19 @@ def measure(
         losses: of a batch, as training computes them, drawing from the generator only.
         collate: stacks items.
         samples: what is measured.
-        items: the same, prepared `with_one_caption`.
-        blanks: the same, prepared `without_caption`.
+        items: the same as training has them.
         num_draws: noise levels and noises that each picture is given; equal for all pictures of one size.
         batch_size: draws in one forward pass.
         seed: decides the draws.
     """
+    sizes = [min(batch_size, num_draws - start) for start in range(0, num_draws, batch_size)]
 
-    def draw(item: Prepared) -> tuple[Tensor, Tensor]:
-        sizes = [min(batch_size, num_draws - start) for start in range(0, num_draws, batch_size)]
-        found = [losses(collate([item] * size), derive(seed, "pictures", i)) for i, size in enumerate(sizes)]
+    def draw(item: Prepared, view: Callable[[Batch], Batch]) -> tuple[Tensor, Tensor]:
+        found = [losses(view(collate([item] * size)), derive(seed, "pictures", i)) for i, size in enumerate(sizes)]
         levels = [torch.zeros(len(o.per_sample)) if o.noise_levels is None else o.noise_levels.cpu() for o in found]
         return torch.cat([output.per_sample.float().cpu() for output in found]), torch.cat(levels)
 
-    drawn = [(draw(item), draw(blank)) for item, blank in zip(items, blanks, strict=True)]
+    drawn = [(draw(item, with_one_caption), draw(item, without_caption)) for item in items]
     own, blank = (torch.stack([pair[place][0] for pair in drawn]) for place in (0, 1))
     usual = usual_losses(own, torch.stack([pair[0][1] for pair in drawn]))
     values = torch.stack([own / usual, (blank - own) / usual]).mean(dim=2)
@@ -82,3 +122,22 @@ def usual_losses(losses: Tensor, levels: Tensor) -> Tensor:
     sums = torch.zeros(_NUM_LEVELS).index_add_(0, bins, losses.flatten())
     counts = torch.zeros(_NUM_LEVELS).index_add_(0, bins, torch.ones(len(bins)))
     return (sums / counts.clamp(min=1))[bins].view_as(losses)
+
+
+def read_losses(run_path: Path) -> list[SampleLoss]:
+    """Returns what a run measured; nothing where there is no file, and, with a warning, where it is damaged."""
+    path = run_path / LOSSES_NAME
+    if not path.is_file():
+        return []
+    try:
+        return [_typed(SampleLoss(**values)) for values in json.loads(path.read_bytes())]
+    except (ValueError, TypeError, RecursionError) as error:
+        logger.warning("%s is damaged and left out (%s).", path, error)
+        return []
+
+
+def _typed(loss: SampleLoss) -> SampleLoss:
+    texts: list[Any] = [loss.key, loss.path, loss.caption]
+    if not (all(isinstance(text, str) for text in texts) and math.isfinite(loss.loss + loss.caption_help)):
+        raise ValueError(f"the entry of {loss.key} is no loss of a picture")
+    return loss

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,21 @@ from accelerate import PartialState
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
-from lora_diffusion.core.files import content_hash, user_path
+from lora_diffusion.core.files import content_hash, public_base, user_path
+from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
 from lora_diffusion.data.batches import Batches
+from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.kinds import Kind
-from lora_diffusion.formats.metadata import LEGACY_BYTES, LEGACY_START, build, count_tags
+from lora_diffusion.formats.metadata import BASE, LEGACY_BYTES, LEGACY_START, build, count_tags, spec_date
 from lora_diffusion.formats.thumbnail import data_url
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.training.tracking import METRICS_NAME
+from lora_diffusion.training.tracking import read_metrics
 
+METADATA_NAME = "metadata.json"
+"""What the adapter of the run tells of itself, in the run folder, for files of its checkpoints."""
 _OF_OBJECTIVE = {
     "noise_offset": "noise_offset",
     "min_snr_gamma": "min_snr_gamma",
@@ -49,6 +53,9 @@ def fingerprint(
     """
     values = to_values(config)
     settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
+    settings = {
+        key: value for key, value in settings.items() if key.removeprefix("model.") not in config.model.of_answers
+    }
     listed = [(sample.key, sample.num_repeats, *kind.identity(sample, config.data)) for sample in samples]
     hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}
@@ -57,9 +64,7 @@ def fingerprint(
 
 def final_loss(run: RunFolder) -> float | None:
     """Returns the mean loss over the last tenth of the steps; None where their record is gone."""
-    path = run.path / METRICS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    losses = [json.loads(line)["loss"] for line in lines]
+    losses = [line["loss"] for line in read_metrics(run.path)]
     if not losses:
         return None
     last = losses[-max(1, len(losses) // 10) :]
@@ -69,10 +74,10 @@ def final_loss(run: RunFolder) -> float | None:
 def metadata(
     config: Config,
     info: BaseInfo,
-    state: AdapterState,
     kind: Kind,
     samples: Sequence[Sample],
     batches: Batches,
+    state: AdapterState,
     step: int,
 ) -> dict[str, str]:
     """Returns the metadata of the adapter file.
@@ -80,10 +85,10 @@ def metadata(
     Args:
         config: the run's config.
         info: the base.
-        state: the trained adapter.
         kind: kind of the samples.
         samples: the data.
         batches: how the data was shown.
+        state: the trained adapter.
         step: optimizer steps made.
     """
     written_at, run = time.time(), RunFolder(user_path(config.output.path, "output.path"))
@@ -102,7 +107,9 @@ def metadata(
         **_base_hashes(info),
         **(_published(kind, samples) if config.output.publish_tags else {}),
     }
-    return build(
+    base = public_base(info.source)
+    named = {BASE: base} if base else {}
+    return named | build(
         state,
         architecture=info.architecture,
         name=run.name(config),
@@ -112,6 +119,27 @@ def metadata(
         about=_about(config, info),
         **kind.headline(samples),
     )
+
+
+def at_step(metadata: Mapping[str, str], step: int, name: str, written_at: float) -> dict[str, str]:
+    """Returns the metadata of a run's adapter for a file of an earlier or later step of the same run.
+
+    Args:
+        metadata: as the function of that name gives them; those of older versions may lack texts, which stay away.
+        step: optimizer steps made.
+        name: file name without ending.
+        written_at: seconds since 1970.
+    """
+    per_epoch = [metadata.get(key, "") for key in ("ss_num_batches_per_epoch", "ss_gradient_accumulation_steps")]
+    told = {"ss_steps": str(step), "ss_max_train_steps": str(step), "ss_output_name": name}
+    told |= {"ss_training_finished_at": str(written_at), "modelspec.date": spec_date(written_at)}
+    if all(text.isdecimal() and int(text) for text in per_epoch):
+        batches, accumulation = map(int, per_epoch)
+        epochs = str(-(-step * accumulation // batches))
+        told |= {"ss_epoch": epochs, "ss_num_epochs": epochs}
+    if metadata.get("modelspec.title") == metadata.get("ss_output_name"):
+        told["modelspec.title"] = name
+    return {**metadata, **{key: value for key, value in told.items() if key in metadata}}
 
 
 def _network_args(config: Config) -> dict[str, Any]:
@@ -155,7 +183,7 @@ def check_thumbnail(config: Config) -> None:
         DataError: it cannot be read as one.
     """
     if config.output.thumbnail not in (None, PREVIEW):
-        data_url(user_path(config.output.thumbnail, "output.thumbnail"))
+        open_rgb(user_path(config.output.thumbnail, "output.thumbnail"))
 
 
 PREVIEW = "preview"
@@ -177,10 +205,12 @@ def _about(config: Config, info: BaseInfo) -> dict[str, str | None]:
 
 
 def _thumbnail(config: Config) -> str | None:
+    if config.output.thumbnail is None:
+        return None
     if config.output.thumbnail != PREVIEW:
-        return data_url(user_path(config.output.thumbnail, "output.thumbnail")) if config.output.thumbnail else None
+        return data_url(open_rgb(user_path(config.output.thumbnail, "output.thumbnail")))
     previews = sorted(RunFolder(user_path(config.output.path, "output.path")).previews_path.glob("step-*.png"))
-    return data_url(previews[-1]) if previews else None
+    return data_url(open_rgb(previews[-1])) if previews else None
 
 
 def _base_hashes(info: BaseInfo) -> dict[str, str]:
@@ -201,10 +231,12 @@ def _precision(precision: str) -> str:
 
 def _published(kind: Kind, samples: Sequence[Sample]) -> dict[str, Any]:
     captions: dict[str, list[str]] = {}
+    # A home folder is called as its user is.
+    names = {sample.key: public_path(str(sample.path.parent.absolute())) for sample in samples}
     for sample in samples:
-        captions.setdefault(sample.path.parent.name, []).extend(kind.texts(sample))
-    folders = Counter(sample.path.parent.name for sample in samples)
-    repeats = {sample.path.parent.name: sample.num_repeats for sample in samples}
+        captions.setdefault(names[sample.key], []).extend(kind.texts(sample))
+    folders = Counter(names.values())
+    repeats = {names[sample.key]: sample.num_repeats for sample in samples}
     dirs = {name: {"n_repeats": repeats[name], "img_count": count} for name, count in folders.items()}
     tags = {"tag_frequency": count_tags(captions)} if any(captions.values()) else {}
     return {**tags, "dataset_dirs": dirs}

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import glob
-import shutil
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_diffusion.config.describe import differences
+from lora_diffusion.config.describe import fixed_differences
 from lora_diffusion.config.load import load, to_yaml
-from lora_diffusion.config.schema import Config
+from lora_diffusion.config.schema import PATHS, Config, PictureDataConfig
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, remove_leftovers, user_path, write_text
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
+from lora_diffusion.training import run_files
 
 _LONGEST_NAME = 200
 """Bytes; file systems allow 255, of which endings and temporary files need some."""
-_FREE = ("output.", "cache.", "preview.", "train.threads", "train.save_every_steps", "train.keep_checkpoints")
-_FREE += ("evaluate.", "train.preview_every_steps", "train.tracker", "train.max_steps", "train.epochs")
-
-_CHOICE = ("selection.json", "best.safetensors")
-"""What `select` writes, besides the file that it chose."""
-_OWN = ("plan.json", "metrics.jsonl", "progress.json", "picture_losses.json", "machine.json", "checkpoints", "previews")
-_OWN += ("tensorboard", "evaluation", "report.html", "report.json", "report.csv")
-"""What a run writes besides its config and adapters."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +48,27 @@ class RunFolder:
         return self.path / "previews"
 
     def name(self, config: Config) -> str:
-        """Returns the name of the adapter: `output.name`, else that of the folder."""
-        return config.output.name or self.path.resolve().name
+        """Returns the name of the adapter: `output.name`, else that of the folder, or what that was called before."""
+        here, before = self.path.resolve().name, Path(config.output.path).name
+        if config.output.name:
+            return config.output.name
+        is_renamed = bool(before) and not self._has_adapter(config, here) and self._has_adapter(config, before)
+        return before if is_renamed else here
 
-    def adapter_path(self, config: Config, format_name: str, is_folder: bool) -> Path:
+    def _has_adapter(self, config: Config, name: str) -> bool:
+        return any((self.path / file).exists() for file in _file_names(config, name))
+
+    def adapter_path(self, config: Config, format_name: str) -> Path:
         """Returns where the adapter goes: `<name>.safetensors` for kohya, `<name>.<format>` with or without ending."""
-        stem = self.name(config) if format_name == "kohya" else f"{self.name(config)}.{format_name}"
-        return self.path / (stem if is_folder else f"{stem}.safetensors")
+        return self.path / _file_name(self.name(config), format_name)
+
+    def adapter_names(self, config: Config, count: int | None = None) -> list[str]:
+        """Returns the names of the adapter in all formats that are asked for.
+
+        Those of one that is written during the training end in a number of steps or epochs, in six digits.
+        """
+        name = self.name(config)
+        return _file_names(config, name if count is None else f"{name}-{count:06d}")
 
     def find_adapter(self, config: Config) -> Path:
         """Returns the finished adapter, in whichever format was written.
@@ -67,20 +76,21 @@ class RunFolder:
         Raises:
             ConfigError: the run has not finished.
         """
-        for format_name in config.output.formats:
-            for is_folder in (False, True):
-                path = self.adapter_path(config, format_name, is_folder)
-                if path.exists():
-                    return path
+        for name in self.adapter_names(config):
+            if (self.path / name).exists():
+                return self.path / name
         raise ConfigError(
             f"The run in {self.path} has no finished adapter; finish it with 'lora-diffusion train --resume'."
         )
 
-    def config(self) -> Config:
-        """Returns the config that the run was made with.
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """Returns the config that the run was made with, with paths that lead to the same from any working directory.
+
+        Args:
+            overrides: "section.key=value" that count instead; their paths are those of the working directory.
 
         Raises:
-            ConfigError: this is no run folder.
+            ConfigError: this is no run folder, or an override is wrong.
         """
         if not self.config_path.is_file():
             near = self.path.parent.iterdir() if self.path.parent.is_dir() else ()
@@ -88,7 +98,87 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} is not a run folder: it holds no config.yaml{suggestion(self.path.name, names)}"
             )
-        return load(self.config_path)
+        stored = self._load()
+        config = self._load(overrides) if overrides else stored
+        places = [*self._places(stored)]
+        return replace(
+            config,
+            **{
+                section: replace(getattr(config, section), **_located(section, config, stored, places))
+                for section in {name.split(".")[0] for name in PATHS}
+            },
+        )
+
+    def _load(self, overrides: Sequence[str] = ()) -> Config:
+        config = load(self.config_path, overrides)
+        # Runs from before this setting took each line of a caption file for a caption of its own.
+        is_older = "caption_lines:" not in self.config_path.read_text(encoding="utf-8")
+        return _with_lines(config, "each") if is_older else config
+
+    def find(self, text: str) -> str:
+        """Returns a path that was relative to where the run was started so that it is found from here.
+
+        Raises:
+            ConfigError: this is no run folder.
+        """
+        return _find(text, [*self._places(load(self.config_path))], Path.exists)
+
+    def _places(self, stored: Config) -> Iterator[Path]:
+        """Yields folders below which relative paths of the stored config may lie, the likeliest first."""
+        if (started_in := run_files.started_in(self.path)) is not None:
+            yield started_in
+        output = user_path(stored.output.path, "output.path")
+        if not output.is_absolute():
+            # Runs of older versions do not tell it. A project that was moved as a whole is found like this, too.
+            yield self.path.resolve() / os.path.relpath(".", output)
+
+
+def _located(section: str, config: Config, stored: Config, places: Sequence[Path]) -> dict[str, Any]:
+    """Returns the paths of a section that were stored, so that they are found from here."""
+    found = {}
+    for key in [name.split(".")[1] for name in PATHS if name.startswith(f"{section}.")]:
+        value = getattr(getattr(config, section), key, None)
+        if isinstance(value, str) and value == getattr(getattr(stored, section), key):
+            # A suite may also be called by its name, which a folder can have by chance.
+            found[key] = _find(value, places, Path.is_file if key == "prompts" else Path.exists)
+    return found
+
+
+def _find(text: str, places: Sequence[Path], is_there: Callable[[Path], bool]) -> str:
+    path = Path(text)
+    if path.is_absolute() or text.startswith("~"):
+        return text
+    there = next((place / path for place in places if is_there(place / path)), path)
+    return text if there.resolve() == path.resolve() else str(there.resolve())
+
+
+def _file_names(config: Config, name: str) -> list[str]:
+    return [_file_name(name, format_name) for format_name in config.output.formats]
+
+
+def _file_name(name: str, format_name: str) -> str:
+    stem = name if format_name == "kohya" else f"{name}.{format_name}"
+    return stem if registry.find("formats", format_name).is_folder else f"{stem}.safetensors"
+
+
+def as_started(config: Config) -> Config:
+    """Returns the config of a run that may be continued, with its lines of captions taken as when it began.
+
+    Another value than the default has to be right.
+    """
+    run = RunFolder(user_path(config.output.path, "output.path"))
+    is_default = getattr(config.data, "caption_lines", None) == PictureDataConfig.caption_lines
+    then = getattr(run.config().data, "caption_lines", None) if is_default and run.config_path.is_file() else None
+    if then in (None, PictureDataConfig.caption_lines):
+        return config
+    logger.info("The run was started with data.caption_lines=%s and goes on with it.", then)
+    return _with_lines(config, then)
+
+
+def _with_lines(config: Config, rule: str) -> Config:
+    if not isinstance(config.data, PictureDataConfig):
+        return config
+    return replace(config, data=replace(config.data, caption_lines=rule))
 
 
 def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
@@ -119,8 +209,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
                 f"output.path={run.path} holds a run already. Continue it with --resume, replace it with --overwrite, "
                 "or give another output.path."
             )
-        else:
-            run.config()
+        _check_adapters(run, config)
     elif run.path.is_dir() and any(not entry.name.startswith(".") for entry in run.path.iterdir()):
         raise ConfigError(f"output.path={run.path} holds other files; give a new or empty folder.")
     return run
@@ -158,12 +247,17 @@ def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
         ConfigError: the folder cannot be written.
     """
     try:
-        if overwrite and run.config_path.is_file():
+        is_run = run.config_path.is_file()
+        adapters = run.adapter_names(run.config()) if is_run else []
+        if overwrite and is_run:
             logger.info("Replacing the run in %s", run.path)
-            _remove(run)
+            run_files.remove_all(run.path, adapters)
+            adapters = []
         for folder in (run.path, run.previews_path):
             remove_leftovers(folder)
+        # Only then the record: without a config, what is in a folder is nobody's run.
         write_text(run.config_path, to_yaml(config))
+        run_files.begin(run.path, [*adapters, *run.adapter_names(config)])
     except OSError as error:
         raise ConfigError(
             f"output.path={run.path} cannot be written ({error.strerror}); make room, correct the access rights or "
@@ -171,39 +265,32 @@ def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
         ) from error
 
 
-def go_on(run: RunFolder, config: Config) -> None:
+def go_on(run: RunFolder) -> None:
     """Takes the marks of the best checkpoint away, since the run that it was chosen from gets longer."""
-    if any((run.path / name).exists() for name in _CHOICE):
+    chosen = {name for name in run_files.own(run.path) if name in run_files.CHOICE or run_files.CHOSEN.fullmatch(name)}
+    if any((run.path / name).exists() for name in chosen):
         logger.warning(
             "The run goes on, so the choice of its best checkpoint is dropped; select again when it is done."
         )
-        _drop_choice(run, config)
-
-
-def _drop_choice(run: RunFolder, config: Config) -> None:
-    chosen = run.path.glob(f"{glob.escape(run.name(config))}-step-*.safetensors")
-    for path in (*chosen, *(run.path / name for name in _CHOICE)):
-        path.unlink(missing_ok=True)
-
-
-def _remove(run: RunFolder) -> None:
-    config = run.config()
-    formats = config.output.formats
-    _drop_choice(run, config)
-    adapters = [run.adapter_path(config, name, is_folder) for name in formats for is_folder in (False, True)]
-    # The config goes last: until then the folder is known as a run.
-    for path in (*(run.path / name for name in _OWN), *adapters, run.config_path):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        run_files.discard(run.path, chosen)
 
 
 def _check_equal(run: RunFolder, config: Config) -> None:
-    changed = [line for line in differences(run.config(), config) if not line.startswith(_FREE)]
-    if changed:
+    if changed := fixed_differences(run.config(), config):
         raise ConfigError(
             f"The run in {run.path} was started with other settings and cannot be continued with these; "
             "set them back, or start a new run in another output.path.",
             changed,
         )
+
+
+def _check_adapters(run: RunFolder, config: Config) -> None:
+    """Checks that the adapters will not be written over files that are not of the run in the folder."""
+    names = run.adapter_names(config)
+    if config.train.save_adapter_every_steps or config.train.save_adapter_every_epochs:
+        endings = [name.removeprefix(run.name(config)) for name in names]
+        numbered = re.compile(rf"{re.escape(run.name(config))}-\d{{6,}}({'|'.join(map(re.escape, endings))})")
+        names += [path.name for path in run.path.iterdir() if numbered.fullmatch(path.name)]
+    known = run.config()
+    # A run of an older version kept no record of its adapters.
+    run_files.check_free(run.path, {*names} - {*run.adapter_names(known)}, f"output.path={run.path}")

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.files import write_text
-from lora_diffusion.core.logs import console, logger
+from lora_diffusion.core.logs import console, logger, name_some
 from lora_diffusion.core.protocols import Tracker
 
 METRICS_NAME = "metrics.jsonl"
 _LOG_EVERY_S = 30.0
+_MAX_STEP, _MAX_LOSS = 10**12, 1e300
+"""What is larger comes from damage, and is more than plots can take."""
 
 
 class _MetricsFile:
     """One JSON line per optimizer step; lines after `done_steps`, which a stopped run left, are dropped."""
 
     def __init__(self, path: Path, done_steps: int) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= done_steps]
-        write_text(path, "".join(kept))
+        found = _read_lines(path)
+        _warn_of_damage(path, found)
+        write_text(path, "".join(f"{line.text}\n" for line in found if line.values and line.step <= done_steps))
         self._stream = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -122,7 +127,60 @@ def open_trackers(name: str, run_path: Path, num_steps: int, done_steps: int) ->
             tracker.finish()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """Returns the lines of a file; one that a kill cut short has no line break and is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+def read_metrics(run_path: Path) -> list[dict[str, Any]]:
+    """Returns the numbers of each step of a run, one record a line; damaged lines are left out with one warning.
+
+    Each record has a whole "step" above 0 and a finite "loss". Nothing is returned where there is no file.
+    """
+    path = run_path / METRICS_NAME
+    found = _read_lines(path)
+    _warn_of_damage(path, found)
+    return [line.values for line in found if line.values]
+
+
+@dataclass(frozen=True)
+class _Line:
+    text: str
+    values: dict[str, Any]
+    """Empty where the line is damaged."""
+
+    @property
+    def step(self) -> int:
+        return int(self.values["step"])
+
+
+def _read_lines(path: Path) -> list[_Line]:
+    """Returns the lines of a file; one that a kill cut short at the end has no line break and is left out."""
+    if not path.is_file():
+        return []
+    # By bytes: a power loss leaves NULs and halves of characters, which no text decoder would take.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_Line(line.decode("utf-8", "replace"), _record(line)) for line in lines]
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    step, loss = values.get("step"), values.get("loss")
+    # Of the rest, a gradient norm may be infinite: in fp16 such a step is left out.
+    return values if type(step) is int and 0 < step < _MAX_STEP and _is_finite(loss) else {}
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and -_MAX_LOSS < value < _MAX_LOSS
+
+
+def _warn_of_damage(path: Path, lines: Sequence[_Line]) -> None:
+    damaged = [str(number) for number, line in enumerate(lines, 1) if not line.values]
+    if damaged:
+        logger.warning(
+            "%s: %d of %d lines are damaged and left out (line %s).",
+            path,
+            len(damaged),
+            len(lines),
+            name_some(damaged),
+        )

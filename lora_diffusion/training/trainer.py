@@ -27,15 +27,9 @@ from lora_diffusion.core.rng import derive, derive_seed
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import Batch, LossOutput, ModuleKey
 from lora_diffusion.data.batches import Batches
-from lora_diffusion.training import checkpoint, optim, schedule
+from lora_diffusion.training import checkpoint, optim, run_files, schedule
 from lora_diffusion.training.hooks import Hook
 from lora_diffusion.training.tracking import check_tracker, open_trackers
-
-# These say how long, how fast or how visibly a run computes, not what.
-_FREE_SETTINGS = frozenset(
-    {"max_steps", "epochs", "threads", "gradient_checkpointing", "save_every_steps", "keep_checkpoints"}
-    | {"preview_every_steps", "tracker"}
-)
 
 
 class Trainer:
@@ -82,7 +76,7 @@ class Trainer:
         self._resumed_length: int | None = None
         settings = dataclasses.asdict(config) | {"precision": str(self._dtype).removeprefix("torch.")}
         self._fingerprint = dict(fingerprint or {}) | {
-            f"train.{name}": value for name, value in settings.items() if name not in _FREE_SETTINGS
+            f"train.{name}": value for name, value in settings.items() if name not in TrainConfig.free
         }
         use_threads(config.threads, run_path / "machine.json")
 
@@ -232,9 +226,11 @@ class Trainer:
                 hooks={hook.name: hook.state() for hook in self.hooks if hook.state()},
                 versions={"torch": torch.__version__, "lora_diffusion": version("lora-diffusion")},
             )
-            kept = {hook.kept_step for hook in self.hooks}
+            run_files.add(self.run_path, [f"checkpoints/step-{self.step:06d}"])
+            kept = {hook.kept_step for hook in self.hooks} | run_files.foreign_steps(self.run_path)
             keep = self.config.keep_checkpoints
             path = checkpoint.save(self.run_path, state, self.params, self.optimizer, keep, kept)
+            run_files.forget_pruned(self.run_path)
             for hook in self.hooks:
                 hook.on_checkpoint(path, self.step)
         self.processes.wait_for_everyone()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.checkpoints import MergeResult as MergeResult
     from lora_diffusion.workflows.checkpoints import extract as extract
     from lora_diffusion.workflows.checkpoints import find_model as find_model
+    from lora_diffusion.workflows.checkpoints import find_weights as find_weights
     from lora_diffusion.workflows.checkpoints import merge as merge
     from lora_diffusion.workflows.comparison import compare as compare
     from lora_diffusion.workflows.composition import Composition as Composition
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.selection import Preference as Preference
     from lora_diffusion.workflows.selection import Selection as Selection
     from lora_diffusion.workflows.selection import select as select
+    from lora_diffusion.workflows.subtitles import write_transcripts as write_transcripts
     from lora_diffusion.workflows.training_run import Outlook as Outlook
     from lora_diffusion.workflows.training_run import TrainResult as TrainResult
     from lora_diffusion.workflows.training_run import dry_run as dry_run
@@ -56,7 +58,7 @@ _HOMES = {
     "answering": ("ask", "examine"),
     "captioning": ("Captions", "caption"),
     "data_check": ("check_data",),
-    "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "merge"),
+    "checkpoints": ("ExtractResult", "MergeResult", "extract", "find_model", "find_weights", "merge"),
     "comparison": ("compare",),
     "config_check": ("check_config",),
     "composition": ("Composition", "compose", "resize"),
@@ -69,6 +71,7 @@ _HOMES = {
     "publishing": ("Publication", "push"),
     "reports": ("read_training", "report"),
     "selection": ("Preference", "Selection", "select"),
+    "subtitles": ("write_transcripts",),
     "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
     "transcription": ("transcribe", "understand"),
     "verification": ("Verification", "verify"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from lora_diffusion.adapters.merge import remove
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import sha256
+from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import AdapterState, Loaded, Output, Request
 from lora_diffusion.core.weighted import weighted_files
@@ -24,8 +25,10 @@ from lora_diffusion.evaluation.drawing import Look, look
 from lora_diffusion.evaluation.results import BASE, Candidate, FileHash
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._faults import Faults
-from lora_diffusion.workflows._steps import attach, read_adapter, read_checkpoint
+from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
+from lora_diffusion.workflows._steps import attach, read_adapter
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,14 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
                 raise ConfigError(f"--adapter {text} names a file twice; name it once, with the sum of its weights.")
             asked.append(parts)
     paths = list(dict.fromkeys(path for parts in asked for path, _ in parts))
-    stems = Counter(path.stem for path in paths)
+    found = {path: _run_checkpoints.find(path) for path in paths}
+    stems = {path: own.folder.name if own else path.stem for path, own in found.items()}
     sources = {}
-    for path in paths:
+    for path, own in found.items():
         with faults.noted():
-            name = path.stem if stems[path.stem] == 1 else str(path)
-            sources[path] = _source(name, path, path, partial(read_adapter, path, family, model))
+            twins = [twin for twin, stem in stems.items() if stem == stems[path]]
+            name = stems[path] if len(twins) == 1 else _told_apart(path, twins)
+            sources[path] = _source(name, path, own.file if own else path, partial(read_adapter, path, family, model))
     return [
         Entry(tuple((sources[path], weight) for path, weight in parts))
         for parts in asked
@@ -82,18 +87,33 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults
     ]
 
 
-def from_run(run: RunFolder, config: Config, family: Family, faults: Faults) -> list[Entry]:
-    """Returns an entry for each checkpoint of a run, oldest first; damaged ones are faults."""
-    entries = []
+def _told_apart(path: Path, twins: Sequence[Path]) -> str:
+    """Returns a name of a file among others of its name; where paths are absolute, without what all have in common."""
+    if not all(twin.is_absolute() for twin in twins):
+        return str(path)
+    return os.path.relpath(path, os.path.commonpath(twins))
+
+
+def from_run(run: RunFolder, faults: Faults) -> list[Entry]:
+    """Returns an entry for each whole checkpoint of a run, oldest first; where none is, the damaged ones are faults."""
+    entries, damaged = [], Faults()
     saved = checkpoint.saved_steps(run.path)
     if not saved:
         faults.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
     for step, path in saved.items():
-        with faults.noted():
-            read = partial(read_checkpoint, path, config, family)
-            source = _source(path.name, path, path / "adapter.safetensors", read)
+        with damaged.noted():
+            found = RunCheckpoint(path)
+            source = _source(path.name, path, found.file, partial(_read_checkpoint, found))
             entries.append(Entry(((replace(source, step=step), 1.0),)))
+    if entries and damaged:
+        logger.warning("%d damaged checkpoints are left out: %s", len(damaged), name_some(damaged))
+    else:
+        faults += damaged
     return entries
+
+
+def _read_checkpoint(found: RunCheckpoint) -> AdapterState:
+    return _run_checkpoints.read(found)[1]
 
 
 def _source(name: str, path: Path, hashed: Path, read: Callable[[], AdapterState]) -> Source:

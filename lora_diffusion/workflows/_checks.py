@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.adapters import variants
@@ -11,10 +13,11 @@ from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.rules import as_written
-from lora_diffusion.config.schema import Config
-from lora_diffusion.core import registry
+from lora_diffusion.config.schema import Config, TrainConfig
+from lora_diffusion.core import launch, registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Request, Sample
 from lora_diffusion.data import cache
@@ -26,6 +29,7 @@ from lora_diffusion.training.tracking import check_tracker
 from lora_diffusion.training.trainer import total_steps
 from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._settled import settle_length, settle_variant
 from lora_diffusion.workflows._steps import make_batches
 
 if TYPE_CHECKING:
@@ -39,6 +43,8 @@ _FOR_ALL = ("preview.prompts", "preview.seeds")
 class Checked:
     """What a run will be made of; nothing of it is loaded yet."""
 
+    config: Config
+    """As it was given, but for what has given way to the command line."""
     family: Family
     kind: Kind
     variant: Variant
@@ -67,11 +73,12 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
 
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
+    config = settle_variant(config)
     info = look(lambda: family.check(config.model))
     variant = look(lambda: variants.find(config.adapter.variant, config.model.quantization))
+    look(lambda: launch.check_training(config.train.precision, config.train.gradient_accumulation))
     look(lambda: optim.check(config.train, pick_device()))
     look(lambda: check_tracker(config.train.tracker))
-    run = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
     look(lambda: cache.check(config.cache))
     look(lambda: record.check_thumbnail(config))
     if family.sample_type is not ImageText:
@@ -81,18 +88,31 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
     skeleton = plan = samples = num_steps = previews = None
     if info:
         skeleton = family.skeleton(config.model)
+        unread = {} if resume and _trains_unread(RunFolder(Path(config.output.path))) else info.unread
         rates = config.train.module_learning_rates
-        plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates))
+        plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates, unread))
         look(lambda: _check_spellings(family, config))
         samples = look(lambda: kind.read(config.data, info))
     if samples:
-        num_steps = look(lambda: _num_steps(config, family, kind, samples))
+        num_steps = _num_steps(config, family, kind, samples)
+        config = settle_length(config, num_steps)
+        look(lambda: _check_warmup(config.train, num_steps))
+    # Only now, since a run that is continued must have the very settings that are left.
+    run = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
     if samples and family.sample_type is ImageText:
         look(lambda: judging.check(config, samples))
     if num_steps:
         previews = look(lambda: _previews(config, kind, samples, num_steps))
     faults.stop("train")
-    return Checked(family, kind, variant, info, skeleton, plan, run, samples, num_steps, previews)
+    return Checked(config, family, kind, variant, info, skeleton, plan, run, samples, num_steps, previews)
+
+
+def _trains_unread(run: RunFolder) -> bool:
+    """Says whether a run was begun by a version that trained layers which the base never reads; it goes on so."""
+    try:
+        return "unread" not in json.loads(run.plan_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _without_effect(config: Config) -> Iterator[str]:
@@ -113,13 +133,15 @@ def _check_spellings(family: Family, config: Config) -> None:
 
 def _num_steps(config: Config, family: Family, kind: Kind, samples: Sequence[Sample]) -> int:
     stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
-    num_steps = total_steps(config.train, make_batches(stubs, family, config).num_steps_per_epoch)
-    if config.train.epochs is not None and config.train.warmup_steps >= num_steps:
+    return total_steps(config.train, make_batches(stubs, family, config).num_steps_per_epoch)
+
+
+def _check_warmup(train: TrainConfig, num_steps: int) -> None:
+    if train.epochs is not None and train.warmup_steps >= num_steps:
         raise ConfigError(
-            f"train.warmup_steps={config.train.warmup_steps}: must be less than the {num_steps} steps that "
-            f"train.epochs={config.train.epochs} makes of this data."
+            f"train.warmup_steps={train.warmup_steps}: must be less than the {num_steps} steps that "
+            f"train.epochs={train.epochs} makes of this data."
         )
-    return num_steps
 
 
 def _previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: int) -> Sequence[Request]:
@@ -129,4 +151,8 @@ def _previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: 
             f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
             f"train.preview_every_steps={every}; lower it, or name a picture."
         )
-    return kind.previews(samples, config.preview) if every else []
+    previews = kind.previews(samples, config.preview) if every else []
+    if every > num_steps:
+        logger.info("No preview is made in %d steps with train.preview_every_steps=%d.", num_steps, every)
+        return []
+    return previews

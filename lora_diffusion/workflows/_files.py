@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from lora_diffusion.core import registry
@@ -151,6 +152,15 @@ def dtype_named() -> Iterator[None]:
         raise ConfigError(f"{error.message}; give --dtype bf16 or fp32.") from error
     except NonFiniteError as error:
         raise AdapterFileError(str(error)) from error
+
+
+EMBEDDINGS = ("keep", "drop")
+"""What can be done with text embeddings that are packed into an adapter file."""
+
+
+def with_embeddings(state: AdapterState, asked: str) -> AdapterState:
+    """Returns a state with its packed text embeddings, or without them if "drop" is asked."""
+    return state if asked == "keep" else replace(state, embeddings={})
 
 
 def hash_adapter(path: Path) -> str:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import ImageText, Loaded, Prepared, Request, Sample
-from lora_diffusion.data import cache, images
+from lora_diffusion.data._progress import watch
 from lora_diffusion.data.preflight import find_pictures
 from lora_diffusion.evaluation import progress
 from lora_diffusion.evaluation.clip import default_clip, load_clip
@@ -53,11 +51,14 @@ def check(config: Config, samples: Sequence[ImageText]) -> None:
 
 
 def prepare_early_stop(
-    config: Config, family: Family, loaded: Loaded, samples: Sequence[Sample], run: RunFolder
+    config: Config, family: Family, loaded: Loaded, samples: Sequence[Sample], run: RunFolder, num_steps: int
 ) -> list[Hook]:
-    """Looks at what the base alone draws, which also encodes the prompts while the text encoder is there."""
+    """Looks at what the base alone draws, which also encodes the prompts while the text encoder is there.
+
+    In a run of so few steps that no score is due, nothing is drawn.
+    """
     own, preview = config.evaluate, config.preview
-    if not own.every_steps:
+    if not own.every_steps or own.every_steps > num_steps:
         return []
     guidance = loaded.info.guidance if preview.guidance is None else preview.guidance
     template = Request("", 0, preview.negative, preview.num_steps, guidance)
@@ -66,7 +67,7 @@ def prepare_early_stop(
         load_clip(own.clip or default_clip(config.model.path), str(loaded.device)),
         selection.cases(config, getattr(samples[0], "trigger", "")),
         own.seeds,
-        [images.open_rgb(path) for path in _references(config)],
+        _references(config),
         template,
         draw,
     )
@@ -83,47 +84,51 @@ def _references(config: Config) -> list[Path]:
     return find_pictures(str(config.evaluate.references), "evaluate.references")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the losses of training pictures are taken from."""
+def write_picture_losses(
+    config: Config,
+    samples: Sequence[Sample],
+    items: Sequence[Prepared],
+    trainer: Trainer,
+    family: Family,
+    run: RunFolder,
+) -> None:
+    """Writes the losses of training pictures with the adapter as it is now, as far as `evaluate.picture_draws` says.
 
-    config: Config
-    samples: Sequence[ImageText]
-    items: Sequence[Prepared]
-    blanks: Sequence[Prepared]
-    """The same without captions."""
-
-
-def prepare_pictures(config: Config, family: Family, loaded: Loaded, samples: Sequence[Any]) -> Measured | None:
-    """Prepares training pictures with one caption and with none, while the encoders are there."""
-    if not config.evaluate.picture_draws or not isinstance(samples[0], ImageText):
-        return None
-    if len(samples) > picture_losses.MAX_PICTURES:
-        logger.warning(
-            "The losses of the first %d of %d pictures will be shown.", picture_losses.MAX_PICTURES, len(samples)
-        )
-    shown = samples[: picture_losses.MAX_PICTURES]
-    trained = frozenset(config.adapter.parts)
-    own, blank = (
-        cache.prepare(family, loaded, [change(sample) for sample in shown], trained, config.cache, config.data)
-        for change in (picture_losses.with_one_caption, picture_losses.without_caption)
-    )
-    return Measured(config, shown, own, blank)
-
-
-def write_picture_losses(measured: Measured | None, trainer: Trainer, family: Family, run: RunFolder) -> None:
-    """Writes the loss of each training picture with the adapter as it is now."""
-    if measured is None:
+    Args:
+        config: the run's config.
+        samples: of the run.
+        items: what training prepared of them.
+        trainer: has made the steps.
+        family: of the base.
+        run: where they are written.
+    """
+    if family.sample_type is not ImageText:
         return
-    config = measured.config
+    chosen = _pictures_to_measure(config, len(samples), trainer.step)
+    if not chosen.num_pictures:
+        if config.evaluate.picture_draws is None:
+            logger.info("Too few steps to take the losses of single pictures; evaluate.picture_draws=8 asks for them.")
+        return
+    if chosen.num_pictures < len(samples):
+        logger.info("The losses of the first %d of %d pictures are taken.", chosen.num_pictures, len(samples))
+    shown = [sample for sample in samples if isinstance(sample, ImageText)][: chosen.num_pictures]
     losses = picture_losses.measure(
         trainer.losses,
         family.collate,
-        measured.samples,
-        measured.items,
-        measured.blanks,
-        num_draws=config.evaluate.picture_draws,
+        shown,
+        watch(items[: chosen.num_pictures], chosen.num_pictures, "Losses of training pictures"),
+        num_draws=chosen.num_draws,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
     )
     write_json(run.path / picture_losses.LOSSES_NAME, [vars(own) for own in losses])
+
+
+def _pictures_to_measure(config: Config, num_pictures: int, num_steps: int) -> picture_losses.Budget:
+    asked = config.evaluate.picture_draws
+    if asked is not None:
+        return picture_losses.Budget(min(num_pictures, picture_losses.MAX_PICTURES) if asked else 0, asked)
+    if num_steps < picture_losses.SMALLEST_RUN:
+        return picture_losses.Budget()
+    train = config.train
+    return picture_losses.budget(num_pictures, num_steps * train.gradient_accumulation, train.batch_size)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters import variants
-from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
+from lora_diffusion.core.chat import Chat
 from lora_diffusion.core.device import process_group
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols import Family, Format
@@ -18,10 +17,8 @@ from lora_diffusion.core.soundness import check_sizes
 from lora_diffusion.core.types import (
     AdapterState,
     AudioText,
-    Chat,
     ImageText,
     Loaded,
-    ModuleAdapter,
     Output,
     Prepared,
     Sample,
@@ -29,7 +26,7 @@ from lora_diffusion.core.types import (
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.evaluation.pictures import grid
 from lora_diffusion.formats import detect
-from lora_diffusion.training import checkpoint
+from lora_diffusion.workflows import _run_checkpoints
 
 _WORK = {ImageText: "draw pictures", AudioText: "listen to recordings", Chat: "talk about pictures"}
 """Kind of samples -> what families of it do."""
@@ -51,28 +48,15 @@ def find_family(model: ModelOptions, sample_type: type[Sample]) -> Family:
 
 
 def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:
-    format_: Format = registry.find("formats", detect(path))
-    state = format_.read(path, family.key_map(format_.name, model))
+    """Returns the adapter of a file, a folder of PEFT or a checkpoint of a run, which must fit the base."""
+    if (found := _run_checkpoints.find(path)) is not None:
+        _, state = _run_checkpoints.read(found)
+    else:
+        format_: Format = registry.find("formats", detect(path))
+        state = format_.read(path, family.key_map(format_.name, model))
     check_fit(state, family.skeleton(model), str(path))
     check_sizes(state, str(path))
     return state
-
-
-def read_checkpoint(path: Path, config: Config, family: Family) -> AdapterState:
-    """Returns the adapter of a checkpoint of a run with this config; it has no metadata.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged.
-    """
-    tensors = checkpoint.read_adapter(path)
-    stored = variants.find(config.adapter.variant, config.model.quantization).stored
-    planned = make_plan(family.skeleton(config.model), family.parts, config.adapter).modules
-    modules = {}
-    for module in planned:
-        fixed = module.fixed()
-        own = {name: tensors[f"{module.part}/{module.path}.{name}"] for name in module.tensors if name not in fixed}
-        modules[module.key] = ModuleAdapter(stored, own | fixed, module.alpha)
-    return AdapterState(modules)
 
 
 def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:

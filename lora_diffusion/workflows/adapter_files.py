@@ -12,7 +12,7 @@ from lora_diffusion.core.files import atomic_path, write_text
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows import model_card, verification
+from lora_diffusion.workflows import _run_checkpoints, model_card, verification
 from lora_diffusion.workflows._files import check_target
 from lora_diffusion.workflows._steps import read_adapter
 
@@ -22,16 +22,18 @@ def export(
     format_name: str,
     output_path: Path,
     *,
+    step: int | None = None,
     clients: Sequence[str] = (),
     card: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the adapter of a finished run in a format, if the clients of that format would apply all of it.
+    """Writes the adapter of a run in a format, if the clients of that format would apply all of it.
 
     Args:
-        run_path: folder of the run.
+        run_path: folder of a finished run, or one of its checkpoints.
         format_name: spelling.
         output_path: file, or folder if the format is one.
+        step: take the checkpoint of this step, of a run that need not have finished.
         clients: those that must apply it; without any, those that read the spelling and the kind of adapter.
         card: write a model card, README.md, beside it.
         overwrite: replace what is there.
@@ -40,11 +42,16 @@ def export(
         ConfigError: no run, no adapter in it, or the output exists and is not to be, or must not be, replaced.
         VerificationError: a client would lose or misread something; nothing is written then.
     """
-    run = RunFolder(run_path)
+    found = _run_checkpoints.find(run_path)
+    if found and step not in (None, found.step):
+        raise ConfigError(f"--step {step}: {run_path} is the checkpoint of step {found.step}; drop --step.")
+    run = RunFolder(found.run_path if found else run_path)
     config = run.config()
     family: Family = registry.find("families", config.model.family)
     format_: Format = registry.find("formats", format_name)
-    source = run.find_adapter(config)
+    if not found and step is not None:
+        found = _run_checkpoints.at_step(run.path, step)
+    source = found.folder if found else run.find_adapter(config)
     check_target(output_path, format_, overwrite)
     card_path = output_path.parent / "README.md"
     if card and card_path.exists() and not overwrite:
@@ -57,5 +64,5 @@ def export(
         verification.require_sound(output_path, faults)
     if card:
         package = model_card.collect_exported(output_path, format_name, run)
-        write_text(card_path, model_card.write(package, str(output_path.parent)))
+        write_text(card_path, model_card.write(package, "."))
     return output_path

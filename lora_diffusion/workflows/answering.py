@@ -7,16 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
+from lora_diffusion.core.chat import Chat, ChatInfo, Turn
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import DataError, ModelError
+from lora_diffusion.core.logs import name_some
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import AdapterState, Chat, ChatInfo, Loaded, Turn
-from lora_diffusion.data import chats, images, preflight
+from lora_diffusion.core.types import AdapterState, Loaded
+from lora_diffusion.data import chats, preflight, splits
+from lora_diffusion.data.images import PictureError
 from lora_diffusion.evaluation.answers import Examination, judge
 from lora_diffusion.evaluation.scorers import Scorers
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
+_EVERYTHING = ChatDataConfig(split=splits.ALL)
+"""To score on, all of a folder is taken, since its user chose it for that."""
 
 
 def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> dict[Path, str]:
@@ -32,20 +37,28 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
         InputError: the base, an adapter or a picture cannot be used; all faults of pictures are listed at once.
     """
     talker = Talker(model, adapters)
-    files = [file for path in paths for file in (preflight.list_pictures(str(path)).files if path.is_dir() else [path])]
+    files = [file for path in paths for file in _pictures(path)]
     requests, faults = [], []
     for file in files:
         try:
             requests.append(chats.ask(file, question))
-        except images.PictureError as error:
+        except PictureError as error:
             faults.append(str(error))
     if faults:
         raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
     return dict(zip(files, talker.answer(requests), strict=True))
 
 
+def _pictures(path: Path) -> Sequence[Path]:
+    return preflight.list_pictures(str(path), "PATH").files if path.is_dir() else (path,)
+
+
 def examine(
-    model: ModelOptions, data_paths: Sequence[Path], adapters: Adapters = (), clip: str | None = None
+    model: ModelOptions,
+    data_paths: Sequence[Path],
+    adapters: Adapters = (),
+    clip: str | None = None,
+    data: ChatDataConfig = _EVERYTHING,
 ) -> list[Examination]:
     """Compares the answers to the first question of each conversation with those that are right.
 
@@ -54,21 +67,32 @@ def examine(
         data_paths: files and folders, as `data.path` takes them; one result for each.
         adapters: files or folders with their weights; all are applied at once.
         clip: CLIP that scores the answers as captions, such as builtin:emoji-clip; none leaves that out.
+        data: how they are read, all but their path.
 
     Raises:
         InputError: the base, an adapter or the data cannot be used.
     """
     talker, scorers = Talker(model, adapters), Scorers({"clip": clip}) if clip else None
-    data = [chats.KIND.read(ChatDataConfig(path=str(path)), talker.info) for path in data_paths]
+    sets = [chats.KIND.read(replace(data, path=str(path)), talker.info) for path in data_paths]
+    if clip and (blind := [sample.key for samples in sets for sample in samples if not _is_shown(sample)]):
+        raise DataError(
+            f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
+            f"({name_some(blind)}); leave those out, or --clip."
+        )
     results = []
-    for samples in data:
+    for samples in sets:
         pairs = chats.questions(samples)
         answers = talker.answer([request for request, _ in pairs])
         asked = [request.prompt for request, _ in pairs]
         keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
-        pictures = [request.sample.views[0] for request, _ in pairs] if scorers else []
-        results.append(judge(keys, asked, targets, answers, pictures, scorers))
+        pictures = [request.sample.views[0][0] for request, _ in pairs] if scorers else []
+        names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
+        results.append(judge(keys, asked, targets, answers, pictures, scorers, names))
     return results
+
+
+def _is_shown(sample: Chat) -> bool:
+    return sample.first_question().num_images > 0
 
 
 class Talker:
@@ -106,10 +130,12 @@ class Talker:
 
     def _check(self, requests: Sequence[chats.Request]) -> None:
         assert self.info.count_tokens is not None, "a base that talks counts tokens"
-        asked = [
-            replace(request.sample, turns=(Turn("user", request.prompt), Turn("assistant", "")))  # type: ignore[type-var]
-            for request in requests
-        ]
+        asked = []
+        for request in requests:
+            assert isinstance(request.sample, Chat), "a request to talk holds a conversation"
+            count = request.sample.first_question().num_images
+            turns = (Turn("user", request.prompt, count), Turn("assistant", ""))
+            asked.append(replace(request.sample, turns=turns, images=request.sample.images[:count]))
         for fault in self.info.count_tokens(asked):
             if isinstance(fault, str):
                 raise ModelError(f"{self.info.source} cannot be asked {requests[0].prompt!r}: {fault}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.adapters.plan import plan
+from lora_diffusion.adapters.state import check_fit
 from lora_diffusion.compose import extract as extracting
 from lora_diffusion.compose import merge as merging
 from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
@@ -20,18 +21,19 @@ from lora_diffusion.compose.tensor_file import TensorFile
 from lora_diffusion.config.schema import AdapterConfig, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
-from lora_diffusion.core.errors import ConfigError, MissingModelError, ModelError
+from lora_diffusion.core.errors import ConfigError, MissingModelError, ModelError, UnsupportedError, UntrainableError
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.lowrank import RankRule
+from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import metadata
+from lora_diffusion.core.soundness import check_sizes
+from lora_diffusion.core.types import AdapterState, BaseInfo
+from lora_diffusion.formats import detect, is_adapter, metadata
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.workflows._files import check_target, dtype_named, file_names, hash_adapter
-from lora_diffusion.workflows._steps import read_adapter
 
-_UNET = "model.diffusion_model."
+_UNET = ("model.diffusion_model.", "diffusion_model.", "input_blocks.", "down_blocks.", "unet.down_blocks.")
 """How names of the UNet begin in a base in one file."""
 
 
@@ -77,7 +79,8 @@ def merge(
         model: the base, of any family.
         adapters: files or folders, each with one weight or one for each part.
         output_path: folder, or file if the base is a single file.
-        dtype: fp32, fp16 or bf16; auto keeps that of each tensor.
+        dtype: fp32, fp16 or bf16, of the weights of the networks that can hold adapters; auto keeps that of each
+            tensor, and all else in the base keeps its own anyhow.
         overwrite: replace what is there.
 
     Raises:
@@ -86,21 +89,62 @@ def merge(
     family, checkpoint = _open(model)
     _check_output(checkpoint.path, output_path, overwrite)
     names = file_names([path for path, _ in adapters])
-    terms = []
-    for (path, asked), name in zip(adapters, names, strict=True):
-        state = read_adapter(path, family, model)
-        terms.append(Term(name, state, part_weights(state, asked, name)))
+    terms = [_term(path, asked, name, family, model) for (path, asked), name in zip(adapters, names, strict=True)]
+    _warn_of_copies(checkpoint)
     made_from = [
         {"file": term.name, "sha256": hash_adapter(path), "weights": dict(term.weights)}
         for term, (path, _) in zip(terms, adapters, strict=True)
     ]
     told = {
         "modelspec.merged_from": ", ".join([Path(model.path).name, *names]),
-        "lora_diffusion.merged": json.dumps({"model": model.path, "adapters": made_from}),
+        "lora_diffusion.merged": json.dumps({"model": public_path(model.path), "adapters": made_from}),
     }
     chosen = None if dtype == "auto" else find_dtype(dtype)
     merged = merging.merge(checkpoint, terms, output_path, chosen, told)
     return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(made_from))
+
+
+def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Family, model: ModelOptions) -> Term:
+    """Returns an adapter with its weights, without the parts that the base lacks and a weight of 0 leaves out.
+
+    Raises:
+        AdapterFileError: it cannot be read, or does not fit the base.
+        UnsupportedError: it changes parts that the base lacks.
+    """
+    format_: Format = registry.find("formats", detect(path))
+    state = format_.read(path, family.key_map(format_.name, model))
+    weights = part_weights(state, asked, name)
+    skeleton = family.skeleton(model)
+    lacking = [part for part in state.parts() if part not in skeleton]
+    if wanted := [part for part in lacking if weights[part]]:
+        kept = ",".join(f"{part}={0 if part in lacking else weights[part]:g}" for part in state.parts())
+        raise UnsupportedError(
+            f"{model.path} holds no {' and no '.join(wanted)}, which {name} changes; give --adapter {path}:{kept} to "
+            "merge the rest of it, or take a base with all parts."
+        )
+    modules = {key: own for key, own in state if key.part not in lacking}
+    state = replace(state, modules=modules)
+    check_fit(state, skeleton, str(path))
+    check_sizes(state, str(path))
+    if state.embeddings:
+        logger.warning(
+            "%s: %d packed text embeddings are no weights of a base and are left out; load them beside it: %s",
+            name,
+            len(state.embeddings),
+            name_some(list(state.embeddings)),
+        )
+    return Term(name, state, {part: weights[part] for part in state.parts()})
+
+
+def _warn_of_copies(checkpoint: Checkpoint) -> None:
+    copies = [name for file in checkpoint.files.values() for name in file.tensors if name.startswith("model_ema.")]
+    if copies:
+        logger.warning(
+            "%s: the %d tensors of model_ema are kept as they are, so programs that sample by these averaged copies "
+            "see the base without the adapters.",
+            checkpoint.path,
+            len(copies),
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +163,7 @@ class ExtractResult:
             "modules": len(changes.modules),
             "equal_modules": self.extraction.num_equal,
             "relative_error": changes.error,
+            "rounding": self.extraction.rounding,
             "errors": {f"{key.part}/{key.path}": changes.relative(key) for key in changes.modules},
             "ranks": {f"{key.part}/{key.path}": adapter.rank for key, adapter in changes.modules.items()},
             "not_held": None if others is None else list(others),
@@ -155,7 +200,7 @@ def extract(
         tuned: a fine-tuned model of the same family; may be laid out differently.
         output_path: file, or folder for peft.
         rule: rank of each module.
-        parts: networks to look at; none takes all.
+        parts: networks to look at; none takes all that the base holds.
         targets: as `adapter.targets`; none takes every group of the family.
         format_name: spelling of the file.
         dtype: fp32, fp16 or bf16.
@@ -170,28 +215,42 @@ def extract(
         raise ModelError(f"{base.path} is of family {base.family}, {tuned.path} of {tuned.family}; give two of one.")
     family, before = _open(base, "vae")
     _, after = _open(tuned, "vae")
-    parts = tuple(parts or family.parts)
+    skeleton = family.skeleton(base)
+    parts = tuple(parts or (part for part in family.parts if part in skeleton))
     groups = dict.fromkeys(group for name in parts if name in family.parts for group in family.parts[name].groups)
     asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))
-    modules = [module.key for module in plan(family.skeleton(base), family.parts, asked).modules]
+    modules = [module.key for module in plan(skeleton, family.parts, asked).modules]
     extraction = extracting.extract(before, after, modules, rule, seed=0)
     _warn_of_others(extraction, base, tuned)
-    info = family.check(base)
+    _warn_of_rounding(extraction, base, tuned)
     state = AdapterState(extraction.changes.modules)
-    told = metadata.build(
+    told = _told(state, family, base, output_path.stem)
+    made_from = {
+        "base": public_path(base.path),
+        "tuned": public_path(tuned.path),
+        "relative_error": extraction.changes.error,
+    }
+    state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
+    with dtype_named():
+        write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
+    return ExtractResult(output_path, extraction)
+
+
+def _told(state: AdapterState, family: Family, base: ModelOptions, name: str) -> dict[str, str]:
+    """Returns the metadata of an extracted adapter; less is known of a base that is not whole."""
+    try:
+        info: BaseInfo = family.check(base)
+    except UntrainableError:
+        return metadata.with_base({"modelspec.title": name, "ss_sd_model_name": Path(base.path).name}, family.name)
+    return metadata.build(
         state,
         architecture=info.architecture,
-        name=output_path.stem,
+        name=name,
         written_at=time.time(),
         resolution=(info.resolution, info.resolution),
         prediction_type=info.prediction,
         training={"sd_model_name": Path(base.path).name},
     )
-    made_from = {"base": base.path, "tuned": tuned.path, "relative_error": extraction.changes.error}
-    state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
-    with dtype_named():
-        write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
-    return ExtractResult(output_path, extraction)
 
 
 def _warn_of_others(extraction: Extraction, base: ModelOptions, tuned: ModelOptions) -> None:
@@ -210,20 +269,62 @@ def _warn_of_others(extraction: Extraction, base: ModelOptions, tuned: ModelOpti
         )
 
 
+def _warn_of_rounding(extraction: Extraction, base: ModelOptions, tuned: ModelOptions) -> None:
+    if extraction.dtypes:
+        logger.warning(
+            "%s is stored in %s and %s in %s: rounding makes up to %.2g of the norm of the changes, and the adapter "
+            "holds this noise too. Extract between copies of one dtype.",
+            base.path,
+            extraction.dtypes[0],
+            tuned.path,
+            extraction.dtypes[1],
+            extraction.rounding,
+        )
+
+
 def find_model(path: str, family: str | None = None) -> ModelOptions:
     """Returns the options of a base of the named family, or of the first that takes it.
 
     Raises:
         ModelError: no family takes it; says why for each.
     """
+    return _find(path, family, lambda found, options: found.check(options))
+
+
+def find_weights(path: str, family: str | None = None) -> ModelOptions:
+    """Returns the options of a base as `find_model`, also of one that can be neither trained nor run.
+
+    Such are bases for inpainting, UNets alone, and files without VAE or text encoders.
+
+    Raises:
+        ModelError: no family takes it; says why for each.
+    """
+    return _find(path, family, _place)
+
+
+def _place(family: Family, options: ModelOptions) -> Path:
+    """Returns where the weights of a base lie on this machine.
+
+    Raises:
+        ModelError: they are not of this family.
+    """
+    try:
+        return family.check(options).path
+    except UntrainableError as error:
+        return error.path
+
+
+def _find(path: str, family: str | None, check: Callable[[Family, ModelOptions], Any]) -> ModelOptions:
     faults: dict[str, list[str]] = {}
     for name in [family] if family else registry.available("families"):
         found: Family = registry.find("families", name)
         options: ModelOptions = found.options_type(family=name, path=path)
         try:
-            found.check(options)
+            check(found, options)
         except MissingModelError as error:
             faults.setdefault(str(error) if family else error.message, []).append(name)
+        except UntrainableError as error:
+            raise ModelError(str(error)) from error
         except ModelError as error:
             faults.setdefault(str(error), []).append(name)
         else:
@@ -238,7 +339,7 @@ def find_model(path: str, family: str | None = None) -> ModelOptions:
 def _open(model: ModelOptions, *more: str) -> tuple[Family, Checkpoint]:
     """Opens the networks of a base that can hold adapters, and more of its folders."""
     family: Family = registry.find("families", model.family)
-    path = family.check(model).path
+    path = _place(family, model)
     names = family.key_map("ldm" if path.is_file() else "peft", model)
     return family, open_checkpoint(path, [*family.parts, *more], names)
 
@@ -265,6 +366,6 @@ def _check_output(base: Path, output: Path, overwrite: bool) -> None:
 def _is_checkpoint(path: Path) -> bool:
     """Says whether a file is a whole safetensors file with names of a base."""
     try:
-        return any(name.startswith(_UNET) for name in TensorFile(path).tensors)
+        return any(name.startswith(_UNET) for name in TensorFile(path).tensors) and not is_adapter(path)
     except ModelError:
         return False

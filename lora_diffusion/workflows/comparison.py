@@ -42,7 +42,7 @@ def compare(
     """
     family: Family = registry.find("families", config.model.family)
     info = family.check(config.model)
-    references = sources.read(replace(config.data, path=str(references_path), trigger=""), info)
+    references = sources.read(replace(config.data, path=str(references_path), trigger="", flip=False), info)
     state = read_adapter(adapter_path, family, config.model)
     trigger = state.metadata.get("modelspec.trigger_phrase", "")
     cases = cases or [_case(sample.captions[0], trigger) for sample in references]

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.compose import record
 from lora_diffusion.compose.interference import Overlap, overlaps
-from lora_diffusion.compose.linear import Sum, Term, add, keys, part_weights
+from lora_diffusion.compose.linear import Sum, Term, add, keys, part_weights, share_left
 from lora_diffusion.compose.record import Source
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.logs import logger
 from lora_diffusion.core.lowrank import RankRule
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.tuning import one_thread
 from lora_diffusion.core.types import AdapterState, ModuleKey
-from lora_diffusion.formats import clients, detect
+from lora_diffusion.formats import as_array, clients, detect, same_bits
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._files import (
     check_target,
     common_dtype,
@@ -30,6 +33,12 @@ from lora_diffusion.workflows._files import (
     hash_adapter,
     read_alone,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NOTHING = 1e-4
+"""Share of the adapters' size below which a sum is rounding."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Composition:
     overlaps: tuple[Overlap, ...]
     missing: Mapping[str, int]
     """Adapter -> number of modules that others have and it lacks."""
+    left: float
+    """Size of the sum in terms of that of its adapters, 0 where they cancel each other."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -53,6 +64,7 @@ class Composition:
             "relative_error": self.made.error,
             "errors": {_name(key): self.made.relative(key) for key in self.made.modules},
             "missing_modules": dict(self.missing),
+            "share_left": self.left,
             "overlaps": [
                 {
                     "adapters": [overlap.first, overlap.second],
@@ -75,6 +87,7 @@ class Composition:
             f"{self.dtype}, relative error {self.made.error:.2g}."
         ]
         lines += [f"  {_name(key)}: {self.made.relative(key):.2g}" for key in self.made.worst()]
+        lines += ["Nothing is left of the adapters: they cancel each other."] if self.left < _NOTHING else []
         lines += [f"{name} does nothing in {count} of the modules." for name, count in self.missing.items() if count]
         for overlap in self.overlaps:
             lines.append(
@@ -90,6 +103,7 @@ def compose(
     *,
     rule: RankRule | None = None,
     dtype: str = "auto",
+    embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Composition:
     """Writes the weighted sum of adapter files as one, in kohya's spelling, or as the first if kohya cannot spell it.
@@ -99,6 +113,7 @@ def compose(
         output_path: file, or folder where the spelling is one.
         rule: rank of each module; None adds exactly, so that ranks add up.
         dtype: fp32, fp16 or bf16; auto keeps that of the adapters, or fp32 where they differ.
+        embeddings: keep or drop text embeddings that are packed into the files.
         overwrite: replace what is there.
 
     Raises:
@@ -106,6 +121,19 @@ def compose(
         AdapterFileError: a file cannot be read, or the adapters are of different kinds of base.
         UnsupportedError: a kind of adapter that cannot be added like this.
     """
+    with ExitStack() as opened:
+        files = [(opened.enter_context(_run_checkpoints.as_file(path)), weights) for path, weights in adapters]
+        return _compose(files, output_path, rule, dtype, embeddings, overwrite)
+
+
+def _compose(
+    adapters: Sequence[tuple[Path, float | Mapping[str, float]]],
+    output_path: Path,
+    rule: RankRule | None,
+    dtype: str,
+    embeddings: str,
+    overwrite: bool,
+) -> Composition:
     families, states = zip(*(read_alone(path) for path, _ in adapters), strict=True)
     format_: Format = registry.find("formats", _spelling(families[0], adapters[0][0]))
     check_target(output_path, format_, overwrite)
@@ -122,14 +150,53 @@ def compose(
     with one_thread():
         made, met = add(terms, rule, _kernels(families[0])), overlaps(terms)
     dtype = common_dtype([path for path, _ in adapters]) if dtype == "auto" else dtype
-    _write(made, sources, families[0], format_, output_path, dtype)
+    packed = _joined_embeddings(terms) if embeddings == "keep" else {}
+    _write(
+        AdapterState(made.modules, record.metadata(sources, made, output_path.stem, time.time()), packed),
+        families[0],
+        format_,
+        output_path,
+        dtype,
+    )
+    left = share_left(terms, made)
+    _warn_of_nothing(left)
     found = keys(terms)
     missing = {term.name: len(found) - len(term.state.modules) for term in terms}
-    return Composition(output_path, made, dtype, tuple(met), missing)
+    return Composition(output_path, made, dtype, tuple(met), missing, left)
+
+
+def _warn_of_nothing(left: float) -> None:
+    if left < _NOTHING:
+        logger.warning(
+            "Nothing is left: at these weights the adapters cancel each other, and the file changes nothing."
+        )
+
+
+def _joined_embeddings(terms: Sequence[Term]) -> dict[str, Tensor]:
+    """Returns the text embeddings of all adapters.
+
+    Raises:
+        AdapterFileError: two of one name differ.
+    """
+    found: dict[str, Tensor] = {}
+    for term in terms:
+        for name, tensor in term.state.embeddings.items():
+            if not same_bits(as_array(found.setdefault(name, tensor)), as_array(tensor)):
+                raise AdapterFileError(
+                    f"{term.name} and another adapter hold different text embeddings of the name {name}; give "
+                    "--embeddings drop, and load them from files of their own."
+                )
+    return found
 
 
 def resize(
-    input_path: Path, output_path: Path, rule: RankRule, *, dtype: str = "auto", overwrite: bool = False
+    input_path: Path,
+    output_path: Path,
+    rule: RankRule,
+    *,
+    dtype: str = "auto",
+    embeddings: str = "keep",
+    overwrite: bool = False,
 ) -> Composition:
     """Writes an adapter at another rank, in the spelling that it has.
 
@@ -138,6 +205,7 @@ def resize(
         output_path: file or folder.
         rule: rank of each module; no rank grows.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
+        embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.
 
     Raises:
@@ -145,15 +213,18 @@ def resize(
         AdapterFileError: the file cannot be read.
         UnsupportedError: a kind of adapter that has no rank of its own.
     """
-    format_: Format = registry.find("formats", detect(input_path))
-    check_target(output_path, format_, overwrite)
-    family, state = read_alone(input_path)
-    term = Term(input_path.name, state, dict.fromkeys(state.parts(), 1.0))
-    with one_thread():
-        made = add([term], rule, _kernels(family))
-    dtype = common_dtype([input_path]) if dtype == "auto" else dtype
-    _write(made, [_source(input_path, term)], family, format_, output_path, dtype)
-    return Composition(output_path, made, dtype, (), {})
+    with _run_checkpoints.as_file(input_path) as path:
+        format_: Format = registry.find("formats", detect(path))
+        check_target(output_path, format_, overwrite)
+        family, state = read_alone(path)
+        term = Term(path.name, state, dict.fromkeys(state.parts(), 1.0))
+        with one_thread():
+            made = add([term], rule, _kernels(family))
+        dtype = common_dtype([path]) if dtype == "auto" else dtype
+        told = record.metadata([_source(path, term)], made, output_path.stem, time.time())
+        written = AdapterState(made.modules, told, state.embeddings if embeddings == "keep" else {})
+        _write(written, family, format_, output_path, dtype)
+    return Composition(output_path, made, dtype, (), {}, share_left([term], made))
 
 
 def _spelling(family: Family, path: Path) -> str:
@@ -179,8 +250,8 @@ def _source(path: Path, term: Term) -> Source:
     return Source(term.name, hash_adapter(path), term.weights, term.state.metadata)
 
 
-def _write(made: Sum, sources: Sequence[Source], family: Family, format_: Format, path: Path, dtype: str) -> None:
-    told = with_base(record.metadata(sources, made, path.stem, time.time()), family.name)
+def _write(state: AdapterState, family: Family, format_: Format, path: Path, dtype: str) -> None:
+    state = replace(state, metadata=with_base(state.metadata, family.name))
     key_map = family.key_map(format_.name, None)
     with dtype_named():
-        write_verified(AdapterState(made.modules, told), key_map, format_, path, find_dtype(dtype))
+        write_verified(state, key_map, format_, path, find_dtype(dtype))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,15 @@ from lora_diffusion.core.types import AdapterState
 from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions, with_attention
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
-from lora_diffusion.workflows._files import check_target, common_dtype, dtype_named, read_stored_alone, stored_dtype
+from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._files import (
+    check_target,
+    common_dtype,
+    dtype_named,
+    read_stored_alone,
+    stored_dtype,
+    with_embeddings,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ def convert(
     model_path: str | None = None,
     family_name: str | None = None,
     is_pickle: bool = False,
+    embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Conversion:
     """Writes an adapter in another spelling, with the same tensors, alphas and metadata.
@@ -77,13 +85,14 @@ def convert(
     text encoder that diffusers would refuse.
 
     Args:
-        input_path: adapter file, or folder saved by PEFT.
+        input_path: adapter file, folder saved by PEFT, or checkpoint of a run.
         output_path: file, or folder if the format is one.
         format_name: spelling, or a program that reads it.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
         model_path: base whose modules give the names; needed only for networks of another build than the published.
         family_name: kind of base; without it, what the tensors tell.
         is_pickle: take the tensors out of a pickle, without running what is in it.
+        embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.
 
     Raises:
@@ -93,14 +102,14 @@ def convert(
     """
     format_: Format = registry.find("formats", READERS.get(format_name, format_name))
     check_target(output_path, format_, overwrite)
-    with as_safetensors(input_path) if is_pickle else nullcontext(input_path) as path:
+    with as_safetensors(input_path) if is_pickle else _run_checkpoints.as_file(input_path) as path:
         source: Format = registry.find("formats", detect(path))
         if model_path is None:
             family, state = read_stored_alone(path, family_name)
             names = family.key_map(format_.name, None)
         else:
             family, state, names = _read_for(model_path, family_name, path, source, format_)
-        state = replace(state, metadata=with_base(state.metadata, family.name))
+        state = replace(with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.name))
         state = with_attention(state) if format_.name == "diffusers" else state
         kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
@@ -108,7 +117,7 @@ def convert(
             written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
     return Conversion(
         output_path,
-        source.name,
+        "checkpoint" if _run_checkpoints.find(input_path) else source.name,
         format_.name,
         family.name,
         Counter(adapter.variant for _, adapter in state),
@@ -124,9 +133,9 @@ def _read_for(
     """Returns the family of a base, the adapter with the names of its modules, and those in the target format."""
     # Only now, since it takes seconds to import what builds a base.
     from lora_diffusion.adapters.state import check_fit, weight_shapes
-    from lora_diffusion.workflows.checkpoints import find_model
+    from lora_diffusion.workflows.checkpoints import find_weights
 
-    model = find_model(model_path, family_name)
+    model = find_weights(model_path, family_name)
     family: Family = registry.find("families", model.family)
     skeleton = family.skeleton(model)
     state = fit_dimensions(source.read_stored(path, family.key_map(source.name, model)), weight_shapes(skeleton))

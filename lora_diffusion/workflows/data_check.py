@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
+from lora_diffusion.core.clip_text import TextLimit
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.data.kinds import KINDS, Report
 
 
-def check_data(config: Config) -> Report:
+def check_data(config: Config, *, base_is_named: bool = True) -> Report:
     """Reads the data of a config as `train` does, and describes it; loads no weights, writes nothing.
+
+    Args:
+        config: data and base.
+        base_is_named: the user did name the base; else captions may be as long as CLIP reads them.
 
     Raises:
         InputError: the base or the data cannot be used; all faults of the data are listed at once.
     """
     family: Family = registry.find("families", config.model.family)
     kind = KINDS[family.sample_type]
-    return kind.describe(kind.read(config.data, family.check(config.model)))
+    info = family.check(config.model)
+    if not base_is_named:
+        info = replace(info, text_limit=TextLimit())
+    return kind.describe(kind.read(config.data, info))

@@ -22,6 +22,7 @@ from lora_diffusion.data.kinds import KINDS
 from lora_diffusion.quantize import chosen, weight_bytes
 from lora_diffusion.training import memory, optim
 from lora_diffusion.training.rehearsal import stand_in
+from lora_diffusion.workflows._settled import settle_variant
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,12 +54,13 @@ def estimate(config: Config) -> Estimate:
     Raises:
         InputError: the run could not start.
     """
+    config = settle_variant(config)
     family: Family = registry.find("families", config.model.family)
     variants.find(config.adapter.variant, config.model.quantization)
     optim.check(config.train, pick_device())
     info = family.check(config.model)
     skeleton = family.skeleton(config.model)
-    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates)
+    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates, info.unread)
     size = _size(config, family, info)
     return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)
 

@@ -202,7 +202,7 @@ def _entries(
     num_faults = len(faults)
     entries = _candidates.from_files(question.adapters, family, model, faults)
     if run and config:
-        entries += _candidates.from_run(run, config, family, faults)
+        entries += _candidates.from_run(run, faults)
     if not entries and len(faults) == num_faults:
         faults.append("There is nothing to evaluate: give --adapter FILE or --run RUN_DIR.")
     return entries

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
-from lora_diffusion.core.files import check_writable
+from lora_diffusion.core.files import check_writable, is_text
 from lora_diffusion.core.logs import shown
 from lora_diffusion.formats import metadata as texts
 from lora_diffusion.formats._safetensors import load_unchecked, read_header, rewrite
@@ -80,7 +80,13 @@ def edit_metadata(
     Raises:
         InputError: the file, a picture or a name cannot be used; nothing is written then.
     """
-    pictures = {"modelspec.thumbnail": data_url(thumbnail)} if thumbnail else {}
+    if odd := [f"{key}={value}" for key, value in values.items() if not is_text(key + value)]:
+        raise ConfigError(f"--set {odd[0]} is not UTF-8; type it in a terminal that is set to UTF-8.")
+    pictures = {}
+    if thumbnail:
+        from lora_diffusion.data.images import open_rgb  # the other edits do not wait for Pillow
+
+        pictures["modelspec.thumbnail"] = data_url(open_rgb(thumbnail))
     old = read_header(_file(path)).metadata
     return _write(path, texts.change(old, {**values, **pictures}, removed), output_path, overwrite)
 

@@ -12,19 +12,24 @@ from typing import Any
 
 from lora_diffusion import __version__
 from lora_diffusion.core import registry
-from lora_diffusion.core.errors import AdapterFileError, DataError
+from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lora_diffusion.core.files import sha256
 from lora_diffusion.core.logs import shown
+from lora_diffusion.core.privacy import public_path, public_text
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats import describe_file, detect
 from lora_diffusion.formats.clients import CLIENTS
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows.checkpoints import find_model
 
 _MOST_PICTURES = 4
+_LONGEST_NAME = 200
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_MARKDOWN = re.compile(r"([\\`*_\[\]!#~|])")
+"""Signs that make links, pictures, headings and the like of a text."""
 _SETTINGS = {
     "base": "ss_sd_model_name",
     "trained parts and modules": "ss_network_args",
@@ -41,6 +46,7 @@ _SETTINGS = {
     "seed": "ss_seed",
 }
 """Label -> metadata that tells it."""
+_IMPORT_BUILTIN = "from lora_diffusion.core.files import builtin_path"
 _READS = {"comfyui": "kohya", "a1111": "kohya", "forge": "kohya", "kohya": "kohya"}
 """Client -> the spelling that it reads; diffusers reads its own and kohya's."""
 _WRITERS = {
@@ -62,7 +68,7 @@ class Package:
     metadata: Mapping[str, str]
     variant: str
     base: str
-    """A hub id, or what else the base is called."""
+    """A hub id, or what else the base is called; of a folder or file of this machine only the name."""
     evaluation: Evaluation | None = None
     is_of_run: bool = False
     """It was trained with this program, as far as can be told."""
@@ -79,17 +85,18 @@ def collect(source: Path) -> Package:
     Raises:
         InputError: it is neither, the run has not finished, or a file cannot be read.
     """
+    if (checkpoint := _run_checkpoints.find(source)) is not None:
+        raise ConfigError(
+            f"{source} is a checkpoint, which no program reads; make a file of it with 'lora-diffusion export "
+            f"{checkpoint.run_path} --step {checkpoint.step}'."
+        )
     if not (source / "config.yaml").is_file():
         return _package({detect(source): source})
     run = RunFolder(source)
     config = run.config()
     run.find_adapter(config)
-    adapters = {
-        name: path
-        for name in config.output.formats
-        for is_folder in (False, True)
-        if (path := run.adapter_path(config, name, is_folder)).exists()
-    }
+    paths = {name: run.adapter_path(config, name) for name in config.output.formats}
+    adapters = {name: path for name, path in paths.items() if path.exists()}
     previews = sorted(run.previews_path.glob("step-*.png"))[-1:]
     return _package(adapters, [*sorted(source.glob("*.png")), *previews], config.model.path, _evaluation(source))
 
@@ -104,13 +111,13 @@ def write(package: Package, repo: str) -> str:
 
     Args:
         package: what it is about.
-        repo: USER/NAME on the hub, or a folder, from which diffusers loads.
+        repo: USER/NAME on the hub, or a folder, from which diffusers loads; it is published.
     """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["stem"] = lambda name: Path(name).stem
+    environment.filters |= {"stem": lambda name: Path(name).stem, "plain": _plain}
     template = environment.from_string(resources(__package__).joinpath("model_card.md.j2").read_text("utf-8"))
     body = template.render(_values(package, repo))
     head = ModelCardData(**_head(package)).to_yaml()
@@ -136,10 +143,15 @@ def _package(
         pictures=tuple(shown_pictures),
         metadata=report.metadata,
         variant=report.variant,
-        base=base or report.metadata.get("ss_sd_model_name", "an unknown base"),
+        base=_base_name(base or report.metadata.get("ss_sd_model_name", "an unknown base")),
         evaluation=evaluation,
         is_of_run=base is not None,
     )
+
+
+def _base_name(text: str) -> str:
+    """Returns how the base is called, in one line and without the folders in which it lies here."""
+    return shown(public_path(text), _LONGEST_NAME)
 
 
 def _contents(path: Path) -> dict[str, Path]:
@@ -178,6 +190,7 @@ def _head(package: Package) -> dict[str, Any]:
 
 def _values(package: Package, repo: str) -> dict[str, Any]:
     metadata = {key: _code(shown(value, 1000)) for key, value in package.metadata.items()}
+    settings = {label: metadata[key].replace("|", "/") for label, key in _SETTINGS.items() if key in metadata}
     trigger = metadata.get("modelspec.trigger_phrase", "")
     clients, others = _clients(package)
     values = {
@@ -197,7 +210,7 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
         **_loading(package),
         "repo_code": _code(json.dumps(repo)),
         "prompt_code": _code(json.dumps(trigger or "a picture")),
-        "settings": {label: metadata[key].replace("|", "/") for label, key in _SETTINGS.items() if key in metadata},
+        "settings": {label: public_text(public_path(value)) for label, value in settings.items()},
         "files": [_file(name, path) for name, path in package.files.items() if name not in package.pictures],
         "license": metadata.get("modelspec.license"),
     }
@@ -206,19 +219,31 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
 
 def _loading(package: Package) -> dict[str, str]:
     """Returns what the code that loads the base is made of."""
-    if package.base.startswith("builtin:"):
-        model = find_model(package.base)
-        family: Family = registry.find("families", model.family)
-        base = f'builtin_path("{family.check(model).path.name}")'
-        imports = "from lora_diffusion.core.files import builtin_path"
-    else:
-        base, imports = _code(json.dumps(package.base)), ""
-    values = {"base_code": base, "base_import": imports}
+    builtin = _builtin_folder(package.base)
+    base = f'builtin_path("{builtin}")' if builtin else _code(json.dumps(package.base))
+    values = {"base_code": base, "base_import": _IMPORT_BUILTIN if builtin else ""}
     if not package.base.endswith(".safetensors"):
         return {**values, "pipeline": "AutoPipelineForText2Image", "loader": "from_pretrained"}
     is_xl = "xl" in package.metadata.get("modelspec.architecture", "")
     pipeline = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
     return {**values, "pipeline": pipeline, "loader": "from_single_file"}
+
+
+def _builtin_folder(base: str) -> str | None:
+    """Returns the folder of a built-in base; None for others, and for names that a stranger's file made up."""
+    if not base.startswith("builtin:"):
+        return None
+    try:
+        model = find_model(base)
+    except ModelError:
+        return None
+    family: Family = registry.find("families", model.family)
+    return str(family.check(model).path.name)
+
+
+def _plain(text: Any) -> str:
+    """Returns a text that Markdown shows as it stands; what is HTML in it, the template makes harmless."""
+    return _MARKDOWN.sub(r"\\\1", str(text)).replace("://", ":\\//")
 
 
 def _code(text: str) -> str:
@@ -251,14 +276,14 @@ def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
         return {"scores": {}}
     metrics = [metric.name for metric in evaluation.metrics]
     rows = {
-        candidate.name: [_interval(evaluation, candidate.name, metric) for metric in metrics]
+        public_text(candidate.name): [_interval(evaluation, candidate.name, metric) for metric in metrics]
         for candidate in evaluation.candidates
     }
     return {
         "scores": rows,
         "metrics": metrics,
         "num_prompts": len(evaluation.cases),
-        "scorers": ", ".join(evaluation.scorer.values()) or "no model",
+        "scorers": ", ".join(map(public_path, evaluation.scorer.values())) or "no model",
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +15,14 @@ from accelerate import PartialState
 
 from lora_diffusion import __version__
 from lora_diffusion.adapters import variants
-from lora_diffusion.config.load import load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.files import atomic_path, sha256, user_path, write_json
 from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.protocols import Family, Format, Metric
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.data import sources
@@ -33,12 +34,17 @@ from lora_diffusion.evaluation.suites import check_used, read_cases
 from lora_diffusion.evaluation.table import Table
 from lora_diffusion.formats import detect
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.training import run_files
 from lora_diffusion.training.checkpoint import saved_steps
+from lora_diffusion.training.record import at_step
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows._steps import read_adapter, read_checkpoint
+from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
+from lora_diffusion.workflows._steps import read_adapter
 from lora_diffusion.workflows.evaluation import Question, evaluate
 
-EVALUATION_NAME, SELECTION_NAME, BEST_NAME = "evaluation", "selection.json", "best.safetensors"
+EVALUATION_NAME = "evaluation"
+SELECTION_NAME, BEST_NAME = run_files.CHOICE
 _MAX_ASKED, _MAX_PLAIN = 12, 4
 """Prompts that are made from the captions of references."""
 
@@ -99,8 +105,7 @@ def select(
             "the two."
         )
     run, preference = RunFolder(run_path), preference or Preference()
-    run.config()
-    config = load(run.config_path, overrides)
+    config = run.config(overrides)
     check_name(run.name(config))
     final = run.find_adapter(config)
     folder = evaluation_path or run.path / EVALUATION_NAME
@@ -128,21 +133,25 @@ def _unseen(run: RunFolder, evaluation: Evaluation) -> list[str]:
 
 
 def read_selection(run_path: Path) -> Selection | None:
-    """Returns what `select` chose in a run, or None."""
+    """Returns what `select` chose in a run; None if it did not, or, with a warning, if the file is damaged."""
     path = run_path / SELECTION_NAME
     if not path.is_file():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Selection(
-        run_path / values["file"],
-        run_path / BEST_NAME,
-        values["weight"],
-        Preference(**values["preference"]),
-        values["why"],
-        values["candidate"],
-        run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
-        tuple(values["warnings"]),
-    )
+    try:
+        values = json.loads(path.read_bytes())
+        return Selection(
+            run_path / values["file"],
+            run_path / BEST_NAME,
+            float(values["weight"]),
+            Preference(**values["preference"]),
+            str(values["why"]),
+            str(values["candidate"]),
+            run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
+            tuple(values["warnings"]),
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        logger.warning("%s is damaged and left out (%r); select again.", path, error)
+        return None
 
 
 def check_name(name: str) -> None:
@@ -225,7 +234,7 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
             raise ConfigError(f"evaluate.class_words={unused[0]}")
         return found
     family: Family = registry.find("families", config.model.family)
-    data = replace(config.data, path=str(own.references), trigger="", captions="required")
+    data = replace(config.data, path=str(own.references), trigger="", captions="required", flip=False)
     try:
         captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
     except DataError as error:
@@ -273,17 +282,18 @@ def _write(
     finished = read_adapter(final, family, config.model)
     is_final = final.is_file() and finished.metadata.get("ss_steps") == str(choice.candidate.step)
     name = final.name if is_final else f"{run.name(config)}-{checkpoint.name}.safetensors"
-    state = finished if is_final else read_checkpoint(checkpoint, config, family)
-    told = {**finished.metadata, **(marks(choice, evaluation))}
+    state = finished if is_final else _run_checkpoints.read(RunCheckpoint(checkpoint))[1]
+    told = dict(finished.metadata)
     if not is_final:
-        told |= {"ss_steps": str(choice.candidate.step), "ss_output_name": Path(name).stem}
+        told = at_step(told, int(str(choice.candidate.step)), Path(name).stem, time.time())
         told["modelspec.title"] = Path(name).stem
+    told |= marks(choice, evaluation)
     path = run.path / name
+    run_files.claim(run.path, [*run_files.CHOICE, *([] if is_final else [name])], f"select {run.path}")
     spelling = detect(final) if is_final else _spelling(config)
     _write_adapter(AdapterState(state.modules, told), family, config, path, spelling)
-    for old in run.path.glob(f"{run.name(config)}-step-*.safetensors"):
-        if old != path:
-            old.unlink()
+    chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
+    run_files.discard(run.path, chosen - {name})
     return path
 
 
@@ -323,7 +333,7 @@ def marks(choice: Choice, evaluation: Evaluation) -> dict[str, str]:
         "lora_diffusion.scores": json.dumps(
             {metric: round(table.mean(choice.candidate.name, metric), 4) for metric in metrics}
         ),
-        "lora_diffusion.scorer": json.dumps(dict(evaluation.scorer)),
+        "lora_diffusion.scorer": json.dumps({kind: public_path(name) for kind, name in evaluation.scorer.items()}),
         "lora_diffusion.evaluated_with": evaluation.lora_diffusion,
     }
 

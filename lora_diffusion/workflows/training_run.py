@@ -11,24 +11,21 @@ from typing import Any
 
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
-from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import Config
-from lora_diffusion.core import registry
-from lora_diffusion.core.device import find_dtype, pick_device, process_group
+from lora_diffusion.core.device import pick_device, process_group
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.protocols import Family, Format
+from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_channels_last, use_threads
-from lora_diffusion.core.types import AdapterState, Loaded, Request, Sample
+from lora_diffusion.core.types import Loaded, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import Report
-from lora_diffusion.formats.verified import write_verified
-from lora_diffusion.training import checkpoint, memory, record, run_folder
-from lora_diffusion.training.hooks import Hook, PreviewHook
+from lora_diffusion.training import checkpoint, memory, record, run_files, run_folder
+from lora_diffusion.training.hooks import Hook, IntervalHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.workflows import _judging as judging
-from lora_diffusion.workflows import verification
+from lora_diffusion.workflows._adapter_writing import AdapterWriter
 from lora_diffusion.workflows._checks import check
 from lora_diffusion.workflows._previews import SAVERS
 from lora_diffusion.workflows._steps import make_batches
@@ -62,7 +59,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
 
 def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
+    config = run_folder.as_started(config) if resume else config
     checked = check(config, resume=resume, overwrite=overwrite)
+    config = checked.config
     family, kind, run, samples, plan = checked.family, checked.kind, checked.run, checked.samples, checked.plan
     _say_what_is_trained(plan, config, samples)
 
@@ -72,7 +71,8 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         trained = frozenset(config.adapter.parts)
         base_key = family.cache_key(config.model, trained)
         fingerprint = record.fingerprint(config, kind, base_key, checked.info.files, samples)
-        latest = checkpoint.find_latest(run.path) if resume else None
+        with processes.main_process_first():  # which takes away what a killed process left
+            latest = checkpoint.find_latest(run.path) if resume else None
         if latest:
             checkpoint.check_fingerprint(latest, fingerprint)
             checkpoint.check_length(latest, checked.num_steps)
@@ -86,14 +86,17 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
         hooks = [*_prepare_previews(config, family, loaded, checked.previews, run)]
-        hooks += judging.prepare_early_stop(config, family, loaded, samples, run)
-        measured = judging.prepare_pictures(config, family, loaded, samples)
+        hooks += judging.prepare_early_stop(config, family, loaded, samples, run, checked.num_steps)
         loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
 
         params = inject(loaded, plan, checked.variant, config.adapter.dropout, config.train.seed)
         if config.train.gradient_checkpointing:
             memory.checkpoint_activations(loaded.parts)
         batches = make_batches(items, family, config)
+
+        describe = partial(record.metadata, config, checked.info, kind, samples, batches)
+        writer = AdapterWriter(config, family, run, loaded, describe)
+        hooks += writer.hooks(batches.num_steps_per_epoch, checked.num_steps)
         trainer = Trainer(
             config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint, plan.module_rates()
         )
@@ -101,16 +104,12 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
             step = trainer.resume(latest)
             logger.info(f"Continuing after step {step}" if latest else f"No checkpoint in {run.path}; starting anew")
             if step < checked.num_steps and processes.is_main_process:
-                run_folder.go_on(run, config)
+                run_folder.go_on(run)
+        writer.begin(trainer.step)
         trainer.fit(batches)
-
-        state = read_state(loaded)
-        metadata = record.metadata(config, checked.info, state, kind, samples, batches, trainer.step)
-        state = replace(state, metadata=metadata)
-        formats = config.output.formats if processes.is_main_process else ()
-        files = tuple(_write(state, family, config, name, run) for name in formats)
+        files = writer.finish(trainer.step)
         if processes.is_main_process:
-            judging.write_picture_losses(measured, trainer, family, run)
+            judging.write_picture_losses(config, samples, items, trainer, family, run)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files)
 
 
@@ -126,30 +125,25 @@ def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[
         )
 
 
-def _write(state: AdapterState, family: Family, config: Config, format_name: str, run: RunFolder) -> Path:
-    format_: Format = registry.find("formats", format_name)
-    path = run.adapter_path(config, format_name, format_.is_folder)
-    key_map = family.key_map(format_name, config.model)
-    write_verified(state, key_map, format_, path, find_dtype(config.output.dtype))
-    verification.warn(path, verification.faults(path, format_name, family, config.model, ()))
-    return path
-
-
 def _prepare_previews(
     config: Config, family: Family, loaded: Loaded, requests: Sequence[Request], run: RunFolder
 ) -> list[Hook]:
-    """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there."""
+    """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there.
+
+    There are none in a run that is too short for a preview.
+    """
     if not requests:
         return []
     save = SAVERS[family.sample_type]
 
     def draw(step: int) -> None:
+        run_files.add(run.path, [f"previews/step-{step:06d}{ending}" for ending in (".png", ".tsv")])
         save(family.generate(loaded, requests), config.preview, run.previews_path / f"step-{step:06d}")
 
     draw(0)
     if loaded.encoders & set(config.adapter.parts):
         loaded.text_cache.clear()
-    return [PreviewHook(config.train.preview_every_steps, draw)]
+    return [IntervalHook(config.train.preview_every_steps, draw)]
 
 
 def _needed_to_show(loaded: Loaded, trained: frozenset[str]) -> frozenset[str]:
@@ -186,7 +180,8 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
 
     A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
     """
+    config = config if overwrite else run_folder.as_started(config)
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
     largest = checked.kind.largest(checked.samples)
-    needed = step_memory(config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
+    needed = step_memory(checked.config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
     return Outlook(checked.kind.describe(checked.samples), checked.plan, needed, checked.num_steps)

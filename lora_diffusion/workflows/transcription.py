@@ -12,12 +12,16 @@ from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_threads
 from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Request, SpeechInfo
-from lora_diffusion.data.recordings import KIND, list_requests
-from lora_diffusion.data.transcripts import later, without_timestamps
+from lora_diffusion.data.listening import list_requests
+from lora_diffusion.data.recordings import KIND
+from lora_diffusion.data.splits import ALL
+from lora_diffusion.data.transcripts import Segment, cues, later, without_timestamps
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
+_EVERYTHING = RecordingDataConfig(split=ALL)
+"""To score on, all of a folder is taken, since its user chose it for that."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Transcription:
 
     path: Path
     text: str
+    segments: tuple[Segment, ...] = ()
+    """The words with when they were said: as timestamps tell it, else for each piece in which they were heard."""
 
 
 def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = ()) -> list[Transcription]:
@@ -44,28 +50,40 @@ def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = 
     loaded, weights = _load(family, model, states, adapters)
     requests = [replace(request, weights=weights or None) for _, request in asked]
     texts: dict[Path, list[str]] = {}
+    segments: dict[Path, list[Segment]] = {}
     for (path, request), output in zip(asked, family.generate(loaded, requests), strict=True):
-        assert isinstance(request.sample, AudioText), "requests to transcribe hold a recording"
-        texts.setdefault(path, []).append(later(output.text, request.sample.start_s))
-    return [Transcription(path, " ".join(pieces)) for path, pieces in texts.items()]
+        sample = request.sample
+        assert isinstance(sample, AudioText), "requests to transcribe hold a recording"
+        text = later(output.text, sample.start_s)
+        texts.setdefault(path, []).append(text)
+        end_s = sample.start_s + len(sample.waveforms[0]) / info.sampling_rate
+        segments.setdefault(path, []).extend(cues(text, sample.start_s, end_s))
+    return [Transcription(path, " ".join(pieces), tuple(segments[path])) for path, pieces in texts.items()]
 
 
-def understand(model: ModelOptions, data_paths: Sequence[Path], adapters: Adapters = ()) -> list[Understanding]:
+def understand(
+    model: ModelOptions,
+    data_paths: Sequence[Path],
+    adapters: Adapters = (),
+    data: RecordingDataConfig = _EVERYTHING,
+) -> list[Understanding]:
     """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
 
     Args:
         model: a base that listens.
         data_paths: folders, as `data.path` takes them.
         adapters: files or folders with their weights; all are applied at once.
+        data: how they are read, all but their path and the views of the sound.
 
     Raises:
         InputError: the base, an adapter or the data cannot be used.
     """
     family, info, states = _open(model, adapters)
-    data = [KIND.read(RecordingDataConfig(path=str(path)), info) for path in data_paths]
+    plain = replace(data, speeds=RecordingDataConfig.speeds, noise_db=())
+    sets = [KIND.read(replace(plain, path=str(path)), info) for path in data_paths]
     loaded, weights = _load(family, model, states, adapters)
     results = []
-    for samples in data:
+    for samples in sets:
         opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
         outputs = family.generate(loaded, [Request("", 0, weights=weights or None, sample=one) for one in opened])
         said = [without_timestamps(sample.transcript) for sample in samples]

@@ -14,6 +14,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.formats import clients
 from lora_diffusion.formats.clients import Base, Verdict
+from lora_diffusion.workflows import _run_checkpoints
 
 _SPELLINGS = ("kohya", "diffusers", "peft", "norms")
 
@@ -50,7 +51,7 @@ def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None
     """Says what clients would ignore, misread or hide of an adapter file.
 
     Args:
-        path: file or PEFT folder.
+        path: file, PEFT folder, or checkpoint of a run, which is looked at as the file that it would become.
         client_names: all known clients without any.
         base: sd1, sd2, sdxl, or what `model.path` takes; without it, the published base that the content is made for.
 
@@ -59,11 +60,12 @@ def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None
         ConfigError: there is no such client.
         ModelError: the base cannot be used.
     """
-    name = base or clients.guess_family(path)
-    found = _published(name) if name in clients.PUBLISHED else _named(name)
-    if base is None:
-        clients.check_fit(path, found)
-    return Verification(path, name, tuple(clients.verify(path, found, client_names)))
+    with _run_checkpoints.as_file(path) as file:
+        name = base or clients.guess_family(file)
+        found = _published(name) if name in clients.PUBLISHED else _named(name)
+        if base is None:
+            clients.check_fit(file, found)
+        return Verification(path, name, tuple(clients.verify(file, found, client_names)))
 
 
 def faults(path: Path, format_name: str, family: Family, model: ModelOptions, client_names: Sequence[str]) -> list[str]:

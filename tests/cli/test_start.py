@@ -5,19 +5,24 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from lora_diffusion.cli import main as cli
+from lora_diffusion.cli import start
+from lora_diffusion.core.files import shipped_path
 
 LIMIT_S = 0.5
-PROGRAM = [sys.executable, "-m", "lora_diffusion.cli.main"]
+PROGRAM = [sys.executable, "-m", "lora_diffusion"]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "numpy", "PIL", "safetensors", "accelerate")
 
 _RUN = ("model.path=x", "data.path=y", "output.path=z")
@@ -81,6 +86,17 @@ def test_work_on_files_does_not_wait_for_torch(tmp_path: Path) -> None:
             assert {*heavy} <= {"numpy"}, arguments
 
 
+def test_a_folder_of_pictures_is_checked_without_torch() -> None:
+    pictures = shipped_path("datasets") / "blob-style" / "references"
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_AND_TELL, "data", "check", pictures], check=False, capture_output=True, text=True
+    )
+    code, heavy = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert code == 0, done.stderr
+    assert {*heavy} <= {"numpy", "PIL", "safetensors"}
+    assert min(_processor_s([*PROGRAM, "data", "check", str(pictures)]) for _ in range(2)) < 2 * LIMIT_S
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "train.max_step=3"]], ids=" ".join)
 def test_answers_at_once(arguments: list[str]) -> None:
     """Counts the processor's time, since other programs may run beside the tests; nothing here waits."""
@@ -95,11 +111,126 @@ def _processor_s(command: list[str]) -> float:
 
 
 def test_reader_that_stops_reading() -> None:
-    for arguments in (["config", "show"], ["config", "list"], ["config", "show", "--json"]):
+    for arguments in (["config", "show"], ["--help"], ["config", "show", "--json"]):
         process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process.stdout.close()  # type: ignore[union-attr]
         assert process.wait(60) == 0
         assert process.stderr.read() == ""  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("2>/dev/full >&2", 0)])
+def test_streams_that_are_closed_or_full(closed: str, code: int) -> None:
+    command = f'"$0" -m lora_diffusion config check model.path=x data.path=y output.path=z {closed}'
+    done = subprocess.run(["sh", "-c", command, sys.executable], check=False, capture_output=True, text=True)
+    is_full = "full" in closed
+    assert done.returncode == (1 if is_full else code)
+    assert done.stderr == ""
+
+
+def test_a_full_disk_behind_stdout_is_told_once() -> None:
+    command = '"$0" -m lora_diffusion config list > /dev/full'
+    done = subprocess.run(["sh", "-c", command, sys.executable], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+
+
+def test_reader_of_the_log_that_stops_reading(capfd: pytest.CaptureFixture[str]) -> None:
+    """The work goes on without a reader."""
+    reading, writing = os.pipe()
+    code = "from lora_diffusion.core import logs; logs.set_up(); logs.logger.warning('a' * 1000); print('done')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writing, text=True)
+    os.close(writing)
+    os.close(reading)
+    assert process.communicate(timeout=60)[0] == "done\n"
+    assert process.returncode == 0
+
+
+def test_ctrl_c_while_the_program_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_diffusion.cli.main.main", stop)
+    assert start.main(["config", "list"]) == 1
+    assert capsys.readouterr().err == "\nlora-diffusion: stopped.\n"
+
+
+_STARTED = """
+import sys
+before = {*sys.modules}
+import lora_diffusion.cli.start
+print(sorted(name for name in {*sys.modules} - before if not name.startswith("lora_diffusion")))
+"""
+
+
+def test_ctrl_c_finds_the_program_ready() -> None:
+    done = subprocess.run([sys.executable, "-c", _STARTED], check=False, capture_output=True, text=True)
+    assert ast.literal_eval(done.stdout) in ([], ["collections.abc"])
+
+
+_ESCAPE = "\x1b]0;x\x07\x1b[2J\x9b1m"
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in (f"{_ESCAPE}a.png", "b\nWARNING.png", "c\u202egnp.png"):
+        Image.new("RGB", (64, 64), "red").save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(f"a {_ESCAPE}cat, blob{_ESCAPE} style", encoding="utf-8")
+    (folder / f"{_ESCAPE}d.heic").write_text("")
+    assert cli.main(["data", "check", str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.out + shown.err)
+    assert r"\x1b[2J" in shown.out and r"b\nWARNING.png" in shown.out
+    assert cli.main(["data", "check", str(folder), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", shown.out)
+    assert _ESCAPE in json.loads(shown.out)["trigger"] + json.loads(shown.out)["prior_example"][0]
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": f"{_ESCAPE}.png", "text": "x"}))
+    for arguments in (["data", "check", str(folder)], ["data", "check", _ESCAPE], ["inspect", f"no{_ESCAPE}"]):
+        assert cli.main(arguments) == 2
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "a", f"--{_ESCAPE}"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_json_for_a_terminal_of_another_encoding(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*PROGRAM, "config", "check", "model.path=x", "data.path=y", "output.path=\u00e4\u732b", "--json"],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+
+
+def test_warnings_of_libraries_are_for_debugging(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object) -> None:
+        warnings.warn("Corrupt EXIF data", UserWarning, stacklevel=1)
+        warnings.warn("CUDA initialization:\nthe driver is old", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr("lora_diffusion.cli.config.print_result", work)
+    assert cli.main(["config", "list"]) == 0
+    shown = capsys.readouterr().err
+    assert "EXIF" not in shown
+
+
+def test_lack_of_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lora_diffusion.cli.config.print_result", fail)
+    assert cli.main(["config", "list"]) == 1
+    assert capsys.readouterr().err == (
+        "lora-diffusion config: there is not enough memory (no more can be had); close other programs or take less.\n"
+    )
 
 
 def test_command_is_installed() -> None:

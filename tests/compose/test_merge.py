@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion.adapters.state import load_state
+from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.compose.linear import Term
 from lora_diffusion.compose.merge import merge
 from lora_diffusion.core import registry
-from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
 from tests.adapters.test_variants import state_of
@@ -93,7 +93,9 @@ def test_number_type_is_rounded_to_once(dtype: torch.dtype, tiny_base: Path, tmp
     merge(opened(tiny_base), [term], tmp_path / "small", dtype, {})
     for path in (tmp_path / "wide").rglob("*.safetensors"):
         wide, small = load_file(path), load_file(tmp_path / "small" / path.relative_to(tmp_path / "wide"))
-        assert all(torch.equal(tensor.to(dtype), small[name]) for name, tensor in wide.items())
+        own = torch.float32 if path.parent.name == "vae" else dtype
+        assert all(torch.equal(tensor.to(own), small[name]) for name, tensor in wide.items())
+        assert {tensor.dtype for tensor in small.values()} == {own}
 
 
 def test_shards_keep_their_index(tmp_path: Path, tiny_base: Path) -> None:
@@ -206,3 +208,43 @@ def test_all_three_networks_of_sdxl(tmp_path: Path) -> None:
     assert {key.part for key in keys} == set(family.parts)
     for key in keys:
         assert torch.allclose(merged[key.part].get_submodule(key.path).weight, wanted[key], atol=1e-6)
+
+
+def test_biases_norms_and_embeddings_of_a_folder(tiny_base: Path, tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    base = loaded_from(tiny_base).parts
+    keys = {
+        "lora": ModuleKey("unet", "conv_in"),
+        "full": ModuleKey("text_encoder", "encoder.layers.0.layer_norm1"),
+        "table": ModuleKey("text_encoder", "embeddings.token_embedding"),
+        "bias": ModuleKey("unet", "conv_out"),
+    }
+    shapes = {name: base[key.part].get_submodule(key.path).weight.shape for name, key in keys.items()}
+    out, *inputs = shapes["lora"]
+    down, up = torch.randn(2, *inputs, generator=rng), torch.randn(out, 2, 1, 1, generator=rng)
+    change, table = torch.randn(shapes["full"], generator=rng), torch.randn(shapes["table"], generator=rng)
+    biases = {name: torch.randn(shapes[name][0], generator=rng) for name in ("lora", "full", "bias")}
+    modules = {
+        keys["lora"]: ModuleAdapter("lora", {"down": down, "up": up, "bias": biases["lora"]}, 2.0),
+        keys["full"]: ModuleAdapter("full", {"diff": change, "bias": biases["full"]}, 0.0),
+        keys["table"]: ModuleAdapter("full", {"diff": table}, 0.0),
+        keys["bias"]: ModuleAdapter("full", {"bias": biases["bias"]}, 0.0),
+    }
+    state = AdapterState(modules)
+    check_fit(state, base, "it")
+    done = merge(opened(tiny_base), [Term("a", state, WEIGHTS)], tmp_path / "out", None, {})
+    assert (done.num_modules, done.num_changed) == (4, 6)
+    merged = loaded_from(tmp_path / "out").parts
+    wanted = {"lora": torch.einsum("orxy,rikl->oikl", up, down), "full": change, "table": table}
+    for name, key in keys.items():
+        old, new = (parts[key.part].get_submodule(key.path) for parts in (base, merged))
+        assert torch.allclose(new.weight - old.weight, WEIGHTS[key.part] * wanted.get(name, torch.zeros(1)), atol=1e-6)
+        if name in biases:
+            assert torch.allclose(new.bias - old.bias, WEIGHTS[key.part] * biases[name], atol=1e-6)
+    with pytest.raises(UnsupportedError, match=r"holds changes of biases, full, .*lora-diffusion merge"):
+        load_state(tiny_loaded(), state, "it")
+    query = ModuleKey("unet", next(path for path, _ in base["unet"].named_modules() if path.endswith("attn1.to_q")))
+    wrong = {query: ModuleAdapter("lora", {**random_state(tiny_loaded()).modules[query].tensors, "bias": up}, 1.0)}
+    with pytest.raises(AdapterFileError, match="does not fit") as caught:
+        check_fit(AdapterState(wrong), base, "it")
+    assert "a bias is changed, and the base has none" in caught.value.faults[0]

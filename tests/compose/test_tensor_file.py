@@ -35,33 +35,34 @@ def double(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16, torch.float32])
 def test_only_what_is_asked_changes(source: Path, tmp_path: Path, dtype: torch.dtype | None) -> None:
     target = tmp_path / "target.safetensors"
-    TensorFile(source).rewrite(target, {"weight": double}, dtype, {"made": "here"})
-    TensorFile(source).verify(target, {"weight": double}, dtype)
+    dtypes = dict.fromkeys(("weight", "half"), dtype) if dtype else {}
+    TensorFile(source).rewrite(target, {"weight": double}, dtypes, {"made": "here"})
+    TensorFile(source).verify(target, {"weight": double}, dtypes)
     before, after = load_file(source), load_file(target)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         wanted = 2 * tensor if name == "weight" else tensor
-        wanted = wanted.to(dtype) if dtype and tensor.is_floating_point() else wanted
+        wanted = wanted.to(dtypes.get(name, wanted.dtype))
         assert after[name].dtype == wanted.dtype
         assert torch.equal(after[name], wanted)
     with safe_open(target, "pt") as file:
         assert file.metadata() == {"format": "pt", "about": "naïve", "made": "here"}
     tensor_bytes = sum(tensor.nbytes for tensor in after.values())
-    assert TensorFile(source).size_as(dtype) == tensor_bytes
+    assert TensorFile(source).size_as(dtypes) == tensor_bytes
     assert target.stat().st_size > tensor_bytes
 
 
 def test_a_wrong_bit_is_found(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.safetensors"
-    TensorFile(source).rewrite(target, {"weight": double}, None, {})
+    TensorFile(source).rewrite(target, {"weight": double}, {}, {})
     with pytest.raises(VerificationError) as caught:
-        TensorFile(source).verify(target, {"half": double}, None)
+        TensorFile(source).verify(target, {"half": double}, {})
     assert set(caught.value.faults) == {"half", "weight"}
     content = bytearray(target.read_bytes())
     content[-1] ^= 1
     target.write_bytes(content)
     with pytest.raises(VerificationError, match="is the disk sound"):
-        TensorFile(source).verify(target, {"weight": double}, None)
+        TensorFile(source).verify(target, {"weight": double}, {})
 
 
 def test_what_the_number_type_cannot_hold_is_refused(source: Path, tmp_path: Path) -> None:
@@ -69,12 +70,12 @@ def test_what_the_number_type_cannot_hold_is_refused(source: Path, tmp_path: Pat
         return tensor.float() + 1e6
 
     with pytest.raises(NonFiniteError, match=r"half would hold values that torch\.float16 cannot"):
-        TensorFile(source).rewrite(tmp_path / "t", {"half": enlarge}, None, {})
+        TensorFile(source).rewrite(tmp_path / "t", {"half": enlarge}, {}, {})
 
 
 def test_header_can_be_read_by_json(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.safetensors"
-    TensorFile(source).rewrite(target, {}, None, {})
+    TensorFile(source).rewrite(target, {}, {}, {})
     content = target.read_bytes()
     length = int.from_bytes(content[:8], "little")
     assert length % 8 == 0

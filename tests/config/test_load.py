@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lora_diffusion.config.describe import differences
+from lora_diffusion.config.describe import differences, explained_yaml
 from lora_diffusion.config.docs import field_docs
 from lora_diffusion.config.load import load, to_values, to_yaml
 from lora_diffusion.config.rules import RANGES
 from lora_diffusion.config.schema import Config
+from lora_diffusion.config.shipped import shipped
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 
@@ -251,9 +255,174 @@ def test_texts_survive_the_saved_config(tmp_path: Path, text: str) -> None:
     assert differences(load(path), config) == []
 
 
-def test_a_reference_to_no_key_says_how_to_write_the_characters() -> None:
-    with pytest.raises(ConfigError, match=r"preview.prompts\[0\].*\$\{output.name\}; write \\\$\{"):
-        load(None, [*NEEDED, 'preview.prompts=["a ${5} cat"]'])
+REFERENCES = ("${oc.env:HF_TOKEN}", "${output.name}", "${", "a ${5} cat", "${oc.decode:${oc.env:X}}", "\\${x}", "$HOME")
+
+
+@pytest.mark.parametrize("text", REFERENCES)
+def test_references_are_text(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file, bare and in quotes, on the command line, in lists, and in what is saved and shown."""
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
+    path = tmp_path / "c.yaml"
+    quoted = text.replace("'", "''")
+    path.write_text(
+        f"output: {{description: '{quoted}'}}\ndata:\n  trigger: {text}\n"
+        f"train: {{preview_every_steps: 5}}\npreview:\n  prompts:\n  - {text}\n"
+    )
+    config = load(path, [*NEEDED, f"output.author={text}", f"output.title='{quoted}'", f"evaluate.prompts={text}"])
+    assert config.data.trigger == config.output.description == config.output.author == config.output.title == text
+    assert config.preview.prompts == (text,)
+    for number, saved in enumerate((to_yaml(config), explained_yaml(config), json.dumps(to_values(config)))):
+        assert "hf_SECRET" not in saved
+        again = tmp_path / f"{number}.yaml"
+        again.write_text(saved, encoding="utf-8")
+        assert load(again) == config
+
+
+def test_a_config_that_an_older_version_resolved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It put a backslash before references and doubled those that stood there, as OmegaConf 2.3 reads them."""
+    config = load(None, [*NEEDED, "data.trigger=a ${5} cat", "output.title=\\\\${x}", "output.author=a\\b"])
+    lines = to_yaml(config).splitlines()[1:]
+    old = "\n".join(lines).replace("a ${5}", "a \\${5}").replace("\\\\${x}", "\\" * 5 + "${x}")
+    path = tmp_path / "config.yaml"
+    path.write_text(old)
+    assert load(path) == config
+    assert caplog.text == ""
+
+
+def test_a_backslash_that_is_not_needed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("output: {title: '\\${x}'}")
+    assert load(path, NEEDED).output.title == "\\${x}"
+    assert "the backslash before ${ is kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("train: {seed: 010}", None),
+        ("data: {trigger: 007}", None),
+        ("output: {title: 1.10}", None),
+        ("train: {max_steps: 1:30}", "train.max_steps='1:30': must be a whole number"),
+        ("train.max_steps: 5", "in a file, write 'train:' and below it, indented, 'max_steps: ...'"),
+        ("train: {max_steps: %s}" % ("9" * 5000), "must be a whole number"),
+        (
+            "train: {max_steps: %s}" % ("9" * 30),
+            "train.max_steps=99999999999999999999... (30 characters): must be less",
+        ),
+        ("train: {learning_rate: 1e999}", "train.learning_rate=inf: must be a finite number"),
+        ("train: {threads: '%s'}" % ("9" * 5000), "must be auto or a number of threads"),
+        ("adapter: {module_ranks: ['attn=%s']}" % ("9" * 5000), "must be TARGET=VALUE"),
+        (
+            "output: {title: %s}" % ("x" * 30_000),
+            "output.title='xxxxxxxxxxxxxxxxxxxx... (30000 characters)': must have",
+        ),
+        ("train: [1]", "train: is a section"),
+        ("train:", "train: is a section"),
+        ("%s: 1" % ("x" * 900), "there is no such section"),
+    ],
+)
+def test_odd_values_in_a_file(tmp_path: Path, content: str, fault: str | None) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    if fault:
+        (found,) = _faults(path=path)
+        assert fault in found
+        assert len(found) < 400
+    else:
+        config = load(path, NEEDED)
+        assert (config.train.seed, config.data.trigger, config.output.title) in [
+            (10, "auto", None),
+            (0, "007", None),
+            (0, "auto", "1.10"),
+        ]
+
+
+def test_a_text_bomb(tmp_path: Path) -> None:
+    lines = ["a0: " + "x" * 100, *(f"a{n}: '{f'${{a{n - 1}}}' * 10}'" for n in range(1, 9)), "model: {path: '${a8}'}"]
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "c.yaml", ["data.path=y", "output.path=z"])
+    assert len(error.value.faults) == 9
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_mutated_configs_give_a_config_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = bytearray(data.draw(st.sampled_from([path.read_bytes() for path, _ in shipped().values()])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content)))
+        piece = data.draw(st.sampled_from(PIECES) | st.binary(max_size=4))
+        content[place : place + data.draw(st.integers(0, 8))] = piece
+    path = tmp_path_factory.getbasetemp() / "mutated.yaml"
+    path.write_bytes(bytes(content))
+    try:
+        config = load(path, data.draw(st.sampled_from(OVERRIDES)))
+    except ConfigError as error:
+        assert len(str(error)) < 20_000
+    else:
+        path.write_text(to_yaml(config), encoding="utf-8")
+        assert load(path) == config
+
+
+PIECES = [
+    *(
+        b"${oc.env:HOME}",
+        b"${",
+        b"}",
+        b"[",
+        b"{",
+        b"[[[[",
+        b"&a ",
+        b"*a",
+        b"!!int ",
+        b"!x ",
+        b"<<: ",
+        b"\t",
+        b"\0",
+        b"---\n",
+    ),
+    *(
+        b"9" * 5000,
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"\xed\xa0\xbd",
+        b"null",
+        b"~",
+        b"yes",
+        b".nan",
+        b"1e999",
+        b"0o7",
+        b"|\n",
+        b"? ",
+    ),
+    *(
+        b"'",
+        b'"',
+        b"\\",
+        b"#",
+        b": ",
+        b"- ",
+        b"train:\n",
+        b"train.max_steps: 5\n",
+        b"x" * 30_000,
+        "\u2028".encode(),
+        b"%",
+    ),
+]
+OVERRIDES: list[list[str]] = [
+    *([], ["train.epochs=3"], ["train.max_steps=3"], ["adapter.parts=[unet]"], ["model.family=whisper"], ["a=${b}"]),
+    *(
+        ["train={seed: 1}"],
+        ["train.seed=[[["],
+        ["data.trigger=${x"],
+        ["output.title='"],
+        ["train.seed=*a"],
+        ["x.y.z=1"],
+    ),
+    ["train.seed=" + "9" * 5000],
+]
 
 
 def test_differences_name_key_and_both_values() -> None:

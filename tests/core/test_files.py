@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError
 from lora_diffusion.core.files import (
     atomic_path,
     check_writable,
+    default_cache_path,
+    not_a_file,
     remove_leftovers,
     save_tensors,
     sha256,
@@ -59,6 +63,64 @@ def test_leftovers_that_another_process_may_be_writing_stay(tmp_path: Path) -> N
     remove_leftovers(tmp_path, "*/", older_than_s=3600)
     assert [file.name for file in (tmp_path / "ab").iterdir()] == [".part-1234-new"]
     remove_leftovers(tmp_path / "nowhere")
+
+
+def test_leftovers_that_two_processes_remove_at_once(tmp_path: Path) -> None:
+    for _ in range(5):
+        for index in range(50):
+            (tmp_path / f".part-{index}-step").mkdir()
+            (tmp_path / f".part-{index}-step" / "a").write_bytes(b"x")
+        barrier = threading.Barrier(2)
+
+        def remove(barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            remove_leftovers(tmp_path)
+
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(remove) for _ in range(2)]:
+                done.result()
+        assert not list(tmp_path.iterdir())
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a").touch()
+    (tmp_path / ".part-1-x").symlink_to(tmp_path / "own")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["own", "a"]
+
+
+def test_two_processes_that_write_one_folder(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def write(number: int) -> None:
+        for _ in range(10):
+            with atomic_path(tmp_path / "x") as temporary:
+                temporary.mkdir()
+                (temporary / "a").write_text(str(number))
+                (temporary / "b").write_text(str(number))
+                barrier.wait()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert (tmp_path / "x" / "a").read_text() == (tmp_path / "x" / "b").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert [not_a_file(tmp_path / name) for name in ("pipe", "file", "loop", "gone", "a\0b")] == ["a pipe", *[None] * 4]
+    assert [not_a_file(tmp_path), not_a_file(Path("/dev/zero"))] == [None, "a device"]
+
+
+def test_no_home_folder_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LORA_DIFFUSION_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", str)  # as where the user has no entry in passwd
+    with pytest.raises(ConfigError, match=r"HOME is not set.*set LORA_DIFFUSION_CACHE to a folder"):
+        default_cache_path()
 
 
 def test_tensors_that_the_disk_does_not_take_are_an_os_error(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def test_the_fastest_is_chosen_and_remembered() -> None:
     assert measured_choice("another way", turned.calls) == "slow"
 
 
+def test_without_a_home_folder_it_is_measured_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LORA_DIFFUSION_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", str)
+    for _ in range(2):
+        own = Candidates(slow=0.02, fast=0.001)
+        assert measured_choice("way", own.calls) == "fast"
+        assert own.runs == {"slow": 4, "fast": 4}
+
+
 @pytest.mark.parametrize(("load", "valid_s"), [(0.5, 24 * 3600), (20.0, 3600)])
 def test_an_answer_is_measured_again_after_a_day_or_an_hour(
     load: float, valid_s: int, monkeypatch: pytest.MonkeyPatch

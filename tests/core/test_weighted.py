@@ -47,3 +47,12 @@ def test_run_folder_is_no_adapter(folder: Path) -> None:
     (folder / "run" / "config.yaml").touch()
     with pytest.raises(ConfigError, match="is a run folder"):
         weighted_file("run:0.5")
+
+
+def test_a_drive_letter_is_no_weight(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no file C:"):
+        weighted_file("C:\\loras\\typo.safetensors")
+    (tmp_path / "a+b.safetensors").touch()
+    assert weighted_files(f"{tmp_path}/a+b.safetensors:0.5") == ((tmp_path / "a+b.safetensors", 0.5),)
+    with pytest.raises(ConfigError, match="'half' is not a weight"):
+        weighted_file(f"{tmp_path}/a+b.safetensors:half")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lora_diffusion.config.schema import PictureDataConfig
-from lora_diffusion.core.types import BaseInfo, ImageText, Loaded, Prepared
+from lora_diffusion.core.types import PIECES, BaseInfo, ImageText, Loaded, Prepared
 from lora_diffusion.data import sources
 
 INFO = BaseInfo(resolution=64, size_step=8, architecture="tiny", prediction="epsilon", source="tiny base")
@@ -54,29 +54,35 @@ def dataset(tmp_path: Path) -> Dataset:
 
 @dataclass
 class FakeFamily:
-    """Keeps the mean colour of each view; remembers which samples it was asked for."""
+    """Keeps the mean colour of each view and the length of the caption; remembers whose it was asked for."""
 
     sample_type: ClassVar = ImageText
     version: str = "1"
     asked: list[list[str]] = field(default_factory=list)
+    texts: list[list[str]] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
-    def cache_key(self, options, trained: frozenset[str]) -> str:
-        return f"{self.version}{sorted(trained)}"
+    def cache_key(self, options, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
+        return f"{self.version}{sorted(trained) if 'texts' in pieces else ''}"
 
-    def prepare(self, loaded, samples: Sequence[ImageText], trained: frozenset[str]) -> list[Prepared]:
+    def prepare(self, loaded, samples, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> list[Prepared]:
+        items = [
+            Prepared(sample.key, {}, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats) for sample in samples
+        ]
+        if "texts" in pieces:
+            self.texts.append([sample.key for sample in samples])
+            lengths = [torch.tensor(len(sample.captions[0])) for sample in samples]
+            items = [replace(item, tensors={"length": own}) for item, own in zip(items, lengths, strict=True)]
+        return self._look(samples, items) if "views" in pieces else items
+
+    def _look(self, samples: Sequence[ImageText], items: list[Prepared]) -> list[Prepared]:
         self.asked.append([sample.key for sample in samples])
         pixels = torch.stack([sample.pixels for sample in samples])
         self.shapes.append(tuple(pixels.shape))
         means = pixels.mean((-2, -1))
         return [
-            Prepared(
-                sample.key,
-                {"mean": mean, "first_view": mean[0], "length": torch.tensor(len(sample.captions[0]))},
-                f"{sample.size[0]}x{sample.size[1]}",
-                sample.num_repeats,
-            )
-            for sample, mean in zip(samples, means, strict=True)
+            replace(item, tensors={**item.tensors, "mean": mean, "first_view": mean[0]})
+            for item, mean in zip(items, means, strict=True)
         ]
 
 

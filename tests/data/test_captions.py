@@ -4,26 +4,7 @@ import re
 
 import pytest
 
-from lora_diffusion.data.captions import find_trigger, phrase_pattern, priors, without_trigger, words_pattern
-
-
-@pytest.mark.parametrize(
-    ("captions", "trigger"),
-    [
-        (["an emoji of a cat, blob style", "a dog in blob style", "Blob  style hat"], "blob style"),
-        (["a photo of sks dog", "sks dog on a beach"], "sks dog"),
-        (["a cat in the style of zwx", "style of zwx, a dog"], "style of zwx"),
-        (["zwx cat, flat", "a flat dog, zwx"], "zwx flat"),
-        (["an emoji of a cat", "a picture of a dog"], ""),
-        (["a cat, noto style", "a dog, blob style"], ""),
-        (["a cat"], ""),
-        (["a zwx cat", ""], ""),
-        ([], ""),
-        (["Ägypten, eine Katze", "ägypten bei Nacht"], "Ägypten"),
-    ],
-)
-def test_find_trigger(captions, trigger):
-    assert find_trigger(captions) == trigger
+from lora_diffusion.data.captions import phrase_pattern, priors, without_trigger, words_pattern
 
 
 @pytest.mark.parametrize(

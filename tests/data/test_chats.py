@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
+from lora_diffusion.core.chat import Chat, ChatInfo, Turn
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.types import Chat, ChatInfo, Turn
 from lora_diffusion.data.chats import KIND, questions
 from tests.tiny_llava import entry, write_chats, write_picture
 
@@ -24,7 +25,7 @@ def _count(samples: Sequence[Chat]) -> list[int | str]:
 
 
 INFO = ChatInfo(source="tiny base", max_tokens=40, count_tokens=_count)
-TURNS = (Turn("user", "What is it?"), Turn("assistant", "a cat"))
+TURNS = (Turn("user", "What is it?", 1), Turn("assistant", "a cat"))
 LAYOUTS = {
     "LLaVA": {"image": "a.png", "conversations": [
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}]},
@@ -57,7 +58,7 @@ class TestLayouts:
         for path in (tmp_path, tmp_path / f"chats.{ending}"):
             (sample,) = _read(path)
             assert sample.turns == TURNS
-            assert (sample.path, sample.size, sample.num_tokens, sample.group) == (
+            assert (sample.path, sample.images[0].size, sample.num_tokens, sample.group) == (
                 tmp_path / "a.png",
                 (30, 20),
                 _PICTURE_TOKENS + 5,
@@ -84,8 +85,14 @@ class TestLayouts:
         samples = _read(tmp_path / "saved")
         assert [sample.key for sample in samples] == ["row 0", "row 1"]
         assert samples[0].turns == TURNS
-        assert KIND.open(samples[1], ChatDataConfig()).views[0].size == (30, 20)
+        assert KIND.open(samples[1], ChatDataConfig()).views[0][0].size == (30, 20)
         assert KIND.identity(samples[0], ChatDataConfig()) == KIND.identity(samples[1], ChatDataConfig())
+
+    def test_names_that_windows_wrote(self, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        write_picture(tmp_path / "sub" / "a.png")
+        (tmp_path / "chats.json").write_text(json.dumps([entry("sub\\a.png", "What?", "a cat")]), encoding="utf-8")
+        assert _read(tmp_path)[0].path == tmp_path / "sub" / "a.png"
 
     def test_pictures_in_another_folder(self, tmp_path: Path) -> None:
         write_picture(tmp_path / "pictures" / "a.png")
@@ -102,7 +109,7 @@ def _faulty(first: str, *rest: str) -> dict[str, Any]:
 FAULTS: dict[str, tuple[Any, str]] = {
     "no image token": (_faulty("What?", "a cat"), "has no <image> in any turn"),
     "two image tokens": (_faulty("<image><image>What?", "a cat"), "has 2 times <image>"),
-    "late image token": (_faulty("What?", "a cat", "<image>And?", "a dog"), "has <image> in a later turn"),
+    "image token in an answer": (_faulty("What?", "<image>a cat"), "has <image> in turn 2, which is the assistant's"),
     "missing picture": (entry("b.png", "What?", "a cat"), "there is no picture b.png"),
     "name too long": (entry("b" * 5000, "What?", "a cat"), f"there is no picture {'b' * 100}... (5000 characters)"),
     "picture inside the file": (
@@ -196,6 +203,16 @@ class TestFaults:
         (told,) = caught.value.faults
         assert told.startswith("chats.json: is not JSON that can be read (")
 
+    def test_half_a_character_is_told(self, folder: Path) -> None:
+        (folder / "chats.json").write_text(json.dumps([LAYOUTS["LLaVA"]]).replace("a cat", r"a cat \ud83d"))
+        (folder / "more.jsonl").write_text(json.dumps(LAYOUTS["LLaVA"]).replace("a cat", r"a \ud83d\ude3a"))
+        os.mkfifo(folder / "pipe.json")
+        with pytest.raises(DataError) as caught:
+            _read(folder)
+        half, pipe = caught.value.faults
+        assert half.startswith("chats.json: is not JSON that can be read (holds half a character")
+        assert pipe == "pipe.json: is a pipe and no file; move it away."
+
     def test_a_file_of_another_encoding_is_one_fault(self, folder: Path) -> None:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
         with pytest.raises(DataError, match="1 fault in 1 files and pictures") as caught:
@@ -228,7 +245,7 @@ class TestSamples:
         write_chats(tmp_path, [LAYOUTS["LLaVA"]])
         config = ChatDataConfig(path=str(tmp_path), zooms=(1.0, 2.0, 0.5))
         (sample,) = KIND.read(config, INFO)
-        whole, near, far = (np.asarray(view) for view in KIND.open(sample, config).views)
+        whole, near, far = (np.asarray(view) for (view,) in KIND.open(sample, config).views)
         assert whole.shape == near.shape == far.shape == (20, 40, 3)
         assert (far[0] == 255).all() and (far[:, 0] == 255).all()
         middle = whole[5:15, 10:30]
@@ -240,7 +257,7 @@ class TestSamples:
         write_picture(tmp_path / "a.png", size=size)
         write_chats(tmp_path, [LAYOUTS["LLaVA"]])
         (sample,) = _read(tmp_path)
-        assert [view.size for view in KIND.open(sample, ChatDataConfig(zooms=(0.5, 2.0))).views] == [size, size]
+        assert [view.size for (view,) in KIND.open(sample, ChatDataConfig(zooms=(0.5, 2.0))).views] == [size, size]
 
     def test_report_previews_and_questions(self, tmp_path: Path) -> None:
         for name in ("a.png", "b.png"):
@@ -263,3 +280,146 @@ class TestSamples:
             ("Which?", "red"),
         ]
         assert KIND.largest(samples) == (_PICTURE_TOKENS + 4, 1)
+
+
+def _message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+ALONE: dict[str, Any] = {
+    "id": "1",
+    "model": "",
+    "conversations": [{"from": "human", "value": "Write a haiku"}, {"from": "gpt", "value": "old pond"}],
+}
+PAIR: dict[str, Any] = {
+    "images": ["a.png", "b.png"],
+    "messages": [_message("user", "<image>\n<image>\nWhich is red?"), _message("assistant", "both")],
+}
+LATER = {
+    "messages": [
+        _message("user", "Hello"),
+        _message("assistant", "Yes?"),
+        _message("user", [{"type": "text", "text": "And"}, {"type": "image", "path": "b.png"}]),
+        _message("assistant", "a cat"),
+    ]
+}
+
+
+class TestPictures:
+    """Conversations about none or about several."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        write_picture(tmp_path / "a.png", size=(30, 20))
+        write_picture(tmp_path / "b.png", 1, size=(20, 40))
+        return tmp_path
+
+    def test_each_turn_tells_its_pictures(self, folder: Path) -> None:
+        write_chats(folder, [LAYOUTS["LLaVA"], ALONE, PAIR, LATER])
+        samples = _read(folder)
+        assert [[turn.num_images for turn in sample.turns] for sample in samples] == [
+            [1, 0],
+            [0, 0],
+            [2, 0],
+            [0, 0, 1, 0],
+        ]
+        assert [[image.size for image in sample.images] for sample in samples] == [
+            [(30, 20)],
+            [],
+            [(30, 20), (20, 40)],
+            [(20, 40)],
+        ]
+        config = ChatDataConfig(zooms=(1.0, 0.9))
+        views = [KIND.open(sample, config).views for sample in samples]
+        assert [[len(view) for view in own] for own in views] == [[1, 1], [0, 0], [2, 2], [1, 1]]
+        names = [json.dumps(KIND.identity(sample, config)) for sample in samples]
+        assert len(set(names)) == 4
+        report = KIND.describe(samples)
+        assert (report.num_pictures, report.num_without_picture) == (2, 1)
+        assert "about 2 pictures (1 without a picture)" in report.lines()[0]
+        assert KIND.largest(samples)[1] == 2
+        asked = KIND.previews(samples, PreviewConfig())
+        assert [request.sample.key for request in asked] == ["chats.json, entry 1", "chats.json, entry 4"]  # type: ignore[union-attr]
+        assert [request.prompt for request, _ in questions(samples)] == [
+            "What is it?",
+            "Write a haiku",
+            "Which is red?",
+            "Hello",
+        ]
+
+    def test_one_picture_in_the_first_question_keeps_its_name_in_caches(self, folder: Path) -> None:
+        write_chats(folder, [LAYOUTS["LLaVA"]])
+        digest, zooms, said = KIND.identity(_read(folder)[0], ChatDataConfig())
+        assert (len(digest), zooms, said) == (64, (1.0,), [["user", "What is it?"], ["assistant", "a cat"]])
+
+    def test_texts_alone_are_previewed(self, folder: Path) -> None:
+        write_chats(folder, [ALONE])
+        (request,) = KIND.previews(_read(folder), PreviewConfig())
+        assert (request.prompt, request.sample.views) == ("Write a haiku", ((),))  # type: ignore[union-attr]
+
+    def test_what_a_list_of_pictures_and_marks_must_be(self, folder: Path) -> None:
+        wrong = {**PAIR, "images": ["a.png", "gone.png"]}
+        three = {**PAIR, "images": ["a.png", "b.png", "a.png"]}
+        write_chats(folder, [wrong, three, {**PAIR, "images": [1, 2]}])
+        with pytest.raises(DataError) as caught:
+            _read(folder)
+        assert "names 3 pictures" in caught.value.faults[0]
+        assert f"there is no picture gone.png in {folder}" in caught.value.faults[1]
+        assert "calls a picture 1; give its file name" in caught.value.faults[2]
+
+
+class TestLeftOut:
+    def test_every_fault_can_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        whole = write_picture(tmp_path / "a.png").read_bytes()
+        (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "empty.png").write_bytes(b"")
+        write_chats(tmp_path, [LAYOUTS["LLaVA"], *(wrong for wrong, _ in FAULTS.values())])
+        (sample,) = _read(tmp_path, skip_bad=True)
+        assert sample.key == "chats.json, entry 1"
+        assert f"Left out, since data.skip_bad=true: {len(FAULTS)} (chats.json, entry 2, " in caplog.text
+        assert "; kept: 1. For example, chats.json, entry 2: has no <image> in any turn" in caplog.text
+        write_chats(tmp_path, [wrong for wrong, _ in FAULTS.values()])
+        with pytest.raises(DataError, match=f"{len(FAULTS)} faults in 1 files"):
+            _read(tmp_path, skip_bad=True)
+
+    def test_held_out_files_are_left_out_and_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_picture(tmp_path / "a.png")
+        for name in ("train.json", "val.json", "more.json"):
+            write_chats(tmp_path, [LAYOUTS["LLaVA"]], name)
+        write_picture(tmp_path / "test" / "a.png")
+        write_chats(tmp_path / "test", [LAYOUTS["LLaVA"]])
+        assert [sample.key for sample in _read(tmp_path)] == ["more.json, entry 1", "train.json, entry 1"]
+        assert "left out what belongs to other splits: test (2 files), val (1 files)" in caplog.text
+        assert [sample.key for sample in _read(tmp_path, split="val")] == ["val.json, entry 1"]
+        assert len(_read(tmp_path, split="all")) == 4
+        assert len(_read(tmp_path / "val.json")) == 1
+        with pytest.raises(DataError, match=r"data\.split=test: data\.path=.*val\.json has no splits; drop it"):
+            _read(tmp_path / "val.json", split="test")
+
+    def test_messages_name_what_was_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_chats(tmp_path, [entry("gone.png", "What?", "a cat")])
+        with pytest.raises(DataError, match=r"^data\.path=chats\.json: 1 fault in 1 files") as caught:
+            _read(Path("chats.json"))
+        assert f"there is no picture gone.png in {tmp_path}" in caught.value.faults[0]
+
+
+@pytest.mark.parametrize("form", ["splits", "parquet"])
+def test_rows_with_and_without_pictures(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    datasets = pytest.importorskip("datasets")
+    picture = str(write_picture(tmp_path / "pictures" / "a.png", size=(30, 20)))
+    said = [LAYOUTS["messages"]["messages"], ALONE["conversations"], PAIR["messages"]]
+    said[1] = [_message(turn["from"], turn["value"]) for turn in ALONE["conversations"]]
+    table = datasets.Dataset.from_dict({"images": [[picture], [], [picture] * 2], "messages": said})
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    if form == "splits":
+        datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
+    else:
+        for split in ("train", "test"):
+            table.to_parquet(str(tmp_path / "saved" / f"{split}.parquet"))
+        (tmp_path / "saved" / "more.json").write_text("[]")
+    samples = _read(tmp_path / "saved")
+    told = "the Parquet files are read, and other files are not: 1 (more.json)"
+    assert (told in caplog.text) == (form == "parquet")
+    assert [[image.size for image in sample.images] for sample in samples] == [[(30, 20)], [], [(30, 20)] * 2]
+    assert samples[0].turns == TURNS

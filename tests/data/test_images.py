@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
-from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.errors import ConfigError, RunError
 from lora_diffusion.core.types import BaseInfo
 from lora_diffusion.data import images
 from tests.data.conftest import INFO
@@ -113,6 +118,104 @@ def test_pictures_are_turned_upright(tmp_path):
     assert images.open_rgb(tmp_path / "p.jpg").size == (4, 8)
 
 
+def test_what_is_written_about_a_picture_does_not_keep_it_from_being_read(tmp_path):
+    """Programs that make pictures write their workflow into them; Pillow refuses more than 1 MiB of it."""
+    image, text = Image.new("RGB", (8, 4), "red"), PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    text.add_itxt("prompt", "y" * 70_000_000)
+    text.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    image.save(tmp_path / "p.png", pnginfo=text)
+    assert images.open_rgb(tmp_path / "p.png").size == images.measure(tmp_path / "p.png") == (4, 8)
+    assert images.open_rgb(tmp_path / "p.png").getpixel((0, 0)) == (255, 0, 0)
+    data = (tmp_path / "p.png").read_bytes()
+    end = data.index(b"IDAT") - 4  # the same texts behind the pixels
+    late = data[:33] + data[end:-12] + data[33:end] + data[-12:]
+    assert images.open_rgb(tmp_path / "late.png", late).size == (4, 8)
+
+
+def test_damaged_exif_data_says_nothing(tmp_path, recwarn):
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff\xff\xff\xff\x06"
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "p.jpg", exif=damaged)
+    assert images.open_rgb(tmp_path / "p.jpg").size == (8, 4)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("ending", ["jfif", "jpe", "avif", "tif", "tiff"])
+def test_other_names_and_formats(tmp_path, ending):
+    kind = {"jfif": "jpeg", "jpe": "jpeg", "tif": "tiff"}.get(ending, ending)
+    red = _pixel(Image.new("RGB", (16, 16), "red"), tmp_path, f"p.{ending}", format=kind)
+    assert red == pytest.approx((255, 0, 0), abs=3)
+    assert f".{ending}" in images.ENDINGS
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.png")
+    with pytest.raises(images.PictureError, match="is a pipe and no file"):
+        images.measure(tmp_path / "p.png")
+    with pytest.raises(images.PictureError, match="is a device and no file"):
+        images.open_rgb(Path("/dev/zero"))
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name in ("loop.png", "gone.png"):
+        with pytest.raises(images.PictureError, match=r"cannot be read .*rights or link"):
+            images.open_rgb(tmp_path / name)
+    Image.new("F", (4, 4)).save(tmp_path / "f.tif")
+    with pytest.raises(images.PictureError, match="holds fractions"):
+        images.measure(tmp_path / "f.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
+def test_strips_give_the_same_picture(tmp_path, mode, monkeypatch):
+    colors = np.random.default_rng(0).integers(0, 255, (31, 17, 4), np.uint8)
+    colors = colors.view(np.uint16)[..., 0].copy() if mode == "I;16" else colors
+    image = Image.fromarray(colors) if mode == "I;16" else Image.fromarray(colors).convert(mode)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "p.png", icc_profile=profile)
+    whole, small = images.open_rgb(tmp_path / "p.png"), images.look(tmp_path / "p.png", 4)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 60)
+    assert images.open_rgb(tmp_path / "p.png").tobytes() == whole.tobytes()
+    assert (
+        images.look(tmp_path / "p.png", 4)
+        == small
+        == (whole.size, whole.resize((4, 4), Image.Resampling.BOX).tobytes())
+    )
+
+
+def test_giants_are_decoded_one_after_the_other(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "p.png")
+    monkeypatch.setattr(images, "_PIXELS_AT_ONCE", 2 * 1600)
+    active, most, lock = [0], [0], threading.Lock()
+
+    def slow(image):
+        with lock:
+            active[0] += 1
+            most[0] = max(most[0], active[0])
+        time.sleep(0.01)
+        with lock:
+            active[0] -= 1
+        return image
+
+    monkeypatch.setattr(images, "_upright", slow)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(images.measure, [tmp_path / "p.png"] * 24)) == {(40, 40)}
+        assert most[0] == 2
+        monkeypatch.setattr(images, "_PIXELS_AT_ONCE", 10)
+        most[0] = 0
+        assert set(pool.map(images.measure, [tmp_path / "p.png"] * 4)) == {(40, 40)}
+        assert most[0] == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
+def test_a_good_picture_is_not_called_damaged_for_lack_of_memory(tmp_path, monkeypatch, error):
+    Image.new("RGB", (40, 30)).save(tmp_path / "p.png")
+
+    def fail(image):
+        raise error
+
+    monkeypatch.setattr(images, "_upright", fail)
+    with pytest.raises(RunError, match=r"p\.png: there is not enough memory to decode 40 x 30 pixels"):
+        images.measure(tmp_path / "p.png")
+
+
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "p.gif", save_all=True, append_images=frames[1:])
@@ -122,7 +225,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
 def test_any_damage_is_a_picture_error(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
     rng = np.random.default_rng(1)
-    for kind in ("png", "jpeg", "webp", "gif", "bmp"):
+    for kind in ("png", "jpeg", "webp", "avif", "tiff", "gif", "bmp"):
         buffer = io.BytesIO()
         noise.save(buffer, kind)
         whole = np.frombuffer(buffer.getvalue(), np.uint8)

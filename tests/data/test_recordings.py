@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +56,11 @@ class TestLayouts:
         (sample,) = _read(tmp_path)
         assert (sample.transcript, sample.language) == ("one, two", "de")
         assert sample.task == ("translate" if name == "lines.jsonl" else None)
+
+    def test_names_that_windows_wrote(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "sub" / "a.wav")
+        (tmp_path / "metadata.csv").write_text("file_name,transcription\nsub\\a.wav,one\n", encoding="utf-8")
+        assert [sample.key for sample in _read(tmp_path)] == ["sub/a.wav"]
 
     def test_separators_of_unicode_do_not_end_a_line_of_json(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav")
@@ -197,26 +205,67 @@ class TestFaults:
         (fault,) = raised.value.faults
         assert fault.startswith("metadata.csv, line 2: has more columns than the header")
 
+    def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "good.wav", "one")
+        os.mkfifo(tmp_path / "a.wav")
+        os.mkfifo(tmp_path / "b.jsonl")
+        (tmp_path / "c.wav").symlink_to("c.wav")
+        write_recording(tmp_path / "d.wav")
+        (tmp_path / "d.txt").write_bytes(b"x" * (2**20 + 1))
+        with pytest.raises(DataError) as raised:
+            _read(tmp_path)
+        faults = raised.value.faults
+        assert any(fault.startswith("a.wav: is a pipe and no file") for fault in faults)
+        assert any(fault.startswith("b.jsonl: is a pipe and no file") for fault in faults)
+        assert any(fault.startswith("c.wav: cannot be read") for fault in faults)
+        assert any(fault.startswith("d.txt: has 1,048,577 bytes, and at most 1,048,576 are read") for fault in faults)
+
     def test_bad_ones_can_be_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_recording(tmp_path / "good.wav", "one")
         soundfile.write(tmp_path / "silent.wav", np.zeros(RATE // 2), RATE)
         (tmp_path / "silent.txt").write_text("one")
         assert [sample.key for sample in _read(tmp_path, skip_bad=True)] == ["good.wav"]
-        assert "Left out recordings that cannot be used: 1 (silent.wav)." in caplog.text
+        assert "Left out, since data.skip_bad=true: 1 (silent.wav); kept: 1." in caplog.text
         write_recording(tmp_path / "mute.wav")
+        write_recording(tmp_path / "blank.wav", " ")
+        write_recording(tmp_path / "wordy.wav", "a" * 30)
+        write_recording(tmp_path / "long.wav", "one", seconds=1.2)
+        write_recording(tmp_path / "torn.wav", "<|0.00|> a<|0.50|><|0.40|> b<|1.10|>", seconds=1.2)
+        write_recording(tmp_path / "foreign.wav")
+        (tmp_path / "lines.jsonl").write_text(
+            "\n".join(
+                [
+                    '{"path": "foreign.wav", "text": "un", "language": "fr"}',
+                    '{"path": "gone.wav", "text": "x"}',
+                    '{"path": "good.wav"',
+                ]
+            )
+        )
+        assert [sample.key for sample in _read(tmp_path, skip_bad=True, long="split")] == ["good.wav"]
+        assert "Left out, since data.skip_bad=true: 9 (" in caplog.text
+        with pytest.raises(DataError, match=r"9 faults in 8 .* or set data\.skip_bad=true to leave out") as caught:
+            _read(tmp_path)
+        (tmp_path / "good.wav").unlink()
         with pytest.raises(DataError) as caught:
             _read(tmp_path, skip_bad=True)
         assert "data.skip_bad" not in str(caught.value)
 
+    def test_recordings_with_contradictions_are_left_out(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "a.wav")
+        write_recording(tmp_path / "b.wav", "two")
+        lines = [json.dumps({"path": "a.wav", "text": text}) for text in ("x", "y", "x")]
+        (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+        assert [sample.key for sample in _read(tmp_path, skip_bad=True)] == ["b.wav"]
+
     def test_warnings_name_files_that_are_not_used(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         for name in ("a.wav", "a.flac", "in/b.wav"):
             write_recording(tmp_path / name, "one")
-        for name in ("c.m4a", "in/D.MP4", "c.txt", "in/e.txt"):
+        for name in ("c.wma", "in/D.APE", "c.txt", "in/e.txt"):
             (tmp_path / name).write_text("one")
         assert len(_read(tmp_path)) == 3
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert warnings == [
-            "Left out recordings of a kind that is not read: 2 (c.m4a, in/D.MP4). Convert them to wav or flac to use "
+            "Left out recordings of a kind that is not read: 2 (c.wma, in/D.APE). Convert them to wav or flac to use "
             "them.",
             "Recordings that share a name, and with it a transcript file: 1 (a.flac and a.wav).",
             "Transcript files without a recording, not used: 2 (c.txt, in/e.txt).",
@@ -226,6 +275,7 @@ class TestFaults:
         ("line", "fault"),
         [
             ("{}", "lines.jsonl, line 1: names no file"),
+            (r'{"path": "a.wav", "text": "one \ud83d"}', "lines.jsonl, line 1: holds half a character"),
             ("[1", "lines.jsonl, line 1: is no JSON object"),
             ("[" * 100_000, "lines.jsonl, line 1: is no JSON object"),
             ('{"path": "b.wav", "text": "x"}', "lines.jsonl, line 1: there is no recording b.wav"),
@@ -241,6 +291,29 @@ class TestFaults:
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
         assert fault in str(raised.value)
+
+
+def test_long_recordings_are_decoded_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = np.stack([chirp(2.0), chirp(2.0)[::-1]], axis=1)
+    soundfile.write(tmp_path / "a.wav", sound, RATE)
+    whole = {rate: audio.decode(tmp_path / "a.wav", rate) for rate in (RATE, RATE // 2)}
+    facts = audio.check(tmp_path / "a.wav", 10)
+    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 1000)
+    monkeypatch.setattr(audio, "_LONGEST_WHOLE", 1000)
+    assert audio.check(tmp_path / "a.wav", 10) == facts
+    np.testing.assert_array_equal(audio.decode(tmp_path / "a.wav", RATE), whole[RATE])
+    # The resampler works on pieces as on the whole.
+    np.testing.assert_allclose(audio.decode(tmp_path / "a.wav", RATE // 2), whole[RATE // 2], atol=1e-6)
+
+
+def test_a_header_that_promises_hours_costs_nothing(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", chirp(0.5), RATE)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    # 36 bits of STREAMINFO hold the number of samples. RFC 9639, section 8.2.
+    data[21:26] = (int.from_bytes(data[21:26], "big") & ~(2**36 - 1) | 3 * 3600 * RATE).to_bytes(5, "big")
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(audio.RecordingError, match=r"breaks off after 0\.5 of 10800\.0 s|cannot be decoded"):
+        audio.check(tmp_path / "a.flac", 4 * 3600)
 
 
 class TestLong:
@@ -291,3 +364,139 @@ def test_report_and_previews(tmp_path: Path) -> None:
     assert request.sample and request.sample.key == "b.wav"
     with pytest.raises(ConfigError, match=r'no recording c.wav \(did you mean "[ab].wav"'):
         KIND.previews(samples, PreviewConfig(prompts=("c.wav",)))
+
+
+class TestCorpora:
+    """Layouts in which speech is published."""
+
+    def test_common_voice(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for name in ("a", "b", "c", "d"):
+            write_recording(tmp_path / "clips" / f"{name}.mp3")
+        head = "client_id\tpath\tsentence\tup_votes\tlocale"
+        rows = {
+            "train": ['x\ta.mp3\tSay "one', '\tb.mp3\t"""Two"" she said"\t\t'],
+            "test": ["x\tc.mp3\tthree\t2\ten"],
+            "validated": ["x\ta.mp3\tsomething else\t2\ten", "x\td.mp3\tfour\t2\tde"],
+        }
+        for name, lines in rows.items():
+            (tmp_path / f"{name}.tsv").write_text("\n".join([head, *lines, ""]), encoding="utf-8")
+        found = [(sample.key, sample.transcript) for sample in _read(tmp_path)]
+        assert found == [("clips/a.mp3", 'Say "one'), ("clips/b.mp3", '"Two" she said')]
+        assert "left out what belongs to other splits: test (1 files)" in caplog.text
+        assert "do not stand in train.tsv: 2 (clips/c.mp3, clips/d.mp3)" in caplog.text
+        (sample,) = _read(tmp_path, split="test")
+        assert (sample.transcript, sample.language) == ("three", "en")
+        assert [sample.transcript for sample in _read(tmp_path, split="validated")] == ["something else", "four"]
+        assert [sample.key for sample in _read(tmp_path, split="all")] == [f"clips/{name}.mp3" for name in "abc"]
+        (tmp_path / "train.tsv").unlink()
+        with pytest.raises(DataError, match=r"validated\.tsv is read with data\.split set to its name"):
+            _read(tmp_path)
+        with pytest.raises(DataError, match=r'data\.split=tset: .* no split of this name \(did you mean "test"'):
+            _read(tmp_path, split="tset")
+
+    def test_librispeech(self, tmp_path: Path) -> None:
+        for split in ("train-clean-100", "dev-clean"):
+            chapter = tmp_path / split / "84" / "121"
+            for number in (0, 1):
+                write_recording(chapter / f"84-121-000{number}.flac")
+            (chapter / "84-121.trans.txt").write_text("84-121-0000 ONE TWO\n84-121-0001 THREE'S A CROWD\n")
+        for settings in ({}, {"split": "dev"}, {"split": "dev-clean"}):
+            assert [sample.transcript for sample in _read(tmp_path, **settings)] == ["ONE TWO", "THREE'S A CROWD"]
+        assert len(_read(tmp_path, split="all")) == 4
+
+    def test_ljspeech(self, tmp_path: Path) -> None:
+        write_recording(tmp_path / "wavs" / "LJ001-0001.wav")
+        (tmp_path / "metadata.csv").write_text('LJ001-0001|"Part 1, it|"Part one, it\n', encoding="utf-8")
+        assert [sample.transcript for sample in _read(tmp_path)] == ['"Part one, it']
+
+    def test_held_out_folders_and_tables_are_left_out_and_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for name in ("train/a", "test/b", "validation/c", "speakers/test.x", "val"):
+            write_recording(tmp_path / f"{name}.wav", "one")
+        table = "file_name,text\ntrain/a.wav,one\ntest/b.wav,one\n"
+        (tmp_path / "metadata.csv").write_text(table)
+        assert [sample.key for sample in _read(tmp_path)] == ["speakers/test.x.wav", "train/a.wav", "val.wav"]
+        assert "test (2 files), validation (2 files)" in caplog.text
+        assert [sample.key for sample in _read(tmp_path, split="test")] == ["test/b.wav"]
+        assert len(_read(tmp_path, split="all")) == 5
+        assert len(_read(tmp_path / "test")) == 1
+        for name in ("train/a", "speakers/test.x", "val"):
+            (tmp_path / f"{name}.wav").unlink()
+        with pytest.raises(DataError, match="holds only splits that are usually kept to test with"):
+            _read(tmp_path)
+
+    @pytest.mark.parametrize("form", ["splits", "parquet", "parquet of another program"])
+    def test_rows(self, tmp_path: Path, form: str) -> None:
+        datasets = pytest.importorskip("datasets")
+        path = write_recording(tmp_path / "a.wav")
+        named = "a.wav" if form == "parquet of another program" else str(path)
+        cells = [{"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": named}]
+        table = datasets.Dataset.from_dict({"audio": cells, "sentence": ["one", "two"], "lang": ["English", "de_DE"]})
+        typed = table.cast_column("audio", datasets.Audio(decode=False))
+        own = tmp_path
+        if form == "splits":
+            own = tmp_path / "saved"
+            datasets.DatasetDict({"train": typed, "test": typed.select([0])}).save_to_disk(str(own))
+        else:
+            (typed if form == "parquet" else table).to_parquet(str(own / "train-00000-of-00001.parquet"))
+            typed.select([0]).to_parquet(str(own / "test-00000-of-00001.parquet"))
+        info = replace(INFO, find_language=lambda name: {"English": "en", "de_DE": "de"}[name])
+
+        def read(**settings: object) -> list[AudioText]:
+            return KIND.read(RecordingDataConfig(path=str(own), **settings), info)  # type: ignore[arg-type]
+
+        samples = read()
+        assert [(sample.transcript, sample.language) for sample in samples] == [("one", "en"), ("two", "de")]
+        assert len(KIND.open(samples[1], RecordingDataConfig()).waveforms[0]) == RATE // 2
+        assert [sample.transcript for sample in read(split="test")] == ["one"]
+        with pytest.raises(DataError, match="has no split of this name"):
+            read(split="other")
+
+    def test_damaged_and_foreign_tables(self, tmp_path: Path) -> None:
+        datasets = pytest.importorskip("datasets")
+        (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+        with pytest.raises(DataError, match="cannot be read as a table of recordings"):
+            _read(tmp_path)
+        datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(str(tmp_path / "a.parquet"))
+        with pytest.raises(DataError, match="has the columns text; the recordings must stand in one named file_name"):
+            _read(tmp_path)
+
+
+class TestContainers:
+    """What phones and browsers write."""
+
+    FORMS = (("m4a", "ipod", "aac"), ("mp4", "mp4", "aac"), ("webm", "webm", "libopus"), ("aac", "adts", "aac"))
+
+    @pytest.mark.parametrize(("ending", "form", "codec"), FORMS)
+    def test_sounds_as_it_did(self, tmp_path: Path, ending: str, form: str, codec: str) -> None:
+        av = pytest.importorskip("av")
+        path = tmp_path / f"a.{ending}"
+        with av.open(str(path), "w", format=form) as container:
+            stream = container.add_stream(codec, rate=48000, layout="stereo")
+            frame = av.AudioFrame.from_ndarray(
+                np.ascontiguousarray(chirp(0.5, rate=48000, channels=2).T), format="fltp", layout="stereo"
+            )
+            frame.sample_rate = 48000
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+        path.with_suffix(".txt").write_text("one")
+        (sample,) = _read(tmp_path)
+        (view,) = KIND.open(sample, RecordingDataConfig()).waveforms
+        expected = chirp(0.5)
+        late = int(np.argmax(np.correlate(view.numpy()[:9000], expected[:6000], "valid")))
+        length = min(len(view) - late, len(expected)) - 200
+        assert np.corrcoef(view.numpy()[late : late + length], expected[:length])[0, 1] > 0.99
+        path.write_bytes(path.read_bytes()[:3000])
+        with pytest.raises(DataError, match=rf"a\.{ending}: (breaks off|cannot be decoded|holds)"):
+            _read(tmp_path)
+
+    def test_without_the_package_its_name_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "av", None)
+        write_recording(tmp_path / "a.wav", "one")
+        (tmp_path / "b.M4A").write_bytes(b"\0\0\0\x1cftypM4A more")
+        (tmp_path / "b.txt").write_text("two")
+        with pytest.raises(
+            DataError, match=r"b\.M4A: is MP4, WebM or AAC\. .* needs the package av, .* pip install av"
+        ):
+            _read(tmp_path)
+        assert [sample.key for sample in _read(tmp_path, skip_bad=True)] == ["a.wav"]

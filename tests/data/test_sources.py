@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_reads_folder_and_subfolders_sorted_without_hidden_ones(dataset):
     dataset.text("sub/a.caption", "\ufeffa cat, zwx")
     dataset.picture(".thumbs/c.png")
     dataset.picture("._b.png", None)
-    samples = dataset.read()
+    samples = dataset.read(caption_lines="each")
     assert [sample.key for sample in samples] == ["b.png", "sub/a.JPG"]
     assert samples[0].captions == ("a dog, zwx", "a big dog, zwx")
     assert samples[1].captions == ("a cat, zwx",)
@@ -49,14 +50,48 @@ def test_linked_folders_are_followed_once(dataset):
     assert [sample.key for sample in dataset.read()] == ["linked/a.png"]
 
 
+def test_links_that_lead_back(dataset):
+    dataset.picture("a/a.png")
+    (dataset.root / "a" / "up").symlink_to(dataset.root)
+    (dataset.root / "b").symlink_to(dataset.root / "a")
+    dataset.picture("x.png/y.png")
+    assert [sample.key for sample in dataset.read()] == ["a/a.png", "x.png/y.png"]
+
+
+def test_what_is_no_file_or_too_large_is_a_fault(dataset):
+    dataset.picture("good.png")
+    for name in ("pipe.png", "good.caption", "in/metadata.jsonl", "unrelated.log"):
+        (dataset.root / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(dataset.root / name)
+    dataset.text("pipe.txt", "a cat")
+    dataset.picture("large.png", "x" * 2**17)
+    (dataset.root / "link.png").symlink_to("link.png")
+    dataset.text("link.txt", "a cat")
+    with (dataset.root / "in" / "huge.caption").open("wb") as stream:
+        stream.truncate(5 * 2**30)
+    dataset.picture("in/huge.png", None)
+    faults = _faults(dataset)
+    expected = [
+        ("pipe.png", "is a pipe and no file; move it away."),
+        ("good.caption", "is a pipe and no file; move it away."),
+        ("in/metadata.jsonl", "is a pipe and no file; move it away."),
+        ("large.txt", "has 131,072 bytes, and at most 65,536 are read; cut or split it, or move it away."),
+        ("in/huge.caption", "has 5,368,709,120 bytes, and at most 65,536 are read; cut or split it, or move it away."),
+    ]
+    for name, reason in expected:
+        assert f"{name}: {reason}" in faults
+    assert any(fault.startswith("link.png: cannot be read") for fault in faults)
+    assert len(faults) == 6
+
+
 def test_kohya_folders_give_repeats_and_captions(dataset):
     dataset.picture("10_sks dog/a.png", None)
     dataset.picture("10_sks dog/deep/b.png", "sks dog on a beach")
-    dataset.picture("2_dog/c.png", None)
+    dataset.picture("2_cat/c.png", None)
     dataset.picture("plain/d.png", "a cat")
     samples = dataset.read()
     assert [sample.num_repeats for sample in samples] == [10, 10, 2, 1]
-    assert [sample.captions for sample in samples] == [("sks dog",), ("sks dog on a beach",), ("dog",), ("a cat",)]
+    assert [sample.captions for sample in samples] == [("sks dog",), ("sks dog on a beach",), ("cat",), ("a cat",)]
 
 
 def test_no_repeats_is_a_fault(dataset):
@@ -100,7 +135,8 @@ def test_every_fault_is_told_at_once(dataset):
         '{"file_name": "gone.png", "text": "a"}\n{oops\n{"text": "a"}\n{"file_name": "good.png"}\n'
         + "[" * 100_000
         + "\n"
-        '{"file_name": "../pictures/good.png", "text": "x"}\n',
+        '{"file_name": "../pictures/good.png", "text": "x"}\n'
+        r'{"file_name": "good.png", "text": "a cat \ud83d"}',
     )
     before = {path: path.read_bytes() for path in dataset.root.iterdir()}
     faults = _faults(dataset)
@@ -108,7 +144,7 @@ def test_every_fault_is_told_at_once(dataset):
         ("cut.jpg", "truncated"),
         ("cut.png", "truncated"),
         ("cut2.webp", "cannot be decoded"),
-        ("letter.png", "is no png, jpeg, webp, bmp or gif picture"),
+        ("letter.png", "is no png, jpeg, webp, avif, tiff, bmp or gif picture"),
         ("zero.png", "0 bytes"),
         ("latin.txt", "byte 0xe9 at position 9 (line 2) is not UTF-8"),
         ("wide.txt", "NUL"),
@@ -121,6 +157,7 @@ def test_every_fault_is_told_at_once(dataset):
         ("metadata.jsonl, line 3", "file_name"),
         ("metadata.jsonl, line 4", '"text" or "caption"'),
         ("metadata.jsonl, line 5", "brackets in brackets"),
+        ("metadata.jsonl, line 7", "half a character"),
         ("metadata.jsonl, line 6", "no picture ../pictures/good.png"),
     ]
     for name, reason in expected:
@@ -220,7 +257,7 @@ def test_warnings_name_files_that_are_not_used(dataset, caplog):
 def test_a_fixed_trigger_must_be_in_every_caption(dataset):
     dataset.picture("a.png", "a Blob style cat\na cat")
     dataset.picture("b.png", "a dog, blob style")
-    (fault,) = _faults(dataset, trigger="blob style")
+    (fault,) = _faults(dataset, trigger="blob style", caption_lines="each")
     assert fault.startswith('a.png: data.trigger="blob style" is not in its caption "a cat"')
     samples = dataset.read(trigger="")
     assert {(sample.trigger, sample.prior_captions) for sample in samples} == {("", ())}
@@ -229,7 +266,7 @@ def test_a_fixed_trigger_must_be_in_every_caption(dataset):
 def test_one_picture_has_a_trigger_only_if_it_is_given(dataset):
     dataset.picture("a.png", "a zwx cat\na zwx animal")
     assert dataset.read()[0].prior_captions == ()
-    assert dataset.read(trigger="zwx")[0].prior_captions[0] == "a cat"
+    assert dataset.read(trigger="zwx", caption_lines="each")[0].prior_captions[0] == "a cat"
 
 
 def test_buckets_keep_the_shape_and_squares_do_not(dataset):
@@ -288,3 +325,98 @@ def test_report(dataset):
     text = "\n".join(report.lines())
     assert "64x64 (3), 88x40 (1)" in text and "a.png = same.png" in text and "near.jpg ~ same.png" in text
     json.dumps(report.__dict__)
+
+
+@pytest.mark.parametrize(
+    ("rule", "captions", "word"),
+    [
+        ("joined", ("zorg style cat. It sits. The light is warm.",), "its lines joined"),
+        ("each", ("zorg style cat.", "It sits.", "The light is warm."), "each line is a caption of its own"),
+        ("first", ("zorg style cat.",), "only the first line"),
+    ],
+)
+def test_captions_of_several_lines(dataset, caplog, rule, captions, word):
+    caplog.set_level("INFO")
+    text = "zorg style cat.\n\nIt sits.\r\nThe light is warm.\n"
+    dataset.picture("a.png", text)
+    dataset.picture("b.png", None)
+    dataset.text("b.caption", text)
+    dataset.picture("c.png", None)
+    dataset.picture("d.png", "zorg style dog\n")
+    dataset.text("metadata.jsonl", json.dumps({"file_name": "c.png", "text": ["one", text]}))
+    found = [sample.captions for sample in dataset.read(caption_lines=rule)]
+    of_table = ("one", captions[0] if rule == "first" else " ".join(captions))
+    assert found == [captions, captions, of_table, ("zorg style dog",)]
+    assert "Captions of several lines: 3 (" in caplog.text and word in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("metadata.csv", 'file_name,text\na.png,zorg style cat\nsub\\b.png,"zorg style dog, red"\n'),
+        (
+            "metadata.csv",
+            '\ufefflabel,caption,file_name\r\n0,zorg style cat,a.png\r\n1,"zorg style dog, red",sub/b.png\r\n',
+        ),
+        ("metadata.tsv", "file_name\ttext\na.png\tzorg style cat\nsub/b.png\tzorg style dog, red\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "zorg style cat"}\n'
+            '{"file_name": "sub\\\\b.png", "text": "zorg style dog, red"}\n',
+        ),
+    ],
+)
+def test_tables_of_pictures(dataset, name, table):
+    dataset.picture("a.png", None)
+    dataset.picture("sub/b.png", None)
+    dataset.text(name, table)
+    assert [sample.captions for sample in dataset.read()] == [("zorg style cat",), ("zorg style dog, red",)]
+
+
+def test_faults_of_tables_of_pictures(dataset):
+    dataset.picture("a.png", None)
+    dataset.picture("b.png", None)
+    dataset.text("metadata.csv", "file_name,text\na.png,zorg, red\ngone.png,zorg\n,zorg\nb.png,\n")
+    dataset.picture("sub/c.png", "a cat")
+    dataset.text("sub/metadata.csv", "file;text\nc.png;zorg\n")
+    dataset.picture("other/d.png", "a cat")
+    dataset.text("other/metadata.csv", "file_name,label\nd.png,3\n")
+    expected = [
+        ("metadata.csv, line 2", "more columns than the header"),
+        ("metadata.csv, line 3", "no picture gone.png"),
+        ("metadata.csv, line 4", "names no picture"),
+        ("sub/metadata.csv, line 2", 'needs a column "file_name", and has file;text'),
+        ("other/metadata.csv, line 2", 'needs a column "text" or "caption", and has file_name, label'),
+        ("a.png", "has no caption"),
+        ("b.png", "its caption is empty"),
+    ]
+    faults = _faults(dataset)
+    for name, reason in expected:
+        assert any(fault.startswith(f"{name}: ") and reason in fault for fault in faults), (name, reason, faults)
+    assert len(faults) == len(expected)
+
+
+@pytest.mark.parametrize("spelled", ["{}", "{}/", "{}/.", "{}/sub/..", "."])
+def test_the_given_folder_counts_like_its_subfolders(dataset, monkeypatch, spelled):
+    dataset.picture("10_sks dog/a.png", None)
+    dataset.picture("10_sks dog/sub/b.png", "sks dog in the rain")
+    dataset.picture("10_sks dog/2_cat/c.png", None)
+    monkeypatch.chdir(dataset.root / "10_sks dog")
+    path = spelled.format(dataset.root / "10_sks dog")
+    samples = sources.read(PictureDataConfig(path=path), INFO)
+    assert [sample.num_repeats for sample in samples] == [2, 10, 10]
+    assert [sample.captions[0] for sample in samples] == ["cat", "sks dog", "sks dog in the rain"]
+
+
+@pytest.mark.parametrize(("link", "target"), [("5_zwx cat", "pictures"), ("mine", "5_zwx cat")])
+def test_links_to_folders_with_repeats(dataset, link, target):
+    dataset.picture("a.png", None)
+    dataset.root.rename(dataset.root.with_name(target))
+    (path := dataset.root.with_name(link)).symlink_to(dataset.root.with_name(target))
+    (sample,) = sources.read(PictureDataConfig(path=str(path)), INFO)
+    assert (sample.num_repeats, sample.captions) == (5, ("zwx cat",))
+
+
+def test_dates_are_no_repeats(dataset):
+    dataset.picture("20240115_holiday/a.png", "a cat")
+    assert [sample.num_repeats for sample in dataset.read()] == [1]

@@ -90,6 +90,15 @@ def test_equal_prompts_of_a_kind_are_one(tmp_path: Path, caplog: pytest.LogCaptu
         ("- a\n- b", ["must map kinds"]),
         ("", ["must map kinds"]),
         ("subject: [", ["is not a YAML file"]),
+        ("subject: " + "[" * 5000 + "]" * 5000, ["is not a YAML file", "nest"]),
+        ("subject: " + "9" * 5000, ["subject: must be a list"]),
+        ("subject: [007, no, ~, '']", ["7 is no prompt", "False is no prompt", "None is no prompt", "in quotes"]),
+        ("subject: ['" + "x" * 30_000 + "']", ["is no prompt", "at most 20000 characters"]),
+        ("subject: ['" + "{" * 15_000 + "']", ["{ is no placeholder"]),
+        ("a: &a [x]\nb: &b [*a, *a]\n", ["b: ['x'] is no prompt"]),
+        ("subject: [!env HOME]", ["the tag !env is not read"]),
+        ("subject:\n\t- a", ["indent with spaces, not tabs"]),
+        ("subject: [a]\nsubject: [b]", ["subject stands there twice"]),
     ],
 )
 def test_all_faults_at_once(tmp_path: Path, text: str, reasons: list[str]) -> None:
@@ -101,3 +110,10 @@ def test_all_faults_at_once(tmp_path: Path, text: str, reasons: list[str]) -> No
 def test_unknown_suite() -> None:
     with pytest.raises(ConfigError, match='did you mean "dreambooth-live"'):
         read_cases("dreamboth-live")
+
+
+def test_references_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "hf_SECRET")
+    path = _write(tmp_path / "mine.yaml", "style: ['${oc.env:TOKEN} {trigger}', 'costs ${5', '${trigger}']")
+    prompts = [case.prompt for case in read_cases(path, ["zwx"])]
+    assert prompts == ["${oc.env:TOKEN} zwx", "costs ${5", "${trigger}"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
+from lora_diffusion.core.chat import Chat, ChatImage, Turn
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, Chat, Loaded, ModuleKey, Request, Turn
+from lora_diffusion.core.types import Batch, Loaded, ModuleKey, Request
 from lora_diffusion.families import _dialogue, _vision
 from lora_diffusion.families.llava import FAMILY, LlavaOptions
 from lora_diffusion.formats.verified import write_verified
@@ -53,8 +56,10 @@ def load(base: Path, **options: Any) -> Loaded:
 
 
 def chat(index: int, picture: Image.Image, texts: tuple[str, ...]) -> Chat:
-    turns = tuple(Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts))
-    return Chat(str(index), Path(), turns=turns, size=picture.size, views=(picture,))
+    roles = ("user", "assistant")
+    turns = tuple(Turn(roles[place % 2], text, int(place == 0)) for place, text in enumerate(texts))
+    images = (ChatImage(Path(), picture.size),)
+    return Chat(str(index), Path(), turns=turns, images=images, views=((picture,),))
 
 
 def chats(pictures: list[Image.Image]) -> list[Chat]:
@@ -132,6 +137,122 @@ class TestLoss:
             assert found[index].item() == pytest.approx(output.loss.item(), rel=1e-3)
 
 
+def mixed(pictures: list[Image.Image]) -> list[Chat]:
+    """Returns conversations about one picture, about none, about two at once, and about one that comes late."""
+    alone = Chat("alone", Path(), turns=(Turn("user", "A haiku."), Turn("assistant", "old pond")), views=((),))
+    pair = tuple(ChatImage(Path(str(index)), picture.size) for index, picture in enumerate(pictures[:2]))
+    turns = (Turn("user", "Both red?", 2), Turn("assistant", "no"))
+    late = (Turn("user", "Hi"), Turn("assistant", "Yes?"), Turn("user", "What?", 1), Turn("assistant", "a cat"))
+    return [
+        chat(0, pictures[0], CONVERSATIONS[0]),
+        alone,
+        Chat("pair", Path(), turns=turns, images=pair, views=(tuple(pictures[:2]),)),
+        Chat("late", Path(), turns=late, images=pair[:1], views=((pictures[0],),)),
+    ]
+
+
+class TestMixed:
+    """Texts alone, one picture and several in one batch."""
+
+    @pytest.mark.parametrize("is_next", [False, True], ids=["1.5", "NeXT"])
+    @pytest.mark.parametrize("trained", [frozenset(), frozenset({"vision_tower"})], ids=["features", "pixels"])
+    def test_loss_is_that_of_transformers(
+        self, base: Path, next_base: Path, pictures: list[Image.Image], trained: frozenset[str], is_next: bool
+    ) -> None:
+        folder = next_base if is_next else base
+        loaded = load(folder)
+        shapes = [pictures[0], pictures[1].resize((7, 40))]
+        samples = mixed(shapes)
+        batch = FAMILY.collate(FAMILY.prepare(loaded, samples, trained))
+        assert batch.tensors["num_images"].tolist() == [1, 0, 2, 1]
+        found = losses(loaded, batch)
+        model = _vision.model_class(folder).from_pretrained(folder).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+        for index, sample in enumerate(samples):
+            ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
+            seen = {}
+            if sample.images:
+                seen = processor.image_processor(images=list(sample.views[0]), return_tensors="pt")
+            with torch.no_grad():
+                output = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), **seen)
+            assert found[index].item() == pytest.approx(output.loss.item(), rel=1e-3), sample.key
+
+    def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
+        processor = _dialogue.read_processor(base, None)
+        ids, _ = _dialogue.spell(processor, mixed(pictures)[2])
+        text = "USER: <image>\n<image>\nBoth red? ASSISTANT: no</s>"
+        assert ids == processor(text=text, images=pictures[:2]).input_ids[0]
+
+    @pytest.mark.parametrize("parts", [("language_model",), ("projector",), ("vision_tower",)])
+    def test_a_batch_of_texts_alone_trains_what_reads_them(
+        self, base: Path, pictures: list[Image.Image], parts: tuple[str, ...]
+    ) -> None:
+        loaded = load(base)
+        made = plan(
+            FAMILY.skeleton(loaded.options), FAMILY.parts, AdapterConfig(rank=2, parts=parts, targets=("all-linear",))
+        )
+        params = inject(loaded, made, variants.find("lora", "none"), 0.0, 0)
+        items = FAMILY.prepare(loaded, [mixed(pictures)[1]], frozenset(parts))
+        losses(loaded, FAMILY.collate(items)).sum().backward()
+        gradients = [own.grad for part in params.values() for own in part.values()]
+        assert all(gradient is not None for gradient in gradients)
+        assert any(gradient.any() for gradient in gradients) == (parts == ("language_model",))  # type: ignore[union-attr]
+
+    def test_items_of_older_caches_can_be_stacked(self, base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(base)
+        items = FAMILY.prepare(loaded, mixed(pictures), frozenset())
+        old = dict(items[0].tensors)
+        del old["num_tiles"]
+        old["image_size"] = old["image_size"][0]
+        now, then = (FAMILY.collate([first, *items[1:]]) for first in (items[0], replace(items[0], tensors=old)))
+        assert all(torch.equal(tensor, then.tensors[name]) for name, tensor in now.tensors.items())
+
+    def test_a_template_of_one_picture_is_named(self, base: Path, pictures: list[Image.Image], tmp_path: Path) -> None:
+        file = tmp_path / "one.jinja"
+        picture = "{% if loop.first %}<image>{% endif %}"
+        end = "{{ eos_token if m.role == 'assistant' }}"
+        file.write_text(
+            f"{{% for m in messages %}}{{{{ m.role }}}}:{picture}{{{{ m.content[-1].text }}}}{end}{{% endfor %}}"
+        )
+        info = FAMILY.check(LlavaOptions(path=str(base), chat_template=str(file)))
+        one, none, two, late = info.count_tokens(mixed(pictures))  # type: ignore[attr-defined, misc]
+        assert isinstance(one, int)
+        assert "writes 1 times <image> for no picture" in str(none)
+        assert "writes 1 times <image> for 2 pictures; set model.chat_template" in str(two)
+        assert "for no picture" in str(late)
+
+    def test_answers(self, base: Path, pictures: list[Image.Image]) -> None:
+        loaded = load(base, max_new_tokens=6)
+        requests = [Request(sample.first_question().text, 0, sample=sample) for sample in mixed(pictures)]
+        together = [output.text for output in FAMILY.generate(loaded, requests)]
+        alone = [FAMILY.generate(loaded, [request])[0].text for request in requests]
+        assert together == alone
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_quantized_next_answers_about_pictures_of_any_shape(
+    next_base: Path, pictures: list[Image.Image], kind: str
+) -> None:
+    loaded = load(next_base, quantization=kind, max_new_tokens=3)
+    shapes = [pictures[0].resize(size) for size in ((1, 1), (1, 90), (90, 1), (17, 16), (33, 7))]
+    requests = [Request("What?", 0, sample=chat(0, shape, ("What?", ""))) for shape in shapes]
+    assert len(FAMILY.generate(loaded, requests)) == len(shapes)
+
+
+@pytest.mark.parametrize(("layer", "expected"), [(-2, [1]), (-1, []), (1, [1]), ([0, -1], []), ([0, 1], [1])])
+def test_layers_of_the_tower_that_are_never_read(base: Path, tmp_path: Path, layer: Any, expected: list[int]) -> None:
+    own = shutil.copytree(base, tmp_path / "own")
+    file = own / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"vision_feature_layer": layer}))
+    options = LlavaOptions(path=str(own))
+    info, config = FAMILY.check(options), AdapterConfig(rank=2, parts=("vision_tower",), targets=("all-linear",))
+    made = plan(FAMILY.skeleton(options), FAMILY.parts, config, unread=info.unread)
+    kept = {int(module.path.split(".")[2]) for module in made.modules}
+    assert kept == {0, 1} - set(expected)
+    assert {int(name.split(".")[2]) for name in made.unread} == set(expected)
+    assert any(line.startswith("left out: 6 modules") for line in made.lines()) == bool(expected)
+
+
 class TestSpelling:
     def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
         processor = _dialogue.read_processor(base, None)
@@ -153,7 +274,7 @@ class TestSpelling:
     def test_system_turn_is_rendered_but_not_learnt(self, base: Path, pictures: list[Image.Image]) -> None:
         processor = _dialogue.read_processor(base, None)
         sample = chat(0, pictures[0], ("What?", "a cat"))
-        led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), size=sample.size)
+        led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), images=sample.images)
         ids, labels = _dialogue.spell(processor, led)
         assert "Be brief." in processor.tokenizer.decode(ids)
         assert labels[-7:] == ids[-7:] and set(labels[:-7]) == {-100}

@@ -70,7 +70,8 @@ def test_diffusers_converts_each_open_clip_name_to_its_module(
 @pytest.mark.parametrize("format_name", ["kohya", "diffusers", "peft", "ldm"])
 def test_every_layer_has_a_name_of_its_own(family: str, parts: dict[str, nn.Module], format_name: str) -> None:
     names = key_map(format_name, parts, family)
-    layers = sum(isinstance(module, nn.Linear | nn.Conv2d) for part in parts.values() for module in part.modules())
+    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding
+    layers = sum(isinstance(module, kinds) for part in parts.values() for module in part.modules())
     assert len(names) == len({name for _, name in names}) == layers
     assert all(names.key(names.name(key)) == key for key, _ in names)
 

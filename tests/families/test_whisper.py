@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from transformers import (
+    AutoModelForSpeechSeq2Seq,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 
 from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
@@ -22,6 +28,7 @@ from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig, RecordingDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import public_base
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import AudioText, Batch, Loaded, ModuleKey, Request
 from lora_diffusion.data.recordings import KIND
@@ -171,6 +178,95 @@ def test_each_recording_is_heard_in_its_own_language_and_task(base: Path) -> Non
     assert len(set(alone)) == 3
 
 
+def _without_names(base: Path, folder: Path) -> Path:
+    """Returns a copy of a base whose tokenizer has the tokens of timestamps without their names."""
+    own = shutil.copytree(base, folder)
+    file = own / "tokenizer.json"
+    told = json.loads(file.read_text("utf-8"))
+    told["added_tokens"] = [one for one in told["added_tokens"] if not re.fullmatch(r"<\|\d.*\|>", one["content"])]
+    file.write_text(json.dumps(told), encoding="utf-8")
+    names = own / "added_tokens.json"
+    if names.is_file():
+        kept = {name: own for name, own in json.loads(names.read_text("utf-8")).items() if not name[2].isdigit()}
+        names.write_text(json.dumps(kept), encoding="utf-8")
+    settings = own / "tokenizer_config.json"
+    told = json.loads(settings.read_text("utf-8"))
+    told.get("added_tokens_decoder", {}).clear()
+    settings.write_text(json.dumps(told), encoding="utf-8")
+    return own
+
+
+class TestTimestamps:
+    TEXT = "<|0.00|>one<|0.20|> two<|0.40|>"
+
+    def test_names_are_not_needed(self, base: Path, tmp_path: Path) -> None:
+        own = _without_names(base, tmp_path / "own")
+        assert "<|0.00|>" not in _speech.read_processor(own).tokenizer.get_vocab()
+        found = []
+        for folder in (base, own):
+            loaded = load(folder, timestamps=True)
+            (item,) = FAMILY.prepare(loaded, samples(self.TEXT), frozenset())
+            texts = [one.text for one in FAMILY.generate(loaded, [Request("", 0, sample=samples("")[0])])]
+            found.append((item.tensors["labels"].tolist(), texts, loaded.info.count_tokens([self.TEXT])))  # type: ignore[attr-defined]
+        assert found[0] == found[1]
+        assert found[0][1][0].startswith("<|0.")
+
+    def test_those_that_the_base_does_not_have_are_faults(self, base: Path) -> None:
+        for timestamps in (True, False):
+            info = FAMILY.check(WhisperOptions(path=str(base), timestamps=timestamps))
+            (count,) = info.count_tokens(["<|0.00|>one<|1.02|>"])  # type: ignore[misc]
+            assert ("has the timestamp 1.02, and the base has none above 1.00" in str(count)) == timestamps
+
+    def test_a_base_without_their_tokens(self, base: Path, tmp_path: Path) -> None:
+        own = shutil.copytree(base, tmp_path / "own")
+        file = own / "config.json"
+        told = json.loads(file.read_text("utf-8"))
+        file.write_text(json.dumps(told | {"vocab_size": told["vocab_size"] - 51}), encoding="utf-8")
+        with pytest.raises(ModelError, match=r"has no tokens for timestamps; set model\.timestamps=false"):
+            FAMILY.check(WhisperOptions(path=str(own), timestamps=True))
+
+
+class TestSearch:
+    def test_beams_are_those_of_transformers(self, base: Path) -> None:
+        requests = [Request("", 0, sample=sample) for sample in samples("one", "two", "three")]
+        loaded = load(base, num_beams=3, repetition_guard=False)
+        found = [output.text for output in FAMILY.generate(loaded, requests)]
+        model, tokenizer = loaded.modules["model"], loaded.modules["tokenizer"]
+        features = batch(loaded, "one", "two", "three").tensors["features"][:, 0]
+        ids = model.generate(features, num_beams=3, do_sample=False, language="en", task="transcribe")
+        assert found == [" ".join(text.split()) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        greedy = [output.text for output in FAMILY.generate(load(base, repetition_guard=False), requests)]
+        assert found != greedy
+
+    def test_what_goes_in_circles_is_heard_again(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[int, float]] = []
+        circle = "and so on and on " * 20
+
+        def search(loaded: Loaded, features: torch.Tensor, wanted: Any, temperature: float) -> list[str]:
+            asked.append((len(features), temperature))
+            if temperature == 0:
+                return ["one two", circle, "<|0.00|> three<|0.20|>"]
+            return [circle[:60] if temperature < 0.6 else "and so on"]
+
+        monkeypatch.setattr(_speech, "_search", search)
+        requests = [Request("", 0, sample=sample) for sample in samples("", "", "")]
+        texts = [output.text for output in FAMILY.generate(load(base), requests)]
+        assert texts == ["one two", "and so on", "<|0.00|> three<|0.20|>"]
+        assert asked == [(3, 0.0), (1, 0.2), (1, 0.4), (1, 0.6)]
+        asked.clear()
+        texts = [output.text for output in FAMILY.generate(load(base, repetition_guard=False), requests)]
+        assert (texts[1], asked) == (circle, [(3, 0.0)])
+
+    def test_what_is_drawn_depends_on_the_recording_alone(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_speech, "_MOST_REPETITION", 0.0)
+        monkeypatch.setattr(_speech, "_TEMPERATURES", (1.0,))
+        monkeypatch.setattr(_speech, "_repetition", lambda text: 2.0 if text else 1.0)
+        loaded = load(base)
+        requests = [Request("", 0, sample=sample) for sample in samples("", "", "")]
+        together = [output.text for output in FAMILY.generate(loaded, requests)]
+        assert together == [FAMILY.generate(loaded, [request])[0].text for request in requests]
+
+
 def train_some(loaded: Loaded, options: WhisperOptions, num_steps: int = 1) -> list[float]:
     config = AdapterConfig(rank=2, alpha=3.0, parts=tuple(FAMILY.parts), targets=("all-linear",))
     made = plan(FAMILY.skeleton(options), FAMILY.parts, config)
@@ -214,6 +310,100 @@ class TestFiles:
         assert everything[ModuleKey("decoder", "layers.31.encoder_attn.k_proj")] == (
             "model.decoder.layers.31.encoder_attn.k_proj"
         )
+
+
+def _on_the_hub(base: Path, cache: Path, name: str = "someone/base") -> None:
+    """Puts a base where huggingface_hub keeps what it fetched."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(base, repository / "snapshots" / "1a2b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1a2b")
+
+
+class TestNamesItsBase:
+    """A PEFT folder says what it was trained on, as PEFT's own save_pretrained does, but no path of this machine."""
+
+    @pytest.mark.parametrize(
+        ("source", "expected"),
+        [
+            ("someone/base", "someone/base"),
+            ("builtin:digits", "builtin:digits"),
+            ("/home/maria/models/base", None),
+            ("./base", None),
+            ("models/base", None),
+            ("/c/hub/models--someone--base/snapshots/1a2b", "someone/base"),
+        ],
+    )
+    def test_only_by_a_name_that_others_know(
+        self, source: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "models" / "base").mkdir(parents=True)
+        assert public_base(source) == expected
+
+    def test_auto_peft_model_and_pipelines_load_it(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        _on_the_hub(base, tmp_path / "hub")
+        loaded, options = load(base), WhisperOptions(path=str(base))
+        train_some(loaded, options, 2)
+        state = read_state(loaded)
+        metadata = {"base_model_name_or_path": "someone/base", "modelspec.architecture": "whisper/lora"}
+        key_map = FAMILY.key_map("peft", options)
+        format_ = registry.find("formats", "peft")
+        folder = write_verified(replace(state, metadata=metadata), key_map, format_, tmp_path / "a", torch.float32)
+        record = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        assert record["base_model_name_or_path"] == "someone/base"
+        assert (record["task_type"], record["auto_mapping"]["base_model_class"]) == (
+            None,
+            "WhisperForConditionalGeneration",
+        )
+        inputs = {
+            "input_features": batch(loaded, "one").tensors["features"][:, 0],
+            "decoder_input_ids": torch.tensor([[7, 8]]),
+        }
+        cache = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+        with torch.no_grad():
+            ours = loaded.modules["model"](**inputs).logits
+            theirs = [
+                AutoPeftModel.from_pretrained(folder, **cache).eval()(**inputs).logits,
+                AutoModelForSpeechSeq2Seq.from_pretrained(folder, **cache).eval()(**inputs).logits,
+            ]
+        for logits in theirs:
+            torch.testing.assert_close(logits, ours, rtol=1e-5, atol=1e-5)
+        read = format_.read(folder, key_map)
+        assert read.metadata["base_model_name_or_path"] == "someone/base"
+        again = write_verified(read, key_map, format_, tmp_path / "b", torch.float32)
+        assert json.loads((again / "adapter_config.json").read_text("utf-8")) == record
+
+    @pytest.mark.parametrize(
+        ("told", "kept"),
+        [
+            ({"base_model_name_or_path": "/home/maria/base"}, {}),
+            ({"base_model_name_or_path": 7, "task_type": ["x"], "auto_mapping": "y"}, {}),
+            ({"base_model_name_or_path": "a" * 5000 + "/b"}, {}),
+            ({"task_type": "CAUSAL_LM"}, {"task_type": "CAUSAL_LM"}),
+            ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, {}),
+            (
+                {"auto_mapping": {"base_model_class": "A", "parent_library": "transformers.models.a"}},
+                {"auto_mapping": {"base_model_class": "A", "parent_library": "transformers.models.a"}},
+            ),
+        ],
+    )
+    def test_what_a_stranger_says_is_kept_where_it_is_harmless(
+        self, base: Path, told: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+    ) -> None:
+        loaded, options = load(base), WhisperOptions(path=str(base))
+        train_some(loaded, options)
+        key_map, format_ = FAMILY.key_map("peft", options), registry.find("formats", "peft")
+        folder = write_verified(read_state(loaded), key_map, format_, tmp_path / "a", torch.float32)
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | told))
+        again = write_verified(format_.read(folder, key_map), key_map, format_, tmp_path / "b", torch.float32)
+        record = json.loads((again / "adapter_config.json").read_text("utf-8"))
+        nothing = dict.fromkeys(("base_model_name_or_path", "task_type", "auto_mapping"))
+        assert {key: record[key] for key in nothing} == nothing | kept
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("8bit", "Linear8bitLt"), ("nf4", "Linear4bit")])

@@ -61,7 +61,7 @@ def _lycoris() -> bytes:
 
 
 def _rare() -> bytes:
-    """Kinds that are known and not read."""
+    """Kinds without factors, and others that few programs write."""
     names = [_NAMES[0].name(key) for key in (_LINEAR, _CONV, _TEXT)]
     tensors = {f"{names[0]}.oft_blocks": torch.ones(2, 3, 3), f"{names[0]}.rescale": torch.ones(6, 1)}
     tensors |= {f"{names[1]}.diff": torch.ones(6, 4, 3, 3), f"{names[1]}.diff_b": torch.ones(6)}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.adapters.merge import delta_weight
 from lora_diffusion.core import registry
-from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.types import AdapterState
 from lora_diffusion.families._names import key_map as published_names
 from lora_diffusion.formats import clients, describe_file
@@ -199,7 +199,7 @@ def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCa
     assert "1 modules are of another rank than the record" in caplog.text
 
 
-def test_loha_with_dora_is_told_and_refused_with_advice(tmp_path: Path) -> None:
+def test_loha_with_dora_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     factors = {"hada_w1_a": (1280, 2), "hada_w1_b": (2, 768), "hada_w2_a": (1280, 2), "hada_w2_b": (2, 768)}
     shapes = {**factors, "dora_scale": (1, 768), "alpha": ()}
@@ -207,5 +207,25 @@ def test_loha_with_dora_is_told_and_refused_with_advice(tmp_path: Path) -> None:
     report = describe_file(path)
     assert (len(report.problems), report.faults) == (1, ())
     assert "1 module(s) of loha or lokr with DoRA" in report.problems[0]
-    with pytest.raises(UnsupportedError, match="merge them into the base with the program that made them"):
-        registry.find("formats", "kohya").read_stored(path, published_names("kohya", None, "sd1"))
+    (adapter,) = (
+        registry.find("formats", "kohya").read_stored(path, published_names("kohya", None, "sd1")).modules.values()
+    )
+    assert adapter.variant == "loha+dora"
+
+
+def test_other_kinds_are_told_without_false_faults(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    shapes = {
+        f"{_STEM}.diff_b": (1280,),
+        f"{_STEM}.diff": (1280, 768),
+        "lora_unet_mid_block_resnets_0_norm1.w_norm": (1280,),
+        "lora_unet_mid_block_resnets_0_conv1.oft_blocks": (160, 8, 8),
+        "lora_unet_mid_block_resnets_0_conv2.oft_blocks": (2, 160, 8, 8),
+        "lora_unet_mid_block_resnets_1_conv1.weight": (1, 1280, 1, 1),
+        "lora_unet_mid_block_resnets_1_conv1.on_input": (),
+        "bundle_emb.me.clip_l": (2, 768),
+    }
+    save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, path)
+    report = describe_file(path)
+    assert report.problems == ()
+    assert set(report.variant.split(" and ")) == {"norm", "oft", "boft", "full", "ia3", "embedding"}

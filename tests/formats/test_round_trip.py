@@ -138,24 +138,29 @@ def test_unknown_modules_are_listed(loaded: Loaded, tmp_path: Path) -> None:
     [
         ({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)}, AdapterFileError, "lacks w1_b and w2_a and w2_b"),
         ({"lora_unet_conv_in.dora_scale": torch.ones(2, 2)}, AdapterFileError, "has only magnitude"),
-        ({"lora_unet_conv_in.oft_blocks": torch.ones(2, 2)}, UnsupportedError, "of the kind oft"),
-        ({"lora_unet_conv_in.rescale": torch.ones(2, 1)}, UnsupportedError, "of the kind oft"),
-        ({"lora_unet_conv_in.on_input": torch.ones(1)}, UnsupportedError, "of the kind ia3"),
+        ({"lora_unet_conv_in.oft_blocks": torch.ones(2, 2)}, AdapterFileError, "do not fit"),
+        ({"lora_unet_conv_in.rescale": torch.ones(2, 1)}, AdapterFileError, "lacks blocks"),
+        ({"lora_unet_conv_in.on_input": torch.ones(1)}, AdapterFileError, "lacks factor"),
+        ({"lora_unet_conv_in.oft_R.weight": torch.ones(2, 1)}, UnsupportedError, "of the kind oft as PEFT"),
         (
             {
                 "lora_unet_conv_in.lora_up.weight": torch.ones(2, 2),
-                "lora_unet_x.a1.weight": torch.ones(2, 2),
+                "lora_unet_x.bm.weight": torch.ones(2, 2),
                 "a": torch.ones(1),
             },
             UnsupportedError,
-            "of the kind glora",
+            "of the kind glora with a Tucker core",
         ),
         (
             {"lora_unet_conv_in.lokr_w1": torch.ones(4, 2), "lora_unet_conv_in.lokr_w2": torch.ones(8)},
             AdapterFileError,
             "do not fit",
         ),
-        ({"lora_unet_conv_in.diff": torch.ones(2, 2)}, UnsupportedError, "of the kind full difference"),
+        (
+            {"lora_unet_conv_in.diff": torch.ones(2, 2), "lora_unet_conv_in.dora_scale": torch.ones(1, 2)},
+            UnsupportedError,
+            "full with dora",
+        ),
         ({"noise": torch.ones(2)}, AdapterFileError, "names that this format does not use"),
         ({"lora_unet_conv_in.lora_up.weight": torch.ones(32, 2)}, AdapterFileError, "lacks down"),
         (

@@ -185,15 +185,16 @@ def test_lycoris_kinds_in_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "error", "text"),
     [
-        (".dora_scale", UnsupportedError, "cannot be read"),
+        (".dora_scale", AdapterFileError, "has a DoRA magnitude"),
         (".lora_down.weight", UnsupportedError, "several kinds"),
+        (".diff", UnsupportedError, "several kinds"),
     ],
 )
 def test_kinds_that_exclude_each_other(extra: str, error: type[Exception], text: str, tmp_path: Path) -> None:
     name = "lora_unet_conv_in"
     tensors = {f"{name}.lokr_w1": torch.ones(4, 2), f"{name}.lokr_w2": torch.ones(80, 2, 3, 3)}
     with pytest.raises(error, match=text):
-        _read({**tensors, f"{name}{extra}": torch.ones(1, 4)}, "sd1", tmp_path / "a.safetensors")
+        _read({**tensors, f"{name}{extra}": torch.ones(1, 5)}, "sd1", tmp_path / "a.safetensors")
 
 
 def test_a_module_in_two_spellings_is_refused(tmp_path: Path) -> None:

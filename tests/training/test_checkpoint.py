@@ -52,6 +52,42 @@ def test_a_damaged_checkpoint_is_skipped_with_one_warning(
     assert name in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"step": 3', b'"step": 1'),
+        (b'"num_steps": 3', b'"num_steps": 7'),
+        (b'"hooks"', b'"hookz"'),
+        (b'"state_sha256"', b'"state_sha257"'),
+        (b'"fingerprint": {', b'"fingerprint": [{"a": 1}], "scaler": {'),
+        (b"{", b"\x00" * 40),
+        (b'"torch"', b'"t\xffrch"'),
+        (b'"step": 3', b'"step": ' + 5000 * b"9"),
+        (b"{", b"[" * 100_000),
+    ],
+)
+def test_a_changed_state_is_noticed(tmp_path: Path, old: bytes, new: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, 3)
+    path = checkpoint.folder(tmp_path) / "step-000003" / "state.json"
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    found = checkpoint.find_latest(tmp_path)
+    assert found is not None
+    assert found.name == "step-000002"
+    assert "state.json" in caplog.text
+
+
+def test_state_of_an_older_version_has_no_checksum(tmp_path: Path) -> None:
+    train(tmp_path, 3)
+    path = checkpoint.folder(tmp_path) / "step-000003" / "state.json"
+    values = json.loads(path.read_text())
+    del values["state_sha256"]
+    path.write_text(json.dumps(values, indent=2))
+    assert checkpoint.find_latest(tmp_path) == path.parent
+    path.write_text(json.dumps({**values, "scaler": 5}))
+    assert checkpoint.find_latest(tmp_path) != path.parent
+
+
 def test_damage_everywhere_starts_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path, 2)
     for path in checkpoint.saved_steps(tmp_path).values():

@@ -130,6 +130,7 @@ def _trained(tiny_base: Path, root: Path, *more: str) -> Path:
     settings = [
         f"model.path={tiny_base}",
         f"data.path={root / 'pictures'}",
+        "data.caption_lines=each",
         f"output.path={root / 'run'}",
         "output.formats=[kohya, diffusers, peft]",
         "output.dtype=fp32",

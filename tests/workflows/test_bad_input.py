@@ -135,7 +135,7 @@ def test_no_captions_at_all(training: Training) -> None:
         (["adapter.parts=[unet, tex_encoder]"], ["tex_encoder", 'did you mean "text_encoder"']),
         (["adapter.variant=lorra"], ["adapter.variant=lorra", 'did you mean "lora"']),
         (["data.resolution=18"], ["data.resolution=18", "use 16 or 20"]),
-        (["data.trigger=zwx"], ['data.trigger="zwx" is not in its caption']),
+        (["data.trigger=zwx"], ['data.trigger="zwx" is in none of the 4 captions']),
         (["model.path=builtin:nothing"], ["builtin:nothing", "builtin:emoji"]),
         (["model.path=/no/such/base"], ["/no/such/base", "there is no such folder or file"]),
         (["model.path=someone/no-such-model"], ["someone/no-such-model", "neither a folder or file here nor"]),
@@ -194,6 +194,30 @@ def test_file_names_that_are_not_utf8(training: Training) -> None:
     message = training.refused()
     assert "1 file name(s) are not UTF-8; rename them" in message
     assert r"b'gr\xfcn.png'" in message
+
+
+def test_what_only_a_file_says_gives_way(
+    training: Training, tmp_path: Path, command: Commands, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The steps that epochs make are known once the data are read; the run is resumed with the same command."""
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {max_steps: 350, warmup_steps: 10, save_every_steps: 1}")
+    paths = [f"model.path={training.base}", f"data.path={training.pictures}", f"output.path={training.output}"]
+    outcome = command.good("train", "--config", path, *paths, "adapter.rank=2", "train.epochs=1", "--dry-run")
+    assert "gives way to train.epochs=1; it is null now" in caplog.text
+    assert "train.warmup_steps=10 of the config gives way to train.epochs=1; it is 0 now" in outcome.message
+    told = training.refused("--config", str(path), "train.epochs=1", "train.warmup_steps=10")
+    assert "train.warmup_steps=10: must be less than the 4 steps" in told
+
+
+def test_data_check_of_a_config_without_base(training: Training, tmp_path: Path, command: Commands) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"data: {{path: '{training.pictures}'}}")
+    assert "No faults." in command.good("data", "check", "--config", path).out
+    path.write_text(f"model: {{family: sdxl}}\ndata: {{path: '{training.pictures}'}}")
+    outcome = command("data", "check", "--config", path)
+    assert outcome.code == 2
+    assert "model.path must be given" in outcome.message
 
 
 def test_config_file_that_is_not_yaml(training: Training, tmp_path: Path) -> None:

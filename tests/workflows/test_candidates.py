@@ -37,8 +37,7 @@ def test_a_base_without_text_layers_to_skip_has_a_name() -> None:
 def test_a_checkpoint_without_its_adapter_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
     run: Any = SimpleNamespace(path=tmp_path)
-    unused: Any = None
     faults = Faults()
-    assert _candidates.from_run(run, unused, unused, faults) == []
+    assert _candidates.from_run(run, faults) == []
     assert len(faults) == 1
     assert "step-000002 lacks" in faults[0]

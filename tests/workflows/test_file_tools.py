@@ -130,7 +130,7 @@ def test_file_with_other_tensors_is_named_so(command: Commands, tmp_path: Path, 
 
 
 _OTHERS = {
-    "ia3": (("lora_unet_x.on_input", "lora_unet_x.weight"), "of the kind ia3"),
+    "ia3 of PEFT": (("unet.x.ia3_l",), "of the kind ia3"),
     "oft of kohya": (("oft_unet_x.oft_blocks",), "of the kind oft"),
     "flux": (
         tuple(f"transformer.double_blocks.0.x.lora_{side}.weight" for side in "AB"),

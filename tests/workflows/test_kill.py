@@ -31,6 +31,7 @@ def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tm
             "model.prior_weight=0.5",
             "model.min_snr_gamma=5",
             f"data.path={pictures}",
+            "data.caption_lines=each",
             "data.flip=true",
             "adapter.parts=[unet, text_encoder]",
             "adapter.rank=4",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from lora_diffusion.families import _vision
 from lora_diffusion.families.llava import Llava
-from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
+from tests.tiny_llava import entry, save_tiny_llava, save_tiny_llava_next, write_chats, write_picture
 from tests.workflows.conftest import Commands, Outcome
 
 Train = Callable[..., Outcome]
@@ -135,6 +138,93 @@ def test_score(command: Commands, base: Path, data: Path) -> None:
     scored = command.good("ask", "--model", base, "--score", data, "--clip", "builtin:emoji-clip", "--json").out
     assert 0 <= json.loads(scored)[str(data)]["clip_score"] <= 2.5
     assert "exact match" in command.good("ask", "--model", base, "--score", data / "chats.json").out
+
+
+@pytest.fixture(scope="module")
+def next_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llava_next(tmp_path_factory.mktemp("llava") / "next")
+
+
+class TestNext:
+    """LLaVA-NeXT counts the tokens of a picture from its size."""
+
+    def test_asks_and_captions_pictures_of_any_shape(self, command: Commands, next_base: Path, tmp_path: Path) -> None:
+        sizes = [(40, 20), (20, 41), (1, 60), (16, 16)]
+        for index, size in enumerate(sizes):
+            write_picture(tmp_path / "pictures" / f"{index}.png", index, size)
+        model = ("--model", next_base)
+        told = command.good("ask", *model, "--question", "What?", tmp_path / "pictures", "--json").out
+        assert len(json.loads(told)) == len(sizes)
+        told = command.good("data", "caption", tmp_path / "pictures", *model, "--json").out
+        assert len(json.loads(told)["written"]) + len(json.loads(told)["silent"]) == len(sizes)
+
+    def test_trains_with_previews(self, command: Commands, next_base: Path, tmp_path: Path) -> None:
+        names = [write_picture(tmp_path / "data" / f"{size}.png", size, (size, 24)).name for size in (8, 60)]
+        write_chats(tmp_path / "data", [entry(name, "What?", "a cat") for name in names])
+        run = tmp_path / "run"
+        command.good(
+            "train", "model.family=llava", f"model.path={next_base}", "model.max_new_tokens=3",
+            f"data.path={tmp_path / 'data'}",
+            "adapter.rank=2", "train.max_steps=1", "train.preview_every_steps=1", "train.threads=1",
+            f"output.path={run}",
+        )  # fmt: skip
+        assert len((run / "previews" / "step-000001.tsv").read_text(encoding="utf-8").splitlines()) == 2
+
+
+class TestScoreOptions:
+    """Held-out files, as their owners have them."""
+
+    def test_pictures_in_another_folder(
+        self, command: Commands, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_picture(tmp_path / "coco" / "a.png")
+        write_chats(tmp_path, [entry("a.png", "What?", "a cat")], "c.json")
+        Path("c.yaml").write_text(f"model:\n  family: llava\n  path: {base}\ndata:\n  images: coco\n")
+        outcome = command("ask", "--model", base, "--score", "c.json")
+        assert outcome.code == 2
+        assert "data.path=c.json: 1 fault" in outcome.message and f"picture a.png in {tmp_path}" in outcome.message
+        command.good("ask", "--model", base, "--score", "c.json", "--images", "coco", "--csv", "scores.csv")
+        command.good("ask", "--config", "c.yaml", "--score", "c.json")
+        (row,) = csv.DictReader(Path("scores.csv").read_text(encoding="utf-8").splitlines())
+        assert (row["set"], row["question"], row["target"]) == ("c.json", "What?", "a cat")
+        assert float(row["token_f1"]) >= 0
+        message = command(
+            "ask", "--model", base, "--score", "c.json", "--images", "coco", "--csv", "scores.csv"
+        ).message
+        assert "--csv scores.csv is there already" in message
+        assert "--images is about answers" in command("ask", "--question", "x", "--images", "coco", "coco").message
+        told = command.good("ask", "--model", base, "--question", "Why?", "coco", "--csv", "plain.csv").out
+        (plain,) = csv.DictReader(Path("plain.csv").read_text(encoding="utf-8").splitlines())
+        assert told == f"{plain['picture']}\t{plain['answer']}\n" and plain["question"] == "Why?"
+
+    def test_texts_alone_and_splits(self, command: Commands, base: Path, tmp_path: Path) -> None:
+        alone = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}
+        write_chats(tmp_path, [alone], "test.json")
+        write_chats(tmp_path, [alone, alone], "train.json")
+        for split, count in (((), 3), (("--split", "test"), 1)):
+            told = command.good("ask", "--model", base, "--score", tmp_path, "--json", *split).out
+            assert len(json.loads(told)[str(tmp_path)]["answers"]) == count
+        outcome = command("ask", "--model", base, "--score", tmp_path, "--clip", "builtin:emoji-clip")
+        assert "3 first questions show no picture" in outcome.message
+
+
+def test_mixed_conversations_train_and_resume(train: Train, base: Path, data: Path, tmp_path: Path) -> None:
+    entries = json.loads((data / "chats.json").read_text(encoding="utf-8"))
+    alone = {"id": "t", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}
+    pair = entry("0.png", "<image>Same?", "no") | {"images": ["0.png", "1.png"]}
+    del pair["image"]
+    for name in ("0.png", "1.png", "2.png"):
+        shutil.copy(data / name, tmp_path / name)
+    write_chats(tmp_path, [*entries, alone, pair, entry("gone.png", "What?", "x")], "mixed.json")
+    more = (f"data.path={tmp_path / 'mixed.json'}", "data.skip_bad=true")
+    outcome = train("whole", "train.max_steps=4", *more)
+    assert outcome.code == 0, outcome.err
+    assert "Left out, since data.skip_bad=true: 1 (mixed.json, entry 6)" in " ".join(outcome.err.split())
+    assert train("halves", "train.max_steps=2", *more).code == 0
+    assert train("halves", "train.max_steps=4", *more, "--resume").code == 0
+    files = [load_file(tmp_path / name / "adapter.peft" / "adapter_model.safetensors") for name in ("whole", "halves")]
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
 
 
 class TestCaption:
@@ -286,3 +376,39 @@ def test_bad_settings(train: Train, tmp_path: Path, overrides: list[str], messag
     assert outcome.code == 2, outcome.message
     assert message in outcome.message
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+
+
+def test_layers_of_the_tower_that_are_never_read_are_left_out_and_named(train: Train, tmp_path: Path) -> None:
+    parts = ("adapter.parts=[vision_tower]", "adapter.full=[]", "train.part_learning_rates=[]")
+    outcome = train("run", "train.max_steps=1", *parts, "adapter.targets=[all-linear]")
+    assert outcome.code == 0, outcome.err
+    told = "left out: 6 modules whose output this base never reads (vision_tower/encoder.layers.1."
+    assert told in " ".join(outcome.err.split())
+    record = json.loads((tmp_path / "run" / "adapter.peft" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert record["base_model_name_or_path"] is None
+    assert record["auto_mapping"]["base_model_class"] == "LlavaForConditionalGeneration"
+    names = load_file(tmp_path / "run" / "adapter.peft" / "adapter_model.safetensors")
+    assert names and not any(".layers.1." in name for name in names)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))
+    assert len(plan["unread"]) == 6
+    outcome = train("bad", "train.max_steps=1", *parts, "adapter.targets=[encoder.layers.1.mlp.fc1]")
+    assert outcome.code == 2
+    assert "matches only vision_tower/encoder.layers.1.mlp.fc1, whose output this base never reads" in outcome.message
+
+
+def test_a_run_that_was_begun_with_unread_layers_goes_on_so(train: Train, tmp_path: Path) -> None:
+    own = (
+        "adapter.parts=[vision_tower]",
+        "adapter.full=[]",
+        "train.part_learning_rates=[]",
+        "adapter.targets=[all-linear]",
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_vision, "_unread", lambda folder: ())
+        assert train("run", "train.max_steps=1", *own).code == 0
+    path = tmp_path / "run" / "plan.json"
+    plan = json.loads(path.read_text(encoding="utf-8"))
+    del plan["unread"]
+    path.write_text(json.dumps(plan), encoding="utf-8")
+    outcome = train("run", "train.max_steps=2", *own, "--resume")
+    assert outcome.code == 0, outcome.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, RunError
 from lora_diffusion.formats._safetensors import rewrite
+from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import model_card, publishing
 from tests.workflows.conftest import Commands
 
@@ -158,3 +160,46 @@ def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, t
         save_file(own, path)
         with pytest.raises(AdapterFileError, match=rf"is broken.*(.|\n)*{reason}"):
             publishing.push(path, "maria/blorp", dry_run=True)
+
+
+HOSTILE = "x](http://evil.example/) ![](http://evil.example/p.png) `code` *b* <img src=x>\n# head\n| a | b |\x1b[2J"
+
+
+@pytest.mark.parametrize("key", ["ss_sd_model_name", "modelspec.title", "modelspec.description", "ss_optimizer"])
+def test_texts_of_strangers_are_no_markdown(trained: Path, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "a.safetensors"
+    rewrite(trained / "run.safetensors", {"modelspec.title": "a", key: HOSTILE}, path)
+    card = publishing.push(path, "maria/blorp", dry_run=True).card
+    body = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)\]\(|(?<!\\)!\[|://evil|<img|\x1b", body)
+    assert "\n# head" not in card
+    assert "base_model" not in _head(card)
+
+
+@pytest.mark.parametrize(
+    "name", ["builtin:nothing", "a/b" * 3000, "\0/x", r"C:\\Users\\maria\\sd.safetensors", "/home/maria"]
+)
+def test_names_of_bases_that_are_none(trained: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    rewrite(trained / "run.safetensors", {"ss_sd_model_name": name}, path)
+    assert "maria/" not in publishing.push(path, "me/x", dry_run=True).card
+    assert "maria\\" not in publishing.push(path, "me/x", dry_run=True).card
+
+
+def test_nothing_that_is_published_tells_where_files_lie(
+    command: Commands, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the card nor the files nor the page, each of which knows paths of base, pictures and run."""
+    root = str(trained.parent)
+    base = str(RunFolder(trained).config().model.path)
+    secrets = [root, str(Path(base).parent), "/home", str(Path.home())]
+    texts = [publishing.push(trained, "me/x", dry_run=True).card]
+    command.good("export", trained, "--to", "kohya", "--output", tmp_path / "a.safetensors", "--card")
+    texts.append((tmp_path / "README.md").read_text())
+    command.good("report", trained, "--output", tmp_path / "page.html")
+    texts += [re.sub(r"base64,[^\"\)]*", "", path.read_text()) for path in tmp_path.glob("page.*")]
+    command.good("merge", "--model", base, "--adapter", tmp_path / "a.safetensors", "--output", tmp_path / "merged")
+    for path in [*trained.rglob("*.safetensors"), *tmp_path.rglob("*.safetensors"), *trained.glob("*.peft/*/*.json")]:
+        texts.append(path.read_bytes().split(b"\0\0\0\0", 1)[0].decode("utf-8", "replace"))
+    assert [secret for secret in secrets for text in texts if secret in text] == []
+    assert Path(base).name in texts[0]

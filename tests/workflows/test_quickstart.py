@@ -81,6 +81,8 @@ def test_quickstart_of_models_that_write_scores_before_and_after(
         assert title in page
         assert moments["before"][show.score] >= 0
         assert moments["after"][show.score] >= 0
+    assert page.count("data:image/webp;base64,") == 2 * 3 * (show is llava.SHOW)
+    assert all(f'data-label="{name}"' in page for name in ("number", "exact after", "WER after") if name in page)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,7 @@ from lora_diffusion.config.load import load
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
+from lora_diffusion.training import run_files
 from lora_diffusion.workflows.selection import cases, scorers
 from tests.workflows.conftest import Commands, fill_with_pictures
 
@@ -29,6 +30,7 @@ def settings(base: Path, pictures: Path, run: Path) -> list[str]:
     return [
         f"model.path={base}",
         f"data.path={pictures}",
+        "data.caption_lines=each",
         f"output.path={run}",
         "adapter.rank=2",
         "train.max_steps=4",
@@ -126,6 +128,7 @@ def test_choice_goes_with_the_run_that_it_was_made_for(
     run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
     old = run / "run-step-000002.safetensors"
     shutil.copy(run / "run.safetensors", old)
+    run_files.add(run, [old.name])
     plain = settings(tiny_base, pictures, run)
     command.good("train", *plain, "--resume")
     assert old.exists()
@@ -135,6 +138,7 @@ def test_choice_goes_with_the_run_that_it_was_made_for(
     assert not any(path.is_symlink() or path.exists() for path in marks)
 
     old.touch()
+    run_files.add(run, [old.name])
     command.good("train", *plain, "--overwrite")
     assert not old.exists()
 
@@ -195,6 +199,26 @@ def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp
     outcome = command("select", run, "--evaluation", run / "evaluation")
     assert outcome.code == 2
     assert "no checkpoint of" in outcome.message
+
+
+def test_report_of_a_run_with_damaged_records(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
+    assert "damaged" not in command.good("report", run).err
+    for name in ("metrics.jsonl", "picture_losses.json", "selection.json"):
+        with (run / name).open("r+b") as stream:
+            stream.write(b"\x00" * 20)
+        # The console breaks long paths.
+        assert name in "".join(command.good("report", run).err.split())
+
+
+def test_damaged_checkpoint_is_no_candidate(command: Commands, selected: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(selected, tmp_path / "run", symlinks=True)
+    (run / "checkpoints" / "step-000002" / "state.json").write_bytes(b"\x00" * 20)
+    outcome = command.good("select", run)
+    assert "1 damaged checkpoints are left out" in outcome.message
+    assert "step-000004" in outcome.out
+    (run / "checkpoints" / "step-000004" / "state.json").write_bytes(b"\x00" * 20)
+    assert command("evaluate", "--run", run, "--prompts", "emoji", "--output", tmp_path / "e").code != 0
 
 
 def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path: Path) -> None:
@@ -315,9 +339,8 @@ def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Pa
     wrong.with_suffix(".txt").write_text("blob style drawing of a red car\n")
     shutil.copy(sorted((data / "octopus" / "train").glob("*.png"))[0], odd)
     arguments = [f"data.path={folder}", f"output.path={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=6"]
-    command.good(
-        "train", "--config", "sd1/style", *arguments, "adapter.rank=1", "train.threads=1", "train.warmup_steps=0"
-    )
+    arguments += ["adapter.rank=1", "train.threads=1", "train.warmup_steps=0", "evaluate.picture_draws=8"]
+    command.good("train", "--config", "sd1/style", *arguments)
     losses = json.loads((tmp_path / "run" / "picture_losses.json").read_text())
     ranked = sorted(losses, key=lambda own: own["caption_help"])
     assert ranked[0]["key"] == odd.name

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lora_diffusion.config.load import load
 from lora_diffusion.families.sd1 import FAMILY
+from lora_diffusion.training.run_folder import RunFolder
 from tests.workflows.conftest import Commands, fill_with_pictures
 
 
@@ -24,6 +25,7 @@ class Training:
         self.settings = [
             f"model.path={base}",
             f"data.path={pictures}",
+            "data.caption_lines=each",
             "adapter.rank=2",
             "train.max_steps=4",
             "train.learning_rate=1e-2",
@@ -135,6 +137,21 @@ def test_resume_of_a_finished_run_writes_the_files_again(train: Training) -> Non
 
 def test_resume_where_nothing_is_starts(train: Training) -> None:
     assert (train("new", "--resume") / "adapter.safetensors").is_file()
+
+
+def test_runs_from_before_caption_lines_go_on_with_a_caption_in_each_line(train: Training, pictures: Path) -> None:
+    run = train("run", "train.max_steps=2")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("  caption_lines: each\n", ""))
+    assert RunFolder(run).config().data.caption_lines == "each"
+    settings = [*train.settings, f"output.path={run}", "output.name=adapter"]
+    settings.remove("data.caption_lines=each")
+    assert "Captions:     8" in train.command.good("train", *settings, "--dry-run").out
+    train.command.good("train", *settings, "--resume")
+    assert "caption_lines: each" in config.read_text()
+    train.command.good("train", *settings, "--resume")
+    refused = train.command("train", *settings, "data.caption_lines=first", "--resume")
+    assert refused.code == 2 and "data.caption_lines" in refused.message
 
 
 def test_resume_with_other_data_is_refused(train: Training, pictures: Path) -> None:

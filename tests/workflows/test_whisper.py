@@ -153,13 +153,13 @@ def test_a_recording_that_is_named_twice_is_heard_once(command: Commands, base: 
 
 
 def test_kinds_that_are_not_heard_are_named(command: Commands, base: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + b"\0" * 100)
-    outcome = command("transcribe", "--model", base, tmp_path / "m.m4a")
+    (tmp_path / "m.wma").write_bytes(b"\0" * 100)
+    outcome = command("transcribe", "--model", base, tmp_path / "m.wma")
     assert outcome.code == 2
     assert "of a kind that is not read, export it as one of .wav, .flac, .mp3, .ogg, .opus" in outcome.message
     write_recording(tmp_path / "a.wav")
     outcome = command.good("transcribe", "--model", base, tmp_path)
-    assert "Left out recordings of a kind that is not read: 1 (m.m4a)" in outcome.message
+    assert "Left out recordings of a kind that is not read: 1 (m.wma)" in outcome.message
 
 
 def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_path: Path) -> None:
@@ -186,6 +186,128 @@ def test_timestamps_of_long_recordings_go_on_from_piece_to_piece(
     assert (pieces[0].start_s, pieces[-1].end_s) == (0.0, 2.4)
     # Whatever lies between is rounded to hundredths on both sides.
     assert all(abs(one.end_s - after.start_s) < 0.011 for one, after in pairwise(pieces))
+
+
+@pytest.fixture
+def _spoken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every base say the same, with timestamps if it is asked for them."""
+
+    def say(self: Whisper, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+        timed = "<|0.00|> a <b><|0.20|><|0.30|> --> c<|9.00|>" if loaded.options.timestamps else "a <b> --> c"
+        return [Output(one, text=timed) for one in requests]
+
+    monkeypatch.setattr(Whisper, "generate", say)
+
+
+@pytest.mark.usefixtures("_spoken")
+class TestFormats:
+    """Transcripts as files."""
+
+    SRT = "1\n00:00:00,000 --> 00:00:00,200\na <b>\n\n2\n00:00:00,300 --> 00:00:00,400\n--> c\n"
+    VTT = "WEBVTT\n\n00:00:00.000 --> 00:00:00.200\na &lt;b&gt;\n\n00:00:00.300 --> 00:00:00.400\n--&gt; c\n"
+
+    @pytest.fixture
+    def heard(self, command: Commands, base: Path, recordings: Path):  # type: ignore[no-untyped-def]
+        return lambda *more: command.good("transcribe", "--model", base, recordings / "1.wav", *more).out
+
+    def test_one_recording_is_printed(self, heard, recordings: Path) -> None:  # type: ignore[no-untyped-def]
+        file = recordings / "1.wav"
+        assert heard() == f"{file}\ta <b> --> c\n"
+        assert heard("--format", "srt") == self.SRT
+        assert heard("--format", "vtt") == self.VTT
+        assert heard("--format", "srt", "--no-timestamps") == "1\n00:00:00,000 --> 00:00:00,400\na <b> --> c\n"
+        assert heard("--format", "txt") == "a <b> --> c\n"
+        timed = "[00:00:00.000 --> 00:00:00.200] a <b>\n[00:00:00.300 --> 00:00:00.400] --> c\n"
+        assert heard("--format", "txt", "--timestamps") == timed
+        assert heard("--format", "csv") == f"file,start_s,end_s,text\n{file},0.00,0.40,a <b> --> c\n"
+        (told,) = json.loads(heard("--format", "json", "--timestamps"))
+        assert (told["file"], told["text"]) == (str(file), "a <b> --> c")
+        assert told["segments"][1] == {"start_s": 0.3, "end_s": 0.4, "text": "--> c"}
+
+    def test_files(self, command: Commands, base: Path, recordings: Path, tmp_path: Path) -> None:
+        model = ("transcribe", "--model", base)
+        told = command.good(*model, recordings, "--format", "srt", "--output", tmp_path / "subs", "--json").out
+        files = [tmp_path / "subs" / f"{index}.srt" for index in range(3)]
+        assert json.loads(told) == {"files": [*map(str, files)]}
+        assert files[1].read_text(encoding="utf-8") == self.SRT
+        assert (
+            "0.srt is there already"
+            in command(*model, recordings, "--format", "srt", "--output", tmp_path / "subs").message
+        )
+        command.good(*model, recordings, "--format", "srt", "--output", tmp_path / "subs", "--overwrite")
+        command.good(*model, recordings, "--format", "csv", "--output", tmp_path / "all.csv")
+        assert len((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()) == 4
+        command.good(*model, recordings / "0.wav", "--format", "vtt", "--output", tmp_path / "one.vtt")
+        assert (tmp_path / "one.vtt").read_text(encoding="utf-8").startswith("WEBVTT\n\n00:")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--format", "srt"), "holds one recording in a file, and these are 3; name a folder with --output DIR"),
+            (("--format", "vtt", "--output", "x.vtt"), "holds one recording in a file"),
+            (("--output", "x"), "needs --format, one of txt, srt, vtt, csv, json"),
+            (("--format", "csv", "--json"), "drop one, or add --output"),
+            (("--csv", "x.csv"), "which --score asks for; add it; --format csv writes plain transcripts"),
+            (("--score", "--format", "srt"), "--format writes transcripts, and --score compares them"),
+            (("--beams", "0"), "model.num_beams=0: must be 1 or greater"),
+            (("--language", "German"), "only for en, de; set model.language=de"),
+        ],
+    )
+    def test_bad_requests(
+        self, command: Commands, base: Path, recordings: Path, arguments: tuple[str, ...], message: str
+    ) -> None:
+        outcome = command("transcribe", "--model", base, recordings, *arguments)
+        assert outcome.code == 2
+        assert message in outcome.message
+
+    def test_recordings_of_one_name(self, command: Commands, base: Path, recordings: Path, tmp_path: Path) -> None:
+        other = write_recording(tmp_path / "0.wav")
+        outcome = command(
+            "transcribe", "--model", base, recordings / "0.wav", other, "--format", "txt", "--output", tmp_path / "out"
+        )
+        assert "0.wav would share a file; transcribe them one by one" in outcome.message
+
+
+def test_scores_as_a_table(command: Commands, base: Path, recordings: Path, tmp_path: Path) -> None:
+    command.good("transcribe", "--model", base, "--score", recordings, "--csv", tmp_path / "scores.csv", "--beams", "2")
+    lines = (tmp_path / "scores.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "set,key,said,heard,wer,cer"
+    assert sorted(line.split(",")[1] for line in lines[1:]) == ["0.wav", "1.wav", "2.wav"]
+
+
+def test_languages_of_a_table_may_have_names(command: Commands, base: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_recording(tmp_path / f"{name}.wav")
+    rows = ("a.wav,x,German", "b.wav,x,EN_us", "c.wav,x,")
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,locale", *rows]))
+    told = command.good("data", "check", tmp_path, "model.family=whisper", f"model.path={base}", "--json").out
+    assert json.loads(told)["languages"] == {"de": 1, "en": 1, "": 1}
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,lang", "a.wav,x,Klingon", *rows[1:]]))
+    outcome = command("data", "check", tmp_path, "model.family=whisper", f"model.path={base}")
+    assert (
+        "a.wav: the tokenizer of" in outcome.message and "has no token for Klingon, only for en, de" in outcome.message
+    )
+
+
+def test_tables_of_bases_that_know_english_only(command: Commands, tmp_path: Path) -> None:
+    special = ("<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>")
+    base, data = save_tiny_whisper(tmp_path / "base", without=special), tmp_path / "data"
+    file = base / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_multilingual": False}))
+    for name in ("a", "b", "c", "d"):
+        write_recording(data / f"{name}.wav")
+    own = ("data", "check", data, "model.family=whisper", f"model.path={base}")
+    (data / "metadata.csv").write_text(
+        "file_name,text,language\na.wav,x,en\nb.wav,x,English\nc.wav,x,en-GB\nd.wav,x,\n"
+    )
+    command.good(*own)
+    (data / "metadata.csv").write_text(
+        "file_name,text,language,task\na.wav,x,de,\nb.wav,x,en,translate\nc.wav,x,,\nd.wav,x,,\n"
+    )
+    faults = command(*own).message
+    assert "a.wav: is in de, and" in faults and "knows English only; leave it out" in faults
+    assert "b.wav: asks for a translation" in faults
+    command.good(*own, "data.skip_bad=true")
 
 
 def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
