@@ -118,7 +118,7 @@ def test_files_and_functions_stay_small() -> None:
     too_long = []
     for path in SOURCES:
         source = path.read_text(encoding="utf-8")
-        if source.count("\n") > 400:
+        if source.count("\n") > 600:
             too_long.append(path.name)
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:

@@ -32,12 +32,14 @@ def run(args: argparse.Namespace) -> None:
         return
     result = workflows.train(config, resume=args.resume, overwrite=args.overwrite)
     lines = [f"Trained {result.num_steps} steps. The adapter:", *(f"  {path}" for path in result.files)]
+    lines += ["The best one on held-out samples:", *(f"  {path}" for path in result.best)] if result.best else []
     lines += [result.selection.text()] if result.selection else []
     values = {
         "run": str(result.run_path),
         "steps": result.num_steps,
         "loss": result.loss,
         "files": list(map(str, result.files)),
+        "best": list(map(str, result.best)),
         "selection": result.selection.to_json() if result.selection else None,
     }
     print_result(args, values, "\n".join(lines))

@@ -140,7 +140,7 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
     yield from _part_relations(sections["adapter"], sections["train"])
     yield from _preview_relations(sections["preview"], sections["train"])
     yield from _per_module_faults(sections)
-    yield from _evaluate_relations(sections["evaluate"])
+    yield from _evaluate_relations(sections["evaluate"], sections["data"])
     yield from sections["data"].faults()
     yield from _output_relations(sections["output"], sections["train"])
 
@@ -210,10 +210,13 @@ def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
                 yield Contradiction(str(error))
 
 
-def _evaluate_relations(evaluate: Any) -> Iterator[Contradiction]:
+def _evaluate_relations(evaluate: Any, data: Any) -> Iterator[Contradiction]:
     if evaluate.class_words and not evaluate.prompts:
         text = f"evaluate.class_words={evaluate.class_words}: fills {{class}} of evaluate.prompts, which is not set"
         yield Contradiction(text, "evaluate.class_words", ("evaluate.prompts",))
+    if hasattr(data, "validation"):
+        yield from _validation_relations(evaluate, data)
+        return
     if evaluate.patience and not evaluate.every_steps:
         text = f"evaluate.patience={evaluate.patience}: there are no scores to wait for; set evaluate.every_steps"
         yield Contradiction(text, "evaluate.patience", ("evaluate.every_steps",))
@@ -222,6 +225,14 @@ def _evaluate_relations(evaluate: Any) -> Iterator[Contradiction]:
         if value and not evaluate.references:
             text = f"evaluate.{key}={as_written(value)}: needs evaluate.references, pictures to compare with"
             yield Contradiction(text, f"evaluate.{key}", ("evaluate.references",))
+
+
+def _validation_relations(evaluate: Any, data: Any) -> Iterator[Contradiction]:
+    for key in ("every_steps", "patience", "metrics"):
+        value = getattr(evaluate, key)
+        if value and data.validation is None:
+            text = f"evaluate.{key}={as_written(value)}: needs data.validation, samples that are not trained on"
+            yield Contradiction(text, f"evaluate.{key}", ("data.validation",))
 
 
 def _output_relations(output: Any, train: Any) -> Iterator[Contradiction]:

@@ -7,8 +7,8 @@ that of the family's kind of samples, see DATA_SECTIONS.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, dataclass, field
-from typing import Any, ClassVar
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 from lora_diffusion.core.chat import Chat
 from lora_diffusion.core.types import AudioText, ImageText, Sample
@@ -47,6 +47,8 @@ class ModelOptions:
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     """"section.key" -> the default that suits this family, where it differs from the one written below."""
+    augmentation: ClassVar[Mapping[str, Any]] = {}
+    """Keys that change what is seen while a run trains, here as in `data` -> the value that turns them off."""
     of_answers: ClassVar[frozenset[str]] = frozenset()
     """Keys that say how the base is asked, and do not change what it learns."""
     free: ClassVar[frozenset[str]] = frozenset({"path"})
@@ -67,6 +69,7 @@ class DataConfig:
     ranges: ClassVar[Mapping[str, Any]] = {}
     """Key -> what its value must satisfy, and that in words."""
     free: ClassVar[frozenset[str]] = frozenset({"path", "skip_bad"})
+    augmentation: ClassVar[Mapping[str, Any]] = {}
 
     def faults(self) -> Iterator[Contradiction]:
         """Yields each pair of values that cannot go together."""
@@ -120,6 +123,9 @@ class RecordingDataConfig(DataConfig):
     split: str = "auto"
     """Which folders, tables and splits are taken: auto leaves out those named test, validation, dev or eval; all takes
     everything; else the name of one, say validated."""
+    validation: str | None = None
+    """What the run is scored on while it trains, and not trained on: a share of the samples such as 0.1, a folder or
+    file as data.path takes it, or the name of a split of data.path."""
     long: str = "refuse"
     """Recordings that are longer than the base hears at once: refuse, or split at the timestamps of their transcript
     (<|0.00|> first words<|4.20|><|4.20|> next words<|9.10|>)."""
@@ -129,6 +135,7 @@ class RecordingDataConfig(DataConfig):
     """Signal-to-noise ratios in dB of white noise: each recording is heard clean or with one of these, drawn each
     time."""
 
+    augmentation: ClassVar[Mapping[str, Any]] = {"speeds": (1.0,), "noise_db": ()}
     ranges: ClassVar[Mapping[str, Any]] = {
         "split": (lambda v: v != "", "must be auto, all or the name of a split"),
         "long": (lambda v: v in ("refuse", "split"), "must be one of refuse, split"),
@@ -154,6 +161,9 @@ class ChatDataConfig(DataConfig):
     split: str = "auto"
     """Which folders, files and splits of data.path are taken: auto leaves out those named test, validation, dev or
     eval; all takes everything; else the name of one."""
+    validation: str | None = None
+    """What the run is scored on while it trains, and not trained on: a share of the samples such as 0.1, a folder or
+    file as data.path takes it, or the name of a split of data.path."""
     images: str | None = None
     """Folder that the names of pictures are looked up in; None takes that of the file which names them."""
     max_tokens: int | None = None
@@ -164,6 +174,7 @@ class ChatDataConfig(DataConfig):
     """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 
     free: ClassVar[frozenset[str]] = DataConfig.free | {"images"}
+    augmentation: ClassVar[Mapping[str, Any]] = {"zooms": (1.0,)}
     ranges: ClassVar[Mapping[str, Any]] = {
         "split": (lambda v: v != "", "must be auto, all or the name of a split"),
         "max_tokens": (lambda v: v >= 1, "must be 1 or greater"),
@@ -173,6 +184,14 @@ class ChatDataConfig(DataConfig):
             "must be one or more different scales between 0.5 and 2",
         ),
     }
+
+
+Section = TypeVar("Section", ModelOptions, DataConfig)
+
+
+def without_augmentation(section: Section) -> Section:
+    """Returns a section with which samples are always seen alike, as they are."""
+    return replace(section, **section.augmentation)
 
 
 DATA_SECTIONS: Mapping[type[Sample], type[DataConfig]] = {
@@ -296,7 +315,10 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Pictures and scores of the checkpoints. They are drawn as `preview` says: num_steps, guidance, negative."""
+    """Pictures and scores of the checkpoints. They are drawn as `preview` says: num_steps, guidance, negative.
+
+    Of bases that write text, every_steps, patience and metrics say how data.validation is scored.
+    """
 
     after_training: bool = False
     """Evaluate the checkpoints once training is done, choose the best and link it as best.safetensors."""
@@ -312,13 +334,15 @@ class EvaluateConfig:
     seeds: tuple[int, ...] = (0, 1)
     """Each prompt is drawn once with each seed."""
     metrics: tuple[str, ...] = ()
-    """Without any, all that can be computed."""
+    """Without any, all that can be computed. Of bases that write text: loss, and wer, cer or exact_match, token_f1; the
+    first one decides which checkpoint is the best."""
     clip: str | None = None
     """The CLIP that scores: builtin:emoji-clip, an open_clip folder or "model/pretrained". None takes one that fits."""
     scorers: tuple[str, ...] = ()
     """Other models that score, as KIND=NAME: dino=FOLDER, preference=NAME, probe=FILE for the aesthetic score."""
     every_steps: int = 0
-    """Steps between scores of the adapter while it is trained, on the first prompts and seeds; 0 makes none."""
+    """Steps between scores of the adapter while it is trained, on the first prompts and seeds; 0 makes none. With
+    data.validation, 0 makes ten in a run."""
     patience: int = 0
     """End the run when so many of these scores in a row are no better than the best before; 0 never ends it early."""
     picture_draws: int | None = None
@@ -390,7 +414,15 @@ class Config:
 FREE_SECTIONS = frozenset({"preview", "evaluate", "cache", "output"})
 """Sections that may change as a whole when a run is resumed; of the others the keys in their `free`."""
 PATHS = frozenset(
-    {"model.path", "data.path", "data.images", "evaluate.references", "evaluate.prompts", "evaluate.clip"}
+    {
+        "model.path",
+        "data.path",
+        "data.images",
+        "data.validation",
+        "evaluate.references",
+        "evaluate.prompts",
+        "evaluate.clip",
+    }
     | {"output.thumbnail"}
 )
 """Keys whose value may be a path, which is relative to where the run was started."""

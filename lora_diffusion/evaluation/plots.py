@@ -146,6 +146,26 @@ def loss(metrics: Sequence[Mapping[str, float]]) -> str:
     return _svg(figure, "loss", f"Loss of {len(steps)} steps and its running mean, which ends at {smooth[-1]:.4f}.")
 
 
+def held_out(scores: Sequence[Mapping[str, float]]) -> str:
+    """Returns each score of held-out samples over the steps, each as a share of its largest value.
+
+    Args:
+        scores: lines of progress.json with step, score, and what was measured; at least one.
+    """
+    steps = [line["step"] for line in scores]
+    names = [name for name in scores[-1] if name not in ("step", "score")][:SERIES]
+    best = max(scores, key=lambda line: line["score"])
+    figure, axes = _figure(5.2, 2.6)
+    for name, colour in zip(names, _COLOURS, strict=False):
+        values = np.array([line.get(name, np.nan) for line in scores])
+        axes.plot(steps, values / (np.nanmax(np.abs(values)) or 1), color=colour, linewidth=1.6, marker=".", label=name)
+    axes.axvline(best["step"], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    axes.set(xlabel="step", ylabel="share of the largest")
+    told = ", ".join(f"{name} {best[name]:.4f}" for name in names if name in best)
+    return _svg(figure, "held out", f"Scores of held-out samples; the best step is {best['step']} with {told}.")
+
+
 def _note(right: float, up: float) -> dict[str, Any]:
     return {"xytext": (right, up), "textcoords": "offset points", "fontsize": 8, "color": _MUTED}
 

@@ -45,6 +45,8 @@ class Training:
     """Losses of the training pictures."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Setting -> value."""
+    held_out: Sequence[Mapping[str, float]] = ()
+    """Lines of progress.json of a base that writes text."""
 
 
 def write_report(
@@ -205,6 +207,7 @@ def _training(training: Training, album: Album) -> dict[str, Any] | None:
         return None
     return {
         "loss": plots.loss(training.metrics) if training.metrics else None,
+        "held_out": plots.held_out(training.held_out) if training.held_out else None,
         "pictures": _losses(training.losses, album) if training.losses else None,
     }
 

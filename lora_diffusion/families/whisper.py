@@ -67,6 +67,7 @@ class WhisperOptions(ModelOptions):
         "adapter.parts": ("encoder", "decoder"),
         "output.formats": ("peft",),
     }
+    augmentation: ClassVar[Mapping[str, Any]] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
     of_answers: ClassVar[frozenset[str]] = frozenset({"num_beams", "repetition_guard"})
     ranges: ClassVar[Mapping[str, Any]] = {
         "task": (lambda v: v in ("transcribe", "translate"), "must be one of transcribe, translate"),

@@ -62,6 +62,9 @@ class EarlyStop(Hook):
         patience: int,
         score: Callable[[int], float],
         record: Callable[[Sequence[tuple[int, float]]], None],
+        *,
+        last_step: int | None = None,
+        show: Callable[[float], str] = "score {:.3f}".format,
     ) -> None:
         """Has no score yet.
 
@@ -70,9 +73,11 @@ class EarlyStop(Hook):
             patience: the run ends when so many scores in a row were no better than the best before; 0 never ends it.
             score: of the adapter as it is now, higher is better; given the step.
             record: given (step, score) of all scores so far, after each.
+            last_step: is scored too, whatever the interval; None scores it only if it is due.
+            show: a score, for people.
         """
-        self._every, self._patience = every, patience
-        self._score, self._record = score, record
+        self._every, self._patience, self._last_step = every, patience, last_step
+        self._score, self._record, self._show = score, record, show
         self.scores: list[tuple[int, float]] = []
 
     @property
@@ -93,12 +98,14 @@ class EarlyStop(Hook):
 
     def on_step(self, step: int) -> None:
         """Scores if the step is due."""
-        if step % self._every:
+        if step % self._every and step != self._last_step:
             return
         self.scores.append((step, self._score(step)))
         self._record(self.scores)
         best_step, best = self.scores[self._best_index]
-        logger.info("step %d  score %.3f  best %.3f at step %d", step, self.scores[-1][1], best, best_step)
+        logger.info(
+            "step %d  %s  best %s at step %d", step, self._show(self.scores[-1][1]), self._show(best), best_step
+        )
         if self.should_stop:
             logger.info("The score has not risen since step %d, which is kept: training ends here.", best_step)
 

@@ -70,6 +70,10 @@ class RunFolder:
         name = self.name(config)
         return _file_names(config, name if count is None else f"{name}-{count:06d}")
 
+    def best_names(self, config: Config) -> list[str]:
+        """Returns the names of the adapter of the best step, where that is not the last, in all formats."""
+        return _file_names(config, f"{self.name(config)}-best")
+
     def find_adapter(self, config: Config) -> Path:
         """Returns the finished adapter, in whichever format was written.
 

@@ -19,6 +19,8 @@ from lora_diffusion.core.logs import console, logger, name_some
 from lora_diffusion.core.protocols import Tracker
 
 METRICS_NAME = "metrics.jsonl"
+PROGRESS_NAME = "progress.json"
+"""Scores that are taken while a run trains."""
 _LOG_EVERY_S = 30.0
 _MAX_STEP, _MAX_LOSS = 10**12, 1e300
 """What is larger comes from damage, and is more than plots can take."""
@@ -184,3 +186,12 @@ def _warn_of_damage(path: Path, lines: Sequence[_Line]) -> None:
             len(lines),
             name_some(damaged),
         )
+
+
+def read_held_out(path: Path) -> list[dict[str, float]]:
+    """Returns what a run recorded of held-out samples; nothing where the file is missing, damaged or of pictures."""
+    try:
+        lines = [{name: float(value) for name, value in line.items()} for line in json.loads(path.read_bytes())]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    return [line for line in lines if len(line) > 2 and {"step", "score"} <= line.keys()]

@@ -31,6 +31,9 @@ from lora_diffusion.training import checkpoint, optim, run_files, schedule
 from lora_diffusion.training.hooks import Hook
 from lora_diffusion.training.tracking import check_tracker, open_trackers
 
+Loss = Callable[[Batch, torch.Generator], LossOutput]
+"""Gives the loss of each sample of a batch, drawing only from the CPU generator that it is handed."""
+
 
 class Trainer:
     """Trains adapter parameters against a loss. It never sees the base, the family or the files of the result."""
@@ -39,7 +42,7 @@ class Trainer:
         self,
         config: TrainConfig,
         params: optim.Params,
-        loss: Callable[[Batch, torch.Generator], LossOutput],
+        loss: Loss,
         run_path: Path,
         hooks: Sequence[Hook] = (),
         fingerprint: Mapping[str, Any] | None = None,
@@ -158,10 +161,10 @@ class Trainer:
         return self.step
 
     @torch.no_grad()
-    def losses(self, batch: Batch, rng: torch.Generator) -> LossOutput:
-        """Returns the loss of a batch as a step would compute it, without gradient."""
+    def losses(self, batch: Batch, rng: torch.Generator, loss: Loss | None = None) -> LossOutput:
+        """Returns the loss of a batch as a step would compute it, or another loss likewise, without gradient."""
         with fast_products(self.device), self._autocast():
-            return self.loss(batch, rng)
+            return (loss or self.loss)(batch, rng)
 
     def _add_gradients(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Adds up the gradients of the weighted mean over this process's samples.

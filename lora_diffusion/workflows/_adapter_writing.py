@@ -19,7 +19,7 @@ from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.training import record, run_files
 from lora_diffusion.training.hooks import Hook, IntervalHook
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows import verification
+from lora_diffusion.workflows import _run_checkpoints, verification
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,18 @@ class AdapterWriter:
         state = read_state(self.loaded)
         names = self.run.adapter_names(self.config)
         return self._write(replace(state, metadata=self.describe(state, step)), names)
+
+    def finish_best(self, best_step: int | None, last_step: int) -> tuple[Path, ...]:
+        """Writes `<name>-best` of the checkpoint with the best score, unless that is the last; returns its files."""
+        names = self.run.best_names(self.config)
+        if not process_group().is_main_process:
+            return ()
+        if best_step is None or best_step == last_step:
+            run_files.discard(self.run.path, set(names) & run_files.own(self.run.path))
+            return ()
+        run_files.claim(self.run.path, names, "data.validation")
+        _, state = _run_checkpoints.read(_run_checkpoints.at_step(self.run.path, best_step))
+        return self._write(state, names)
 
     def _write_at(self, step: int, count: int) -> None:
         names = self.run.adapter_names(self.config, count)

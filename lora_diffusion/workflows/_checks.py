@@ -22,12 +22,14 @@ from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import KINDS, Kind
+from lora_diffusion.data.validation import hold_out
 from lora_diffusion.formats import check_output
 from lora_diffusion.training import optim, record, run_folder
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import check_tracker
 from lora_diffusion.training.trainer import total_steps
 from lora_diffusion.workflows import _judging as judging
+from lora_diffusion.workflows import _validation as validation
 from lora_diffusion.workflows._faults import Faults
 from lora_diffusion.workflows._settled import settle_length, settle_variant
 from lora_diffusion.workflows._steps import make_batches
@@ -35,7 +37,7 @@ from lora_diffusion.workflows._steps import make_batches
 if TYPE_CHECKING:
     from torch import nn
 
-_FOR_ALL = ("preview.prompts", "preview.seeds")
+_FOR_ALL = ("preview.prompts", "preview.seeds", "evaluate.every_steps", "evaluate.patience", "evaluate.metrics")
 """What says something to bases that write, too; of those only that which samples its answers looks at seeds."""
 
 
@@ -53,6 +55,8 @@ class Checked:
     plan: InjectionPlan
     run: RunFolder
     samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    """What is scored and not trained on."""
     num_steps: int
     previews: Sequence[Request]
     """What is asked of the model while it is trained."""
@@ -93,6 +97,10 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates, unread))
         look(lambda: _check_spellings(family, config))
         samples = look(lambda: kind.read(config.data, info))
+    held_out: Sequence[Sample] = ()
+    if samples and getattr(config.data, "validation", None) is not None:
+        look(lambda: validation.metrics(config, family))
+        samples, held_out = look(lambda: hold_out(kind, config.data, info, samples)) or (None, ())
     if samples:
         num_steps = _num_steps(config, family, kind, samples)
         config = settle_length(config, num_steps)
@@ -104,7 +112,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
     if num_steps:
         previews = look(lambda: _previews(config, kind, samples, num_steps))
     faults.stop("train")
-    return Checked(config, family, kind, variant, info, skeleton, plan, run, samples, num_steps, previews)
+    return Checked(config, family, kind, variant, info, skeleton, plan, run, samples, held_out, num_steps, previews)
 
 
 def _trains_unread(run: RunFolder) -> bool:

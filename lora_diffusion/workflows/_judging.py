@@ -20,10 +20,9 @@ from lora_diffusion.evaluation.select import check_metrics
 from lora_diffusion.training import picture_losses
 from lora_diffusion.training.hooks import EarlyStop, Hook
 from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.tracking import PROGRESS_NAME
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.workflows import selection
-
-PROGRESS_NAME = "progress.json"
 
 
 def check(config: Config, samples: Sequence[ImageText]) -> None:
@@ -58,7 +57,7 @@ def prepare_early_stop(
     In a run of so few steps that no score is due, nothing is drawn.
     """
     own, preview = config.evaluate, config.preview
-    if not own.every_steps or own.every_steps > num_steps:
+    if family.sample_type is not ImageText or not own.every_steps or own.every_steps > num_steps:
         return []
     guidance = loaded.info.guidance if preview.guidance is None else preview.guidance
     template = Request("", 0, preview.negative, preview.num_steps, guidance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,16 +79,22 @@ def examine(
             f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
             f"({name_some(blind)}); leave those out, or --clip."
         )
-    results = []
-    for samples in sets:
-        pairs = chats.questions(samples)
-        answers = talker.answer([request for request, _ in pairs])
-        asked = [request.prompt for request, _ in pairs]
-        keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
-        pictures = [request.sample.views[0][0] for request, _ in pairs] if scorers else []
-        names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
-        results.append(judge(keys, asked, targets, answers, pictures, scorers, names))
-    return results
+    return [compare(talker.answer, samples, scorers) for samples in sets]
+
+
+def compare(
+    answer: Callable[[Sequence[chats.Request]], Sequence[str]],
+    samples: Sequence[Chat],
+    scorers: Scorers | None = None,
+) -> Examination:
+    """Compares the answers to the first question of each conversation with those that are right."""
+    pairs = chats.questions(samples)
+    answers = answer([request for request, _ in pairs])
+    asked = [request.prompt for request, _ in pairs]
+    keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
+    pictures = [request.sample.views[0][0] for request, _ in pairs] if scorers else []
+    names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
+    return judge(keys, asked, targets, answers, pictures, scorers, names)
 
 
 def _is_shown(sample: Chat) -> bool:

@@ -19,7 +19,7 @@ from lora_diffusion.evaluation.table import Table
 from lora_diffusion.training import run_files
 from lora_diffusion.training.picture_losses import read_losses
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.training.tracking import read_metrics
+from lora_diffusion.training.tracking import PROGRESS_NAME, read_held_out, read_metrics
 from lora_diffusion.workflows.selection import EVALUATION_NAME, Selection, read_selection
 
 
@@ -70,7 +70,12 @@ def read_training(run_path: Path) -> Training:
     if not run.config_path.is_file():
         return Training()
     losses = [replace(loss, path=run.find(loss.path)) for loss in read_losses(run.path)]
-    return Training(metrics=read_metrics(run.path), losses=losses, facts=_settings(run.config()))
+    return Training(
+        metrics=read_metrics(run.path),
+        losses=losses,
+        facts=_settings(run.config()),
+        held_out=read_held_out(run.path / PROGRESS_NAME),
+    )
 
 
 def _settings(config: Config) -> dict[str, str]:

@@ -25,6 +25,7 @@ from lora_diffusion.training.hooks import Hook, IntervalHook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.workflows import _judging as judging
+from lora_diffusion.workflows import _validation as validation
 from lora_diffusion.workflows._adapter_writing import AdapterWriter
 from lora_diffusion.workflows._checks import check
 from lora_diffusion.workflows._previews import SAVERS
@@ -44,6 +45,8 @@ class TrainResult:
     files: tuple[Path, ...]
     selection: Selection | None = None
     """With evaluate.after_training: which checkpoint and weight are the best."""
+    best: tuple[Path, ...] = ()
+    """With data.validation: the adapter of the best step, where that is not the last."""
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -87,6 +90,16 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
         hooks = [*_prepare_previews(config, family, loaded, checked.previews, run)]
         hooks += judging.prepare_early_stop(config, family, loaded, samples, run, checked.num_steps)
+        validating = validation.prepare(
+            config,
+            family,
+            loaded,
+            checked.held_out,
+            run,
+            checked.num_steps,
+            lambda *given: trainer.losses(*given),  # noqa: PLW0108 - the trainer is made below, with these hooks
+        )
+        hooks += validating
         loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
 
         params = inject(loaded, plan, checked.variant, config.adapter.dropout, config.train.seed)
@@ -108,9 +121,10 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         writer.begin(trainer.step)
         trainer.fit(batches)
         files = writer.finish(trainer.step)
+        best = writer.finish_best(validating[0].kept_step, trainer.step) if validating else ()
         if processes.is_main_process:
             judging.write_picture_losses(config, samples, items, trainer, family, run)
-    return TrainResult(run.path, trainer.step, record.final_loss(run), files)
+    return TrainResult(run.path, trainer.step, record.final_loss(run), files, best=best)
 
 
 def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:

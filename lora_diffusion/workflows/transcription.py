@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lora_diffusion.config.schema import ModelOptions, RecordingDataConfig
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Request, SpeechInfo
+from lora_diffusion.core.types import AdapterState, AudioText, Loaded, Output, Request, SpeechInfo
 from lora_diffusion.data.listening import list_requests
 from lora_diffusion.data.recordings import KIND
 from lora_diffusion.data.splits import ALL
@@ -82,17 +83,25 @@ def understand(
     plain = replace(data, speeds=RecordingDataConfig.speeds, noise_db=())
     sets = [KIND.read(replace(plain, path=str(path)), info) for path in data_paths]
     loaded, weights = _load(family, model, states, adapters)
-    results = []
-    for samples in sets:
-        opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
-        outputs = family.generate(loaded, [Request("", 0, weights=weights or None, sample=one) for one in opened])
-        said = [without_timestamps(sample.transcript) for sample in samples]
-        heard = [without_timestamps(output.text) for output in outputs]
-        languages = [_written(sample, loaded.options) for sample in samples]
-        normalisers = {language: normaliser(language, info.path) for language in set(languages)}
-        normalise = [normalisers[language] for language in languages]
-        results.append(judge([sample.key for sample in samples], said, heard, normalise))
-    return results
+    generate = partial(family.generate, loaded)
+    return [compare(generate, loaded, samples, weights or None) for samples in sets]
+
+
+def compare(
+    generate: Callable[[Sequence[Request]], Sequence[Output]],
+    loaded: Loaded,
+    samples: Sequence[AudioText],
+    weights: Mapping[str, float] | None = None,
+) -> Understanding:
+    """Compares what a loaded base hears with the transcripts; without weights, adapters are as they are now."""
+    opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
+    outputs = generate([Request("", 0, weights=weights, sample=one) for one in opened])
+    said = [without_timestamps(sample.transcript) for sample in samples]
+    heard = [without_timestamps(output.text) for output in outputs]
+    languages = [_written(sample, loaded.options) for sample in samples]
+    normalisers = {language: normaliser(language, loaded.info.path) for language in set(languages)}
+    normalise = [normalisers[language] for language in languages]
+    return judge([sample.key for sample in samples], said, heard, normalise)
 
 
 def _written(sample: AudioText, options: Any) -> str:
