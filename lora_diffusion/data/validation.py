@@ -54,8 +54,7 @@ def hold_out(
 def split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], list[_Sample]]:
     """Returns the samples to train on, and about a share of them that is held out.
 
-    Content decides which, not order or name, so that a sample stays on its side when others are added; samples of one
-    file or of equal files are on one side.
+    Content decides which, not order or name; samples of one file or of equal files are on one side.
 
     Raises:
         ConfigError: nothing would be left on one side.
