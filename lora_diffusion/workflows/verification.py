@@ -58,7 +58,9 @@ def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None
         AdapterFileError: the file cannot be read, or does not tell its base.
         ConfigError: there is no such client.
         ModelError: the base cannot be used.
+        UnsupportedError: the file is for a kind of base that is not known here.
     """
+    clients.refuse_other(path)
     name = base or clients.guess_family(path)
     found = _published(name) if name in clients.PUBLISHED else _named(name)
     if base is None:
