@@ -62,7 +62,7 @@ def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None
     """
     clients.refuse_other(path)
     name = base or clients.guess_family(path)
-    found = _published(name) if name in clients.PUBLISHED else _named(name)
+    found = published_base(name) if name in clients.PUBLISHED else _named(name)
     if base is None:
         clients.check_fit(path, found)
     return Verification(path, name, tuple(clients.verify(path, found, client_names)))
@@ -103,7 +103,8 @@ def warn(path: Path, found: Sequence[str]) -> None:
         logger.warning("%s: %s", path.name, fault)
 
 
-def _published(name: str) -> Base:
+def published_base(name: str) -> Base:
+    """Returns sd1, sd2 or sdxl as they were published."""
     family: Family = registry.find("families", name)
     return Base(name, clients.published(name), [family.key_map(spelling, None) for spelling in _SPELLINGS])
 

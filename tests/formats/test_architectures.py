@@ -30,7 +30,7 @@ _SPELLINGS = (
     ("base_model.model.", False, _PEFT),
     ("", False, (".lora_A.default.weight", ".lora_B.default.weight")),
 )
-"""Prefix, whether dots are "_", and factors, of diffusers, kohya, OneTrainer, ComfyUI, SimpleTuner, PEFT, a live model."""
+"""Prefix, whether dots are "_", and factors: diffusers, kohya, OneTrainer, ComfyUI, SimpleTuner, PEFT, a live model."""
 _SMALL = {"num_layers": 1}
 _TWO = {"num_layers": 1, "num_single_layers": 1}
 _CLASSES: Mapping[str, tuple[Mapping[str, Any], str]] = {
