@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core import lowrank
-from lora_diffusion.core.delta import change_shape
-from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.soundness import ABSURD
-from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats._client_file import PAIRS, FileModule
-from lora_diffusion.formats._client_rules import CLIENTS, LARGEST_FLOAT16, LOST, WRONG, Fate
+from lora_diffusion.formats._client_kinds import taken, unused
+from lora_diffusion.formats._client_rules import CLIENTS, HIDDEN, LARGEST_FLOAT16, LOST, WRONG, Client, Fate
+from lora_diffusion.formats._client_sizes import plain, size_fault
 from lora_diffusion.formats._trial import Trial
 
 if TYPE_CHECKING:
@@ -29,10 +28,24 @@ _AGAIN = "get the file again, or write it anew from the run: lora-diffusion expo
 _DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
     "unknown": ("name(s) that no module of this base has", "correct the names, or name the right base with --base"),
     "spelling": ("module(s) spelled as it does not know them", _CONVERT),
+    "untargeted": ("module(s) that the record beside them does not name as targets", "name them in target_modules"),
     "style": ("module(s) with tensors called as it does not read them", _CONVERT),
     "no_down": ("module(s) without their down tensor", _AGAIN),
+    "drawn": ("module(s) without their down tensor", _AGAIN),
     "no_up": ("module(s) of which tensors are missing", _AGAIN),
     "shape": ("module(s) whose tensors do not fit the base", "use it with the base it was made for, named with --base"),
+    "inner": ("module(s) whose tensors do not fit each other", _AGAIN),
+    "kernel": (
+        "module(s) of another kernel than the base's",
+        "use it with the base it was made for, named with --base",
+    ),
+    "filled": ("module(s) of another size than the base's", "use it with the base it was made for, named with --base"),
+    "not merged": (
+        "module(s) of another size than the base's",
+        "use it with the base it was made for, named with --base",
+    ),
+    "no constraint": ("BOFT module(s) without alpha, which it compares with a number", _AGAIN),
+    "on_input": ("module(s) of IA3 that do not say on which side", _AGAIN),
     "dimensions": ("1x1 convolution(s) or linear layer(s) with factors of another number of dimensions", _CONVERT),
     "unreached": ("module(s) that it never adapts", "train without them"),
 }
@@ -41,7 +54,7 @@ _DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
 def find_lost(trial: Trial) -> None:
     """Finds the modules whose names, kind or size the client cannot use, and tensors that belong to none."""
     faulty: dict[str, list[str]] = defaultdict(list)
-    for module in trial.file.modules:
+    for module in trial.modules:
         if fault := _fault(trial, module):
             faulty[fault].append(module.name)
     spelling = "diffusers" if trial.client.name == "diffusers" else "kohya"
@@ -49,11 +62,46 @@ def find_lost(trial: Trial) -> None:
         what, remedy = _DESCRIPTIONS.get(fault) or _other_kind(fault)
         if fault == "unknown":
             remedy += _meant(trial, names)
-        trial.suffer(fault, _fate(trial, fault), what, remedy.format(spelling), names)
+        trial.suffer(_KINDS.get(fault, fault), _fate(trial, fault), what, remedy.format(spelling), names)
     strays = list(trial.file.strays)
     if strays:
         fate = trial.client.fates.get("stray", trial.client.fates["unknown"])
         trial.suffer("stray", fate, "tensor(s) with unknown or repeated names", _AGAIN, strays)
+    if trial.file.embeddings and not trial.client.reads_bundled:
+        fate = trial.client.fates.get("stray", trial.client.fates["unknown"])
+        what = "tensor(s) of embeddings that come along"
+        trial.suffer(
+            "embedding", fate, what, "use it in A1111, or save them as files of their own", trial.file.embeddings
+        )
+
+
+_KINDS = {**dict.fromkeys(("inner", "kernel", "filled", "not merged"), "shape"), "drawn": "no_down"}
+"""Fault -> the kind that it is reported as, where that differs."""
+
+
+def find_beside(trial: Trial) -> None:
+    """Finds tensors of other kinds at modules that are applied, which the client leaves out or lets win."""
+    left: dict[str, list[str]] = defaultdict(list)
+    for module in trial.applied():
+        roles = {role for role in unused(trial.client, module) if role not in _TOLD_OTHERWISE}
+        replaced = {style for style in taken(trial.client, module)[1:] if trial.client.by_trigger}
+        # A1111 gives a layer the bias that it lacks.
+        has_bias = not module.key or trial.base.has_bias(module.key) or not trial.client.by_trigger
+        biases = set() if has_bias else {"diff_b", "b_norm"} & _all_roles(module)
+        if others := sorted(roles | replaced | biases):
+            left[", ".join(others)].append(module.name)
+    for others_named, names in left.items():
+        fate = trial.client.fates.get("beside", _LEFT_OUT)
+        what = f"module(s) with {others_named} beside what it applies"
+        trial.suffer(f"beside {others_named}", fate, what, "merge it into the base: lora-diffusion merge", names)
+
+
+_LEFT_OUT = Fate("module", WRONG, "leaves that out")
+_TOLD_OTHERWISE = frozenset({"dora_scale", "magnitude"})
+
+
+def _all_roles(module: FileModule) -> set[str]:
+    return {*module.roles, *(role for roles in module.beside.values() for role in roles)}
 
 
 def _fault(trial: Trial, module: FileModule) -> str | None:
@@ -61,56 +109,60 @@ def _fault(trial: Trial, module: FileModule) -> str | None:
     if module.key is None:
         return "unknown"
     if module.spelling not in client.spellings[trial.base.family]:
-        return "spelling"
+        return "untargeted" if module.spelling == "untargeted" else "spelling"
     if client.unreached and re.fullmatch(client.unreached, module.key.path):
         return "unreached"
-    if module.style in PAIRS and module.style not in client.styles:
+    if not taken(client, module):
+        return None if _is_bias_alone(trial, module) else _why_not_taken(client, module)
+    if module.variant == "tucker" and not client.reads_mid:
+        is_plain = client.name == "kohya" and not plain(trial.base.shapes[module.key][2:])
+        return None if is_plain else "kind tucker"
+    if module.style == "ia3" and "on_input" not in module.roles:
+        return "on_input"
+    if module.variant == "boft" and client.by_trigger and module.alpha is None:
+        return "no constraint"
+    if client.by_trigger and (lacking := _lacks_what_is_looked_up(module)):
+        return lacking
+    return size_fault(client, module, trial.base.shapes[module.key])
+
+
+def _is_bias_alone(trial: Trial, module: FileModule) -> bool:
+    """Says whether the client changes nothing but the bias."""
+    bias = module.kinds.get("full", {}).get("diff_b")
+    return bool(
+        bias is not None
+        and "diff_b" in trial.client.biases
+        and module.key
+        and trial.base.has_bias(module.key)
+        and tuple(bias.shape) == trial.base.shapes[module.key][:1]
+    )
+
+
+def _why_not_taken(client: Client, module: FileModule) -> str:
+    if module.style in PAIRS and module.style not in client.order:
         return "style"
     if module.style and module.variant not in client.variants:
         return f"kind {module.variant}"
-    if not module.style or not module.is_whole:
-        return "no_down" if "up" in module.roles and "down" not in module.roles else "no_up"
-    return _size_fault(trial, module, trial.base.shapes[module.key])
+    if "up" not in module.roles or "down" in module.roles:
+        return "no_up"
+    is_drawn = "drawn" in client.fates and module.key is not None and module.key.part != "unet"
+    return "drawn" if is_drawn else "no_down"
 
 
-def _size_fault(trial: Trial, module: FileModule, weight: tuple[int, ...]) -> str | None:
-    if module.variant != "lora" or len(weight) == 1:
-        return None if _fits_otherwise(module, weight) else "shape"
-    down, up = tuple(module.roles["down"].shape), tuple(module.roles["up"].shape)
-    kernel = weight[2:]
-    if min(len(down), len(up)) < 2 or not down[0] or (up[0], up[1], down[1]) != (weight[0], down[0], weight[1]):
-        return "shape"
-    if _plain(down[2:]) != _plain(kernel) or _plain(up[2:]):
-        return "shape"
-    other = len(down) != len(weight) or len(up) != len(weight)
-    return "dimensions" if other and trial.client.flat_convolution else None
+def _lacks_what_is_looked_up(module: FileModule) -> str | None:
+    """Returns the fault of a module of which ComfyUI looks a tensor up that is not there, whatever else is applied."""
+    for style, roles in module.kinds.items():
+        wanted = {"down"} if style in PAIRS and "up" in roles else _LOOKED_UP.get(style, set())
+        is_taken = style in PAIRS or _FIRST[style] in roles if style in _FIRST or style in PAIRS else False
+        if is_taken and not wanted <= roles.keys():
+            return "no_down"
+    has_half_core = any({"t1"} <= roles.keys() and "t2" not in roles for roles in module.kinds.values())
+    is_cut = module.style == "lokr" and not module.is_whole
+    return "no_down" if has_half_core or is_cut else None
 
 
-def _plain(kernel: tuple[int, ...]) -> tuple[int, ...]:
-    return () if set(kernel) <= {1} else kernel
-
-
-def _fits_otherwise(module: FileModule, weight: tuple[int, ...]) -> bool:
-    sizes = {role: tensor.numel() for role, tensor in module.roles.items()}
-    if module.variant in _WHOLE_SIZES:
-        whole, others = _WHOLE_SIZES[module.variant]
-        return sizes.get(whole, math.prod(weight)) == math.prod(weight) and sizes.get(others, weight[0]) == weight[0]
-    if len(weight) == 1:
-        return False
-    if module.variant in ("oft", "boft"):
-        return math.prod(module.roles["oft_blocks"].shape[-3:-1]) == weight[0]
-    if module.variant not in _KINDS_WITH_FACTORS:
-        return True
-    adapter = ModuleAdapter(module.variant.replace("tucker", "lora"), module.roles, 0.0)
-    try:
-        return change_shape(adapter) == (weight[0], math.prod(weight[1:]))
-    except AdapterFileError:
-        return False
-
-
-_WHOLE_SIZES = {"full": ("diff", "diff_b"), "norm": ("w_norm", "b_norm")}
-"""Kind -> the tensor of the size of the weight, and that of the size of the outputs."""
-_KINDS_WITH_FACTORS = ("tucker", "loha", "lokr")
+_LOOKED_UP = {"loha": {"w1_b", "w2_a", "w2_b"}, "glora": {"a2", "b1", "b2"}}
+_FIRST = {"loha": "w1_a", "glora": "a1"}
 
 
 def _fate(trial: Trial, fault: str) -> Fate:
@@ -120,7 +172,7 @@ def _fate(trial: Trial, fault: str) -> Fate:
         return trial.client.flat_convolution
     if fault.startswith("kind "):
         return fates.get(fault.removeprefix("kind "), fates["variant"])
-    return fates["unknown"] if fault == "unreached" else fates[fault]
+    return fates["unknown"] if fault in ("unreached", "untargeted") else fates.get(fault) or fates["shape"]
 
 
 def _other_kind(fault: str) -> tuple[str, str]:
@@ -143,7 +195,7 @@ def find_other_ranks(trial: Trial) -> None:
     names = [
         module.name
         for module in trial.applied()
-        if module.variant == "lora" and module.recorded_rank not in (None, module.rank)
+        if module.variant == "lora" and module.is_whole and module.recorded_rank not in (None, module.rank)
     ]
     what = "module(s) of another rank than the record of ranks says"
     trial.suffer("rank", trial.client.fates["shape"], what, _CONVERT.format("diffusers"), names)
@@ -168,7 +220,7 @@ def find_odd_alpha(trial: Trial) -> None:
 
 
 def find_missing_alpha(trial: Trial) -> None:
-    """Finds factors without an alpha, which all clients then scale by 1, whatever they were trained with."""
+    """Finds factors without an alpha, which all clients scale by 1: nobody is told if they were trained otherwise."""
     without = [
         module.name
         for module in trial.applied()
@@ -178,9 +230,9 @@ def find_missing_alpha(trial: Trial) -> None:
         and module.recorded_alpha is None
     ]
     if without:
-        text = f"{len(without)} module(s) without alpha; {trial.client.title} takes alpha = rank for them, or another's"
-        remedy = "ask for the alpha of its training; lora-diffusion convert FILE NEW --to kohya writes alpha = rank"
-        trial.report("alpha missing", WRONG, text, remedy, without)
+        text = f"{len(without)} module(s) without alpha; {trial.client.title} takes alpha = rank for them"
+        remedy = "if it was trained with another alpha, ask for it; every program reads the file so"
+        trial.report("alpha missing", HIDDEN, text, remedy, without)
 
 
 def find_ignored_record(trial: Trial) -> None:
@@ -236,6 +288,29 @@ def _is_along_inputs(trial: Trial, module: FileModule) -> bool:
     return len(shape) > 1 and shape[0] == 1 and (math.prod(shape),) == trial.base.shapes[module.key][1:2]
 
 
+def find_made_magnitudes(trial: Trial) -> None:
+    """Finds magnitudes that PEFT cannot load, and modules that get one of the base because others have one."""
+    made = [module for module in trial.modules if module.makes_magnitude and module.key]
+    misfits = [
+        module.name
+        for module in made
+        if "magnitude" in module.roles
+        and module.key
+        and tuple(module.roles["magnitude"].shape) != _peft_magnitude(trial.base.shapes[module.key])
+    ]
+    what = "module(s) whose DoRA magnitude is not of the shape that it makes"
+    trial.suffer("magnitude", trial.client.fates["shape"], what, _CONVERT.format("diffusers"), misfits)
+    without = [own.name for own in made if "magnitude" not in own.roles and trial.factors[own.name] != 0]
+    if without:
+        text = f"{len(without)} module(s) without a DoRA magnitude, for which {trial.client.title} makes one"
+        trial.report("magnitude missing", WRONG, text, "train it again with DoRA in all modules, or in none", without)
+        trial.scale(dict.fromkeys(without))
+
+
+def _peft_magnitude(weight: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, weight[0], *(1,) * len(weight[2:])) if len(weight) > 2 else weight[:1]
+
+
 def find_bad_numbers(trial: Trial) -> None:
     """Finds NaN and infinity, which every client loads, and numbers that float16 cannot hold."""
     bad = set(trial.file.bad_numbers)
@@ -269,7 +344,7 @@ def _tensor_names(module: FileModule, names: Iterable[str]) -> list[str]:
 
 
 def _has_whole_numbers(module: FileModule) -> bool:
-    factors = (tensor for role, tensor in module.roles.items() if role != "alpha")
+    factors = (tensor for role, tensor in module.roles.items() if role not in ("alpha", "reshape", "on_input"))
     return any(tensor.numel() > 1 and not tensor.is_floating_point() for tensor in factors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,15 @@ from lora_diffusion.core.soundness import change_rms, is_absurd
 from lora_diffusion.core.types import ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, to_torch
+from lora_diffusion.formats._client_names import (
+    BEHIND_NORMS,
+    NORM_OF,
+    SUFFIXES,
+    other_names,
+    spelling_of,
+    split_role,
+    text_keys,
+)
 from lora_diffusion.formats._lora_config import find_alpha, find_rank
 from lora_diffusion.formats._spelling import PEFT_PREFIX
 from lora_diffusion.formats.diffusers import read_configs
@@ -26,33 +35,14 @@ if TYPE_CHECKING:
 
     from lora_diffusion.core.keymap import KeyMap
 
-_SUFFIXES: Mapping[str, tuple[str, str]] = {
-    **{f".lora_{role}.weight": (role, "kohya") for role in ("down", "up", "mid")},
-    **{f".hada_{role}": (role, "loha") for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f".lokr_{role}": (role, "lokr") for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    **{f".{role}": (role, "full") for role in ("diff", "diff_b")},
-    **{f".{role}": (role, "norm") for role in ("w_norm", "b_norm")},
-    **{f".{role}.weight": (role, "glora") for role in ("a1", "a2", "b1", "b2")},
-    **{f".{role}": (role, "oft") for role in ("oft_blocks", "rescale")},
-    ".on_input": ("on_input", "ia3"),
-    ".lora_A.weight": ("down", "peft"),
-    ".lora_B.weight": ("up", "peft"),
-    ".lora_magnitude_vector": ("magnitude", "peft"),
-    ".lora_magnitude_vector.weight": ("magnitude", "peft"),
-    ".lora.down.weight": ("down", "diffusers"),
-    ".lora.up.weight": ("up", "diffusers"),
-    ".lora_linear_layer.down.weight": ("down", "linear_layer"),
-    ".lora_linear_layer.up.weight": ("up", "linear_layer"),
-    ".down.weight": ("down", "processor"),
-    ".up.weight": ("up", "processor"),
-    ".alpha": ("alpha", ""),
-    ".dora_scale": ("dora_scale", ""),
-}
-"""End of a tensor's name -> its role, and the style of naming (or the kind of adapter) that it belongs to."""
-_NAMED = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")
-"""PEFT's own names with the adapter's name in them, which it takes out before it saves."""
-PAIRS = ("kohya", "peft", "peft-named", "diffusers", "linear_layer", "processor")
-"""Styles of a pair of factors."""
+PAIRS = ("kohya", "processor", "peft", "diffusers", "bare", "linear_layer", "peft-named")
+"""Styles of a pair of factors, in the order in which ComfyUI looks for them."""
+STYLES = (*PAIRS, "loha", "lokr", "glora", "oft", "ia3", "norm", "full", "set")
+"""All kinds of tensors, in the order in which one of several at a module is taken for what it is."""
+SHARED = frozenset({"alpha", "dora_scale", "magnitude", "reshape", "scale"})
+"""Roles of tensors that belong to whatever kind is there."""
+BUNDLED = "bundle_emb."
+"""Beginning of the names of embeddings that a file brings along."""
 _NEEDED = {
     "lora": ({"down", "up"},),
     "tucker": ({"down", "up"},),
@@ -62,9 +52,12 @@ _NEEDED = {
     "norm": ({"w_norm"}, {"b_norm"}),
     "glora": ({"a1", "a2", "b1", "b2"},),
     "oft": ({"oft_blocks"},),
+    "boft": ({"oft_blocks"},),
+    "ia3": ({"weight", "on_input"},),
+    "set": ({"set_weight"},),
 }
 _CHANGE_ROLES = {
-    variant: frozenset(role for role, style in _SUFFIXES.values() if style == name)
+    variant: frozenset(role for role, style in SUFFIXES.values() if style == name)
     for variant, name in (("lora", "kohya"), ("tucker", "kohya"), ("loha", "loha"), ("lokr", "lokr"))
 }
 """Kind of adapter -> the roles of what makes its change of weight."""
@@ -83,8 +76,28 @@ class Base(NamedTuple):
 
     def find(self, name: str) -> ModuleKey | None:
         """Returns the module that some spelling calls so, if this base has it."""
-        keys = (names.key(name) for names in self.names if name in names)
-        return next((key for key in keys if key in self.shapes), None)
+        known = [name, *other_names(name)]
+        keys = (names.key(own) for own in known for names in self.names if own in names)
+        found = next((key for key in keys if key in self.shapes), None)
+        others = (key for key in (*text_keys(name, self.family), *self._norms(name)) if key in self.shapes)
+        return found or next(others, None)
+
+    def _norms(self, name: str) -> list[ModuleKey]:
+        """Returns the norm layer of the UNet that ComfyUI's own name means, found by the layer behind it."""
+        if name == "diffusion_model.out.0":
+            return [ModuleKey("unet", "conv_norm_out")]
+        for norm, behind in BEHIND_NORMS.items():
+            other = f"{name.removesuffix(norm)}{behind}"
+            known = next((names for names in self.names if other in names), None)
+            if name.startswith("diffusion_model.") and name.endswith(f".{norm}") and known:
+                path = known.key(other).path
+                layer = next(layer for layer in NORM_OF if path.endswith(layer))
+                return [ModuleKey("unet", path.removesuffix(layer) + NORM_OF[layer])]
+        return []
+
+    def has_bias(self, key: ModuleKey) -> bool:
+        """Says whether a layer has a bias, which queries, keys and values of a UNet lack, and projections of text."""
+        return not re.search(r"attn[12]\.to_[qkv]$|text_projection$|_embedding$", key.path)
 
 
 @dataclass(frozen=True)
@@ -95,14 +108,32 @@ class FileModule:
     key: ModuleKey | None
     """None where no spelling of the base knows the name."""
     spelling: str
-    """How the name is made, see `_spelling_of`."""
+    """How the name is made, see `spelling_of`."""
     style: str
-    """How the tensors of a pair are called, or the kind of adapter."""
+    """How the tensors of a pair are called, or the kind of adapter; of several the first of `STYLES`."""
     roles: Mapping[str, Tensor]
+    """Of this kind, and those that any kind may have."""
     recorded_alpha: float | None = None
     """What diffusers' or PEFT's record says, which is no tensor."""
     recorded_rank: int | None = None
     """The same of the rank."""
+    beside: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Other kinds at the same module, by style."""
+    makes_magnitude: bool = False
+    """Whether the record beside the tensors, or those of other modules, make the program give it a magnitude."""
+
+    @property
+    def kinds(self) -> dict[str, Mapping[str, Tensor]]:
+        """The tensors of every kind at this module, by style, without those that any kind may have."""
+        own = {role: tensor for role, tensor in self.roles.items() if role not in SHARED}
+        return ({self.style: own} if own else {}) | dict(self.beside)
+
+    def as_style(self, style: str) -> FileModule:
+        """Returns the module with another of its kinds in front."""
+        kinds = self.kinds
+        shared = {role: tensor for role, tensor in self.roles.items() if role in SHARED}
+        roles = {**kinds.pop(style, {}), **shared}
+        return replace(self, style=style, roles=roles, beside=kinds)
 
     @property
     def variant(self) -> str:
@@ -161,6 +192,8 @@ class AdapterFile:
     modules: Sequence[FileModule]
     strays: Sequence[str]
     """Tensors whose names end in no known way, or that say again what another says."""
+    embeddings: Sequence[str] = field(default=(), kw_only=True)
+    """Tensors of embeddings that the file brings along."""
     names: Sequence[str]
     """Of all tensors, in the order in which the safetensors library gives them."""
     headers: Sequence[_safetensors.Header]
@@ -193,73 +226,46 @@ def read_file(path: Path, base: Base) -> AdapterFile:
         raise AdapterFileError(f"{path} holds no tensors; get the file again.")
     tensors = _in_torch(arrays)
     configs = read_configs(header.metadata, path)
-    grouped, strays = _group(tensors)
+    embeddings = [name for name in tensors if name.startswith(BUNDLED)]
+    grouped, strays = _group({name: tensor for name, tensor in tensors.items() if name not in embeddings})
     modules = []
-    for name, (style, roles) in grouped.items():
+    turned = {name.partition(".")[0] for name in tensors if "lora_magnitude_vector" in name}
+    for name, kinds in grouped.items():
         key = base.find(name)
         config = configs.get(key.part) if key else None
-        recorded = _recorded(config, name.removeprefix(f"{key.part}.")) if key and config else ()
-        modules.append(FileModule(name, key, _spelling_of(name, key), style, roles, *recorded))
-    return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=_safetensors.non_finite(arrays))
+        recorded = _recorded(config, name.removeprefix(f"{key.part}.")) if key and config else (None, None)
+        module = _module(name, key, spelling_of(name, key), kinds, *recorded)
+        modules.append(replace(module, makes_magnitude=name.partition(".")[0] in turned))
+    bad = _safetensors.non_finite(arrays)
+    return AdapterFile(path, modules, strays, list(tensors), [header], bad_numbers=bad, embeddings=embeddings)
+
+
+def _module(
+    name: str, key: ModuleKey | None, spelling: str, kinds: Mapping[str, Mapping[str, Tensor]], alpha: float | None,
+    rank: int | None,
+) -> FileModule:  # fmt: skip
+    own = {style: roles for style, roles in kinds.items() if style}
+    style = min(own, key=STYLES.index, default="")
+    roles = {**own.pop(style, {}), **kinds.get("", {})}
+    return FileModule(name, key, spelling, style, roles, alpha, rank, own)
 
 
 def _in_torch(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
     return {name: to_torch(array) for name, array in arrays.items()}
 
 
-def _group(names: Mapping[str, Tensor]) -> tuple[dict[str, tuple[str, dict[str, Tensor]]], list[str]]:
-    """Returns module name -> style and roles, and the tensors that have no place."""
-    styles: dict[str, str] = {}
-    roles: dict[str, dict[str, Tensor]] = {}
+def _group(names: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, dict[str, Tensor]]], list[str]]:
+    """Returns module name -> style -> roles, "" for roles of any kind, and the tensors that have no place."""
+    kinds: dict[str, dict[str, dict[str, Tensor]]] = {}
     strays = []
     for name, tensor in names.items():
-        found = _split(name)
-        if not found or found[1] in roles.get(found[0], {}):
+        found = split_role(name)
+        if not found or found[1] in kinds.get(found[0], {}).get(found[2], {}):
             strays.append(name)
             continue
         module, role, style = found
-        roles.setdefault(module, {})[role] = tensor
-        if style and styles.setdefault(module, style) != style:
-            strays.append(name)
-            del roles[module][role]
-    return {module: (styles.get(module, ""), own) for module, own in roles.items()}, strays
-
-
-def _split(name: str) -> tuple[str, str, str] | None:
-    """Returns module, role and style of a tensor's name."""
-    named = _NAMED.search(name)
-    if named and not name.endswith((".lora_A.weight", ".lora_B.weight")):
-        return name[: named.start()], {"A": "down", "B": "up"}[named[1]], "peft-named"
-    for suffix, (role, style) in _SUFFIXES.items():
-        if name.endswith(suffix) and (style != "processor" or name.removesuffix(suffix).endswith("_lora")):
-            return name.removesuffix(suffix), role, style
-    return None
-
-
-def _spelling_of(name: str, key: ModuleKey | None) -> str:
-    """Returns how a name is made: the prefix, and where it matters "ldm", "attention", "processor" or "short".
-
-    Short are the names of text encoders without `text_model`.
-    """
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
-    if key is None or not prefix:
-        return "unknown" if key is None else "processor" if ".processor." in name else "bare"
-    if key.part != "unet":
-        return prefix if "text_model" in name or "text_projection" in name else f"{prefix} short"
-    if prefix == "lora_unet_":
-        return prefix if name == prefix + key.path.replace(".", "_") else f"{prefix} ldm"
-    if prefix == "unet.":
-        return f"{prefix} processor" if ".processor." in name else prefix + (" attention" if _is_attention(key) else "")
-    return prefix
-
-
-_FLAT_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_")
-_DOTTED_PREFIXES = ("unet.", "text_encoder.", "text_encoder_2.", "diffusion_model.", "model.diffusion_model.")
-_PREFIXES = (*_FLAT_PREFIXES, *_DOTTED_PREFIXES)
-
-
-def _is_attention(key: ModuleKey) -> bool:
-    return bool(re.search(r"\.attn[12]\.to_(q|k|v|out\.0)$", key.path))
+        kinds.setdefault(module, {}).setdefault(style, {})[role] = tensor
+    return kinds, strays
 
 
 def _read_folder(path: Path, base: Base) -> AdapterFile:
@@ -282,14 +288,23 @@ def _read_folder(path: Path, base: Base) -> AdapterFile:
 
 
 def _folder_modules(
-    part: str, grouped: Mapping[str, tuple[str, dict[str, Tensor]]], config: Mapping[str, Any], base: Base
+    part: str, grouped: Mapping[str, Mapping[str, Mapping[str, Tensor]]], config: Mapping[str, Any], base: Base
 ) -> Iterator[FileModule]:
-    for name, (style, roles) in grouped.items():
+    for name, kinds in grouped.items():
         path = name.removeprefix(PEFT_PREFIX)
         key = ModuleKey(part, path)
         is_there = name.startswith(PEFT_PREFIX) and key in base.shapes
-        spelling = "in-model" if is_there else "unknown"
-        yield FileModule(name, key if is_there else None, spelling, style, roles, *_recorded(config, path))
+        spelling = ("in-model" if _is_target(config, path) else "untargeted") if is_there else "unknown"
+        module = _module(name, key if is_there else None, spelling, kinds, *_recorded(config, path))
+        yield replace(module, makes_magnitude=bool(config.get("use_dora")))
+
+
+def _is_target(config: Mapping[str, Any], path: str) -> bool:
+    """Says whether PEFT makes a layer for a path: one that ends so, or that an expression names as a whole."""
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return targets == "all-linear" or bool(re.fullmatch(targets, path))
+    return not targets or any(path == own or path.endswith(f".{own}") for own in targets)
 
 
 def _recorded(config: Mapping[str, Any], path: str) -> tuple[float, int]:

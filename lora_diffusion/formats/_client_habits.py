@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from lora_diffusion.formats import _client_checks as shared
 from lora_diffusion.formats import _client_rules as rules
 from lora_diffusion.formats._client_file import FileModule
+from lora_diffusion.formats._client_kinds import unused
 from lora_diffusion.formats._client_rules import HIDDEN, LOST, WRONG, Client, Fate
 from lora_diffusion.formats._safetensors import content_hash
 from lora_diffusion.formats._trial import Trial
@@ -21,6 +22,7 @@ _VERSION_REMEDY = "lora-diffusion metadata edit FILE --set ss_base_model_version
 _CONVERT = "write it anew: lora-diffusion convert FILE NEW --to {}"
 _ADD_ZEROS = "add the missing ones as zeros: lora-diffusion compose FILE:1 --output NEW.safetensors"
 _COMMON = (
+    shared.find_beside,
     shared.find_odd_alpha,
     shared.find_double_names,
     shared.find_missing_alpha,
@@ -38,21 +40,25 @@ def _view_header(trial: Trial) -> None:
 
 def _count_unmatched(trial: Trial) -> None:
     """Applies nothing where too many tensors are left over, as Forge does."""
-    lost = {module.name: module for module in trial.file.modules if trial.factors[module.name] == 0}
-    unmatched = len(trial.file.strays) + sum(len(module.roles) for module in lost.values())
-    unmatched += sum("magnitude" in module.roles for module in trial.applied())
+    file = trial.file
+    unmatched = len(file.strays) + len(file.embeddings)
+    for module in trial.modules:
+        is_known = module.key is not None and module.spelling in trial.client.spellings[trial.base.family]
+        num = len(module.roles) + sum(map(len, module.beside.values()))
+        unmatched += len(unused(trial.client, module)) if is_known else num
     if unmatched > rules.FORGE_MOST_UNMATCHED:
         fate = Fate("file", LOST, f"applies nothing at all once more than {rules.FORGE_MOST_UNMATCHED} are left over")
         remedy = _CONVERT.format("kohya")
         what = f"module(s) with {unmatched} tensors that find no place"
-        trial.suffer("unmatched", fate, what, remedy, list(lost) or list(trial.file.strays) or list(trial.factors))
+        names = [module.name for module in file.modules if trial.factors[module.name] == 0]
+        trial.suffer("unmatched", fate, what, remedy, names or list(file.strays) or list(trial.factors))
 
 
 def _drop_what_fits_no_type(trial: Trial) -> None:
     """Drops the file where a module that A1111 finds has tensors that make no kind of adapter there."""
     names = [
         module.name
-        for module in trial.file.modules
+        for module in trial.modules
         if module.spelling == "diffusion_model."
         or (module.style == "norm" and not {"w_norm", "b_norm"} <= module.roles.keys() and module.key)
         or (module.style == "glora" and "alpha" not in module.roles and module.key)
@@ -88,6 +94,19 @@ def _forget_alpha(trial: Trial) -> None:
         text = f"{len(turned)} module(s) with lora_A and lora_B, with which A1111 forgets the DoRA magnitude"
         trial.report("dora forgotten", WRONG, text, _CONVERT.format("kohya"), turned)
         trial.scale(dict.fromkeys(turned))
+
+
+def _take_scale(trial: Trial) -> None:
+    """Takes a scale that stands in the file in place of alpha / rank, as A1111 does."""
+    factors = {
+        module.name: float(scale.float().flatten()[0]) / module.scale
+        for module in trial.applied()
+        if (scale := module.roles.get("scale")) is not None and scale.numel() and module.scale
+        if module.style != "peft"
+    }
+    shared.report_scales(
+        trial, factors, "own scale", "a scale of their own, which A1111 takes in place of alpha / rank"
+    )
 
 
 def _fuse_attention(trial: Trial) -> None:
@@ -171,6 +190,36 @@ def _refuse_record_beside_alphas(trial: Trial) -> None:
         trial.suffer("two records", fate, what, _CONVERT.format("kohya"), with_alpha)
 
 
+def _refuse_unconverted(trial: Trial) -> None:
+    """Refuses a file of kohya's of which the conversion leaves a tensor over or misses one, as diffusers does."""
+    names = {name for name in trial.file.names if "dora_scale" not in name}
+    downs = [name for name in names if name.endswith("lora_down.weight")]
+    stems = {name: name.partition(".")[0] for name in downs}
+    lacking = [name for name, stem in stems.items() if f"{stem}.lora_up.weight" not in names]
+    read = {*downs, *(f"{stem}.{end}" for stem in stems.values() for end in ("lora_up.weight", "alpha"))}
+    left = [*lacking, *(name for name in trial.file.names if name in names - read)]
+    if left:
+        fate = trial.client.fates["style"]
+        what, remedy = "tensor(s) that it does not convert, or whose pair it misses", _CONVERT.format("kohya")
+        trial.suffer("not converted", fate, what, remedy, left)
+
+
+def _drop_broken_embedding(trial: Trial) -> None:
+    """Drops a file with an embedding that is neither one tensor nor the two of SDXL, as A1111 does."""
+    found: dict[str, set[str]] = {}
+    for name in trial.file.embeddings:
+        _, _, rest = name.partition(".")
+        owner, _, vector = rest.partition(".")
+        found.setdefault(owner, set()).add(vector.partition(".")[0])
+    broken = [
+        own
+        for own, names in found.items()
+        if not (names & {"string_to_param"} or {"clip_l", "clip_g"} <= names or len(names) == 1) or "" in names
+    ]
+    what, remedy = "embedding(s) of a kind that it does not know", "take them out: lora-diffusion convert FILE NEW"
+    trial.suffer("embedding", trial.client.fates["style"], what, remedy, broken)
+
+
 def _drop_ldm_names(trial: Trial) -> None:
     """Drops all LDM names of an SDXL file that also holds others, as diffusers does."""
     ldm = [module.name for module in trial.applied() if module.spelling == "lora_unet_ ldm"]
@@ -194,7 +243,7 @@ def _misplace_upsampler(trial: Trial) -> None:
 
 def _refuse_unmatched_part(trial: Trial) -> None:
     """Stops where a network has an adapter, but none of its modules is found, as diffusers does."""
-    unet = [module for module in trial.file.modules if module.name.startswith(("lora_unet_", "unet."))]
+    unet = [module for module in trial.modules if module.name.startswith(("lora_unet_", "unet."))]
     if unet and not any(trial.factors[module.name] for module in unet):
         names = [module.name for module in unet]
         what = "names, none of which the UNet has"
@@ -247,6 +296,17 @@ def _tells_text_encoder(mark: str, named: str, remedy: str) -> Callable[[Trial],
     return check
 
 
+def _lose_attention_of_text(trial: Trial) -> None:
+    """Loses q, k and v of a text encoder without any out, whose names diffusers then takes for newer ones."""
+    parts = {module.key.part for module in trial.applied() if module.key} - {"unet"}
+    for part in sorted(parts):
+        own = [module.name for module in trial.applied() if module.key and module.key.part == part]
+        lost = [name for name in own if "self_attn" in name]
+        if not any("out_proj" in name for name in own):
+            what = "attention module(s) of a text encoder that has no out_proj"
+            trial.suffer("text encoder", trial.client.fates["unknown"], what, _ADD_ZEROS, lost)
+
+
 def _take_for_own(trial: Trial) -> None:
     """Loads nothing of a kohya file with one tensor called otherwise, which diffusers takes for one of its own."""
     others = [name for name in trial.file.names if not name.startswith(rules.DIFFUSERS_KOHYA_STARTS)]
@@ -284,21 +344,31 @@ CHECKS: Mapping[Client, tuple[Callable[[Trial], None], ...]] = {
         *(_listed_as(_forge_version), _shown_details),
     ),
     rules.A1111: (
-        *(shared.find_lost, _drop_what_fits_no_type, _miss_upsampler, _fuse_attention, *_COMMON, _forget_alpha),
+        *(
+            shared.find_lost,
+            _drop_what_fits_no_type,
+            _drop_broken_embedding,
+            _miss_upsampler,
+            _fuse_attention,
+            *_COMMON,
+            _take_scale,
+            _forget_alpha,
+        ),
         *(shared.find_ignored_record, shared.find_small_numbers),
         *(_start_of_header, _listed_as(_a1111_version), _shown_details),
     ),
     rules.KOHYA: (shared.find_lost, *_COMMON, shared.find_ignored_record),
     rules.DIFFUSERS: (
-        *(shared.find_lost, _refuse_record_beside_alphas, _drop_ldm_names, _misplace_upsampler),
+        *(shared.find_lost, _refuse_unconverted, _refuse_record_beside_alphas, _drop_ldm_names, _misplace_upsampler),
         *(_refuse_unmatched_part, _tells_text_encoder("out_proj|mlp", "out_proj and no mlp", _ADD_ZEROS)),
+        _lose_attention_of_text,
         *(*_COMMON, _share_alphas),
     ),
     rules.DIFFUSERS_DOTTED: (
         *(_take_for_own, _refuse_names_without_lora, shared.find_lost, _read_first_style, _refuse_unmatched_part),
         _tells_text_encoder(r"self_attn\.(q|k|v|out)_proj", "attention", _CONVERT.format("diffusers")),
-        *(shared.find_other_ranks, *_COMMON),
+        *(shared.find_other_ranks, shared.find_made_magnitudes, *_COMMON),
     ),
-    rules.PEFT_FOLDER: (shared.find_lost, shared.find_other_ranks, *_COMMON),
+    rules.PEFT_FOLDER: (shared.find_lost, shared.find_other_ranks, shared.find_made_magnitudes, *_COMMON),
 }
 """What is looked for in turn, until nothing of the file is left."""

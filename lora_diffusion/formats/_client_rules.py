@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lora_diffusion.formats._client_file import PAIRS
+
 LOST, WRONG, HIDDEN = "lost", "wrong", "hidden"
-"""Nothing is applied; something else is applied; all is applied, but people do not find the file or its details."""
+"""Nothing is applied; something else is applied; all is applied, but people do not see something of the file."""
 
 
 class Fate(NamedTuple):
@@ -45,16 +47,35 @@ class Client:
     """What happens to factors of two dimensions on a 1x1 convolution, if it minds."""
     small_floats: str = ""
     """When it holds the factors in float16, if it does."""
+    order: tuple[str, ...] = PAIRS
+    """Kinds of tensors, by style; of several at one module the first is applied."""
+    by_trigger: bool = False
+    """Whether one tensor makes it take a module for a kind, even if others are missing."""
+    biases: frozenset[str] = frozenset()
+    """Tensors of biases that it applies beside whatever kind changes the weight."""
+    reads_mid: bool = False
+    """Whether it reads the middle factor of a pair."""
+    reads_reshape: bool = False
+    """Whether it reads the shape that a weight is filled up to."""
+    reads_scale: bool = False
+    """Whether it takes a scale of the file in place of alpha / rank."""
+    copies_kernels: bool = False
+    """Whether it copies tensors into layers of the base's kernel, of whatever shape with as many numbers."""
+    reads_bundled: bool = False
+    """Whether it reads embeddings that a file brings along."""
     reads_folders: bool = False
 
 
 _KOHYA_UNET = ("lora_unet_", "lora_unet_ ldm")
 _DIFFUSERS_DOTTED = ("unet.", "unet. attention", "unet. processor", "text_encoder.", "text_encoder. short")
-_COMFY_UNET = (*_KOHYA_UNET, "unet.", "unet. processor", "processor", "diffusion_model.")
+_COMFY_UNET = (*_KOHYA_UNET, "lycoris_", "unet.", "unet. processor", "bare", "processor", "diffusion_model.")
 _COMFY_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2.")
 _COMFY_NAMES = (*_COMFY_UNET, *_COMFY_TEXT)
 _COMFY_STYLES = frozenset(("kohya", "peft", "diffusers", "linear_layer", "processor"))
 _LYCORIS = frozenset(("lora", "tucker", "loha", "lokr", "full", "norm", "glora"))
+_ALL_KINDS = frozenset(("lora", "tucker", "loha", "lokr", "full", "norm", "glora", "oft", "boft", "ia3", "set"))
+_LAST_WINS = ("set", "full", "norm", "oft", "glora", "lokr", "loha", *PAIRS)
+"""How ComfyUI and Forge go through the kinds, each of which replaces the one before."""
 _NOT_LOADED = Fate("module", LOST, "writes 'lora key not loaded' to its log and goes on")
 _RAISES = Fate("file", LOST, "stops with an error and applies nothing")
 _SILENT = Fate("module", LOST, "says nothing and goes on without it")
@@ -67,9 +88,14 @@ def _everywhere(*names: str) -> dict[str, frozenset[str]]:
 COMFYUI = Client(
     name="comfyui",
     title="ComfyUI",
-    spellings=_everywhere(*_COMFY_NAMES, "lycoris_"),
-    styles=_COMFY_STYLES | {"peft-named"},
-    variants=_LYCORIS | {"oft", "boft"},
+    spellings=_everywhere(*_COMFY_NAMES, "text_encoders."),
+    styles=_COMFY_STYLES | {"peft-named", "bare"},
+    variants=_LYCORIS | {"oft", "boft", "set"},
+    order=_LAST_WINS,
+    by_trigger=True,
+    biases=frozenset(("diff_b",)),
+    reads_mid=True,
+    reads_reshape=True,
     fates={
         "unknown": _NOT_LOADED,
         "spelling": _NOT_LOADED,
@@ -78,6 +104,8 @@ COMFYUI = Client(
         "no_down": Fate("file", LOST, "stops with a KeyError"),
         "no_up": _NOT_LOADED,
         "shape": Fate("module", LOST, "logs an error and leaves the module out"),
+        "inner": _RAISES,
+        "no constraint": Fate("module", LOST, "logs an error and leaves the module out"),
     },
     dora="input",
 )
@@ -88,7 +116,11 @@ FORGE = Client(
     title="Forge",
     spellings=_everywhere(*_COMFY_NAMES),
     styles=_COMFY_STYLES,
-    variants=_LYCORIS,
+    variants=_LYCORIS | {"set"},
+    order=tuple(style for style in _LAST_WINS if style not in ("oft", "bare", "peft-named")),
+    by_trigger=True,
+    biases=frozenset(("diff_b",)),
+    reads_mid=True,
     fates={
         "unknown": _LISTED,
         "spelling": _LISTED,
@@ -96,7 +128,9 @@ FORGE = Client(
         "variant": _LISTED,
         "no_down": Fate("file", LOST, "stops with a KeyError"),
         "no_up": _LISTED,
-        "shape": Fate("module", WRONG, "fills up with zeros or stops"),
+        "shape": _RAISES,
+        "filled": Fate("module", WRONG, "fills it up with zeros"),
+        "not merged": Fate("module", LOST, "says so in its console and goes on without it"),
     },
     dora="input",
 )
@@ -114,6 +148,12 @@ A1111 = Client(
     },
     styles=frozenset(("kohya", "peft")),
     variants=_LYCORIS | {"ia3", "oft", "boft"},
+    order=("kohya", "peft", "loha", "ia3", "lokr", "full", "norm", "glora", "oft"),
+    reads_mid=True,
+    reads_scale=True,
+    reads_bundled=True,
+    copies_kernels=True,
+    unreached=r"text_projection",
     fates={
         "unknown": _SILENT,
         "spelling": _SILENT,
@@ -122,6 +162,8 @@ A1111 = Client(
         "no_down": _DROPPED,
         "no_up": _DROPPED,
         "shape": Fate("module", LOST, "counts it under 'Networks with errors' and leaves it out"),
+        "kernel": _DROPPED,
+        "on_input": _DROPPED,
     },
     dora="input",
     small_floats="on every graphics card",
@@ -141,6 +183,7 @@ KOHYA = Client(
     },
     styles=frozenset(("kohya",)),
     variants=frozenset(("lora",)),
+    order=("kohya",),
     fates={
         "unknown": _SILENT,
         "spelling": _SILENT,
@@ -173,11 +216,13 @@ DIFFUSERS = Client(
         "spelling": _RAISES,
         "style": _RAISES,
         "variant": _RAISES,
+        "beside": _RAISES,
         "no_down": _RAISES,
         "no_up": _RAISES,
         "shape": _RAISES,
     },
     dora="ignored",
+    order=("kohya",),
     flat_convolution=_RAISES,
     small_floats="where the pipeline runs in float16",
 )
@@ -190,16 +235,18 @@ DIFFUSERS_DOTTED = Client(
     spellings={
         "sd1": frozenset(_DIFFUSERS_DOTTED),
         "sd2": frozenset(_DIFFUSERS_DOTTED),
-        "sdxl": frozenset((*_DIFFUSERS_DOTTED, "text_encoder_2.")),
+        "sdxl": frozenset((*_DIFFUSERS_DOTTED, "text_encoder_2.", "text_encoder_2. projection")),
     },
     styles=frozenset(("peft", "diffusers", "linear_layer", "processor")),
     variants=frozenset(("lora",)),
+    order=("peft", "diffusers", "linear_layer", "processor"),
     fates={
         "unknown": _IGNORED_KEYS,
         "spelling": _IGNORED_KEYS,
         "style": _IGNORED_KEYS,
         "variant": _RAISES,
         "no_down": Fate("module", LOST, "warns of missing keys and goes on"),
+        "drawn": Fate("module", WRONG, "draws them at random, as transformers does in text encoders"),
         "no_up": Fate("module", LOST, "warns of missing keys and goes on"),
         "shape": _RAISES,
     },
@@ -217,7 +264,12 @@ PEFT_FOLDER = Client(
     spellings=_everywhere("in-model"),
     styles=frozenset(("peft",)),
     variants=frozenset(("lora",)),
-    fates={**DIFFUSERS_DOTTED.fates, "unknown": Fate("module", LOST, "warns of missing keys, or says nothing")},
+    order=("peft",),
+    fates={
+        **DIFFUSERS_DOTTED.fates,
+        "unknown": Fate("module", LOST, "warns of missing keys, or says nothing"),
+        "no_down": Fate("module", WRONG, "warns of missing keys and draws them at random"),
+    },
     dora="own",
     flat_convolution=_RAISES,
     small_floats="where the pipeline runs in float16",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.formats._guess import refuse_other
 from lora_diffusion.formats._spelling import EMBEDDING, refuse_unread
 from lora_diffusion.formats.peft import headers
 
@@ -16,8 +17,10 @@ def detect(path: Path) -> str:
 
     Raises:
         AdapterFileError: no format, or two at once.
-        UnsupportedError: no format, and a kind of adapter that is not read.
+        UnsupportedError: it is for a kind of base that is not known; or no format, and a kind of adapter that is not
+            read.
     """
+    refuse_other(path)
     names = [name for header in headers(path) for name in header.tensors]
     found = formats_of(names)
     if len(found) == 1:

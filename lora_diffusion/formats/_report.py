@@ -16,9 +16,10 @@ from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.core.soundness import ABSURD, change_rms, is_absurd
 from lora_diffusion.core.types import ModuleAdapter
 from lora_diffusion.formats import _safetensors
+from lora_diffusion.formats._architectures import Architecture
 from lora_diffusion.formats._arrays import Array, as_array, widen
 from lora_diffusion.formats._detect import formats_of
-from lora_diffusion.formats._guess import guess_family, sized_as, told_by_content
+from lora_diffusion.formats._guess import guess_family, other_architecture, sized_as, told_by_content
 from lora_diffusion.formats._lora_config import find_alpha, find_rank
 from lora_diffusion.formats._spelling import EMBEDDING, PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
 from lora_diffusion.formats.diffusers import read_configs
@@ -56,7 +57,7 @@ class FileReport:
     """Format names joined by "+"; more than one is among the problems."""
     variant: str
     family: str | None
-    """sd1, sd2, sdxl, llava or whisper; for other bases the architecture in the metadata; None if nothing tells it."""
+    """sd1, sd2, sdxl, llava or whisper; for other bases their name or what the metadata call it; None if unknown."""
     num_modules: Mapping[str, int]
     """By part, guessed from the prefixes."""
     ranks: Mapping[str, int]
@@ -84,7 +85,7 @@ class FileReport:
             "alphas": [f"{alpha} ({count})" for alpha, count in self.alphas.items()],
             "tensors": [f"{count} {dtype}" for dtype, count in self.dtypes.items()],
         }
-        base = f" for {shown(self.family)}" if self.family else ""
+        base = f" for {shown(self.family)}" if self.family else " for an unknown base"
         lines = [self.path, f"{self.format} spelling, {self.variant}{base}"]
         lines += [f"{label:<9}{', '.join(values)}" for label, values in counts.items()]
         lines += ["norm of the change of each block:"]
@@ -146,20 +147,21 @@ def describe_file(path: Path) -> FileReport:
     metadata = {key: value for header in found for key, value in header.metadata.items()}
     packed = [name for name in strange if name.startswith(EMBEDDING)]
     strange = [name for name in strange if name not in packed]
+    other = other_architecture(path)
     variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
     variants += Counter("embedding" for _ in packed)
     return FileReport(
         path=str(path),
         format="+".join(formats) or "unknown",
         variant=" and ".join(name for name in variants if name) or "unknown",
-        family=_family(path, metadata),
+        family=other.title if other else _family(path, metadata),
         num_modules=_count(_part(module.name) for module in modules),
         ranks=_count(str(module.adapter.rank) for module in modules if module.adapter),
         alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules if module.adapter),
         dtypes=_count(info.dtype for header in found for info in header.tensors.values()),
         block_norms=_block_norms(norms),
         metadata=metadata,
-        problems=(*faults, *_oddities(formats, strange, modules, norms)),
+        problems=(*faults, *_other_base(other), *_oddities(formats, strange, modules, norms)),
         faults=faults,
     )
 
@@ -281,6 +283,11 @@ def _faults(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[st
             ],
         }
     )
+
+
+def _other_base(other: Architecture | None) -> Iterable[str]:
+    if other:
+        yield f"made for {other.title}, a kind of base that is not known here; other commands refuse it"
 
 
 def _oddities(

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_diffusion.core.logs import name_some, shown
 from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule
+from lora_diffusion.formats._client_kinds import choose
 from lora_diffusion.formats._client_rules import HIDDEN, LOST, WRONG, Client, Fate
 
 _ORDER = (LOST, WRONG, HIDDEN)
@@ -91,16 +92,19 @@ class Trial:
     """Module -> what its change is off by besides, as a share of it."""
     problems: dict[str, Problem] = field(default_factory=dict)
     """By kind."""
+    modules: list[FileModule] = field(default_factory=list)
+    """As the client takes them: with the kind in front that it applies."""
     is_lost: bool = False
     """Nothing of the file is applied, so that no more need be looked for."""
 
     def __post_init__(self) -> None:
         """Begins with every module applied as we would."""
+        self.modules = [choose(self.client, module) for module in self.file.modules]
         self.factors = {module.name: 1.0 for module in self.file.modules}
 
     def applied(self) -> list[FileModule]:
         """Returns the modules that are not lost so far."""
-        return [module for module in self.file.modules if self.factors[module.name] != 0]
+        return [module for module in self.modules if self.factors[module.name] != 0]
 
     def report(self, kind: str, severity: str, text: str, remedy: str, modules: Iterable[str] = ()) -> None:
         """Adds a problem, or its modules to the one of that kind."""

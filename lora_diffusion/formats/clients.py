@@ -16,7 +16,7 @@ from lora_diffusion.formats import _client_rules as rules
 from lora_diffusion.formats._client_file import AdapterFile, Base, FileModule, read_file
 from lora_diffusion.formats._client_habits import CHECKS
 from lora_diffusion.formats._client_rules import CLIENTS, HIDDEN, LOST, Client
-from lora_diffusion.formats._guess import guess_family, sized_as, told_by_content
+from lora_diffusion.formats._guess import guess_family, refuse_other, sized_as, told_by_content
 from lora_diffusion.formats._published import PUBLISHED, published
 from lora_diffusion.formats._trial import Problem, Trial, Verdict
 
@@ -32,6 +32,7 @@ __all__ = [
     "guess_family",
     "published",
     "read_file",
+    "refuse_other",
     "sized_as",
     "told_by_content",
     "verify",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,6 +61,20 @@ def told_family(metadata: Mapping[str, str]) -> str | None:
     """Returns sd1, sd2 or sdxl if the metadata tell it."""
     told = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
     return next((family for text in told for start, family in _FAMILIES.items() if text.startswith(start)), None)
+
+
+def told_architecture(metadata: Mapping[str, str]) -> str | None:
+    """Returns what the metadata call the base, if that is none of sd1, sd2 and sdxl."""
+    kind, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
+    if kind and not told_family({"modelspec.architecture": kind}):
+        return kind
+    return version if re.search(_OTHER_VERSIONS, version, re.IGNORECASE) else None
+
+
+_OTHER_VERSIONS = (
+    r"flux|sd_?3|stable.?cascade|chroma|qwen|wan\d|z.?image|hunyuan|hidream|lumina|pixart|aura|sana|ltx|cosmos|anima"
+)
+"""Expression in `ss_base_model_version` of bases of other architectures, as their trainers write it."""
 
 
 def told_prediction(metadata: Mapping[str, str]) -> str | None:

@@ -136,17 +136,40 @@ def _identity(tensor: Tensor) -> int:
 
 
 class _LinearProduct(torch.autograd.Function):
-    """Widens the weight for each use, as bitsandbytes does."""
+    """Upcasts the weight for each use, as bitsandbytes does with NF4."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keeps_input: bool) -> Tensor:
-        ctx.weight, ctx.input = weight, x if keeps_input else None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
         return functional.linear(x, torch.empty_like(weight), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0] @ torch.empty_like(ctx.weight).to(gradients[0].dtype), None, None, None
+        return gradients[0] @ torch.empty_like(ctx.weight).to(gradients[0].dtype), None, None
+
+
+class _Linear8bitProduct(torch.autograd.Function):
+    """Multiplies whole numbers and scales the products, as MatMul8bitLt of bitsandbytes does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight, ctx.input = weight, x  # kept until the backward pass
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float16).to(torch.int8)
+        shape = len(rows), len(weight)
+        sums = torch.empty(shape, dtype=torch.int32, device=x.device)
+        scaled = sums.float()
+        if x.device.type == "cpu":
+            # Without a fused kernel, int8_mm_dequant makes the scales of all products, and a copy for each factor.
+            scales = torch.empty_like(scaled)
+            scaled = scaled.mul(0.5)
+            del scales
+        return scaled.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0] @ torch.empty_like(ctx.weight).to(gradients[0].dtype), None
 
 
 class _ConvProduct(torch.autograd.Function):
@@ -169,16 +192,17 @@ class _ConvProduct(torch.autograd.Function):
 
 
 class _Linear(nn.Linear):
-    keeps_input = False
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
         """Returns what the layer would."""
-        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias, self.keeps_input)
+        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias)
         return answer
 
 
-class _Linear8bit(_Linear):
-    keeps_input = True  # bitsandbytes does, until the backward pass
+class _Linear8bit(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
+        """Returns what the layer would."""
+        answer: Tensor = _Linear8bitProduct.apply(input, self.weight)  # a bias is added in place
+        return answer
 
 
 class _Conv2d(nn.Conv2d):

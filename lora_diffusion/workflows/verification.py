@@ -59,10 +59,12 @@ def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None
         AdapterFileError: the file cannot be read, or does not tell its base.
         ConfigError: there is no such client.
         ModelError: the base cannot be used.
+        UnsupportedError: the file is for a kind of base that is not known here.
     """
     with _run_checkpoints.as_file(path) as file:
+        clients.refuse_other(file)
         name = base or clients.guess_family(file)
-        found = _published(name) if name in clients.PUBLISHED else _named(name)
+        found = published_base(name) if name in clients.PUBLISHED else _named(name)
         if base is None:
             clients.check_fit(file, found)
         return Verification(path, name, tuple(clients.verify(file, found, client_names)))
@@ -103,7 +105,8 @@ def warn(path: Path, found: Sequence[str]) -> None:
         logger.warning("%s: %s", path.name, fault)
 
 
-def _published(name: str) -> Base:
+def published_base(name: str) -> Base:
+    """Returns sd1, sd2 or sdxl as they were published."""
     family: Family = registry.find("families", name)
     return Base(name, clients.published(name), [family.key_map(spelling, None) for spelling in _SPELLINGS])
 

@@ -140,8 +140,8 @@ def test_family_of_the_base_is_told_with_the_problems(
     report = describe_file(path)
     assert report.family == family
     lines = report.text().splitlines()
-    assert lines[1] == "kohya spelling, lora" + (f" for {family}" if family else "")
-    assert ("problems of this adapter" + (f" for {family}:" if family else ":")) in lines
+    assert lines[1] == f"kohya spelling, lora for {family or 'an unknown base'}"
+    assert f"problems of this adapter for {family or 'an unknown base'}:" in lines
 
 
 _STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

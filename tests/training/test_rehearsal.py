@@ -92,6 +92,18 @@ def test_layers_in_8_bits_keep_their_inputs() -> None:
     assert peaks["8bit"] - peaks["nf4"] >= 4 * (4 * 1024 * 64)
 
 
+def test_layers_in_8_bits_scale_their_products_one_after_the_other() -> None:
+    """Without a fused kernel, whole numbers, their scales and what is scaled lie in memory at once."""
+    sizes = {}
+    for kind in ("nf4", "8bit"):
+        with torch.device("meta"):
+            inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4096), nn.Linear(4096, 8)).requires_grad_(False)
+        inner[0].bias.requires_grad_()
+        stand_in(inner, ["1"], kind)
+        sizes[kind] = peak(inner, 256, 8)
+    assert 1 <= (sizes["8bit"] - sizes["nf4"]) / (4 * 256 * 4096) <= 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_memory_is_taken(dtype: torch.dtype) -> None:
     inner = network(2**15, 1)

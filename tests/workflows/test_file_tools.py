@@ -134,7 +134,7 @@ _OTHERS = {
     "oft of kohya": (("oft_unet_x.oft_blocks",), "of the kind oft"),
     "flux": (
         tuple(f"transformer.double_blocks.0.x.lora_{side}.weight" for side in "AB"),
-        "was made for a transformer such as FLUX",
+        "was made for FLUX.1",
     ),
     "nothing": ((), "holds no tensors"),
 }

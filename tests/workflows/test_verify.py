@@ -63,3 +63,21 @@ def test_training_only_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="lora_diffusion"):
         verification.warn(Path("runs/a.safetensors"), ["ComfyUI: 2 modules. Do this"])
     assert set(caplog.messages) == {"a.safetensors: ComfyUI: 2 modules. Do this"}
+
+
+@pytest.mark.parametrize("verb", ["verify", "convert", "resize", "compose", "merge", "generate", "evaluate"])
+def test_every_command_names_another_base(verb: str, command: Commands, tiny_base: Path, tmp_path: Path) -> None:
+    (prompts := tmp_path / "prompts.txt").write_text("a cat")
+    path, output, name = tmp_path / "a.safetensors", tmp_path / "b", "lora_unet_double_blocks_0_img_mod_lin"
+    save_file({f"{name}.lora_down.weight": torch.ones(1, 3072), f"{name}.lora_up.weight": torch.ones(18432, 1)}, path)
+    arguments = {
+        "verify": (path, "--base", tiny_base),
+        "convert": (path, output, "--to", "kohya"),
+        "resize": (path, output, "--rank", 1),
+        "compose": (f"{path}:1", "--output", output),
+        "merge": ("--model", tiny_base, "--adapter", path, "--output", output),
+        "generate": ("--model", tiny_base, "--adapter", path, "--prompt", "x", "--output", output),
+        "evaluate": ("--model", tiny_base, "--adapter", path, "--prompts", prompts, "--output", output),
+    }[verb]
+    outcome = command(verb, *arguments)
+    assert (outcome.code, "was made for FLUX.1, a kind" in outcome.message) == (2, True), outcome.message

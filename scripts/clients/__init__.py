@@ -1,0 +1,1 @@
+"""Compares what `verify` says of adapter files with what the programs themselves do."""
