@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="file, in kohya's spelling")
     add_rank(parser, required=False)
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of the adapters")
+    parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
     add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         rule=rank_rule(args.rank, args.energy),
         dtype=args.dtype or "auto",
+        model_path=args.model,
         embeddings=args.embeddings,
         overwrite=args.overwrite,
     )

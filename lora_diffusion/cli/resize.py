@@ -16,6 +16,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
     add_rank(parser, required=True)
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
+    parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
     add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         rule,
         dtype=args.dtype or "auto",
+        model_path=args.model,
         embeddings=args.embeddings,
         overwrite=args.overwrite,
     )

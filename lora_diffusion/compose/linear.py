@@ -11,10 +11,12 @@ from lora_diffusion.core import lowrank
 from lora_diffusion.core.delta import change_shape, delta_norm, delta_weight, without_tucker
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
 from lora_diffusion.core.lowrank import Factors, RankRule, Truncated
+from lora_diffusion.core.protocols import Format
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _SHOWN = 10
@@ -47,11 +49,12 @@ class Sum:
     norms: Mapping[ModuleKey, float]
     """Frobenius norm of each change before anything was cut off."""
     errors: Mapping[ModuleKey, float]
-    """Frobenius norm of what was cut off of each change; 0 where the sum is exact."""
+    """Frobenius norm of what each change lost: what was cut off, and by `as_written` what rounding takes; 0 where the
+    sum is exact. Changes of biases do not count."""
 
     @property
     def error(self) -> float:
-        """Returns the norm of all that was cut off, relative to that of all changes; 0 where nothing changes."""
+        """Returns the norm of all that was lost, relative to that of all changes; 0 where nothing changes."""
         whole = math.hypot(*self.norms.values())
         return math.hypot(*self.errors.values()) / whole if whole else 0.0
 
@@ -95,6 +98,32 @@ def add(
         if bias := [term.weights[key.part] * found for term in own if (found := _bias(term, key)) is not None]:
             modules[key] = replace(modules[key], tensors={**modules[key].tensors, "bias": sum(bias[1:], start=bias[0])})
     return Sum(modules, norms, errors)
+
+
+def as_written(made: Sum, format_: Format, dtype: torch.dtype) -> Sum:
+    """Returns a sum whose errors are those of a file of it, of which the number type takes its part.
+
+    What was cut off of a change has no direction in common with what is left of it, so that the squares of both losses
+    add up, but for the product of the roundings of both factors, a millionth in bf16.
+
+    Args:
+        made: the sum, in float32.
+        format_: that of the file; it may scale one factor by the other before they are rounded.
+        dtype: number type in the file. Where it cannot hold a value the error is not finite.
+    """
+    portable = format_.portable(AdapterState(made.modules))
+    errors = {key: math.hypot(error, _rounding(portable.modules[key], dtype)) for key, error in made.errors.items()}
+    return replace(made, errors=errors)
+
+
+def _rounding(adapter: ModuleAdapter, dtype: torch.dtype) -> float:
+    """Returns the Frobenius norm of what rounding takes from a change of weight of one module of a sum."""
+    if not adapter.changes_weight:
+        return 0.0
+    if "down" in adapter.tensors:
+        return lowrank.rounding_error(Factors(adapter.tensors["down"], adapter.tensors["up"], adapter.scale), dtype)
+    change = adapter.tensors["diff"]
+    return float((change - change.to(dtype).float()).double().norm())
 
 
 def share_left(terms: Iterable[Term], made: Sum) -> float:

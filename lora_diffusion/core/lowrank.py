@@ -137,6 +137,20 @@ def norm(factors: Factors) -> float:
     return abs(factors.scale) * math.sqrt(max(0.0, square))
 
 
+def rounding_error(factors: Factors, dtype: torch.dtype) -> float:
+    """Returns the Frobenius norm of what a change loses where both of its factors are rounded to a number type.
+
+    It is that of (up - up') @ down + up' @ (down - down'), in which nothing large cancels. Infinity where the number
+    type cannot hold a value.
+    """
+    down, up = factors.down.flatten(1).double(), factors.up.flatten(1).double()
+    near_down, near_up = (tensor.flatten(1).to(dtype).double() for tensor in (factors.down, factors.up))
+    lost_down, lost_up = down - near_down, up - near_up
+    squares = (down @ down.T) * (lost_up.T @ lost_up) + (lost_down @ lost_down.T) * (near_up.T @ near_up)
+    square = float((squares + 2 * (down @ lost_down.T) * (lost_up.T @ near_up)).sum())
+    return abs(factors.scale) * math.sqrt(max(0.0, square)) if math.isfinite(square) else math.inf
+
+
 def spectrum(factors: Factors) -> Tensor:
     """Returns the singular values of a change that are not rounding, largest first, [at most rank] float64."""
     return abs(factors.scale) * _decompose(factors).values

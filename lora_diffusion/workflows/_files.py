@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import (
@@ -17,9 +18,15 @@ from lora_diffusion.core.errors import (
     UnsupportedError,
 )
 from lora_diffusion.core.files import check_writable, sha256
+from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState
+from lora_diffusion.core.types import AdapterState, ModuleKey
 from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, is_adapter, stored_dtypes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_diffusion.config.schema import ModelOptions
 
 _FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -59,9 +66,65 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
         raise ConfigError(f"--output {path} is {what}; give another name.")
 
 
-def read_alone(path: Path) -> tuple[Family, AdapterState]:
-    """Reads an adapter without its base, in float32; raises as `read_stored_alone`."""
-    family, state = read_stored_alone(path)
+@dataclass(frozen=True)
+class GivenBase:
+    """A base whose networks are of another build than those that its family published."""
+
+    family: Family
+    model: ModelOptions
+    parts: Mapping[str, nn.Module]
+    """Its networks, without weights."""
+
+    def read_stored(self, path: Path) -> AdapterState:
+        """Reads an adapter as `read_stored_alone` does, with the names and dimensions of this base's modules.
+
+        Raises:
+            AdapterFileError: it cannot be read, or does not fit the base.
+            UnsupportedError: it is of a kind that is not known.
+        """
+        from lora_diffusion.adapters.state import check_fit, weight_shapes
+
+        format_: Format = registry.find("formats", detect(path))
+        state = format_.read_stored(path, self.family.key_map(format_.name, self.model))
+        state = fit_dimensions(state, weight_shapes(self.parts))
+        check_fit(state, self.parts, str(path))
+        return state
+
+    def kernels(self) -> dict[ModuleKey, tuple[int, ...]]:
+        """Returns the sizes of its convolutions."""
+        from lora_diffusion.adapters.state import weight_shapes
+
+        return {key: shape[2:] for key, shape in weight_shapes(self.parts).items() if len(shape) > 2}
+
+
+def find_base(path: str | None, family_name: str | None = None) -> GivenBase | None:
+    """Returns the base that a user gave for names and shapes, None where none is given.
+
+    Raises:
+        ModelError: no family takes it; says why for each.
+    """
+    if path is None:
+        return None
+    # Only now, since it takes seconds to import what builds a base.
+    from lora_diffusion.workflows.checkpoints import find_weights
+
+    model = find_weights(path, family_name)
+    family: Family = registry.find("families", model.family)
+    return GivenBase(family, model, family.skeleton(model))
+
+
+def names_of(family: Family, format_name: str, base: GivenBase | None) -> KeyMap:
+    """Returns how a format calls the modules of a base, or of the one that a family published.
+
+    Raises:
+        UnsupportedError: the family has no names for the format.
+    """
+    return family.key_map(format_name, base.model if base else None)
+
+
+def read_alone(path: Path, base: GivenBase | None = None) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base, or with one that is given, in float32; raises as `read_stored_alone`."""
+    family, state = read_stored_alone(path) if base is None else (base.family, base.read_stored(path))
     return family, in_float32(state)
 
 

@@ -15,7 +15,7 @@ from lora_diffusion.compose import extract as extracting
 from lora_diffusion.compose import merge as merging
 from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.compose.extract import Extraction
-from lora_diffusion.compose.linear import Term, part_weights
+from lora_diffusion.compose.linear import Term, as_written, part_weights
 from lora_diffusion.compose.merge import Merged
 from lora_diffusion.compose.tensor_file import TensorFile
 from lora_diffusion.config.schema import AdapterConfig, ModelOptions
@@ -153,6 +153,7 @@ class ExtractResult:
 
     path: Path
     extraction: Extraction
+    dtype: str
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -160,6 +161,7 @@ class ExtractResult:
         others = self.extraction.others
         return {
             "file": str(self.path),
+            "dtype": self.dtype,
             "modules": len(changes.modules),
             "equal_modules": self.extraction.num_equal,
             "relative_error": changes.error,
@@ -175,7 +177,8 @@ class ExtractResult:
         ranks = sorted(adapter.rank for adapter in changes.modules.values())
         lines = [
             f"Wrote {self.path} and read it back: equal. {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
-            f"relative error {changes.error:.2g}; {self.extraction.num_equal} modules do not differ."
+            f"{self.dtype}, relative error {changes.error:.2g} with the rounding to it; {self.extraction.num_equal} "
+            "modules do not differ."
         ]
         lines += [f"  {key.part}/{key.path}: {changes.relative(key):.2g}" for key in changes.worst()]
         return "\n".join(lines)
@@ -221,6 +224,7 @@ def extract(
     asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))
     modules = [module.key for module in plan(skeleton, family.parts, asked).modules]
     extraction = extracting.extract(before, after, modules, rule, seed=0)
+    extraction = replace(extraction, changes=as_written(extraction.changes, format_, find_dtype(dtype)))
     _warn_of_others(extraction, base, tuned)
     _warn_of_rounding(extraction, base, tuned)
     state = AdapterState(extraction.changes.modules)
@@ -233,7 +237,7 @@ def extract(
     state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
     with dtype_named():
         write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
-    return ExtractResult(output_path, extraction)
+    return ExtractResult(output_path, extraction, dtype)
 
 
 def _told(state: AdapterState, family: Family, base: ModelOptions, name: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.compose import record
 from lora_diffusion.compose.interference import Overlap, overlaps
-from lora_diffusion.compose.linear import Sum, Term, add, keys, part_weights, share_left
+from lora_diffusion.compose.linear import Sum, Term, add, as_written, keys, part_weights, share_left
 from lora_diffusion.compose.record import Source
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
@@ -26,11 +26,14 @@ from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._files import (
+    GivenBase,
     check_target,
     common_dtype,
     dtype_named,
     file_names,
+    find_base,
     hash_adapter,
+    names_of,
     read_alone,
 )
 
@@ -84,7 +87,7 @@ class Composition:
         ranks = sorted(adapter.rank for adapter in self.made.modules.values())
         lines = [
             f"Wrote {self.path} and read it back: equal. {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
-            f"{self.dtype}, relative error {self.made.error:.2g}."
+            f"{self.dtype}, relative error {self.made.error:.2g} with the rounding to it."
         ]
         lines += [f"  {_name(key)}: {self.made.relative(key):.2g}" for key in self.made.worst()]
         lines += ["Nothing is left of the adapters: they cancel each other."] if self.left < _NOTHING else []
@@ -103,6 +106,7 @@ def compose(
     *,
     rule: RankRule | None = None,
     dtype: str = "auto",
+    model_path: str | None = None,
     embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Composition:
@@ -113,6 +117,7 @@ def compose(
         output_path: file, or folder where the spelling is one.
         rule: rank of each module; None adds exactly, so that ranks add up.
         dtype: fp32, fp16 or bf16; auto keeps that of the adapters, or fp32 where they differ.
+        model_path: base whose modules give the names; needed only for networks of another build than the published.
         embeddings: keep or drop text embeddings that are packed into the files.
         overwrite: replace what is there.
 
@@ -123,7 +128,7 @@ def compose(
     """
     with ExitStack() as opened:
         files = [(opened.enter_context(_run_checkpoints.as_file(path)), weights) for path, weights in adapters]
-        return _compose(files, output_path, rule, dtype, embeddings, overwrite)
+        return _compose(files, output_path, rule, dtype, find_base(model_path), embeddings, overwrite)
 
 
 def _compose(
@@ -131,11 +136,12 @@ def _compose(
     output_path: Path,
     rule: RankRule | None,
     dtype: str,
+    base: GivenBase | None,
     embeddings: str,
     overwrite: bool,
 ) -> Composition:
-    families, states = zip(*(read_alone(path) for path, _ in adapters), strict=True)
-    format_: Format = registry.find("formats", _spelling(families[0], adapters[0][0]))
+    families, states = zip(*(read_alone(path, base) for path, _ in adapters), strict=True)
+    format_: Format = registry.find("formats", _spelling(families[0], base, adapters[0][0]))
     check_target(output_path, format_, overwrite)
     names = file_names([path for path, _ in adapters])
     terms = [
@@ -147,13 +153,15 @@ def _compose(
     if len({family.name for family in families}) > 1:
         kinds = [f"{name} is for {family.name}" for name, family in zip(names, families, strict=True)]
         raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", kinds)
-    with one_thread():
-        made, met = add(terms, rule, _kernels(families[0])), overlaps(terms)
     dtype = common_dtype([path for path, _ in adapters]) if dtype == "auto" else dtype
+    with one_thread():
+        made = as_written(add(terms, rule, _kernels(families[0], base)), format_, find_dtype(dtype))
+        met = overlaps(terms)
     packed = _joined_embeddings(terms) if embeddings == "keep" else {}
     _write(
         AdapterState(made.modules, record.metadata(sources, made, output_path.stem, time.time()), packed),
         families[0],
+        base,
         format_,
         output_path,
         dtype,
@@ -195,6 +203,7 @@ def resize(
     rule: RankRule,
     *,
     dtype: str = "auto",
+    model_path: str | None = None,
     embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Composition:
@@ -205,6 +214,7 @@ def resize(
         output_path: file or folder.
         rule: rank of each module; no rank grows.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
+        model_path: base whose modules give the names; needed only for networks of another build than the published.
         embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.
 
@@ -216,20 +226,21 @@ def resize(
     with _run_checkpoints.as_file(input_path) as path:
         format_: Format = registry.find("formats", detect(path))
         check_target(output_path, format_, overwrite)
-        family, state = read_alone(path)
+        base = find_base(model_path)
+        family, state = read_alone(path, base)
         term = Term(path.name, state, dict.fromkeys(state.parts(), 1.0))
-        with one_thread():
-            made = add([term], rule, _kernels(family))
         dtype = common_dtype([path]) if dtype == "auto" else dtype
+        with one_thread():
+            made = as_written(add([term], rule, _kernels(family, base)), format_, find_dtype(dtype))
         told = record.metadata([_source(path, term)], made, output_path.stem, time.time())
         written = AdapterState(made.modules, told, state.embeddings if embeddings == "keep" else {})
-        _write(written, family, format_, output_path, dtype)
+        _write(written, family, base, format_, output_path, dtype)
     return Composition(output_path, made, dtype, (), {}, share_left([term], made))
 
 
-def _spelling(family: Family, path: Path) -> str:
+def _spelling(family: Family, base: GivenBase | None, path: Path) -> str:
     try:
-        family.key_map("kohya", None)
+        names_of(family, "kohya", base)
     except UnsupportedError:
         return detect(path)
     return "kohya"
@@ -239,8 +250,10 @@ def _name(key: ModuleKey) -> str:
     return f"{key.part}/{key.path}"
 
 
-def _kernels(family: Family) -> dict[ModuleKey, tuple[int, ...]]:
-    """Returns the sizes of the convolutions of a family's published base; other bases of it have the same."""
+def _kernels(family: Family, base: GivenBase | None) -> dict[ModuleKey, tuple[int, ...]]:
+    """Returns the sizes of the convolutions of a base, or of the one that a family published."""
+    if base is not None:
+        return base.kernels()
     if family.name not in clients.PUBLISHED:
         return {}
     return {key: shape[2:] for key, shape in clients.published(family.name).items() if len(shape) > 2}
@@ -250,8 +263,10 @@ def _source(path: Path, term: Term) -> Source:
     return Source(term.name, hash_adapter(path), term.weights, term.state.metadata)
 
 
-def _write(state: AdapterState, family: Family, format_: Format, path: Path, dtype: str) -> None:
+def _write(
+    state: AdapterState, family: Family, base: GivenBase | None, format_: Format, path: Path, dtype: str
+) -> None:
     state = replace(state, metadata=with_base(state.metadata, family.name))
-    key_map = family.key_map(format_.name, None)
+    key_map = names_of(family, format_.name, base)
     with dtype_named():
         write_verified(state, key_map, format_, path, find_dtype(dtype))

@@ -10,10 +10,8 @@ from typing import Any
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
-from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState
-from lora_diffusion.formats import READERS, as_safetensors, detect, fit_dimensions, with_attention
+from lora_diffusion.core.protocols import Format
+from lora_diffusion.formats import READERS, as_safetensors, detect, with_attention
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.verified import write_exactly
 from lora_diffusion.workflows import _run_checkpoints
@@ -21,6 +19,8 @@ from lora_diffusion.workflows._files import (
     check_target,
     common_dtype,
     dtype_named,
+    find_base,
+    names_of,
     read_stored_alone,
     stored_dtype,
     with_embeddings,
@@ -104,17 +104,16 @@ def convert(
     check_target(output_path, format_, overwrite)
     with as_safetensors(input_path) if is_pickle else _run_checkpoints.as_file(input_path) as path:
         source: Format = registry.find("formats", detect(path))
-        if model_path is None:
-            family, state = read_stored_alone(path, family_name)
-            names = family.key_map(format_.name, None)
-        else:
-            family, state, names = _read_for(model_path, family_name, path, source, format_)
+        base = find_base(model_path, family_name)
+        family, state = (base.family, base.read_stored(path)) if base else read_stored_alone(path, family_name)
         state = replace(with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.name))
         state = with_attention(state) if format_.name == "diffusers" else state
         kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
         with dtype_named():
-            written = write_exactly(state, names, format_, output_path, None if kept else find_dtype(dtype))
+            written = write_exactly(
+                state, names_of(family, format_.name, base), format_, output_path, None if kept else find_dtype(dtype)
+            )
     return Conversion(
         output_path,
         "checkpoint" if _run_checkpoints.find(input_path) else source.name,
@@ -125,19 +124,3 @@ def convert(
         dtype,
         written.rounding,
     )
-
-
-def _read_for(
-    model_path: str, family_name: str | None, path: Path, source: Format, target: Format
-) -> tuple[Family, AdapterState, KeyMap]:
-    """Returns the family of a base, the adapter with the names of its modules, and those in the target format."""
-    # Only now, since it takes seconds to import what builds a base.
-    from lora_diffusion.adapters.state import check_fit, weight_shapes
-    from lora_diffusion.workflows.checkpoints import find_weights
-
-    model = find_weights(model_path, family_name)
-    family: Family = registry.find("families", model.family)
-    skeleton = family.skeleton(model)
-    state = fit_dimensions(source.read_stored(path, family.key_map(source.name, model)), weight_shapes(skeleton))
-    check_fit(state, skeleton, str(path))
-    return family, state, family.key_map(target.name, model)

@@ -21,6 +21,7 @@ from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats import describe_file, detect
 from lora_diffusion.formats.clients import CLIENTS
+from lora_diffusion.formats.metadata import told_family, told_prediction
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows.checkpoints import find_model
@@ -37,6 +38,8 @@ _SETTINGS = {
     "alpha": "ss_network_alpha",
     "samples per epoch": "ss_num_train_images",
     "size": "modelspec.resolution",
+    "clip skip": "ss_clip_skip",
+    "prediction": "modelspec.prediction_type",
     "steps": "ss_steps",
     "batch size": "ss_total_batch_size",
     "learning rate": "ss_learning_rate",
@@ -49,6 +52,8 @@ _SETTINGS = {
 _IMPORT_BUILTIN = "from lora_diffusion.core.files import builtin_path"
 _READS = {"comfyui": "kohya", "a1111": "kohya", "forge": "kohya", "kohya": "kohya"}
 """Client -> the spelling that it reads; diffusers reads its own and kohya's."""
+_USUAL_SKIP = {"sd1": 1, "sd2": 1, "sdxl": 2}
+"""Family -> layer of the text encoders that is read unless something else is asked, counted from the end."""
 _WRITERS = {
     "llava": ("image-text-to-text", "AutoModelForImageTextToText"),
     "whisper": ("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"),
@@ -190,7 +195,9 @@ def _head(package: Package) -> dict[str, Any]:
 
 def _values(package: Package, repo: str) -> dict[str, Any]:
     metadata = {key: _code(shown(value, 1000)) for key, value in package.metadata.items()}
-    settings = {label: metadata[key].replace("|", "/") for label, key in _SETTINGS.items() if key in metadata}
+    # kohya writes None for what was not set.
+    told = {label: metadata.get(key, "None") for label, key in _SETTINGS.items()}
+    settings = {label: value.replace("|", "/") for label, value in told.items() if value != "None"}
     trigger = metadata.get("modelspec.trigger_phrase", "")
     clients, others = _clients(package)
     values = {
@@ -207,6 +214,8 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
         "clients": clients,
         "others": others,
         "network_module": metadata.get("ss_network_module", "networks.lora"),
+        "clip_skip": _unusual_skip(package),
+        "usual_skip": _USUAL_SKIP.get(told_family(package.metadata) or ""),
         **_loading(package),
         "repo_code": _code(json.dumps(repo)),
         "prompt_code": _code(json.dumps(trigger or "a picture")),
@@ -217,16 +226,56 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
     return {**values, **_scores(package.evaluation)}
 
 
-def _loading(package: Package) -> dict[str, str]:
-    """Returns what the code that loads the base is made of."""
+def _unusual_skip(package: Package) -> int | None:
+    """Returns which layer of the text encoders it was trained with, None for the one that is read anyhow."""
+    family, text = told_family(package.metadata), package.metadata.get("ss_clip_skip", "")
+    # sd-scripts writes the option for other bases too, but trains them with their usual layer.
+    is_meant = family == "sd1" or (family in _USUAL_SKIP and package.is_of_run)
+    skip = int(text) if is_meant and re.fullmatch("[1-9][0-9]?", text) else None
+    return None if skip == _USUAL_SKIP.get(family or "") else skip
+
+
+def _layer(client: str, family: str, skip: int) -> int | None:
+    """Returns how a program calls a layer of the text encoders, None if it cannot read this one.
+
+    Sources: `encode_prompt` of diffusers 0.42; `set_clip_options` in comfy/sd1_clip.py of ComfyUI;
+    modules/sd_hijack_clip.py of A1111; backend/text_processing/classic_engine.py of Forge; gen_img.py of sd-scripts.
+    """
+    if client == "diffusers":
+        return skip - _USUAL_SKIP[family]
+    if client == "comfyui":
+        # The text encoder of SD 2 comes to diffusers, and to us, without its last layer.
+        return -skip - (family == "sd2")
+    can_read = {"a1111": family == "sd1", "forge": family != "sdxl" or skip > 1, "kohya": family != "sd2"}
+    return skip if can_read[client] else None
+
+
+def _loading(package: Package) -> dict[str, str | bool]:
+    """Returns what the code that loads the base is made of, and whether its prediction must be told."""
     builtin = _builtin_folder(package.base)
     base = f'builtin_path("{builtin}")' if builtin else _code(json.dumps(package.base))
-    values = {"base_code": base, "base_import": _IMPORT_BUILTIN if builtin else ""}
+    metadata, family = package.metadata, told_family(package.metadata)
+    is_velocity = _predicts_velocity(metadata)
+    values: dict[str, str | bool] = {
+        "base_code": base,
+        "base_import": _IMPORT_BUILTIN if builtin else "",
+        # A base of SD 2 may predict either, and programs tell.
+        "is_unusual": is_velocity and family != "sd2",
+    }
     if not package.base.endswith(".safetensors"):
         return {**values, "pipeline": "AutoPipelineForText2Image", "loader": "from_pretrained"}
-    is_xl = "xl" in package.metadata.get("modelspec.architecture", "")
-    pipeline = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
-    return {**values, "pipeline": pipeline, "loader": "from_single_file"}
+    pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    # A single file holds no scheduler, and diffusers can but guess.
+    scheduler = ['prediction_type="v_prediction"' if is_velocity else 'prediction_type="epsilon"']
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        scheduler += ["rescale_betas_zero_snr=True", 'timestep_spacing="trailing"']
+    told = ", ".join(scheduler) if is_velocity or family == "sd2" else ""
+    return {**values, "pipeline": pipeline, "loader": "from_single_file", "scheduler": told}
+
+
+def _predicts_velocity(metadata: Mapping[str, str]) -> bool:
+    words = {metadata.get(f"modelspec.{key}", "") for key in ("prediction_type", "predict_key")}
+    return bool(words & {"v", "v_prediction"}) or told_prediction(metadata) == "v_prediction"
 
 
 def _builtin_folder(base: str) -> str | None:
@@ -255,9 +304,10 @@ def _file(name: str, path: Path) -> dict[str, Any]:
     return {"name": name, "num_bytes": f"{path.stat().st_size:,}", "sha256": sha256(path)}
 
 
-def _clients(package: Package) -> tuple[list[dict[str, str]], list[str]]:
+def _clients(package: Package) -> tuple[list[dict[str, str | int | None]], list[str]]:
     """Returns the clients that can apply it, each with its file, and the titles of those that cannot apply its kind."""
     able, others = [], []
+    skip, family = _unusual_skip(package), told_family(package.metadata) or ""
     for client in CLIENTS.values():
         file = package.adapters.get(_READS.get(client.name, "diffusers")) or package.adapters.get("kohya")
         reads_kind = {*package.variant.split(" and ")} <= {
@@ -267,7 +317,8 @@ def _clients(package: Package) -> tuple[list[dict[str, str]], list[str]]:
         if not reads_kind:
             others.append(client.title)
         elif file and (client.name == "diffusers" or "kohya" in package.adapters):
-            able.append({"name": client.name, "title": client.title, "file": _code(file)})
+            layer = _layer(client.name, family, skip) if skip else None
+            able.append({"name": client.name, "title": client.title, "file": _code(file), "layer": layer})
     return able, others
 
 

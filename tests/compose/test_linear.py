@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_diffusion.compose.linear import Sum, Term, add, part_weights
+from lora_diffusion.compose.linear import Sum, Term, add, as_written, part_weights
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
 from lora_diffusion.core.lowrank import AtRank, ByEnergy
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
@@ -32,6 +33,43 @@ def test_sum_is_that_of_the_weighted_changes() -> None:
         assert made.modules[key].alpha == 7
     assert made.error == 0
     assert made.worst() == []
+
+
+@pytest.mark.parametrize("format_name", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rule", [None, AtRank(3), ByEnergy(0.999)])
+def test_errors_of_a_file_hold_its_rounding(format_name: str, dtype: torch.dtype, rule: AtRank | None) -> None:
+    terms = [term(lora(0, rank=4), 0.8, 0.5), term(lora(1, rank=3, keys=(QUERY, TEXT)), -0.6)]
+    format_ = registry.find("formats", format_name)
+    made = as_written(add(terms, rule), format_, dtype)
+    state = format_.portable(AdapterState(made.modules))
+    rounded = {
+        key: replace(own, tensors={name: tensor.to(dtype) for name, tensor in own.tensors.items()})
+        for key, own in state
+    }
+    found, lost, size = dense(AdapterState(rounded)), 0.0, 0.0
+    for key in made.modules:
+        exact = sum(
+            own.weights[key.part] * dense(own.state)[key].reshape(found[key].shape)
+            for own in terms
+            if key in own.state.modules
+        )
+        error = float((found[key] - exact).norm())
+        # Both roundings of one component together, and those of the sum to float32, are not counted.
+        assert made.relative(key) == pytest.approx(error / float(exact.norm()), rel=1e-3, abs=3e-7)
+        lost, size = lost + error**2, size + float(exact.norm()) ** 2
+    assert made.error == pytest.approx((lost / size) ** 0.5, rel=1e-3, abs=3e-7)
+    if rule is None:
+        assert (made.error == 0) == (dtype == torch.float32)
+
+
+def test_rounding_of_vectors_counts_and_that_of_biases_does_not() -> None:
+    diff, bias = torch.tensor([1.0, 1 + 2**-10, 3.0]), torch.tensor([0.1, 0.2, 0.3])
+    modules = {QUERY: ModuleAdapter("norm", {"diff": diff, "bias": bias}, 0.0)}
+    modules[CONV] = ModuleAdapter("full", {"bias": bias}, 0.0)
+    made = add([Term("a", AdapterState(modules), {"unet": 1.0})], None)
+    made = as_written(made, registry.find("formats", "kohya"), torch.bfloat16)
+    assert made.errors == {QUERY: 2**-10, CONV: 0.0}
 
 
 def test_weights_one_and_zero_give_the_first() -> None:

@@ -149,6 +149,20 @@ def test_what_is_no_config_file(tmp_path: Path, content: str) -> None:
     assert _faults(path=path)
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("train: {seed: 1}\nmodel: {path: x}\ntrain: {seed: 2}\n", "line 3: train stands there twice"),
+        ('train:\n  seed: 1\n  "seed": 2\n', "line 3: seed stands there twice"),
+    ],
+)
+def test_a_key_that_stands_twice(tmp_path: Path, content: str, fault: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=fault):
+        load(path, NEEDED)
+
+
 def test_empty_file_is_a_config_without_settings(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("# nothing yet\n")

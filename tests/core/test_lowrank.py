@@ -17,6 +17,7 @@ from lora_diffusion.core.lowrank import (
     energy_rank,
     inner,
     norm,
+    rounding_error,
     spectrum,
     total,
     truncate,
@@ -113,6 +114,27 @@ def test_spectrum_norm_and_inner_product(terms: list[Factors]) -> None:
         expected = float((dense(terms[0]) * dense(term)).sum())
         assert inner(terms[0], term) == pytest.approx(expected, rel=1e-9, abs=1e-9 * size**2)
         assert norm(term) == pytest.approx(float(dense(term).norm()), rel=1e-6, abs=1e-7 * size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sums(), st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), st.sampled_from([1e-6, 1e-3, 1.0]))
+def test_rounding_error_is_that_of_the_dense_change(terms: list[Factors], dtype: torch.dtype, size: float) -> None:
+    whole = total(terms)
+    # The smallest are below what float16 can hold.
+    whole = Factors(whole.down * size, whole.up * size, -0.7)
+    rounded = whole._replace(down=whole.down.to(dtype), up=whole.up.to(dtype))
+    expected = float((dense(whole) - dense(rounded)).norm())
+    # Terms that cancel each other cancel in the Gram matrices to half of the digits only.
+    noise = 1e-8 * size_of([term._replace(scale=term.scale * size**2) for term in terms])
+    assert rounding_error(whole, dtype) == pytest.approx(expected, rel=1e-6, abs=noise)
+    if dtype == torch.float32:
+        assert rounding_error(whole, dtype) == 0
+
+
+def test_rounding_error_of_what_a_number_type_cannot_hold() -> None:
+    large = Factors(torch.full((1, 3), 1e5), torch.zeros(2, 1))
+    assert rounding_error(large, torch.float16) == math.inf
+    assert rounding_error(large, torch.bfloat16) == 0
 
 
 @settings(max_examples=60, deadline=None)

@@ -98,7 +98,8 @@ def test_equal_prompts_of_a_kind_are_one(tmp_path: Path, caplog: pytest.LogCaptu
         ("a: &a [x]\nb: &b [*a, *a]\n", ["b: ['x'] is no prompt"]),
         ("subject: [!env HOME]", ["the tag !env is not read"]),
         ("subject:\n\t- a", ["indent with spaces, not tabs"]),
-        ("subject: [a]\nsubject: [b]", ["subject stands there twice"]),
+        ("subject: [a]\nsubject: [b]", ["line 2: subject stands there twice"]),
+        ("subject: [{prompt: a, prompt: b}]", ["line 1: prompt stands there twice"]),
     ],
 )
 def test_all_faults_at_once(tmp_path: Path, text: str, reasons: list[str]) -> None:

@@ -89,6 +89,29 @@ def test_extract_gives_the_adapter_back(
         assert float(error) < 1e-4, key
 
 
+@pytest.mark.parametrize(("format_name", "rule"), [("kohya", ("--rank", 1)), ("peft", ("--energy", 0.999999))])
+def test_errors_of_extract_are_those_of_the_file(
+    command: Commands, merged: Path, trained: Path, tiny_base: Path, tmp_path: Path, format_name: str, rule: tuple[str]
+) -> None:
+    output = tmp_path / "back"
+    arguments = ("extract", tiny_base, merged, output, *rule, "--to", format_name, "--dtype", "bf16", "--json")
+    told = json.loads(command.good(*arguments).out)
+    assert told["dtype"] == "bf16"
+    found, lost, size = read_alone(output)[1].modules, 0.0, 0.0
+    for key, adapter in read_alone(trained / "run.safetensors")[1]:
+        exact = 0.7 * delta_weight(adapter).double()
+        error = float((exact - delta_weight(found[key]).double().reshape(exact.shape)).norm())
+        # The merged weights were rounded to float32 too.
+        assert told["errors"][f"{key.part}/{key.path}"] == pytest.approx(error / float(exact.norm()), rel=5e-3)
+        lost, size = lost + error**2, size + float(exact.norm()) ** 2
+    assert told["relative_error"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+    assert told["relative_error"] > 1e-3
+    (file,) = output.parent.rglob("back*") if format_name == "kohya" else (output / "unet").glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        about = json.loads(opened.metadata()["lora_diffusion.extracted"])
+    assert about["relative_error"] == told["relative_error"]
+
+
 def test_extract_of_one_part_takes_its_own_groups(
     command: Commands, merged: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -239,11 +239,11 @@ def test_factors_get_the_dimensions_of_the_weight(command: Commands, tiny_base: 
             "down": down[..., None, None], "up": up[..., None, None]}}  # fmt: skip
         modules = {key: ModuleAdapter("lora", own, 2.0) for key, own in {**flat, **deep}.items()}
         first = write(AdapterState(modules, BASES["sd1"]), "sd1", "kohya", tmp_path / f"{width}.safetensors")
-        commands = [["convert", first, "{}", "--to", "kohya", *model]]
-        commands += [] if model else [["resize", first, "{}", "--rank", 2], ["compose", first, "--output", "{}"]]
+        commands = [["convert", first, "{}", "--to", "kohya"]]
+        commands += [["resize", first, "{}", "--rank", 2], ["compose", first, "--output", "{}"]]
         for number, words in enumerate(commands):
             output = tmp_path / f"{width}-{number}.safetensors"
-            command.good(*(output if word == "{}" else word for word in words))
+            command.good(*(output if word == "{}" else word for word in words), *model)
             shapes = {name: tuple(tensor.shape) for name, tensor in load_file(output).items()}
             stem = "lora_unet_mid_block_attentions_0_"
             assert shapes[f"{stem}proj_in.lora_down.weight"] == (2, width, 1, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -141,6 +142,79 @@ def test_code_loads_the_base(
     assert code in card
     assert _head(card).get("base_model") == told
     assert ("import builtin_path" in card) == base.startswith("builtin:")
+
+
+SKIPS = [
+    ("stable-diffusion-v1", "2", ("clip_skip=1)", 'Last Layer" to -2.', "--clip_skip 2`"), 2, 0),
+    ("stable-diffusion-v2-512", "2", ("clip_skip=1)", 'Last Layer" to -3.', "a.safetensors` to `gen_img"), 1, 1),
+    ("stable-diffusion-xl-v1-base", "1", ("clip_skip=-1)", 'Last Layer" to -1.', "--clip_skip 1`"), 0, 2),
+    ("stable-diffusion-xl-v1-base", "3", ("clip_skip=1)", 'Last Layer" to -3.', "--clip_skip 3`"), 1, 1),
+]
+
+
+def _card(trained: Path, base: str = "maria/base", **metadata: str) -> str:
+    package = model_card.collect(trained.resolve())
+    told = {key.replace("__", "."): value for key, value in metadata.items()}
+    known = {key: text for key, text in package.metadata.items() if key != "ss_base_model_version"}
+    adapters = {"kohya": "a.safetensors", "diffusers": "b.safetensors"}
+    return model_card.write(replace(package, base=base, metadata={**known, **told}, adapters=adapters), "maria/blorp")
+
+
+@pytest.mark.parametrize(("architecture", "skip", "words", "num_told", "num_unable"), SKIPS)
+def test_card_tells_each_program_the_layer_of_the_text_encoder(
+    trained: Path, architecture: str, skip: str, words: tuple[str, ...], num_told: int, num_unable: int
+) -> None:
+    card = _card(trained, modelspec__architecture=f"{architecture}/lora", ss_clip_skip=skip)
+    assert f"trained with **clip skip {skip}**" in card
+    assert f"| clip skip | {skip} |" in card
+    assert [word for word in words if word not in card] == []
+    assert card.count(f'Set "Clip skip" to {skip}.') == num_told
+    assert card.count("reads another layer") == num_unable
+
+
+@pytest.mark.parametrize(
+    ("architecture", "skip"),
+    [("stable-diffusion-v1", "1"), ("stable-diffusion-v1", "None"), ("stable-diffusion-xl-v1-base", "2")],
+)
+def test_card_is_silent_about_the_usual_layer(trained: Path, architecture: str, skip: str) -> None:
+    card = _card(trained, modelspec__architecture=f"{architecture}/lora", ss_clip_skip=skip)
+    assert "clip skip" not in card.replace(f"| clip skip | {skip} |", "")
+    assert "clip_skip" not in card
+    assert ("| clip skip |" in card) == (skip != "None")
+
+
+def test_card_of_a_stranger_does_not_believe_in_a_clip_skip_of_sdxl(trained: Path) -> None:
+    package = model_card.collect(trained.resolve())
+    told = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_clip_skip": "1"}
+    card = model_card.write(replace(package, metadata=told, is_of_run=False), "maria/blorp")
+    assert "clip_skip" not in card
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prediction", "base", "scheduler", "is_told"),
+    [
+        ("stable-diffusion-v1", "epsilon", "a.safetensors", None, False),
+        ("stable-diffusion-v1", "v", "maria/base", None, True),
+        ("stable-diffusion-xl-v1-base", "v", "a.safetensors", "v_prediction", True),
+        ("stable-diffusion-v2-768-v", "v", "a.safetensors", "v_prediction", False),
+        ("stable-diffusion-v2-512", "epsilon", "a.safetensors", "epsilon", False),
+    ],
+)
+def test_card_tells_the_prediction_where_programs_would_guess(
+    trained: Path, architecture: str, prediction: str, base: str, scheduler: str | None, is_told: bool
+) -> None:
+    told = {"modelspec__prediction_type": prediction, "modelspec__predict_key": prediction}
+    zero = {"ss_zero_terminal_snr": str(prediction == "v")}
+    card = _card(trained, base, modelspec__architecture=f"{architecture}/lora", **told, **zero)
+    assert ("(**v-prediction**)" in card) == ("ModelSamplingDiscrete" in card) == is_told
+    (line,) = re.findall(r"pipeline.scheduler = (.*)", card) or [None]
+    assert (line is not None) == (scheduler is not None)
+    if line:
+        pipeline = SimpleNamespace(scheduler=PNDMScheduler())
+        made = eval(line, {"EulerDiscreteScheduler": EulerDiscreteScheduler, "pipeline": pipeline})
+        assert made.config.prediction_type == scheduler
+        assert made.config.rescale_betas_zero_snr == (prediction == "v")
+        assert "import EulerDiscreteScheduler, Stable" in card
 
 
 def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, tmp_path: Path) -> None:
