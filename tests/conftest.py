@@ -15,12 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what takes minutes unless it is asked for."""
-    if "slow" in config.getoption("-m"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with -m slow"))
+    """Skips what takes minutes or hours unless it is asked for."""
+    for name, duration in (("slow", "minutes"), ("hostile", "an hour")):
+        if name in config.getoption("-m"):
+            continue
+        for item in items:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"takes {duration}; run it with -m {name}"))
 
 
 @pytest.fixture(autouse=True, scope="session")

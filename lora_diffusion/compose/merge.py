@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from lora_diffusion.compose.linear import Term, keys
 from lora_diffusion.compose.tensor_file import Change, TensorFile
 from lora_diffusion.core.delta import delta_weight
 from lora_diffusion.core.errors import UnsupportedError, VerificationError
-from lora_diffusion.core.files import atomic_path, write_json
+from lora_diffusion.core.files import atomic_path, read_json, write_json
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.types import ModuleKey
 
@@ -186,7 +185,7 @@ def _copy(file: Path, target: Path) -> None:
 def _correct_indices(folder: Path) -> None:
     """Writes the size of the shards, which changes with their number type, into their indices."""
     for path in folder.rglob(f"*{_INDEX}"):
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         shards = {path.parent / name for name in index.get("weight_map", {}).values()}
         index.setdefault("metadata", {})["total_size"] = sum(TensorFile(shard).size_as({}) for shard in shards)
         write_json(path, index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 
 from lora_diffusion.config.other_trainers import KEYS
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.logs import shown
 
 
@@ -140,7 +140,7 @@ def _as_other(path: Path, text: str, values: Any) -> tuple[bool, Any]:
                 return True, values
     if not isinstance(values, dict) and text.lstrip().startswith("{"):
         try:
-            return False, json.loads(text)
+            return False, parse_json(text)
         except (ValueError, RecursionError):
             return False, values
     return False, values

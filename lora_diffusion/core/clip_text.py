@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -107,8 +107,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} of the base cannot be read as a JSON object ({error}); fetch it again.") from error
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TEMPORARY = ".part-"
+_LARGEST_TEXT_BYTES = 64 * 1024**2
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -180,16 +181,54 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Returns what JSON of a stranger holds.
+def read_whole(path: Path) -> bytes:
+    """Returns the bytes of a file of a stranger that holds text.
 
     Raises:
-        ValueError: it is none, holds a number of thousands of digits, or nests more deeply than can be read.
+        OSError: it is missing or cannot be read.
+        ValueError: it is a pipe or a device, or larger than any text that this program reads at once.
     """
+    if kind := not_a_file(path):
+        raise ValueError(f"it is {kind} and no file")
+    if (num_bytes := path.stat().st_size) > _LARGEST_TEXT_BYTES:
+        raise ValueError(f"it has {num_bytes:,} bytes, and at most {_LARGEST_TEXT_BYTES:,} are read")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file of a stranger holds.
+
+    Raises:
+        OSError: it is missing or cannot be read.
+        ValueError: see `read_whole` and `parse_json`.
+    """
+    return parse_json(read_whole(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what JSON of a stranger holds: values whose texts can be stored, printed and tokenized.
+
+    Raises:
+        ValueError: it is no JSON (a JSONDecodeError) or not UTF-8, nests more deeply than can be read, or holds a
+            number of thousands of digits or half a character, as a text does that was cut inside an emoji.
+    """
+    if isinstance(text, bytes):
+        # The standard library would guess other encodings, and take halves of characters.
+        text = text.decode("utf-8-sig")
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        is_whole = "\\u" not in text or is_text(json.dumps(value, ensure_ascii=False))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("holds brackets in brackets too deep to be read") from error
+    except ValueError as error:  # of int()
+        raise ValueError("holds a number of too many digits to be read") from error
+    if not is_whole:
+        raise ValueError(
+            "holds half a character (one of \\ud800 to \\udfff by itself), as texts do that were cut inside an emoji"
+        )
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.files import parse_json
+from lora_diffusion.core.files import not_a_file, read_json
 from lora_diffusion.core.logs import shown
 
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
@@ -28,13 +28,14 @@ def check_model_folder(folder: Path, what: str) -> None:
     Raises:
         ModelError: it does.
     """
+    check_plain(folder, what)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{what} holds an adapter_config.json, so that an adapter and another base would be loaded with it; give "
             "the plain model, without the files of the adapter."
         )
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return  # whoever reads the config tells of it
     check_sizes(config, what)
@@ -44,6 +45,22 @@ def check_model_folder(folder: Path, what: str) -> None:
                 f"{what} names the kernel {shown(str(value))} for its attention, which is code from the hub; take "
                 "attn_implementation out of its config.json."
             )
+
+
+def check_plain(folder: Path, what: str) -> None:
+    """Checks that a folder and those in it hold files and folders only: to open a pipe waits for who writes into it.
+
+    Args:
+        folder: may be missing.
+        what: names it in messages.
+
+    Raises:
+        ModelError: something else is there.
+    """
+    for pattern in ("*", "*/*"):
+        for path in folder.glob(pattern):
+            if kind := not_a_file(path):
+                raise ModelError(f"{what} holds {path}, which is {kind} and no file; take it away or fetch it again.")
 
 
 def check_sizes(config: Any, what: str, largest: int | None = None) -> None:

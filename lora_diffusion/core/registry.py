@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.logs import shown
 
 _ROOMS = {
     "families": ("lora_diffusion.families", "FAMILY"),
@@ -39,7 +40,7 @@ def find(kind: str, name: str) -> Any:
     names = available(kind)
     if name not in names:
         hint = suggestion(name, names)
-        raise ConfigError(f"There is no {name!r} among the {kind}{hint}. Known: {', '.join(names)}.")
+        raise ConfigError(f"There is no '{shown(name)}' among the {kind}{hint}. Known: {', '.join(names)}.")
     package, attribute = _ROOMS[kind]
     for point in _points(kind):
         if point.name == name:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import default_cache_path, write_json
+from lora_diffusion.core.files import default_cache_path, read_json, write_json
 from lora_diffusion.core.logs import logger
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def _num_cores() -> int:
 def _read(path: Path) -> dict[str, Any]:
     """Returns the content of a JSON file, or nothing where it is missing or damaged: answers can be measured again."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -21,6 +21,7 @@ from lora_diffusion.core.files import (
     atomic_path,
     check_writable,
     default_cache_path,
+    parse_json,
     remove_leftovers,
     save_tensors,
     user_path,
@@ -241,7 +242,7 @@ def _load(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            checksums = json.loads(metadata.get("checksums", "{}"))
+            checksums = parse_json(metadata.get("checksums", "{}"))
             # Cloned, since a mapped file that is cut off by another program would end the process.
             tensors = {name: file.get_tensor(name).clone() for name in (names or file.keys())}
     except (OSError, SafetensorError, ValueError) as error:

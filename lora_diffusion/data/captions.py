@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.data import tables
-from lora_diffusion.data.folder import Folder, parse_json, read_text
+from lora_diffusion.data.folder import Folder, read_text
 from lora_diffusion.data.known_words import LINKING, SAY_NOTHING, UNSPACED, WIDE_COMMAS, WIDE_STOPS
 
 ENDINGS = (".txt", ".caption")
@@ -176,8 +177,8 @@ def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
         entry = parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at character {error.pos + 1}); correct the line.") from error
-    except RecursionError as error:
-        raise ValueError("holds brackets in brackets too deep to be read; correct the line.") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; correct the line.") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
         raise ValueError('has no "file_name"; write {"file_name": "cat.png", "text": "a cat"}.')
     value = next((entry[key] for key in _TEXT_KEYS if key in entry), None)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.chat import Turn
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.logs import shown
-from lora_diffusion.data.folder import Folder, parse_json, read_text
+from lora_diffusion.data.folder import Folder, read_text
 
 ENDINGS = (".json", ".jsonl")
 IMAGE = "<image>"
@@ -73,7 +74,7 @@ def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tu
 def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
     try:
         return [parse_json(text)]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         faults.append(f"{place}: is not JSON that can be read ({error}); correct it.")
         return []
 

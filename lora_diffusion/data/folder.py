@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import unicodedata
 from collections import Counter
@@ -10,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import is_text, not_a_file, user_path
@@ -166,22 +164,6 @@ def read_text(folder: Folder, file: Path, faults: list[str], largest_bytes: int 
     except OSError as error:
         faults.append(f"{folder.name(file)}: cannot be read ({error.strerror}); correct its access rights or link.")
     return None
-
-
-def parse_json(text: str) -> Any:
-    """Returns a JSON value whose texts can be stored and tokenized.
-
-    Raises:
-        ValueError: it is none, or holds half a character, as a text does that was cut inside an emoji.
-        RecursionError: it is nested too deep.
-    """
-    value = json.loads(text)
-    if "\\u" in text and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise ValueError(
-            "holds half a character (one of \\ud800 to \\udfff by itself), as texts do that were cut inside an emoji; "
-            "write all of it, or leave it out."
-        )
-    return value
 
 
 def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.data import splits, tables
-from lora_diffusion.data.folder import Folder, parse_json, read_text
+from lora_diffusion.data.folder import Folder, read_text
 
 BESIDE = ".txt"
 OF_A_CHAPTER = ".trans.txt"
@@ -277,5 +278,7 @@ def _unquoted(cell: str) -> str:
 def _parsed(line: str) -> Any:
     try:
         return parse_json(line)
-    except (json.JSONDecodeError, RecursionError):
+    except json.JSONDecodeError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{error}; correct the line.") from error

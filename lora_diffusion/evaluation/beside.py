@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import write_json, write_text
+from lora_diffusion.core.files import read_json, write_json, write_text
 from lora_diffusion.core.privacy import public, public_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
@@ -59,7 +58,7 @@ def check_beside(page: Path, tables: Sequence[Path]) -> None:
 
 def _is_of_a_page(path: Path) -> bool:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and values.keys() in (RUN_KEYS, COMPARISON_KEYS)

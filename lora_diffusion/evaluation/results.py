@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import write_json, write_text
+from lora_diffusion.core.files import read_json, read_whole, write_json, write_text
 from lora_diffusion.core.logs import name_some
 
 if TYPE_CHECKING:
@@ -266,11 +265,11 @@ def read(folder: Path) -> Evaluation:
     """
     path = folder / "evaluation.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         version = values.pop("version")
         if version != VERSION:
             raise DataError(f"{path} has version {version}, and this program reads version {VERSION}; evaluate again.")
-        scores = read_csv((folder / "scores.csv").read_text(encoding="utf-8"))
+        scores = read_csv(read_whole(folder / "scores.csv").decode("utf-8"))
         return typing.cast(Evaluation, _typed({**values, "scores": scores}, Evaluation))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core import registry
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import read_json
 from lora_diffusion.core.types import Evidence
 
 _ENGLISH = "en"
@@ -77,12 +78,26 @@ def normaliser(language: str, base: Path | None) -> Callable[[str], str]:
         language: code of what is written.
         base: folder of the base, which may hold a table of spellings.
 
+    Raises:
+        ModelError: that table is damaged.
+
     Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", appendix C.
     """
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if language != _ENGLISH:
         return BasicTextNormalizer()  # type: ignore[no-any-return]
-    file = base / _SPELLING if base else None
-    spelling = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-    return EnglishTextNormalizer(spelling)  # type: ignore[no-any-return]
+    return EnglishTextNormalizer(_spelling(base / _SPELLING) if base else {})  # type: ignore[no-any-return]
+
+
+def _spelling(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    try:
+        table = read_json(path)
+        if isinstance(table, dict) and all(isinstance(word, str) for word in table.values()):
+            return table
+        fault = "it maps no words to words"
+    except (OSError, ValueError) as error:
+        fault = str(error)
+    raise ModelError(f"{path} of the base cannot be read as a table of spellings ({fault}); fetch it again.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_diffusion.core.errors import UnsupportedError
@@ -50,7 +51,16 @@ def key_map(format_name: str, parts: Mapping[str, nn.Module] | None, family: str
     Raises:
         UnsupportedError: the format has no names for this family.
     """
-    live = _layers(parts) if parts else {}
+    return _key_map(format_name, parts, family) if parts else _published(format_name, family)
+
+
+@cache
+def _published(format_name: str, family: str) -> KeyMap:
+    return _key_map(format_name, {}, family)
+
+
+def _key_map(format_name: str, parts: Mapping[str, nn.Module], family: str) -> KeyMap:
+    live = _layers(parts)
     paths = {**_standard.paths(family), **live}
     numbered = [path for path in paths["unet"] if "unet" in live or _standard.is_published(family, path)]
     if format_name == "ldm":

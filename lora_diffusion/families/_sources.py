@@ -15,10 +15,11 @@ from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.clip_text import TextLimit
 from lora_diffusion.core.device import frozen_name, pick_device
 from lora_diffusion.core.errors import LoraDiffusionError, MissingModelError, ModelError, UntrainableError
-from lora_diffusion.core.files import builtin_path, content_hash, is_hub_id, parse_json, user_path
+from lora_diffusion.core.files import builtin_path, content_hash, is_hub_id, user_path
+from lora_diffusion.core.files import read_json as _read_json
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import shown
-from lora_diffusion.core.model_folder import check_sizes
+from lora_diffusion.core.model_folder import check_plain, check_sizes
 from lora_diffusion.core.types import BaseInfo, Loaded
 from lora_diffusion.families._completeness import missing, missing_of_vae
 from lora_diffusion.families._components import (
@@ -239,6 +240,11 @@ class Folder:
         return plain or files
 
     def _configs(self) -> dict[str, dict[str, Any]]:
+        check_plain(self.path, f"The base {self.path}")
+        with explained(self.path):
+            return self._read_configs()
+
+    def _read_configs(self) -> dict[str, dict[str, Any]]:
         self._check_family()
         networks = self.layout.networks
         faults = [fault for name in networks if (fault := self._fault(name))]
@@ -324,7 +330,10 @@ def damage(path: Path) -> str | None:
 
     Its length counts besides its time: file systems tell times some milliseconds apart as equal.
     """
-    return _damage(path, path.stat().st_mtime_ns, path.stat().st_size)
+    try:
+        return _damage(path, path.stat().st_mtime_ns, path.stat().st_size)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}); correct its link or access rights, or fetch it again"
 
 
 @cache
@@ -336,7 +345,9 @@ def _damage(path: Path, changed_ns: int, num_bytes: int) -> str | None:
         with safe_open(path, framework="np"):
             return None
     except (SafetensorError, OSError) as error:
-        if path.read_bytes()[:8] == b"version ":
+        with path.open("rb") as stream:
+            start = stream.read(8)
+        if start == b"version ":
             return f"{path} is a Git LFS pointer, not the weights; fetch them with 'git lfs pull'"
         return f"{path} is cut off or damaged ({error}); fetch it again"
 
@@ -363,7 +374,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing or damaged.
     """
     try:
-        return dict(parse_json(path.read_text(encoding="utf-8")))
+        return dict(_read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path} of the base cannot be read as a JSON object ({error}); fetch it again.") from error
 

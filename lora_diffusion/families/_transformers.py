@@ -49,14 +49,15 @@ def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequen
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"The base {folder} holds no config.json; give a folder as save_pretrained makes it.")
+    check_model_folder(folder, f"The base {folder}")
     told = read_json(folder / "config.json").get("model_type")
     if told not in model_types:
         raise ModelError(
             f"The base {folder} is of the type {shown(str(told))}, not {' or '.join(model_types)}; set model.family to "
             "fit it or take another base."
         )
-    check_model_folder(folder, f"The base {folder}")
-    _check_weights(folder)
+    with explained(folder):
+        _check_weights(folder)
     return folder
 
 

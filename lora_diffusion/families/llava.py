@@ -78,9 +78,11 @@ class Llava:
 
     def check(self, options: LlavaOptions) -> ChatInfo:
         """Reads config, tokenizer, chat template and image processor of the base."""
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families import _sources, _vision
 
-        return _vision.describe(_find(options), options)
+        folder = _find(options)
+        with _sources.explained(folder):
+            return _vision.describe(folder, options)
 
     def skeleton(self, options: LlavaOptions) -> dict[str, nn.Module]:
         """Builds the parts on the meta device."""
@@ -103,7 +105,7 @@ class Llava:
         from lora_diffusion.families import _dialogue, _transformers, _vision
 
         folder = _find(options)
-        info = _vision.describe(folder, options)
+        info = self.check(options)
         model = _transformers.load(folder, _vision.model_class(folder), options, device)
         parts = _vision.parts_of(model)
         # The projector is small, and often trained in full.

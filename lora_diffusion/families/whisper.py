@@ -106,9 +106,11 @@ class Whisper:
 
     def check(self, options: WhisperOptions) -> SpeechInfo:
         """Reads config, tokenizer and feature extractor of the base."""
-        from lora_diffusion.families import _speech
+        from lora_diffusion.families import _sources, _speech
 
-        return _speech.describe(_find(options), options)
+        folder = _find(options)
+        with _sources.explained(folder):
+            return _speech.describe(folder, options)
 
     def skeleton(self, options: WhisperOptions) -> dict[str, nn.Module]:
         """Builds encoder and decoder on the meta device."""
@@ -134,7 +136,7 @@ class Whisper:
         from lora_diffusion.families import _speech, _transformers
 
         folder = _find(options)
-        info = _speech.describe(folder, options)
+        info = self.check(options)
         model = _transformers.load(folder, WhisperForConditionalGeneration, options, device)
         processor = _speech.read_processor(folder)
         _speech.complete_generation_config(model, processor.tokenizer, info)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.formats import _client_checks as shared
 from lora_diffusion.formats import _client_rules as rules
 from lora_diffusion.formats._client_file import FileModule
@@ -175,8 +175,8 @@ def _shown_details(trial: Trial) -> None:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return False
     return True
 

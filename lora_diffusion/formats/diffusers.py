@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, in_float32
@@ -125,12 +126,12 @@ def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str,
         UnsupportedError: it describes another kind of adapter.
     """
     try:
-        flat = json.loads(metadata.get(_CONFIG_KEY, "{}"))
+        flat = parse_json(metadata.get(_CONFIG_KEY, "{}"))
         configs: dict[str, dict[str, Any]] = {}
         for dotted, value in flat.items():
             part, field = dotted.split(".", 1)
             configs.setdefault(part, {})[field] = value
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path}: its {_CONFIG_KEY} cannot be read ({error}).") from error
     for config in configs.values():
         check_config(config, path)

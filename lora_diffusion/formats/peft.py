@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.core.files import atomic_path, not_a_file, public_base, write_json
+from lora_diffusion.core.files import atomic_path, not_a_file, parse_json, public_base, read_json, write_json
 from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats._arrays import Array, in_float32
@@ -198,8 +198,8 @@ def _told(config: Mapping[str, Any]) -> dict[str, str]:
 def _mapping(text: str) -> dict[str, str] | None:
     """Returns the class of transformers or diffusers that loads a base; None where the text says another thing."""
     try:
-        told = json.loads(text)
-    except (ValueError, RecursionError):
+        told = parse_json(text)
+    except ValueError:
         return None
     if not isinstance(told, dict) or told.keys() != {"base_model_class", "parent_library"}:
         return None
@@ -270,8 +270,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind := not_a_file(path):
         raise AdapterFileError(f"{path} is {kind} and no file; get the folder again.")
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config: dict[str, Any] = read_json(path)
+    except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path} cannot be read as a LoRA configuration: {error}.") from error
     check_config(config, path)
     return config

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_diffusion.core.errors import CheckpointError, ConfigError
-from lora_diffusion.core.files import atomic_path, remove_leftovers, save_tensors, sha256, write_json
+from lora_diffusion.core.files import atomic_path, read_json, remove_leftovers, save_tensors, sha256, write_json
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.training import optim
 from lora_diffusion.training.optim import Params, named
@@ -130,7 +130,7 @@ def find_latest(run_path: Path) -> Path | None:
 
 def read_state(path: Path) -> TrainState:
     """Returns the record of a whole checkpoint."""
-    raw = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    raw = read_json(path / _STATE)
     return TrainState(**{name: raw[name] for name in TrainState.__dataclass_fields__ if name in raw})
 
 
@@ -249,13 +249,13 @@ def _digest(state: Mapping[str, Any]) -> str:
 def _fault(path: Path) -> str | None:
     """Says what is wrong with the files of a checkpoint, or None."""
     try:
-        state = json.loads((path / _STATE).read_bytes())
+        state = read_json(path / _STATE)
         if fault := _fault_of_state(state):
             return f"{fault} {_STATE}"
         damaged = [name for name in (_ADAPTER, _OPTIMIZER) if sha256(path / name) != state["sha256"][name]]
     except FileNotFoundError as error:
         return f"lacks {Path(error.filename).name}"
-    except (ValueError, OSError, TypeError, LookupError, RecursionError):
+    except (ValueError, OSError, TypeError, LookupError):
         return f"has an unreadable {_STATE}"
     return f"has a damaged {damaged[0]}" if damaged else None
 

@@ -9,7 +9,6 @@ many without trigger words, may be drawn of each sample, and beside each column 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_diffusion.core.files import read_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.types import Batch, ImageText, LossOutput, Prepared, SampleLoss
@@ -130,8 +130,8 @@ def read_losses(run_path: Path) -> list[SampleLoss]:
     if not path.is_file():
         return []
     try:
-        return [_typed(SampleLoss(**values)) for values in json.loads(path.read_bytes())]
-    except (ValueError, TypeError, RecursionError) as error:
+        return [_typed(SampleLoss(**values)) for values in read_json(path)]
+    except (OSError, ValueError, TypeError) as error:
         logger.warning("%s is damaged and left out (%s).", path, error)
         return []
 

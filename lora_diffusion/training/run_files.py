@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import remove_leftovers, write_json
+from lora_diffusion.core.files import read_json, remove_leftovers, write_json
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.training import checkpoint
 
@@ -154,8 +153,8 @@ def read(run_path: Path) -> set[str] | None:
 def _read(run_path: Path) -> dict[str, Any]:
     path = run_path / RECORD_NAME
     try:
-        values = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -180,8 +179,8 @@ def _found(run_path: Path) -> Iterator[str]:
     if choice.is_file() or best.is_symlink():
         yield best.name
     try:
-        chosen = json.loads(choice.read_bytes())["file"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        chosen = read_json(choice)["file"]
+    except (OSError, ValueError, TypeError, LookupError):
         return
     if _is_inside(chosen) and CHOSEN.fullmatch(chosen):
         yield chosen

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.extras import require
-from lora_diffusion.core.files import write_text
+from lora_diffusion.core.files import parse_json, write_text
 from lora_diffusion.core.logs import console, logger, name_some
 from lora_diffusion.core.protocols import Tracker
 
@@ -162,8 +162,8 @@ def _read_lines(path: Path) -> list[_Line]:
 
 def _record(line: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
+        values = parse_json(line)
+    except ValueError:
         return {}
     if not isinstance(values, dict):
         return {}

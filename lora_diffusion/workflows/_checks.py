@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_diffusion.config.schema import Config, TrainConfig
 from lora_diffusion.core import launch, registry
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import read_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Request, Sample
@@ -118,7 +118,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
 def _trains_unread(run: RunFolder) -> bool:
     """Says whether a run was begun by a version that trained layers which the base never reads; it goes on so."""
     try:
-        return "unread" not in json.loads(run.plan_path.read_text(encoding="utf-8"))
+        return "unread" not in read_json(run.plan_path)
     except (OSError, ValueError):
         return False
 

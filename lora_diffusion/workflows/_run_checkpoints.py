@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import CheckpointError, ConfigError, InputError, UnsupportedError
+from lora_diffusion.core.files import read_json
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.types import AdapterState, ModuleAdapter
@@ -114,8 +114,8 @@ def _plan(run: RunFolder, config: Config, family: Family) -> InjectionPlan:
     from lora_diffusion.adapters.plan import InjectionPlan, plan
 
     try:
-        return InjectionPlan.from_json(json.loads(run.plan_path.read_bytes()))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return InjectionPlan.from_json(read_json(run.plan_path))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return plan(family.skeleton(config.model), family.parts, config.adapter)
 
 
@@ -125,8 +125,8 @@ def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family:
     written_at = (checkpoint.folder / _STATE).stat().st_mtime
     stem = f"{run.name(config)}-{checkpoint.step:06d}"
     try:
-        told = dict(json.loads((run.path / METADATA_NAME).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        told = dict(read_json(run.path / METADATA_NAME))
+    except (OSError, ValueError, TypeError):
         told = _metadata_of_finished(run, config)
     texts = {key: value for key, value in told.items() if isinstance(value, str)}
     return at_step(with_base(without_hashes(texts), family.name), checkpoint.step, stem, written_at)

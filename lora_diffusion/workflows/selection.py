@@ -19,7 +19,7 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import find_dtype
 from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.core.files import atomic_path, sha256, user_path, write_json
+from lora_diffusion.core.files import atomic_path, read_json, sha256, user_path, write_json
 from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger, name_some
 from lora_diffusion.core.privacy import public_path
@@ -138,7 +138,7 @@ def read_selection(run_path: Path) -> Selection | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         return Selection(
             run_path / values["file"],
             run_path / BEST_NAME,
@@ -149,7 +149,7 @@ def read_selection(run_path: Path) -> Selection | None:
             run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
             tuple(values["warnings"]),
         )
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         logger.warning("%s is damaged and left out (%r); select again.", path, error)
         return None
 

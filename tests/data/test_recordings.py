@@ -277,7 +277,7 @@ class TestFaults:
             ("{}", "lines.jsonl, line 1: names no file"),
             (r'{"path": "a.wav", "text": "one \ud83d"}', "lines.jsonl, line 1: holds half a character"),
             ("[1", "lines.jsonl, line 1: is no JSON object"),
-            ("[" * 100_000, "lines.jsonl, line 1: is no JSON object"),
+            ("[" * 100_000, "lines.jsonl, line 1: holds brackets in brackets too deep"),
             ('{"path": "b.wav", "text": "x"}', "lines.jsonl, line 1: there is no recording b.wav"),
             ('{"path": "a.wav"}', "lines.jsonl, line 1: has no transcript"),
             ('{"path": "a.wav", "text": "x", "task": "sing"}', "asks for the task 'sing'"),
