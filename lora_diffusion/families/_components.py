@@ -196,7 +196,7 @@ def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
 
 def shared_skeleton(configs: Configs, layout: Layout) -> Mapping[str, nn.Module]:
     """Returns the same networks each time, made once for these configs: to look at names and shapes, not to change."""
-    told = {name: dict(configs[name]) for name in ("unet", *layout.towers)}
+    told = {name: dict(configs[name]) for name in ("unet", *layout.towers) if name in configs}
     return _shared(layout.family, json.dumps(told, sort_keys=True))
 
 

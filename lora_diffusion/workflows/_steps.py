@@ -49,14 +49,18 @@ def find_family(model: ModelOptions, sample_type: type[Sample]) -> Family:
 
 def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:
     """Returns the adapter of a file, a folder of PEFT or a checkpoint of a run, which must fit the base."""
-    if (found := _run_checkpoints.find(path)) is not None:
-        _, state = _run_checkpoints.read(found)
-    else:
-        format_: Format = registry.find("formats", detect(path))
-        state = format_.read(path, family.key_map(format_.name, model))
+    state = read_unchecked(path, family, model)
     check_fit(state, family.skeleton(model), str(path))
     check_sizes(state, str(path))
     return state
+
+
+def read_unchecked(path: Path, family: Family, model: ModelOptions) -> AdapterState:
+    """Returns an adapter as `read_adapter` does, also one for parts that the base lacks."""
+    if (found := _run_checkpoints.find(path)) is not None:
+        return _run_checkpoints.read(found)[1]
+    format_: Format = registry.find("formats", detect(path))
+    return format_.read(path, family.key_map(format_.name, model))
 
 
 def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:

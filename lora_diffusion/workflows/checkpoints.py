@@ -29,9 +29,10 @@ from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.protocols import Family, Format
 from lora_diffusion.core.soundness import check_sizes
 from lora_diffusion.core.types import AdapterState, BaseInfo
-from lora_diffusion.formats import detect, is_adapter, metadata
+from lora_diffusion.formats import is_adapter, metadata
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.workflows._files import check_target, dtype_named, file_names, hash_adapter
+from lora_diffusion.workflows._steps import read_unchecked
 
 _UNET = ("model.diffusion_model.", "diffusion_model.", "input_blocks.", "down_blocks.", "unet.down_blocks.")
 """How names of the UNet begin in a base in one file."""
@@ -111,8 +112,7 @@ def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Fam
         AdapterFileError: it cannot be read, or does not fit the base.
         UnsupportedError: it changes parts that the base lacks.
     """
-    format_: Format = registry.find("formats", detect(path))
-    state = format_.read(path, family.key_map(format_.name, model))
+    state = read_unchecked(path, family, model)
     weights = part_weights(state, asked, name)
     skeleton = family.skeleton(model)
     lacking = [part for part in state.parts() if part not in skeleton]
