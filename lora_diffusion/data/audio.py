@@ -176,7 +176,7 @@ def _look_through(
 def _measure(blocks: Iterable[np.ndarray]) -> tuple[int, bool, float]:
     """Returns the number of samples, whether all are numbers, and the largest amplitude."""
     num_samples, is_finite, largest = 0, True, 0.0
-    for block in blocks:
+    for block in filter(len, blocks):  # a damaged file may announce more than it gives
         num_samples += len(block)
         is_finite = is_finite and bool(np.isfinite(block).all())
         largest = max(largest, float(np.abs(block).max()))
@@ -285,14 +285,27 @@ def _packages() -> tuple[Any, Any]:
     return require("soundfile", "Reading recordings"), require("soxr", "Resampling recordings")
 
 
+class _Stream(io.BufferedReader):
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Stays where it is where damage asks for a place before the start.
+
+        soundfile calls this from C, where an error would be printed with a traceback and be no end; what libsndfile
+        then reads it refuses.
+        """
+        try:
+            return super().seek(offset, whence)
+        except (OSError, ValueError, OverflowError):
+            return self.tell()
+
+
 def _opened(content: Content) -> BinaryIO:
     """Returns the bytes as a stream; raises RecordingError where the file cannot be opened, or is a pipe or device."""
     if callable(content):
-        return io.BytesIO(content())
+        return _Stream(io.BytesIO(content()))  # type: ignore[arg-type]  # it reads as raw streams do
     if kind := not_a_file(content):
         raise RecordingError(str(content), f"is {kind} and no file; move it away.")
     try:
-        return content.open("rb")
+        return _Stream(io.FileIO(content))
     except OSError as error:
         raise RecordingError(
             str(content), f"cannot be read ({error.strerror}); correct its access rights or link."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_diffusion.core.files import parse_json
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.data import tables
 from lora_diffusion.data.folder import Folder, read_text
 from lora_diffusion.data.known_words import LINKING, SAY_NOTHING, UNSPACED, WIDE_COMMAS, WIDE_STOPS
@@ -169,7 +169,7 @@ class _Reader:
         if picture:
             yield picture, texts
         elif not self.folder.is_left_out(file.parent / name):
-            self.faults.append(f"{place}: there is no picture {name}; correct file_name or remove the line.")
+            self.faults.append(f"{place}: there is no picture {shown(name)}; correct file_name or remove the line.")
 
 
 def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
@@ -191,7 +191,7 @@ def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
 def _parse_row(row: Mapping[str | None, Any]) -> tuple[str, Sequence[str]]:
     if None in row:  # where the reader of tables puts what is left over
         raise ValueError("has more columns than the header; put captions that hold the delimiter into quotes.")
-    columns = ", ".join(map(str, row))
+    columns = shown(", ".join(map(str, row)))
     if not row.get("file_name"):
         raise ValueError(f'names no picture; the table needs a column "file_name", and has {columns}.')
     key = next((key for key in _TEXT_KEYS if key in row), None)

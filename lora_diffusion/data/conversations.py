@@ -125,7 +125,9 @@ def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
         raise ValueError(f"turn {number} is no object with a role and a text.")
     told = next((item[key] for key in _ROLE_KEYS if isinstance(item.get(key), str)), None)
     if told not in _ROLES:
-        raise ValueError(f"turn {number} is said by {told!r}; use user and assistant (or human and gpt), or system.")
+        raise ValueError(
+            f"turn {number} is said by {shown(repr(told))}; use user and assistant (or human and gpt), or system."
+        )
     content = next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), "")
     if isinstance(content, str):
         return Turn(_ROLES[told], content), []

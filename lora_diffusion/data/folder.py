@@ -12,10 +12,12 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import is_text, not_a_file, user_path
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 
 _NUM_TOLD = 2
 """Faults of samples that are left out, in the warning."""
+_LONGEST_FAULT = 1000
+"""Characters of one fault: names of strangers may be long and hold line breaks."""
 LARGEST_TABLE_BYTES = 2 * 2**30
 """Twice the largest list of conversations that people train on."""
 
@@ -215,4 +217,7 @@ def _refusal(folder: Folder, texts: str, faults: Sequence[str], skip: str) -> Da
     given = folder.given or f"data.path={folder.root}"
     faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
     num = len(folder.files)
-    return DataError(f"{given}: {faults_of} {num} {folder.noun} and {texts}; correct the files{skip}.", faults)
+    return DataError(
+        f"{given}: {faults_of} {num} {folder.noun} and {texts}; correct the files{skip}.",
+        [shown(fault, _LONGEST_FAULT) for fault in faults],
+    )

@@ -13,7 +13,7 @@ from typing import Any
 from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger, name_some, shown
 from lora_diffusion.core.types import AudioText, Request, SpeechInfo
 from lora_diffusion.data import audio, preflight, rows, splits, transcripts
 from lora_diffusion.data._progress import watch
@@ -304,10 +304,11 @@ def _language(told: Transcript, info: SpeechInfo) -> str | None:
         return code
     if not info.languages:
         raise ValueError(
-            f"is in {told.language}, and {info.source} knows English only; leave it out or take a multilingual base."
+            f"is in {shown(told.language)}, and {info.source} knows English only; leave it out or take a multilingual "
+            "base."
         )
     raise ValueError(
-        f"the tokenizer of {info.source} has no token for {told.language}, only for {', '.join(known[:20])}."
+        f"the tokenizer of {info.source} has no token for {shown(told.language)}, only for {', '.join(known[:20])}."
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.files import parse_json
+from lora_diffusion.core.logs import shown
 from lora_diffusion.data import splits, tables
 from lora_diffusion.data.folder import Folder, read_text
 
@@ -102,10 +103,10 @@ def of_row(row: Mapping[str, Any], origin: str) -> Transcript:
         raise ValueError(f"has no transcript; give it a column {', '.join(TEXT_KEYS[:-1])} or {TEXT_KEYS[-1]}.")
     task = row.get("task") or None
     if task not in (None, *TASKS):
-        raise ValueError(f"asks for the task {task!r}; use {' or '.join(TASKS)}.")
+        raise ValueError(f"asks for the task {shown(repr(task))}; use {' or '.join(TASKS)}.")
     language = next((row[key] for key in _LANGUAGE_KEYS if row.get(key)), None)
     if not isinstance(language, str | None):
-        raise ValueError(f"gives {language!r} for the language; write its code, such as en.")
+        raise ValueError(f"gives {shown(repr(language))} for the language; write its code, such as en.")
     return Transcript(" ".join(text.split()), language, task, origin)
 
 
@@ -207,7 +208,7 @@ def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Ite
             if path is not None:
                 yield path, _usable(row, place, faults)
             elif not any(file.parent / below / name in folder.left_out for below in _SUBFOLDERS):
-                raise ValueError(f"there is no recording {name}; correct the name or remove the line.")
+                raise ValueError(f"there is no recording {shown(name)}; correct the name or remove the line.")
         except ValueError as error:
             faults.append(f"{place}: {error}")
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.files import not_a_file
+from lora_diffusion.core.logs import shown
 
 LARGEST_HEADER_BYTES = 16 * 2**20
 """An SDXL adapter of every module and a picture needs one; the library itself would take 100 MB."""
 LARGEST_METADATA_CHARACTERS = 8 * 2**20
 """All names and texts together."""
+_LONGEST_NAME = 1000
+"""Characters of a tensor's name; real ones have up to 150."""
 LENGTH_BYTES = 8
 """Little-endian length of the header, at the start of the file."""
 _BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -139,7 +143,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
             names = [name for name, _ in pairs]
-            raise damaged(path, f"its header names {next(name for name in names if names.count(name) > 1)!r} twice")
+            raise damaged(path, f"its header names {_twice(names)} twice")
         return values
 
     try:
@@ -149,6 +153,10 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise damaged(path, "its header is not a table of tensors")
     return values
+
+
+def _twice(names: Sequence[str]) -> str:
+    return shown(repr(next(name for name, count in Counter(names).items() if count > 1)))
 
 
 def _metadata(path: Path, values: Any) -> dict[str, str]:
@@ -166,6 +174,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _tensor_info(path: Path, name: str, value: Any) -> TensorInfo:
+    if not name or len(name) > _LONGEST_NAME:
+        raise damaged(path, f"its header names a tensor by {len(name):,} characters")
     if not name.isprintable():
         raise damaged(path, f"its header names a tensor {name!r}, with characters that cannot be shown")
     try:
@@ -178,8 +188,8 @@ def _tensor_info(path: Path, name: str, value: Any) -> TensorInfo:
         raise damaged(path, f"its header gives {name} an impossible place or shape")
     if not isinstance(dtype, str) or dtype not in _BYTES_OF:
         raise AdapterFileError(
-            f"{path}: {name} is of number type {dtype!r}, which adapters do not use; make the file again in fp16, "
-            "bf16 or fp32."
+            f"{path}: {name} is of number type {shown(repr(dtype))}, which adapters do not use; make the file "
+            "again in fp16, bf16 or fp32."
         )
     if end - start != math.prod(shape) * _BYTES_OF[dtype]:
         raise damaged(
