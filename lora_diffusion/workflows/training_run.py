@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows import _validation as validation
 from lora_diffusion.workflows._adapter_writing import AdapterWriter
-from lora_diffusion.workflows._checks import check
+from lora_diffusion.workflows._checks import Checked, check
 from lora_diffusion.workflows._previews import SAVERS
 from lora_diffusion.workflows._steps import make_batches
 from lora_diffusion.workflows.estimation import step_memory
@@ -74,15 +74,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         trained = frozenset(config.adapter.parts)
         base_key = family.cache_key(config.model, trained)
         fingerprint = record.fingerprint(config, kind, base_key, checked.info.files, samples)
-        with processes.main_process_first():  # which takes away what a killed process left
-            latest = checkpoint.find_latest(run.path) if resume else None
-        if latest:
-            checkpoint.check_fingerprint(latest, fingerprint)
-            checkpoint.check_length(latest, checked.num_steps)
-        processes.wait_for_everyone()
-        if processes.is_main_process:
-            run_folder.prepare(run, config, overwrite=overwrite)
-            write_json(run.plan_path, plan.to_json())
+        latest = _begin(checked, fingerprint, resume=resume, overwrite=overwrite)
         use_threads(config.train.threads, run.path / "machine.json")
         loaded = family.load(config.model, pick_device())
         use_channels_last(loaded.parts.values(), loaded.device)
@@ -125,6 +117,21 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
         if processes.is_main_process:
             judging.write_picture_losses(config, samples, items, trainer, family, run)
     return TrainResult(run.path, trainer.step, record.final_loss(run), files, best=best)
+
+
+def _begin(checked: Checked, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+    """Makes the run folder ready, and returns the checkpoint with which the run goes on; None where it starts."""
+    run, processes = checked.run, process_group()
+    with processes.main_process_first():  # which takes away what a killed process left
+        latest = checkpoint.find_latest(run.path) if resume else None
+    if latest:
+        checkpoint.check_fingerprint(latest, fingerprint)
+        checkpoint.check_length(latest, checked.num_steps)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        run_folder.prepare(run, checked.config, overwrite=overwrite)
+        write_json(run.plan_path, checked.plan.to_json())
+    return latest
 
 
 def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:
