@@ -64,6 +64,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
+    if args.guidance == 1 and args.negative:
+        raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
     for text in (*args.prompt, args.negative):
         if not is_text(text):
             raise ConfigError(f"{text!r} is not UTF-8; type the prompt in a terminal that is set to UTF-8.")

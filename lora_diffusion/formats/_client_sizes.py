@@ -35,7 +35,7 @@ def size_fault(client: Client, module: FileModule, weight: tuple[int, ...]) -> s
 
 def _fits_glora(client: Client, module: FileModule, weight: tuple[int, ...]) -> bool:
     """Says whether the four matrices of a GLoRA fit, in the old order of LyCORIS, or today's, unknown to A1111."""
-    a1, a2, b1, b2 = (tuple(module.roles[role].shape[:2]) for role in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1, b2 = ((*module.roles[role].shape, 0, 0)[:2] for role in ("a1", "a2", "b1", "b2"))
     out, inner = (*weight, 0)[:2]
     old = (a1[1], a2[0], b1[1], b2[0]) == (inner, inner, inner, out) and (a1[0], b1[0]) == (a2[1], b2[1])
     new = (a1[0], a2[1], b1[0], b2[1]) == (inner, inner, out, inner) and (a1[1], b1[1]) == (a2[0], b2[0])

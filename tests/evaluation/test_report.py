@@ -119,7 +119,7 @@ def test_page_shows_choice_scores_and_warnings(written: tuple[Path, ...], sample
     assert "1 comparison that these images cannot decide" in html
     assert "about 4,300" in html
     assert number(choice.standing.likeness) in html
-    assert "run/x.safetensors" in html
+    assert "<code>x.safetensors</code>" in html
     assert sample[1].candidates[1].sha256 not in html  # hashes are those of the adapters, told below
     assert all(file.sha256 in html for file in sample[1].references)
 

@@ -167,10 +167,10 @@ class TestAsked:
             ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json").split("INFO")[0]
         )
         names = [candidate["name"] for candidate in found["candidates"]]
-        assert names == ["base", f"{kohya}:0.25+{peft}:0.75@1.0"]
-        assert found["candidates"][1]["weights"] == {str(kohya): 0.25, str(peft): 0.75}
+        assert names == ["base", "run.safetensors:0.25+run.peft:0.75@1.0"]
+        assert found["candidates"][1]["weights"] == {"run.safetensors": 0.25, "run.peft": 0.75}
         assert found["candidates"][1]["file"] is None
-        assert found["adapters"].keys() == {str(kohya), str(peft)}
+        assert {entry["path"] for entry in found["adapters"].values()} == {str(kohya), str(peft)}
         assert [metric["name"] for metric in found["metrics"]] == ["clip_text"]
         assert found["failed"] == []
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from lora_diffusion.core.logs import printable
 from lora_diffusion.families import _vision
 from lora_diffusion.families.llava import Llava
 from tests.tiny_llava import entry, save_tiny_llava, save_tiny_llava_next, write_chats, write_picture
@@ -196,7 +197,7 @@ class TestScoreOptions:
         assert "--images is about answers" in command("ask", "--question", "x", "--images", "coco", "coco").message
         told = command.good("ask", "--model", base, "--question", "Why?", "coco", "--csv", "plain.csv").out
         (plain,) = csv.DictReader(Path("plain.csv").read_text(encoding="utf-8").splitlines())
-        assert told == f"{plain['picture']}\t{plain['answer']}\n" and plain["question"] == "Why?"
+        assert told == printable(f"{plain['picture']}\t{plain['answer']}\n") and plain["question"] == "Why?"
 
     def test_texts_alone_and_splits(self, command: Commands, base: Path, tmp_path: Path) -> None:
         alone = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from lora_diffusion.config.load import load
 from lora_diffusion.core import registry
-from lora_diffusion.workflows._steps import read_adapter, read_checkpoint
+from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._steps import read_adapter
 from tests.tiny_adapters import same
 from tests.workflows.conftest import Commands, Killer
 
@@ -79,7 +80,7 @@ def test_files_of_a_run(command: Commands, settings: list[str], tmp_path: Path) 
     config = load(run / "config.yaml")
     family = registry.find("families", "sd1")
     plan = json.loads((run / "plan.json").read_text())
-    trained = read_checkpoint(run / "checkpoints" / "step-000012", config, family)
+    _, trained = _run_checkpoints.read(_run_checkpoints.at_step(run, 12))
     assert {(*key, own.rank, own.alpha) for key, own in trained} == {
         (module["part"], module["path"], module["rank"], module["alpha"]) for module in plan["modules"]
     }

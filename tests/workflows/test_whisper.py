@@ -102,7 +102,13 @@ def test_files_of_a_run_and_tools(train, command: Commands, base: Path, recordin
     card = json.loads(command.good("push", run, "--repo", "maria/words", "--dry-run", "--json").out)["card"]
     assert "pipeline_tag: automatic-speech-recognition" in card
     names: dict[str, object] = {}
-    exec(card.split("```python\n")[1].split("```")[0].replace("maria/words", str(run)), names)
+    exec(
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace("maria/words", str(run))
+        .replace('"base"', repr(str(base))),
+        names,
+    )
     assert isinstance(names["model"], PeftModel)
 
 
