@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_diffusion.adapters._dora import Dora, Magnitude
-from lora_diffusion.adapters._fused import FusedLinear, TrainingDropout
+from lora_diffusion.adapters._fused import FusedLinear
 from lora_diffusion.adapters._peft import (
     LoHaConfig,
     LoHaLayer,
@@ -19,6 +19,7 @@ from lora_diffusion.adapters._peft import (
     LoraLayer,
     PeftConfig,
 )
+from lora_diffusion.adapters._product import TrainingDropout
 from lora_diffusion.core.types import ModuleAdapter
 
 

@@ -50,7 +50,16 @@ def _names(file: Path, changed_ns: int, num_bytes: int) -> frozenset[str]:
 @cache
 def _names_of_vae(config: str) -> frozenset[str]:
     import torch
+
+    from lora_diffusion.families import _plain_vae
+
+    told = json.loads(config)
+    with torch.device("meta"):
+        return frozenset((_plain_vae.vae(told) or _vae_of_library(told)).state_dict())
+
+
+def _vae_of_library(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    with torch.device("meta"):
-        return frozenset(AutoencoderKL.from_config(json.loads(config)).state_dict())
+    made: nn.Module = AutoencoderKL.from_config(dict(config))
+    return made

@@ -180,18 +180,32 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
 
 
 def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
-    """Returns UNet and those text encoders that have a config, on the meta device."""
+    """Returns UNet and those text encoders that have a config, on the meta device, with the layers that are loaded."""
     import torch
-    import transformers
-    from diffusers import UNet2DConditionModel
+
+    from lora_diffusion.families import _plain_clip, _plain_unet
 
     with torch.device("meta"):
         towers = {
-            name: getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(configs[name])))
+            name: _plain_clip.text_encoder(configs[name], kind=kind) or _text_encoder_of_library(configs[name], kind)
             for name, kind in layout.towers.items()
             if name in configs
         }
-        return {"unet": UNet2DConditionModel.from_config(dict(configs["unet"])), **towers}
+        return {"unet": _plain_unet.unet(configs["unet"]) or _unet_of_library(configs["unet"]), **towers}
+
+
+def _text_encoder_of_library(config: Mapping[str, Any], kind: str) -> nn.Module:
+    import transformers
+
+    made: nn.Module = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(config)))
+    return made
+
+
+def _unet_of_library(config: Mapping[str, Any]) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    made: nn.Module = UNet2DConditionModel.from_config(dict(config))
+    return made
 
 
 def shared_skeleton(configs: Configs, layout: Layout) -> Mapping[str, nn.Module]:

@@ -6,18 +6,17 @@ torch then makes the same choices as in the run, such as which attention kernel,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_diffusion.core.products import product_dtype
 
@@ -53,7 +52,7 @@ def take_step(
         context: what the trainer computes the forward pass in.
         set_up: changes the networks once they are on the device.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), _Lives() as lives:
+    with _Lives() as lives:
         inputs = {name: _on(kwargs, device, dtype) for name, kwargs in examples.items()}
         for name in examples:
             _move(parts[name], device, dtype)
@@ -81,7 +80,7 @@ def _move(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
             setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             kind = dtype if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.zeros(buffer.shape, dtype=kind, device=device))
+            setattr(module, name, torch.empty(buffer.shape, dtype=kind, device=device))
 
 
 def _on(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -89,21 +88,54 @@ def _on(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return {key: _on(item, device, dtype) for key, item in value.items()}
     if not isinstance(value, Tensor):
         return value
-    return torch.zeros(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=device)
+    return torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=device)
 
 
 def _with_gradient(value: Any) -> Any:
     return value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+class _Shape(Tensor):
+    """A tensor that has all but numbers. torch's own FakeTensor is the same, and imports the whole compiler."""
+
+    inner: Tensor
+    """Its shape, type and layout, on the meta device; the storage is shared by all views of one tensor."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor, device: torch.device) -> _Shape:
+        made: _Shape = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=device,
+        )
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        raise RuntimeError(f"{func} was called on a tensor without numbers outside of the rehearsal.")
+
+
 class _Lives(TorchDispatchMode):
-    """Adds up the memory of all tensors that are made in the context, as long as each lives."""
+    """Makes all tensors in the context without numbers, and adds up what they would take as long as each lives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes = 0
         self._bytes = 0
         self._known: set[int] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch imports its whole compiler to leave a mode out of it; nothing is compiled here.
+        return False
 
     def start(self) -> None:
         """Counts from here; what lives already is not part of it."""
@@ -112,15 +144,37 @@ class _Lives(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        inputs = {_identity(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in inputs | self._known:
-                self._add(tensor, key)
+        """Calls on the meta device what is called on any; the answer is where it would be."""
+        inputs: list[_Shape] = []
+        given = dict(kwargs or {})
+        told = given.get("device")
+        bare = [_bare(value, inputs) for value in args]
+        given = {name: _bare(value, inputs) for name, value in given.items()}
+        if told is not None:
+            given["device"] = "meta"
+        # A single number may lie on the CPU beside tensors of another device.
+        homes = [tensor.device for tensor in sorted(inputs, key=lambda tensor: not tensor.dim())]
+        device = torch.device(told) if told is not None else homes[0] if homes else torch.device("cpu")
+        known = {id(tensor.inner): tensor for tensor in inputs}
+        rule = None if given else _RULES.get(func)
+        made = rule(bare) if rule else None
+        return self._dressed(func(*bare, **given) if made is None else made, known, device)
+
+    def _dressed(self, made: Any, known: Mapping[int, _Shape], device: torch.device) -> Any:
+        if isinstance(made, Tensor):
+            if (same := known.get(id(made))) is not None:
+                return same
+            self._add(made)
+            return _Shape(made, device)
+        if isinstance(made, list | tuple):
+            return type(made)(self._dressed(own, known, device) for own in made)
         return made
 
-    def _add(self, tensor: Tensor, key: int) -> None:
+    def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:  # a view
+            return
         self._known.add(key)
         self._bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self._bytes)
@@ -131,8 +185,88 @@ class _Lives(TorchDispatchMode):
         self._bytes -= num_bytes
 
 
-def _identity(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+_ATEN = torch.ops.aten
+_POINTWISE = frozenset(
+    {_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.pow.Tensor_Scalar, _ATEN.neg.default}
+    | {_ATEN.exp.default, _ATEN.sin.default, _ATEN.cos.default, _ATEN.sigmoid.default, _ATEN.sigmoid_backward.default}
+    | {_ATEN.tanh.default, _ATEN.tanh_backward.default, _ATEN.silu.default, _ATEN.silu_backward.default}
+    | {_ATEN.gelu.default, _ATEN.gelu_backward.default, _ATEN.mul.Scalar, _ATEN.div.Scalar}
+)
+"""What gives, from fractions, fractions of the widest type among them; torch itself imports its compiler for that."""
+
+
+def _pointwise(args: Sequence[Any]) -> Tensor | None:
+    """Returns the answer of one of these, or None where types must be settled first."""
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    kinds = {tensor.dtype for tensor in tensors}
+    # A single number does not widen the others.
+    if not all(tensor.is_floating_point() and (tensor.dim() or len(kinds) == 1) for tensor in tensors):
+        return None
+    kind = reduce(torch.promote_types, kinds)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    like = next((tensor for tensor in tensors if tensor.shape == shape), None)
+    return torch.empty(shape, dtype=kind, device="meta") if like is None else torch.empty_like(like, dtype=kind)
+
+
+def _cat(args: Sequence[Any]) -> Tensor | None:
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    if len({(tensor.dtype, tensor.dim()) for tensor in tensors}) != 1:
+        return None
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
+
+
+def _layer_norm(args: Sequence[Any]) -> tuple[Tensor, ...]:
+    x, normalized = args[0], args[1]
+    rows = [*x.shape[: x.dim() - len(normalized)], *(1 for _ in normalized)]
+    return _contiguous(x), *(torch.empty(rows, device="meta") for _ in range(2))
+
+
+def _group_norm(args: Sequence[Any]) -> tuple[Tensor, ...]:
+    x, num_rows, num_groups = args[0], args[3], args[6]
+    return _contiguous(x), *(torch.empty(num_rows, num_groups, device="meta") for _ in range(2))
+
+
+def _norm_backward(args: Sequence[Any]) -> tuple[Tensor | None, ...] | None:
+    """Returns the gradient of the input; gradients of the norm's own weights are left to torch."""
+    for_x, *for_weights = args[-1]
+    return None if any(for_weights) else (_contiguous(args[1]) if for_x else None, None, None)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _product(args: Sequence[Any]) -> Tensor:
+    _, one, other = args
+    return torch.empty(one.shape[0], other.shape[1], dtype=one.dtype, device="meta")
+
+
+_RULES: Mapping[Any, Callable[[Sequence[Any]], Any]] = {
+    **dict.fromkeys(_POINTWISE, _pointwise),
+    _ATEN.addmm.default: _product,
+    _ATEN.cat.default: _cat,
+    _ATEN.mean.default: lambda args: torch.empty((), dtype=args[0].dtype, device="meta"),
+    _ATEN.addmm_.default: lambda args: args[0],
+    _ATEN.native_layer_norm.default: _layer_norm,
+    _ATEN.native_layer_norm_backward.default: _norm_backward,
+    _ATEN.native_group_norm.default: _group_norm,
+    _ATEN.native_group_norm_backward.default: _norm_backward,
+}
+"""Operator -> what gives its answer on the meta device, or None where torch must be asked."""
+
+
+def _bare(value: Any, found: list[_Shape]) -> Any:
+    """Returns an argument with tensors on the meta device, and adds those without numbers to `found`."""
+    if isinstance(value, _Shape):
+        found.append(value)
+        return value.inner
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, list | tuple):
+        return [_bare(own, found) for own in value]
+    return value
 
 
 class _LinearProduct(torch.autograd.Function):

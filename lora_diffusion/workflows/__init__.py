@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.metadata_texts import metadata_lines as metadata_lines
     from lora_diffusion.workflows.metadata_texts import show_metadata as show_metadata
     from lora_diffusion.workflows.metadata_texts import strip_metadata as strip_metadata
+    from lora_diffusion.workflows.outlook import Outlook as Outlook
+    from lora_diffusion.workflows.outlook import dry_run as dry_run
     from lora_diffusion.workflows.pictures import Pictures as Pictures
     from lora_diffusion.workflows.pictures import generate as generate
     from lora_diffusion.workflows.publishing import Publication as Publication
@@ -44,9 +46,7 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.selection import Selection as Selection
     from lora_diffusion.workflows.selection import select as select
     from lora_diffusion.workflows.subtitles import write_transcripts as write_transcripts
-    from lora_diffusion.workflows.training_run import Outlook as Outlook
     from lora_diffusion.workflows.training_run import TrainResult as TrainResult
-    from lora_diffusion.workflows.training_run import dry_run as dry_run
     from lora_diffusion.workflows.training_run import train as train
     from lora_diffusion.workflows.transcription import transcribe as transcribe
     from lora_diffusion.workflows.transcription import understand as understand
@@ -67,12 +67,13 @@ _HOMES = {
     "evaluation": ("Question", "evaluate", "evaluate_as_table", "failed_gates"),
     "metadata_texts": ("edit_metadata", "metadata_lines", "show_metadata", "strip_metadata"),
     "inspection": ("inspect",),
+    "outlook": ("Outlook", "dry_run"),
     "pictures": ("Pictures", "generate"),
     "publishing": ("Publication", "push"),
     "reports": ("read_training", "report"),
     "selection": ("Preference", "Selection", "select"),
     "subtitles": ("write_transcripts",),
-    "training_run": ("Outlook", "TrainResult", "dry_run", "train"),
+    "training_run": ("TrainResult", "train"),
     "transcription": ("transcribe", "understand"),
     "verification": ("Verification", "verify"),
 }

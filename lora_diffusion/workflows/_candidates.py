@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapters.merge import remove
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import sha256
@@ -202,6 +201,8 @@ class Studio:
 
     def _carry(self, parts: Sequence[tuple[Source, float]]) -> dict[str, str]:
         """Lets the base carry these adapters and no others; returns source -> name on the base."""
+        from lora_diffusion.adapters.merge import remove
+
         wanted = tuple(source.name for source, _ in parts)
         if wanted != self.attached:
             remove(self.loaded)

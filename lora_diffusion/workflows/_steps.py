@@ -1,4 +1,4 @@
-"""Steps that several workflows share."""
+"""Steps that several workflows share; PEFT is imported where an adapter is read or attached, since it takes seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters.state import check_fit, load_state
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.chat import Chat
@@ -49,6 +48,8 @@ def find_family(model: ModelOptions, sample_type: type[Sample]) -> Family:
 
 def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:
     """Returns the adapter of a file, a folder of PEFT or a checkpoint of a run, which must fit the base."""
+    from lora_diffusion.adapters.state import check_fit
+
     state = read_unchecked(path, family, model)
     check_fit(state, family.skeleton(model), str(path))
     check_sizes(state, str(path))
@@ -65,6 +66,8 @@ def read_unchecked(path: Path, family: Family, model: ModelOptions) -> AdapterSt
 
 def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:
     """Injects adapters under the names adapter0, adapter1, ... and returns their weights by name."""
+    from lora_diffusion.adapters.state import load_state
+
     named = {f"adapter{index}": weight for index, weight in enumerate(weights)}
     for (name, weight), state in zip(named.items(), states, strict=True):
         load_state(loaded, state, name, weight)

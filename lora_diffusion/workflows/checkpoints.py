@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.adapters.plan import plan
-from lora_diffusion.adapters.state import check_fit
 from lora_diffusion.compose import extract as extracting
 from lora_diffusion.compose import merge as merging
 from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
@@ -124,6 +123,8 @@ def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Fam
         )
     modules = {key: own for key, own in state if key.part not in lacking}
     state = replace(state, modules=modules)
+    from lora_diffusion.adapters.state import check_fit
+
     check_fit(state, skeleton, str(path))
     check_sizes(state, str(path))
     if state.embeddings:

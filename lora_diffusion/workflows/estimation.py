@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
+from lora_diffusion.adapters.shapes import inject_shapes
 from lora_diffusion.config.schema import REQUIRED, Config, PictureDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import frozen_dtype, pick_device
@@ -85,7 +85,7 @@ def step_memory(
         stand_in(network, [path for path, _ in chosen(network, kind)], kind)
     variant = variants.find(config.adapter.variant, kind)
     loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
-    params = inject(loaded, plan, variant, config.adapter.dropout, config.train.seed)
+    params = inject_shapes(loaded, plan, variant, config.adapter.dropout)
     return memory.estimate(
         loaded.parts, example.inputs, params, config.train, weights_bytes=weights, dtype=dtype, device=device
     )

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
@@ -19,7 +18,6 @@ from lora_diffusion.core.protocols import Family
 from lora_diffusion.core.tuning import use_channels_last, use_threads
 from lora_diffusion.core.types import Loaded, Request, Sample
 from lora_diffusion.data import cache
-from lora_diffusion.data.kinds import Report
 from lora_diffusion.training import checkpoint, memory, record, run_files, run_folder
 from lora_diffusion.training.hooks import Hook, IntervalHook
 from lora_diffusion.training.run_folder import RunFolder
@@ -30,7 +28,6 @@ from lora_diffusion.workflows._adapter_writing import AdapterWriter
 from lora_diffusion.workflows._checks import Checked, check
 from lora_diffusion.workflows._previews import SAVERS
 from lora_diffusion.workflows._steps import make_batches
-from lora_diffusion.workflows.estimation import step_memory
 from lora_diffusion.workflows.selection import Selection, select
 
 
@@ -170,39 +167,3 @@ def _prepare_previews(
 def _needed_to_show(loaded: Loaded, trained: frozenset[str]) -> frozenset[str]:
     """Names what previews need besides what is trained; if one encoder is trained, prompts are encoded anew by all."""
     return loaded.encoders if loaded.encoders & trained else loaded.decoders
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What a training run would do."""
-
-    data: Report
-    plan: InjectionPlan
-    memory: memory.MemoryEstimate
-    num_steps: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
-        return {
-            "data": vars(self.data),
-            "plan": self.plan.to_json(),
-            "memory": vars(self.memory) | {"total_bytes": self.memory.total_bytes},
-            "steps": self.num_steps,
-        }
-
-    def text(self) -> str:
-        """Returns lines for people."""
-        lines = [*self.data.lines(), *self.plan.lines(), *self.plan.module_lines(), self.memory.line()]
-        return "\n".join([*lines, f"steps   {self.num_steps}", "Nothing was trained: this was a dry run."])
-
-
-def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Outlook:
-    """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing.
-
-    A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
-    """
-    config = config if overwrite else run_folder.as_started(config)
-    checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
-    largest = checked.kind.largest(checked.samples)
-    needed = step_memory(checked.config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
-    return Outlook(checked.kind.describe(checked.samples), checked.plan, needed, checked.num_steps)

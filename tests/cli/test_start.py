@@ -97,6 +97,17 @@ def test_a_folder_of_pictures_is_checked_without_torch() -> None:
     assert min(_processor_s([*PROGRAM, "data", "check", str(pictures)]) for _ in range(2)) < 2 * LIMIT_S
 
 
+def test_a_dry_run_imports_torch_and_nothing_of_its_size(tmp_path: Path) -> None:
+    data = f"data.path={shipped_path('datasets') / 'blob-style' / 'references'}"
+    code = _RUN_AND_TELL.replace(repr(HEAVY), repr((*HEAVY, "torch._dynamo", "scipy", "bitsandbytes")))
+    for command in (["train", f"output.path={tmp_path / 'run'}", data, "--dry-run"], ["estimate"]):
+        arguments = [command[0], "--config", "sd1/style", *command[1:]]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)
+        ended, heavy = ast.literal_eval(done.stdout.splitlines()[-1])
+        assert ended == 0, done.stderr
+        assert {*heavy} <= {"torch", "numpy", "PIL", "safetensors", "accelerate"}
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "train.max_step=3"]], ids=" ".join)
 def test_answers_at_once(arguments: list[str]) -> None:
     """Counts the processor's time, since other programs may run beside the tests; nothing here waits."""
