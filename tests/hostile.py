@@ -408,8 +408,8 @@ def _make_runs(root: Path) -> None:
     from tests.evaluation.sample import make_sample
 
     run = root / "run"
-    make_sample(run / "evaluation")
-    shutil.rmtree(run / "evaluation" / "pictures")
+    make_sample(root / "evaluation")
+    shutil.rmtree(root / "evaluation" / "pictures")
     _text(run / "config.yaml", to_yaml(load(None, [*_NEEDED[:2], f"output.path={run}"])))
     lines = [{"step": step, "loss": 1 / step, "lr": 1e-4, "seconds": 0.1, "samples": 4} for step in range(1, 9)]
     _text(run / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
@@ -449,6 +449,10 @@ def _read_run(folder: Path) -> None:
     from lora_diffusion.training.run_folder import RunFolder
     from lora_diffusion.workflows.selection import read_selection
 
+    if folder.name == "evaluation":
+        choose(results.read(folder))
+        return
+
     def look_at_checkpoints() -> None:
         run_files.own(folder)
         if found := checkpoint.find_latest(folder):
@@ -460,7 +464,6 @@ def _read_run(folder: Path) -> None:
         lambda: read_selection(folder),
         lambda: workflows.read_training(folder),
         lambda: RunFolder(folder).config(),
-        lambda: choose(results.read(folder / "evaluation")),
         lambda: beside.check_beside(folder / "report.html", [folder / "report.csv"]),
     )
 
@@ -584,7 +587,7 @@ def main() -> None:
     logging.disable(logging.NOTSET)
     with tempfile.TemporaryDirectory() as folder:
         outcome = run(args.sort, range(args.first, args.first + args.number), args.seed, Path(folder))
-    json.dump(vars(outcome), sys.stdout)
+    print("\n", json.dumps(vars(outcome)))  # in a line of its own, since libraries print too
 
 
 if __name__ == "__main__":

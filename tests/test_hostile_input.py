@@ -33,7 +33,7 @@ def _outcome(sort: str, first: int, number: int) -> dict[str, Any]:
         check=False,
     )
     assert process.returncode == 0, process.stderr[-5000:]
-    outcome: dict[str, Any] = json.loads(process.stdout)
+    outcome: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return outcome
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import read_json
+from lora_diffusion.core.logs import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -97,7 +98,7 @@ class TextLimit:
         try:
             return _of_folder(self.folder)
         except Exception as error:  # the tokenizers library raises nothing narrower
-            reason = " ".join(str(error).split())
+            reason = shown(" ".join(str(error).split()), 300)
             raise ModelError(
                 f"The tokenizer in {self.folder} cannot be read ({reason}); fetch the base again."
             ) from error

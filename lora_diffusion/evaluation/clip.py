@@ -99,7 +99,7 @@ def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
     except ModelError:
         raise
     except Exception as error:  # what libraries raise on wrong files is of every type
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = shown(next(iter(str(error).splitlines()), type(error).__name__), 300)
         raise ModelError(
             f"The CLIP {name} cannot be loaded: {reason}. Give --clip a folder or hub id in the format of open_clip or "
             f"transformers, {BUILTIN}, or MODEL/TAG of open_clip, say {DEFAULT}; without a network, its files must "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import user_path
+from lora_diffusion.core.logs import shown
 from lora_diffusion.core.model_folder import check_model_folder
 from lora_diffusion.evaluation.encoding import CentreCrop, Preprocessing, encode_pictures
 
@@ -65,7 +66,7 @@ def load_dino(name: str, device: str | torch.device = "cpu") -> Dino:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return shown(next(iter(str(error).splitlines()), type(error).__name__), 300)
 
 
 def _preprocessing(config: Any) -> Preprocessing:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import read_json, read_whole, write_json, write_text
-from lora_diffusion.core.logs import name_some
+from lora_diffusion.core.logs import name_some, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -273,7 +273,7 @@ def read(folder: Path) -> Evaluation:
         return typing.cast(Evaluation, _typed({**values, "scores": scores}, Evaluation))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{folder} is no whole evaluation: {error}. Make one with 'lora-diffusion evaluate'."
+            f"{folder} is no whole evaluation: {shown(str(error), 300)}. Make one with 'lora-diffusion evaluate'."
         ) from error
 
 

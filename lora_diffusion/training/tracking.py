@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.extras import require
-from lora_diffusion.core.files import parse_json, write_text
+from lora_diffusion.core.files import parse_json, read_json, write_text
 from lora_diffusion.core.logs import console, logger, name_some
 from lora_diffusion.core.protocols import Tracker
 
@@ -191,7 +191,7 @@ def _warn_of_damage(path: Path, lines: Sequence[_Line]) -> None:
 def read_held_out(path: Path) -> list[dict[str, float]]:
     """Returns what a run recorded of held-out samples; nothing where the file is missing, damaged or of pictures."""
     try:
-        lines = [{name: float(value) for name, value in line.items()} for line in json.loads(path.read_bytes())]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        lines = [{name: float(value) for name, value in line.items()} for line in read_json(path)]
+    except (OSError, ValueError, TypeError, AttributeError):
         return []
     return [line for line in lines if len(line) > 2 and {"step", "score"} <= line.keys()]

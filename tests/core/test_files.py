@@ -15,6 +15,7 @@ from lora_diffusion.core.files import (
     check_writable,
     default_cache_path,
     not_a_file,
+    read_json,
     remove_leftovers,
     save_tensors,
     sha256,
@@ -198,3 +199,39 @@ def test_an_unknown_home_folder_is_told_with_the_setting(monkeypatch: pytest.Mon
     assert user_path("~/a", "data.path") == tmp_path / "a"
     with pytest.raises(ConfigError, match=r"data\.path=~nobody-of-this-name/a: there is no home folder"):
         user_path("~nobody-of-this-name/a", "data.path")
+
+
+class TestJsonOfStrangers:
+    @pytest.mark.parametrize(
+        ("content", "fault"),
+        [
+            (b"[" * 100_000, "brackets in brackets too deep"),
+            (b'{"a": ' * 2000, "brackets in brackets too deep"),
+            (b"9" * 5000, "too many digits"),
+            (rb'{"a": "cut \ud83d"}', "half a character"),
+            (b'"\xed\xa0\xbd"', "invalid continuation byte"),
+            (b'"\xff"', "invalid start byte"),
+            (b"{]", "Expecting property name"),
+        ],
+    )
+    def test_what_cannot_be_read(self, content: bytes, fault: str, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError, match=fault):
+            read_json(tmp_path / "a.json")
+
+    def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "zero").symlink_to("/dev/zero")
+        for name, kind in (("pipe", "a pipe"), ("zero", "a device")):
+            with pytest.raises(ValueError, match=f"it is {kind}"):
+                read_json(tmp_path / name)
+
+    def test_what_is_too_large_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "a.json").open("wb") as stream:
+            stream.truncate(65 * 2**20)
+        with pytest.raises(ValueError, match="68,157,440 bytes"):
+            read_json(tmp_path / "a.json")
+
+    def test_a_byte_order_mark(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": "\xf0\x9f\x98\x80"}')
+        assert read_json(tmp_path / "a.json") == {"a": "\U0001f600"}
