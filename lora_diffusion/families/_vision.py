@@ -115,11 +115,7 @@ def _unread(folder: Path) -> tuple[str, ...]:
     """Returns patterns of what stands behind the last layer of the image tower that the base reads."""
     from transformers import AutoConfig
 
-<<<<<<< HEAD
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-=======
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
->>>>>>> hostile
     depth, read = config.vision_config.num_hidden_layers, config.vision_feature_layer
     # State 0 is what goes into the first layer.
     last = max(layer % (depth + 1) for layer in ([read] if isinstance(read, int) else read))

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan
