@@ -60,7 +60,7 @@ def _published(format_name: str, family: str) -> KeyMap:
 
 
 def _key_map(format_name: str, parts: Mapping[str, nn.Module], family: str) -> KeyMap:
-    live = _layers(parts)
+    live = _layers(parts) if parts else {}  # without networks, names need no torch
     paths = {**_standard.paths(family), **live}
     numbered = [path for path in paths["unet"] if "unet" in live or _standard.is_published(family, path)]
     if format_name == "ldm":
