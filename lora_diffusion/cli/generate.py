@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
-from lora_diffusion.config.rules import MAX_DRAWING_STEPS
+from lora_diffusion.config.rules import MAX_DRAWING_STEPS, check_negative
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import is_text
 from lora_diffusion.core.weighted import weighted_file
@@ -64,8 +64,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
-    if args.guidance == 1 and args.negative:
-        raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
+    check_negative(args.negative, args.guidance)
     for text in (*args.prompt, args.negative):
         if not is_text(text):
             raise ConfigError(f"{text!r} is not UTF-8; type the prompt in a terminal that is set to UTF-8.")

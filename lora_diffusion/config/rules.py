@@ -243,6 +243,20 @@ def _output_relations(output: Any, train: Any) -> Iterator[Contradiction]:
         yield Contradiction(f"output.name={output.name}: must be a plain file name without folders")
 
 
+def check_negative(negative: str, guidance: float | None) -> None:
+    """Refuses the option --negative where nothing reads it.
+
+    Args:
+        negative: what pictures should not show.
+        guidance: its scale; 1 turns it off, None is not known yet.
+
+    Raises:
+        ConfigError: guidance is off.
+    """
+    if negative and guidance is not None and guidance <= 1:
+        raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
+
+
 def as_written(value: Any) -> str:
     """Returns a value as it stands in a config."""
     if isinstance(value, tuple):

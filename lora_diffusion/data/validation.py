@@ -20,7 +20,7 @@ _LARGEST_SHARE = 0.5
 def hold_out(
     kind: Kind, config: Any, info: BaseInfo, samples: Sequence[Sample]
 ) -> tuple[Sequence[Sample], Sequence[Sample]]:
-    """Returns the samples to train on, and those that `data.validation` holds out; none of these where it is not set.
+    """Returns the samples to train on, and those that `data.validation`, which is set, holds out.
 
     Args:
         kind: reads other data.
@@ -33,8 +33,6 @@ def hold_out(
         DataError: the other data cannot be used.
     """
     wanted = config.validation
-    if wanted is None:
-        return samples, ()
     if (share := _share(wanted)) is not None:
         return split(samples, share)
     path = user_path(wanted, "data.validation")

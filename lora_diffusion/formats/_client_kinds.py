@@ -31,7 +31,6 @@ _WHOLE: Mapping[str, tuple[frozenset[str], ...]] = {
     "oft": (frozenset({"oft_blocks"}),),
 }
 """Kind -> the tensors without which A1111 does not take a module for it."""
-BIASES = frozenset({"diff_b", "b_norm"})
 
 
 def taken(client: Client, module: FileModule) -> list[str]:

@@ -73,7 +73,6 @@ _COMFY_TEXT = ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_enco
 _COMFY_NAMES = (*_COMFY_UNET, *_COMFY_TEXT)
 _COMFY_STYLES = frozenset(("kohya", "peft", "diffusers", "linear_layer", "processor"))
 _LYCORIS = frozenset(("lora", "tucker", "loha", "lokr", "full", "norm", "glora"))
-_ALL_KINDS = frozenset(("lora", "tucker", "loha", "lokr", "full", "norm", "glora", "oft", "boft", "ia3", "set"))
 _LAST_WINS = ("set", "full", "norm", "oft", "glora", "lokr", "loha", *PAIRS)
 """How ComfyUI and Forge go through the kinds, each of which replaces the one before."""
 _NOT_LOADED = Fate("module", LOST, "writes 'lora key not loaded' to its log and goes on")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.config.rules import MAX_DRAWING_STEPS
+from lora_diffusion.config.rules import MAX_DRAWING_STEPS, check_negative
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.device import pick_device, process_group
@@ -133,8 +133,8 @@ def evaluate(question: Question) -> Evaluation:
     metrics = _metrics(question, cases, given, scorers, faults)
     _check_rest(question, tried, metrics, faults)
     faults += _unused_scorers(question, metrics)
-    if info and question.negative and _guidance(question, info) <= 1:
-        faults.append("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
+    with faults.noted():
+        check_negative(question.negative, _guidance(question, info) if info else None)
     faults.stop("evaluate")
 
     process_group().wait_for_everyone()  # all have looked into the folder before one writes into it

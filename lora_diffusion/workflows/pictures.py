@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_diffusion.config.rules import check_negative
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import ConfigError
@@ -58,8 +59,7 @@ def generate(
         raise ConfigError(
             f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base."
         )
-    if negative and (info.guidance if guidance is None else guidance) <= 1:
-        raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
+    check_negative(negative, info.guidance if guidance is None else guidance)
     check_writable(output_path, "--output")
     use_threads("auto")
     states = [read_adapter(path, family, model) for path, _ in adapters]
