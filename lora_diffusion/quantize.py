@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from lora_diffusion.core.device import pick_device
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.extras import require
-from lora_diffusion.core.products import product_dtype
+from lora_diffusion.runtime.bf16_emulation import product_dtype
+from lora_diffusion.runtime.device import pick_device
 
 _KEPT = re.compile(
     r"(.*\.)?(time_embedding|time_emb_proj|add_embedding|conv_in|conv_out|text_projection"

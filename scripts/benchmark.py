@@ -130,11 +130,12 @@ def ours(setting: Setting, change: Callable[[Any], None] | None = None) -> Calla
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.adapters.variants import find
     from lora_diffusion.config.schema import AdapterConfig, TrainConfig
-    from lora_diffusion.core.tuning import use_channels_last
-    from lora_diffusion.core.types import BaseInfo, Batch, Loaded
+    from lora_diffusion.core.base_model import BaseInfo, Loaded
+    from lora_diffusion.core.samples import Batch
     from lora_diffusion.diffusion.noise import NoiseSchedule
     from lora_diffusion.diffusion.prediction import find_prediction
     from lora_diffusion.families.sd1 import FAMILY, SD1Options
+    from lora_diffusion.runtime.autotune import use_channels_last
     from lora_diffusion.training.trainer import Trainer
 
     unet = build_unet(setting)
@@ -223,7 +224,7 @@ def compiled(unet: Any) -> None:
 
 def frozen(setting: Setting) -> Callable[[int], None]:
     """Prepares the floor in the layout that our step has."""
-    from lora_diffusion.core.tuning import use_channels_last
+    from lora_diffusion.runtime.autotune import use_channels_last
 
     return floor(setting, lambda unet: use_channels_last([unet], _device()))
 

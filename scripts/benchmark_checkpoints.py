@@ -88,7 +88,7 @@ def write_adapter(family_name: str, path: Path) -> None:
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.config.schema import AdapterConfig
     from lora_diffusion.core import registry
-    from lora_diffusion.core.types import AdapterState, ModuleAdapter
+    from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
     from scripts.full_size import skeleton
 
     family, rng = registry.find("families", family_name), torch.Generator().manual_seed(1)
@@ -121,7 +121,7 @@ def run_command(arguments: Sequence[str]) -> dict[str, Any]:
 
 def layer_errors(wanted_path: Path, found_path: Path) -> list[float]:
     """Returns the relative error of each layer of an extracted adapter; 1 for a layer that is missing."""
-    from lora_diffusion.core.lowrank import Factors, norm, total
+    from lora_diffusion.algebra.lowrank import Factors, norm, total
     from lora_diffusion.workflows._files import read_alone
 
     (_, wanted), (_, found) = read_alone(wanted_path), read_alone(found_path)

@@ -28,12 +28,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_diffusion.core.evidence import Evidence
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.core.types import Evidence
-from lora_diffusion.evaluation.clip import BUILTIN, Clip, load_clip
-from lora_diffusion.evaluation.encoding import BATCH
-from lora_diffusion.evaluation.metrics.clip_text import METRIC as CLIP_TEXT
-from lora_diffusion.evaluation.scorers import Scorers
+from lora_diffusion.scoring.clip import BUILTIN, Clip, load_clip
+from lora_diffusion.scoring.encoding import BATCH
+from lora_diffusion.scoring.metrics.clip_text import METRIC as CLIP_TEXT
+from lora_diffusion.scoring.scorers import Scorers
 
 _SIDES = (64, 64, 64, 96)
 """Most pictures have the size that the CLIP wants, as generated ones have; some must be scaled."""
@@ -91,7 +91,7 @@ def torchmetrics_clip(name: str = BUILTIN) -> tuple[OpenClipModel, OpenClipProce
     """Returns the model and the processor of a built-in or open_clip model."""
     import open_clip
 
-    from lora_diffusion.evaluation.clip import _source
+    from lora_diffusion.scoring.clip import _source
 
     architecture, tag = _source(name, open_clip.list_models())
     model, _, transform = open_clip.create_model_and_transforms(architecture, pretrained=tag)
@@ -169,14 +169,14 @@ def compare(num: int, repeats: int) -> dict[str, Any]:
 
 def measure_overhead(num_seeds: int) -> dict[str, float]:
     """Returns the CPU seconds of an evaluation on the built-in base: drawing, CLIP, loading the base, and all else."""
-    from lora_diffusion import workflows
     from lora_diffusion.config.load import load
     from lora_diffusion.families.sd1 import FAMILY
+    from lora_diffusion.workflows.evaluate import Question, evaluate
 
     spent = dict.fromkeys(("drawing", "CLIP", "loading"), 0.0)
     faces = shipped_path("datasets") / "blob-style"
     with tempfile.TemporaryDirectory() as folder:
-        question = workflows.Question(
+        question = Question(
             output_path=Path(folder) / "evaluation",
             prompts="emoji-style",
             model=load(None, ["model.path=builtin:emoji"], required=False).model,
@@ -194,7 +194,7 @@ def measure_overhead(num_seeds: int) -> dict[str, float]:
             _timed(clip, "encode_image", spent, "CLIP"),
             _timed(clip, "encode_text", spent, "CLIP"),
         ):
-            evaluation = workflows.evaluate(question)
+            evaluation = evaluate(question)
         total = time.process_time() - started
     pictures = len({score.picture for score in evaluation.scores if score.picture})
     rest = total - sum(spent.values())
@@ -222,13 +222,12 @@ def _timed(owner: Any, name: str, spent: dict[str, float], key: str) -> Iterator
 
 def _untrained_adapter(folder: Path) -> Path:
     """Writes an adapter that changes little, without a training run."""
-    from lora_diffusion import workflows
-    from lora_diffusion.config.load import load
-    from lora_diffusion.config.shipped import find_shipped
+    from lora_diffusion.config.load import find_shipped, load
+    from lora_diffusion.workflows.train import train
 
     faces = shipped_path("datasets") / "blob-style" / "train"
     overrides = [f"data.path={faces}", f"output.path={folder / 'run'}", "train.max_steps=1", "train.warmup_steps=0"]
-    return workflows.train(load(find_shipped("sd1/style"), overrides)).files[0]
+    return train(load(find_shipped("sd1/style"), overrides)).files[0]
 
 
 def add_parser(commands: Any) -> None:
@@ -243,7 +242,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
-    from lora_diffusion.core.tuning import use_threads
+    from lora_diffusion.runtime.autotune import use_threads
 
     use_threads("auto")
     result = compare(arguments.num, arguments.repeats) | {"evaluation": measure_overhead(arguments.seeds)}

@@ -54,7 +54,7 @@ JOBS = {
 
 def module_shapes() -> dict[Any, Shape]:
     """Returns module -> (out, in) of the 794 modules."""
-    from lora_diffusion.formats.clients import published
+    from lora_diffusion.compat.verify import published
 
     patterns = {"unet": _KOHYA_UNET, "text_encoder": _KOHYA_TEXT}
     found = {
@@ -70,7 +70,7 @@ def random_factors(shape: Shape, job: Job, seed: int) -> list[Any]:
     """Returns weighted rank-32 adapters of a module; the i-th term has 1/sqrt(i) of the size of the first."""
     import torch
 
-    from lora_diffusion.core.lowrank import Factors
+    from lora_diffusion.algebra.lowrank import Factors
 
     rng = torch.Generator().manual_seed(seed)
     sizes = torch.arange(1, _RANK + 1) ** -0.25
@@ -86,7 +86,7 @@ def random_factors(shape: Shape, job: Job, seed: int) -> list[Any]:
 
 def ours(terms: Sequence[Any], rank: int) -> tuple[Any, Any]:
     """Returns down and up of the nearest adapter, from the factors."""
-    from lora_diffusion.core.lowrank import AtRank, total, truncate
+    from lora_diffusion.algebra.lowrank import AtRank, total, truncate
 
     kept = truncate(total(terms), AtRank(rank)).factors
     return kept.down, kept.up
@@ -170,7 +170,7 @@ def write_adapter(shapes: Mapping[Any, Shape], path: Path) -> None:
     import torch
 
     from lora_diffusion.core import registry
-    from lora_diffusion.core.types import AdapterState, ModuleAdapter
+    from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 
     modules = {}
     for key, shape in shapes.items():

@@ -72,7 +72,7 @@ def config_of(case: Case, pixels: int) -> Any:
 
 def info_of(family: str) -> Any:
     """Returns what would be known of the base."""
-    from lora_diffusion.core.types import BaseInfo
+    from lora_diffusion.core.base_model import BaseInfo
 
     return BaseInfo(512, 64 if family == "sd1" else 32, "random", "epsilon", "random")
 
@@ -81,15 +81,15 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
     """Returns what `lora-diffusion estimate` would say."""
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.core import registry
-    from lora_diffusion.core.types import Example
-    from lora_diffusion.families import _latent
-    from lora_diffusion.workflows.estimation import step_memory
+    from lora_diffusion.core.base_model import Example
+    from lora_diffusion.families.stable_diffusion import sampling
+    from lora_diffusion.workflows.estimate import step_memory
 
     config, family = config_of(case, pixels), registry.find("families", case.family)
     skeleton, info = full_size.networks(case.family), info_of(case.family)
 
     def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
-        return Example(_latent.example(skeleton, info, options, trained, batch_size, size))
+        return Example(sampling.example(skeleton, info, options, trained, batch_size, size))
 
     made = plan(skeleton, family.parts, config.adapter)
     told = step_memory(config, SimpleNamespace(example=example), info, skeleton, made, (pixels, pixels))  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
 
 def measured(case: Case, pixels: int) -> dict[str, int]:
     """Returns the peak of two steps and the bytes of the UNet's frozen weights."""
-    from lora_diffusion.core.tuning import use_channels_last
+    from lora_diffusion.runtime.autotune import use_channels_last
     from lora_diffusion.training.trainer import Trainer
 
     _warm_up()
@@ -129,7 +129,7 @@ def _warm_up() -> None:
 def _load(case: Case, config: Any) -> Any:
     import torch
 
-    from lora_diffusion.core.types import Loaded
+    from lora_diffusion.core.base_model import Loaded
     from lora_diffusion.diffusion.noise import NoiseSchedule
     from lora_diffusion.diffusion.prediction import find_prediction
     from lora_diffusion.quantize import quantize
@@ -171,8 +171,8 @@ def _trained(case: Case, config: Any, loaded: Any) -> tuple[Any, Any]:
 def _batch(case: Case, loaded: Any, side: int) -> Any:
     import torch
 
-    from lora_diffusion.core.types import Prepared
-    from lora_diffusion.families import _objective
+    from lora_diffusion.core.samples import Prepared
+    from lora_diffusion.families.stable_diffusion import training_loss
 
     del loaded
     columns: dict[str, Any] = {}
@@ -192,7 +192,7 @@ def _batch(case: Case, loaded: Any, side: int) -> Any:
     tensors |= {f"{name}_empty": value for name, value in columns.items()}
     if case.family == "sdxl":
         tensors["time_ids"] = torch.ones(1, 6)
-    return _objective.collate([Prepared("random", tensors, "")])
+    return training_loss.collate([Prepared("random", tensors, "")])
 
 
 def _tensors(network: Any) -> list[Any]:

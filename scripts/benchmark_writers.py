@@ -137,13 +137,14 @@ def config_of(case: Case, base: Path, run: Path) -> Any:
 
 def measured(case: Case, base: Path, run: Path) -> dict[str, Any]:
     """Trains, and returns the estimated and the measured peak of a step, in bytes, and the PEFT folder."""
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.estimate import estimate
+    from lora_diffusion.workflows.train import train
 
     config = config_of(case, base, run)
-    told = workflows.estimate(config).memory  # which also imports what training needs
+    told = estimate(config).memory  # which also imports what training needs
     before = own_process.resident_bytes()
     with _peak_from_second_step(run):
-        trained = workflows.train(config)
+        trained = train(config)
     return {
         "estimated": told.total_bytes,
         "parts": told.parts(),
@@ -184,9 +185,9 @@ def _our_logits(case: Case, base: Path, run: Path, adapter: Path) -> tuple[Any, 
     import torch
 
     from lora_diffusion.core import registry
-    from lora_diffusion.core.device import pick_device
     from lora_diffusion.data.kinds import KINDS
-    from lora_diffusion.families import _speech, _vision
+    from lora_diffusion.families.language import speech, vision
+    from lora_diffusion.runtime.device import pick_device
     from lora_diffusion.workflows._steps import attach, read_adapter
 
     config, family = config_of(case, base, run), registry.find("families", case.family)
@@ -199,12 +200,12 @@ def _our_logits(case: Case, base: Path, run: Path, adapter: Path) -> tuple[Any, 
     model = loaded.modules["model"]
     with torch.no_grad():
         if case.family == "whisper":
-            ids = _speech.shift(batch.tensors["labels"], model.config)
+            ids = speech.shift(batch.tensors["labels"], model.config)
             inputs = {"input_features": batch.tensors["features"][:, 0].to(model.dtype), "decoder_input_ids": ids}
             return model(**inputs).logits.float(), inputs
         ids = batch.tensors["input_ids"]
-        inputs = {"input_ids": ids, "pixel_values": _vision.pixels(loaded, sample.views[0])[0].to(model.dtype)}
-        embedded = _vision.embed(loaded, ids, list(batch.tensors["features"]), batch.tensors["image_size"])
+        inputs = {"input_ids": ids, "pixel_values": vision.pixels(loaded, sample.views[0])[0].to(model.dtype)}
+        embedded = vision.embed(loaded, ids, list(batch.tensors["features"]), batch.tensors["image_size"])
         hidden = loaded.parts["language_model"](inputs_embeds=embedded, use_cache=False).last_hidden_state
         return model.lm_head(hidden).float(), inputs
 

@@ -91,29 +91,28 @@ def _measure(program: str, data: Path, seed: int, output: Path) -> dict[str, flo
 
     import torch
 
-    from lora_diffusion import workflows
     from lora_diffusion.families.whisper import WhisperOptions
+    from lora_diffusion.workflows.transcribe import understand
 
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     adapter = _PROGRAMS[program](data / "train", seed, output)
     cpu_s = time.process_time() - started
-    (result,) = workflows.understand(WhisperOptions(), [data / "new"], [(adapter, 1.0)])
+    (result,) = understand(WhisperOptions(), [data / "new"], [(adapter, 1.0)])
     words = sum(len(one.said.split()) for one in result.recordings)
     return {"errors": result.wer * words, "words": words, "cpu_s": cpu_s}
 
 
 def _train_ours(data: Path, seed: int, output: Path) -> Path:
-    from lora_diffusion import workflows
-    from lora_diffusion.config.load import load
-    from lora_diffusion.config.shipped import find_shipped
+    from lora_diffusion.config.load import find_shipped, load
+    from lora_diffusion.workflows.train import train
 
     changes = [f"data.path={data}", f"output.path={output / 'run'}", f"train.seed={seed}", f"train.max_steps={STEPS}"]
     changes += ["model.mask_time_prob=0", "model.mask_feature_prob=0", "data.speeds=[1.0]", "data.noise_db=[]"]
     changes += [f"train.batch_size={BATCH_SIZE}", f"adapter.rank={RANK}", f"train.learning_rate={RATE}"]
     changes += [f"train.warmup_steps={WARMUP_STEPS}", "train.precision=fp32", "train.threads=1", "output.dtype=fp32"]
-    return workflows.train(load(find_shipped("whisper/digits"), changes), overwrite=True).files[0]
+    return train(load(find_shipped("whisper/digits"), changes), overwrite=True).files[0]
 
 
 def _train_plain(data: Path, seed: int, output: Path) -> Path:

@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from lora_diffusion import workflows
-from lora_diffusion.config.load import load
-from lora_diffusion.config.shipped import find_shipped
+from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.core import logs
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.core.types import Request
+from lora_diffusion.core.samples import Request
 from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
-from lora_diffusion.evaluation.clip import load_clip
-from lora_diffusion.evaluation.pictures import grid, save_image
+from lora_diffusion.evaluation.images import grid, save_image
 from lora_diffusion.quickstart import _writing, llava, whisper
+from lora_diffusion.scoring.clip import load_clip
+from lora_diffusion.workflows.compare import compare
+from lora_diffusion.workflows.train import train
 
 _RARE = "zwx"
 _CONCEPT = [
@@ -74,10 +74,10 @@ def main() -> None:
         output = args.output / f"{args.task}-seed{seed}"
         overrides = [f"data.path={train}", f"output.path={output}", f"train.seed={seed}", *args.set]
         config = load(find_shipped(f"sd1/{name}"), overrides)
-        result = workflows.train(config, overwrite=True)
+        result = train(config, overwrite=True)
         cases = _CONCEPT if args.task == "concept" else ()
         draws = range(args.draws)
-        comparison = workflows.compare(config, result.files[0], references, Request("", 0), cases, draws)
+        comparison = compare(config, result.files[0], references, Request("", 0), cases, draws)
         _print_table(f"{args.task}, seed {seed}, {comparison.scorer}", comparison)
         _save_grid(comparison, output / "measured.png", args.draws)
 
@@ -89,7 +89,7 @@ def _measure_writer(task: str, seeds: Sequence[int], output: Path, changes: Sequ
     print(f"\n| seed | test set | {' | '.join(titles)} |\n|{'---|' * (2 + len(titles))}")
     for seed in seeds:
         config = _writing.config_of(show, output / f"{task}-seed{seed}", [f"train.seed={seed}", *changes])
-        result = workflows.train(config, overwrite=True)
+        result = train(config, overwrite=True)
         for name, (before, after) in _writing.compare(show, config, result.files[0]).items():
             rates = [f"{getattr(one, score):.1%}" for score in names for one in (before, after)]
             print(f"| {seed} | {name} | {' | '.join(rates)} |", flush=True)

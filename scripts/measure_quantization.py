@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 
-from lora_diffusion import workflows
 from lora_diffusion.adapters.state import load_state
-from lora_diffusion.config.load import load
+from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
-from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core import registry
-from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Loaded
 from lora_diffusion.data.kinds import KINDS
+from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.workflows._steps import read_adapter
+from lora_diffusion.workflows.train import train
 
 KINDS_OF_STORAGE = ("none", "8bit", "nf4")
 """Values of `model.quantization`; what is not quantized is in bf16."""
@@ -39,7 +38,7 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
             own = [f"data.path={data}", f"output.path={run}", f"train.seed={seed}"]
             stored = [f"model.quantization={name}", "model.dtype=bf16"]
             config = load(find_shipped("sd1/style"), [*own, *stored, *changes])
-            result = workflows.train(config, overwrite=True)
+            result = train(config, overwrite=True)
             before, after = (validation_loss(config, path) for path in (None, result.files[0]))
             reference = after if reference is None else reference
             print(

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_diffusion import workflows
-from lora_diffusion.config.load import load
-from lora_diffusion.config.shipped import find_shipped
+from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation.results import BASE, Evaluation
 from lora_diffusion.evaluation.table import Table
+from lora_diffusion.workflows.evaluate import Question, evaluate
+from lora_diffusion.workflows.report import report
+from lora_diffusion.workflows.select import Selection, select
+from lora_diffusion.workflows.train import train
 
 STEPS = (20, 100, 300, 1200)
 """Checkpoints that are compared; the run is stopped at each and continued."""
@@ -53,8 +55,8 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
             own = [f"data.path={data / 'train'}", f"output.path={run}", f"train.seed={seed}"]
             for step in STEPS:
                 config = load(find_shipped(f"sd1/{name}"), [*own, *TOO_LONG, *changes, f"train.max_steps={step}"])
-                workflows.train(config, resume=step > STEPS[0], overwrite=step == STEPS[0])
-            question = workflows.Question(
+                train(config, resume=step > STEPS[0], overwrite=step == STEPS[0])
+            question = Question(
                 output_path=run / "evaluation",
                 prompts=task.suite,
                 run=run,
@@ -62,13 +64,13 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
                 seeds=(0, 1),
                 classes=task.class_words,
             )
-            evaluation = workflows.evaluate(question)
-            selection = workflows.select(run)
-            workflows.report([run])
+            evaluation = evaluate(question)
+            selection = select(run)
+            report([run])
             _print_table(f"{name}, seed {seed}", evaluation, selection)
 
 
-def _print_table(title: str, evaluation: Evaluation, selection: workflows.Selection) -> None:
+def _print_table(title: str, evaluation: Evaluation, selection: Selection) -> None:
     table = Table(evaluation)
     print(f"\n{title}\n\n| candidate | {' | '.join(METRICS)} |\n|{'---|' * (1 + len(METRICS))}")
     for candidate in evaluation.candidates:

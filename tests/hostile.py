@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.errors import LoraDiffusionError
-from lora_diffusion.core.logs import logger, printable
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import printable
 from tests.mutations import mutate, remove
 
 TIMEOUT_S = 20
@@ -111,7 +112,7 @@ def _make_configs(root: Path) -> None:
 def _read_config(folder: Path) -> None:
     from lora_diffusion.config.describe import explained_yaml
     from lora_diffusion.config.load import load
-    from lora_diffusion.workflows import check_config
+    from lora_diffusion.workflows.config_check import check_config
 
     path = folder / {"other-toml": "config.toml", "other-kohya": "config.json"}.get(folder.name, "config.yaml")
     config = load(path, _NEEDED[1:])
@@ -180,10 +181,9 @@ def _make_manifests(root: Path) -> None:
 
 
 def _read_data(folder: Path) -> None:
+    from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
     from lora_diffusion.config.schema import ChatDataConfig, PictureDataConfig, RecordingDataConfig
-    from lora_diffusion.core.chat import ChatInfo
-    from lora_diffusion.core.clip_text import TextLimit
-    from lora_diffusion.core.types import BaseInfo, SpeechInfo
+    from lora_diffusion.core.base_model import BaseInfo, ChatInfo, SpeechInfo
     from lora_diffusion.data import chats, pictures, recordings
 
     kind: Any
@@ -192,7 +192,7 @@ def _read_data(folder: Path) -> None:
     path = str(folder)
     if folder.name.startswith("pictures"):
         kind, config = pictures.KIND, PictureDataConfig(path=path, caption_lines="each")
-        info = BaseInfo(64, 8, "stable-diffusion-v1", "epsilon", "tiny base", text_limit=TextLimit())
+        info = BaseInfo(64, 8, "stable-diffusion-v1", "epsilon", "tiny base", text_limit=ClipTextLimit())
     elif folder.name.startswith("chats"):
         kind, config = chats.KIND, ChatDataConfig(path=path)
         info = ChatInfo(source="a base", max_tokens=400, count_tokens=lambda samples: [9] * len(samples))
@@ -333,15 +333,18 @@ def _make_adapters(root: Path) -> None:
 
 
 def _read_adapter(folder: Path) -> None:
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.convert import convert
+    from lora_diffusion.workflows.inspect import inspect
+    from lora_diffusion.workflows.metadata import show_metadata
+    from lora_diffusion.workflows.verify import verify
 
     path = folder if folder.name.startswith("peft") else folder / "a.safetensors"
     with tempfile.TemporaryDirectory() as target:
         _each(
-            lambda: workflows.inspect(path).text(),
-            lambda: workflows.verify(path, base="sd1").text(),
-            *([lambda: workflows.show_metadata(path)] if path != folder else []),
-            lambda: workflows.convert(path, Path(target) / "b.safetensors", "kohya"),
+            lambda: inspect(path).text(),
+            lambda: verify(path, base="sd1").text(),
+            *([lambda: show_metadata(path)] if path != folder else []),
+            lambda: convert(path, Path(target) / "b.safetensors", "kohya"),
         )
 
 
@@ -386,7 +389,7 @@ def _read_model(folder: Path) -> None:
 
     from lora_diffusion.config.load import load
     from lora_diffusion.core import registry
-    from lora_diffusion.evaluation.scorers import LOADERS
+    from lora_diffusion.scoring.scorers import LOADERS
 
     name = folder.name
     if name.startswith("scorer"):
@@ -442,12 +445,13 @@ def _make_runs(root: Path) -> None:
 
 
 def _read_run(folder: Path) -> None:
-    from lora_diffusion import workflows
-    from lora_diffusion.evaluation import beside, results
+    from lora_diffusion.evaluation import results
     from lora_diffusion.evaluation.select import choose
+    from lora_diffusion.report import numbers
     from lora_diffusion.training import checkpoint, run_files
     from lora_diffusion.training.run_folder import RunFolder
-    from lora_diffusion.workflows.selection import read_selection
+    from lora_diffusion.workflows.report import read_training
+    from lora_diffusion.workflows.select import read_selection
 
     if folder.name == "evaluation":
         choose(results.read(folder))
@@ -462,9 +466,9 @@ def _read_run(folder: Path) -> None:
     _each(
         look_at_checkpoints,
         lambda: read_selection(folder),
-        lambda: workflows.read_training(folder),
+        lambda: read_training(folder),
         lambda: RunFolder(folder).config(),
-        lambda: beside.check_beside(folder / "report.html", [folder / "report.csv"]),
+        lambda: numbers.check_beside(folder / "report.html", [folder / "report.csv"]),
     )
 
 

@@ -22,9 +22,9 @@ from lora_diffusion.config.load import load
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import LoraDiffusionError
 from lora_diffusion.core.files import builtin_path
-from lora_diffusion.evaluation.clip import load_clip
-from lora_diffusion.evaluation.dino import load_dino
 from lora_diffusion.formats import peft
+from lora_diffusion.scoring.clip import load_clip
+from lora_diffusion.scoring.dino import load_dino
 from tests.tiny import save_tiny_pipeline
 from tests.tiny_llava import save_tiny_llava
 from tests.tiny_whisper import save_tiny_whisper

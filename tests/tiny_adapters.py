@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import BaseInfo, Loaded, Part
 from lora_diffusion.core.keymap import KeyMap, dotted_key_map, flat_key_map
-from lora_diffusion.core.types import AdapterState, BaseInfo, Loaded, ModuleAdapter, ModuleKey, Part
 from tests.tiny import tiny_pipeline
 
 PARTS = {

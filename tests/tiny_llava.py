@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lora_diffusion.families._vision import parts_of
+from lora_diffusion.families.language.vision import parts_of
 
 SIDE, PATCH = 16, 8
 START, END, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"

@@ -6,21 +6,113 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lora_diffusion.adapters._dora import Dora, Magnitude
-from lora_diffusion.adapters._fused import FusedLinear
+from lora_diffusion.adapters._frozen import frozen_weight
 from lora_diffusion.adapters._peft import (
+    Linear,
     LoHaConfig,
     LoHaLayer,
     LoKrConfig,
     LoKrLayer,
     LoraConfig,
     LoraLayer,
+    LoraVariant,
     PeftConfig,
 )
-from lora_diffusion.adapters._product import TrainingDropout
-from lora_diffusion.core.types import ModuleAdapter
+from lora_diffusion.adapters.lora_arithmetic import FusedProduct, TrainingDropout
+from lora_diffusion.algebra.delta import AXES, norms
+from lora_diffusion.core.adapter_state import ModuleAdapter
+
+
+class Magnitude(nn.Module):
+    """The trained length of each column or row, with the scale of the factors beside it."""
+
+    def __init__(self, weight: nn.Parameter, adapter: ModuleAdapter) -> None:
+        """Holds them; `weight` is [1, in, (1, 1)] or [out, 1, (1, 1)]."""
+        super().__init__()
+        self.weight = weight
+        self.alpha, self.scale = adapter.alpha, adapter.scale
+
+
+class Dora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
+    """Adds strength * (gain * (W + scale * up @ down) - W) x to the answer of the base.
+
+    The gain is magnitude / |W + scale * up @ down|; like in the paper (section 4.3) no gradient goes through the norm.
+    """
+
+    def __init__(self, variant: str) -> None:
+        """Takes dora or dora_out."""
+        self.variant = variant
+        self.axis = AXES[variant]
+
+    def forward(  # type: ignore[override]  # PEFT calls it on the object
+        self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **unused: Any
+    ) -> Tensor:
+        """Returns the answer with the change.
+
+        Args:
+            module: PEFT's layer.
+            active_adapter: name of the adapter.
+            x: input of the layer, in the number type of the factors.
+            result: answer of the base, and of the adapters before this one.
+            unused: options of other variants of PEFT.
+        """
+        del unused
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        magnitude, base = module.lora_magnitude_vector[active_adapter], module.get_base_layer()
+        frozen = frozen_weight(base)
+        gain = self._gain(magnitude, frozen, down.weight, up.weight)
+        weight, dropped = frozen.to(x.dtype), module.lora_dropout[active_adapter](x)
+        if self.axis == 1:
+            change = _product(base, x * (gain - 1), weight) + magnitude.scale * up(down(dropped * gain))
+        else:
+            change = _product(base, x, weight) * (gain - 1) + magnitude.scale * up(down(dropped)) * gain
+        answer: Tensor = result + module.scaling[active_adapter] * change
+        return answer
+
+    def _gain(self, magnitude: Magnitude, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Returns the gain in the shape that multiplies inputs or outputs of the layer: [size] or [1, size, 1, 1]."""
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+            length = norms(weight.float() + magnitude.scale * change, self.axis)
+        gain = magnitude.weight / length
+        return gain.flatten() if weight.dim() == 2 else gain.view(1, -1, 1, 1)
+
+
+def _product(base: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """Returns the base layer's product without its bias."""
+    return base._conv_forward(x, weight, None) if isinstance(base, nn.Conv2d) else functional.linear(x, weight)
+
+
+class FusedLinear(Linear):
+    """Computes base(x) + up @ (scale * down @ x) with one trained adapter as PEFT does, and leaves all else to PEFT.
+
+    PEFT casts x to the adapter's type, scales the whole output and adds it in a pass of its own; autograd then keeps
+    a copy of x for each cast and sums two gradients of x. Here the scale is put on the small factor, both products
+    are added by the matrix product itself, and x is kept once.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns [..., out] in the type of the base's answer."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        base = self.get_base_layer()
+        # The base can be wrapped in a layer of another kind of adapter.
+        if args or kwargs or len(active) != 1 or self.base_layer is not base or not self._is_plain(x, active[0]):
+            return super().forward(x, *args, **kwargs)
+        name = active[0]
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        tensors = (x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
+        answer: Tensor = FusedProduct.apply(*tensors, self.scaling[name], kind)
+        return answer
+
+    def _is_plain(self, x: Tensor, name: str) -> bool:
+        active_dropout = isinstance(self.lora_dropout[name], nn.Dropout) and torch.is_grad_enabled()
+        one_type = torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype
+        special = self.disable_adapters or self.merged or self.lora_variant or active_dropout
+        return one_type and x.dim() > 1 and not special
 
 
 class Engine(ABC):

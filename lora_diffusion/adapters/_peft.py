@@ -7,7 +7,7 @@ So bitsandbytes is imported first, while the compiler is turned off.
 
 from __future__ import annotations
 
-from lora_diffusion.core.device import without_compiler
+from lora_diffusion.runtime.device import without_compiler
 
 with without_compiler():
     import bitsandbytes  # noqa: F401

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_diffusion.config.per_module import Entry, read_entry
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import Part
 from lora_diffusion.core.errors import TargetError
-from lora_diffusion.core.keymap import question, suggestion
-from lora_diffusion.core.logs import name_some
-from lora_diffusion.core.types import ModuleKey, Part
+from lora_diffusion.core.text import name_some, question, suggestion
 
 if TYPE_CHECKING:
     from torch import nn

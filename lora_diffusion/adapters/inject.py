@@ -19,10 +19,11 @@ from lora_diffusion.adapters._peft import inject_adapter_in_model
 from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import FULL, Variant
+from lora_diffusion.algebra.delta import AXES, norms
 from lora_diffusion.core import rng
-from lora_diffusion.core.delta import AXES, norms
+from lora_diffusion.core.adapter_state import ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.types import Loaded, ModuleAdapter, ModuleKey
 
 
 class Slot(NamedTuple):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lora_diffusion.adapters._engines import LAYERS, engine_of
 from lora_diffusion.adapters._frozen import frozen_weight
 from lora_diffusion.adapters.switch import PeftSwitch, switch_of
-from lora_diffusion.core.delta import delta_norm as delta_norm
-from lora_diffusion.core.delta import delta_weight as delta_weight
+from lora_diffusion.algebra.delta import delta_norm as delta_norm
+from lora_diffusion.algebra.delta import delta_weight as delta_weight
+from lora_diffusion.core.adapter_state import ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import RunError
-from lora_diffusion.core.types import Loaded, ModuleAdapter, ModuleKey
 
 
 def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:

@@ -13,10 +13,10 @@ from lora_diffusion.adapters._targets import SHOWN_FAULTS, Scope, fit_for_adapte
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import Part
 from lora_diffusion.core.errors import ConfigError, TargetError
-from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import name_some
-from lora_diffusion.core.types import ModuleKey, Part
+from lora_diffusion.core.text import name_some, suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.adapters._product import FusedProduct, TrainingDropout
+from lora_diffusion.adapters.lora_arithmetic import FusedProduct, TrainingDropout
 from lora_diffusion.adapters.plan import InjectionPlan, PlannedModule
 from lora_diffusion.adapters.variants import Variant
-from lora_diffusion.core.types import Loaded
+from lora_diffusion.core.base_model import Loaded
 
 _PLAIN = (nn.Linear, nn.Conv2d)
 

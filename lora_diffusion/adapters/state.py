@@ -14,9 +14,10 @@ from lora_diffusion.adapters._engines import ENGINES, LAYERS, engine_of
 from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
 from lora_diffusion.adapters.variants import VARIANTS
-from lora_diffusion.core.delta import fits, without_tucker
+from lora_diffusion.algebra.delta import fits, without_tucker
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import AdapterFileError, RunError, UnsupportedError
-from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 
 
 def read_state(loaded: Loaded, name: str = "default") -> AdapterState:

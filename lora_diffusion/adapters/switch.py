@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from lora_diffusion.adapters._engines import LAYERS
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.types import Loaded, ModuleKey
+from lora_diffusion.core.text import suggestion
 
 _WRAPPED = ".base_layer"
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_diffusion.core.delta import kronecker_split
+from lora_diffusion.algebra.delta import kronecker_split
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.text import suggestion
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.launch import process_index
-from lora_diffusion.core.logs import printable, printable_json
-from lora_diffusion.core.weighted import weighted_file
+from lora_diffusion.core.text import printable, printable_json
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import add_csv, check_csv, print_result, print_scores, set_up_logs
+from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.weighted import weighted_file
 
 
 def add_parser(commands: Any) -> None:
@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> None:
     check_csv(args)
     model, adapters = read_base(args)
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.ask import ask, examine
 
     if args.score:
-        found = workflows.examine(model, args.paths, adapters, args.clip, _data(args))
+        found = examine(model, args.paths, adapters, args.clip, _data(args))
         print_scores(args, dict(zip(map(str, args.paths), found, strict=True)), "answers")
         return
-    answers = {str(path): text for path, text in workflows.ask(model, args.paths, args.question, adapters).items()}
+    answers = {str(path): text for path, text in ask(model, args.paths, args.question, adapters).items()}
     if args.csv:
         from lora_diffusion.core.files import write_csv
 

@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> None:
     check_rank(args)
     adapters = [weighted_parts(text) for text in args.adapters]
     set_up_logs(args)
-    from lora_diffusion import workflows
-    from lora_diffusion.core.lowrank import rank_rule
+    from lora_diffusion.algebra.lowrank import rank_rule
+    from lora_diffusion.workflows.compose import compose
 
-    result = workflows.compose(
+    result = compose(
         adapters,
         args.output,
         rule=rank_rule(args.rank, args.energy),

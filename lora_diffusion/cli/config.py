@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
 
 def list_shipped(args: argparse.Namespace) -> None:
     """Prints name and first line of each shipped config."""
-    from lora_diffusion.config.shipped import shipped
+    from lora_diffusion.config.load import shipped
 
     configs = shipped()
     width = max(map(len, configs))
@@ -46,7 +46,7 @@ def list_shipped(args: argparse.Namespace) -> None:
 
 def copy(args: argparse.Namespace) -> None:
     """Copies a shipped config; never over a file."""
-    from lora_diffusion.config.shipped import find_shipped
+    from lora_diffusion.config.load import find_shipped
     from lora_diffusion.core.files import write_text
 
     source = find_shipped(args.name)
@@ -60,7 +60,7 @@ def copy(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Loads a config and says that it is right; faults are errors."""
     from lora_diffusion.config.load import load
-    from lora_diffusion.workflows import check_config
+    from lora_diffusion.workflows.config_check import check_config
 
     path, overrides = config_and_overrides(args)
     check_config(load(path, overrides))

@@ -38,9 +38,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.convert import convert
 
-    result = workflows.convert(
+    result = convert(
         args.input,
         args.output,
         args.to,

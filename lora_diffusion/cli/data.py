@@ -66,9 +66,9 @@ def run_check(args: argparse.Namespace) -> None:
     if config.data.path == REQUIRED:
         raise ConfigError("There is nothing to check: give a FOLDER, or --config with a data.path.")
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.data_check import check_data
 
-    report = workflows.check_data(config, base_is_named=names_base)
+    report = check_data(config, base_is_named=names_base)
     lines = [line.replace("\n", r"\n") for line in report.lines()]  # names of files may hold line breaks
     print_result(args, vars(report), "\n".join([*lines, "No faults."]))
 
@@ -77,9 +77,9 @@ def run_caption(args: argparse.Namespace) -> None:
     """Runs `data caption`."""
     model, adapters = read_base(args)
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.data_caption import caption
 
-    done = workflows.caption(
+    done = caption(
         args.folder,
         model,
         adapters=adapters,

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = load(*config_and_overrides(args), unused=("data.path", "output.path"))
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.estimate import estimate
 
-    estimate = workflows.estimate(config)
-    print_result(args, estimate.to_json(), estimate.text())
+    result = estimate(config)
+    print_result(args, result.to_json(), result.text())

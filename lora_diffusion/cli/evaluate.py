@@ -66,12 +66,13 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     configured = base_of(args) if args.config or args.model is not None else None
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.evaluate import Question, evaluate, failed_gates
+    from lora_diffusion.workflows.merge import find_model
 
-    question = workflows.Question(
+    question = Question(
         output_path=args.output,
         prompts=args.prompts,
-        model=workflows.find_model(args.model) if args.model else configured,
+        model=find_model(args.model) if args.model else configured,
         adapters=args.adapter,
         run=args.run_path,
         weights=args.weights,
@@ -89,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
         cache_path=args.cache,
         gates=args.gates,
     )
-    evaluation = workflows.evaluate(question)
-    failed = workflows.failed_gates(evaluation, args.gates)
+    evaluation = evaluate(question)
+    failed = failed_gates(evaluation, args.gates)
     text = f"{evaluation.text()}\nScores and pictures are in {args.output}"
     print_result(args, {**evaluation.to_json(), "failed": failed}, text)
     if failed:

@@ -32,9 +32,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.export import export
 
-    path = workflows.export(
+    path = export(
         args.run_path,
         args.to,
         args.output,

@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     check_rank(args)
     set_up_logs(args)
-    from lora_diffusion import workflows
-    from lora_diffusion.core.lowrank import rank_rule
+    from lora_diffusion.algebra.lowrank import rank_rule
+    from lora_diffusion.workflows.merge import extract, find_weights
 
     rule = rank_rule(args.rank, args.energy)
     assert rule is not None
-    result = workflows.extract(
-        workflows.find_weights(args.base, args.family),
-        workflows.find_weights(args.tuned, args.family),
+    result = extract(
+        find_weights(args.base, args.family),
+        find_weights(args.tuned, args.family),
         args.output,
         rule,
         parts=args.parts,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
+from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.config.rules import MAX_DRAWING_STEPS, check_negative
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import is_text
-from lora_diffusion.core.weighted import weighted_file
 
 
 def add_parser(commands: Any) -> None:
@@ -39,10 +39,11 @@ def run(args: argparse.Namespace) -> None:
     configured = base_of(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.generate import generate
+    from lora_diffusion.workflows.merge import find_model
 
-    pictures = workflows.generate(
-        configured or workflows.find_model(args.model),
+    pictures = generate(
+        configured or find_model(args.model),
         prompts=args.prompt,
         seeds=args.seed or [0],
         adapters=adapters,

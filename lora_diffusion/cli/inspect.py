@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.inspect import inspect
 
-    report = workflows.inspect(args.path)
+    report = inspect(args.path)
     print_result(args, report.to_json(), report.text())

@@ -36,7 +36,8 @@ from lora_diffusion.cli import (
 )
 from lora_diffusion.core import launch
 from lora_diffusion.core.errors import ConfigError, LoraDiffusionError
-from lora_diffusion.core.logs import log_warnings, printable, shown, silence
+from lora_diffusion.core.logs import log_warnings, silence
+from lora_diffusion.core.text import printable, shown
 
 _COMMANDS = (
     quickstart,
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _option_hint(arguments: Sequence[str]) -> str:
     """Returns what options of other trainers are called here."""
-    from lora_diffusion.config.other_trainers import KEYS
+    from lora_diffusion.config.importers.other_trainers import KEYS
 
     names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     hints = [f"{name}: {KEYS[key]}" for name in names if (key := name.lstrip("-").replace("-", "_").lower()) in KEYS]

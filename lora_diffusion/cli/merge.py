@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     adapters = [weighted_parts(text) for text in args.adapter]
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.merge import find_weights, merge
 
-    model = workflows.find_weights(args.model, args.family)
-    result = workflows.merge(model, adapters, args.output, dtype=args.dtype or "auto", overwrite=args.overwrite)
+    model = find_weights(args.model, args.family)
+    result = merge(model, adapters, args.output, dtype=args.dtype or "auto", overwrite=args.overwrite)
     print_result(args, result.to_json(), result.text())

@@ -48,10 +48,10 @@ def add_parser(commands: Any) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.metadata import metadata_lines, show_metadata
 
-    metadata = workflows.show_metadata(args.path)
-    print_result(args, metadata, workflows.metadata_lines(metadata))
+    metadata = show_metadata(args.path)
+    print_result(args, metadata, metadata_lines(metadata))
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -59,9 +59,9 @@ def _edit(args: argparse.Namespace) -> None:
     if unclear:
         raise ConfigError(f"--set {unclear[0]}: write KEY=VALUE, say modelspec.title='Blorp style'.")
     values = dict(pair.split("=", 1) for pair in args.values)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.metadata import edit_metadata
 
-    change = workflows.edit_metadata(
+    change = edit_metadata(
         args.path,
         values,
         args.removed,
@@ -73,7 +73,7 @@ def _edit(args: argparse.Namespace) -> None:
 
 
 def _strip(args: argparse.Namespace) -> None:
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.metadata import strip_metadata
 
-    change = workflows.strip_metadata(args.path, args.keep, args.output, overwrite=args.overwrite)
+    change = strip_metadata(args.path, args.keep, args.output, overwrite=args.overwrite)
     print_result(args, change.to_json(), change.text())

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.push import push
 
-    publication = workflows.push(args.source, args.repo, private=args.private, dry_run=args.dry_run)
+    publication = push(args.source, args.repo, private=args.private, dry_run=args.dry_run)
     print_result(args, publication.to_json(), publication.text())

@@ -22,8 +22,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.report import report
 
-    files = workflows.report(args.paths, args.output)
+    files = report(args.paths, args.output)
     names = {"page": str(files[0]), "numbers": [str(file) for file in files[1:]]}
     print_result(args, names, f"Open {files[0]} in a browser; its numbers are beside it.")

@@ -26,12 +26,12 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     check_rank(args)
     set_up_logs(args)
-    from lora_diffusion import workflows
-    from lora_diffusion.core.lowrank import rank_rule
+    from lora_diffusion.algebra.lowrank import rank_rule
+    from lora_diffusion.workflows.compose import resize
 
     rule = rank_rule(args.rank, args.energy)
     assert rule is not None
-    result = workflows.resize(
+    result = resize(
         args.input,
         args.output,
         rule,

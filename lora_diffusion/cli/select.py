@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
                 f"{text}: only evaluate.key=value changes how the run is evaluated; its training is done."
             )
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.select import Preference, select
 
     bounds = {name.removeprefix("max_"): getattr(args, name) for name in _LIMITS}
-    preference = workflows.Preference(**bounds, likeness=args.likeness, text_weight=args.text_weight)
-    selection = workflows.select(args.path, args.evaluation, preference, args.overrides)
+    preference = Preference(**bounds, likeness=args.likeness, text_weight=args.text_weight)
+    selection = select(args.path, args.evaluation, preference, args.overrides)
     print_result(args, selection.to_json(), selection.text())

@@ -24,13 +24,14 @@ def run(args: argparse.Namespace) -> None:
 
     config = load(*config_and_overrides(args))
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.dry_run import dry_run
+    from lora_diffusion.workflows.train import train
 
     if args.dry_run:
-        outlook = workflows.dry_run(config, resume=args.resume, overwrite=args.overwrite)
+        outlook = dry_run(config, resume=args.resume, overwrite=args.overwrite)
         print_result(args, outlook.to_json(), outlook.text())
         return
-    result = workflows.train(config, resume=args.resume, overwrite=args.overwrite)
+    result = train(config, resume=args.resume, overwrite=args.overwrite)
     lines = [f"Trained {result.num_steps} steps. The adapter:", *(f"  {path}" for path in result.files)]
     lines += ["The best one on held-out samples:", *(f"  {path}" for path in result.best)] if result.best else []
     lines += [result.selection.text()] if result.selection else []

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import add_csv, check_csv, print_result, print_scores, set_up_logs
+from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.weighted import weighted_file
 
 _FORMATS = ("txt", "srt", "vtt", "csv", "json")
 _SUBTITLES = ("srt", "vtt")
@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> None:
     config = _config(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.transcribe import transcribe, understand, write_transcripts
 
     if args.score:
-        found = workflows.understand(config.model, args.recordings, adapters, _data(args, config))
+        found = understand(config.model, args.recordings, adapters, _data(args, config))
         print_scores(args, dict(zip(map(str, args.recordings), found, strict=True)), "recordings")
     elif args.format:
-        done = workflows.write_transcripts(
+        done = write_transcripts(
             config.model, args.recordings, adapters, args.format, args.output, overwrite=args.overwrite
         )
         if done.files:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             print(done.text, end="")
     else:
-        heard = workflows.transcribe(config.model, args.recordings, adapters)
+        heard = transcribe(config.model, args.recordings, adapters)
         texts = {str(one.path): one.text for one in heard}
         print_result(args, texts, "\n".join(f"{path}\t{text}" for path, text in texts.items()))
 

@@ -28,11 +28,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from lora_diffusion import workflows
+    from lora_diffusion.workflows.verify import verify
 
     if args.base:
         set_up_logs(args)
-    verification = workflows.verify(args.path, args.client, args.base)
+    verification = verify(args.path, args.client, args.base)
     print_result(args, verification.to_json(), verification.text())
     if not verification.is_sound:
         bad = [verdict.title for verdict in verification.verdicts if not verdict.is_sound]

@@ -9,10 +9,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_diffusion.compose.tensor_file import TensorFile
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import ConfigError, ModelError
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.tensorfile.streaming import TensorFile
 
 if TYPE_CHECKING:
     import torch

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_diffusion.algebra import lowrank
+from lora_diffusion.algebra.lowrank import RankRule
 from lora_diffusion.compose.checkpoint import Checkpoint
 from lora_diffusion.compose.linear import Sum, as_lora
-from lora_diffusion.compose.tensor_file import TensorFile
-from lora_diffusion.core import lowrank
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.lowrank import RankRule
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.tensorfile.streaming import TensorFile
 
 if TYPE_CHECKING:
     import torch

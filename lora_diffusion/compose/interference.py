@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from lora_diffusion.algebra import lowrank
+from lora_diffusion.algebra.lowrank import Factors
 from lora_diffusion.compose.linear import Term
-from lora_diffusion.core import lowrank
-from lora_diffusion.core.lowrank import Factors
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.adapter_state import ModuleKey
 
 
 @dataclass(frozen=True)

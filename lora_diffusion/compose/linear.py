@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_diffusion.core import lowrank
-from lora_diffusion.core.delta import change_shape, delta_norm, delta_weight, without_tucker
+from lora_diffusion.algebra import lowrank
+from lora_diffusion.algebra.delta import change_shape, delta_norm, delta_weight, without_tucker
+from lora_diffusion.algebra.lowrank import Factors, RankRule, Truncated
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
-from lora_diffusion.core.lowrank import Factors, RankRule, Truncated
-from lora_diffusion.core.protocols import Format
+from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
 
 if TYPE_CHECKING:
     import torch

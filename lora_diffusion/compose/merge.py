@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_diffusion.algebra.delta import delta_weight
 from lora_diffusion.compose.checkpoint import Checkpoint, Place, check_space, is_plain
 from lora_diffusion.compose.linear import Term, keys
-from lora_diffusion.compose.tensor_file import Change, TensorFile
-from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import UnsupportedError, VerificationError
 from lora_diffusion.core.files import atomic_path, read_json, write_json
-from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
+from lora_diffusion.tensorfile.streaming import Change, TensorFile
 
 if TYPE_CHECKING:
     import torch

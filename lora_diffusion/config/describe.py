@@ -7,10 +7,9 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from lora_diffusion.config.docs import field_docs
 from lora_diffusion.config.load import MARK, to_values
 from lora_diffusion.config.rules import as_written
-from lora_diffusion.config.schema import FREE_SECTIONS, Config
+from lora_diffusion.config.schema import FREE_SECTIONS, Config, field_docs
 
 
 def explained_yaml(config: Config) -> str:

@@ -12,19 +12,133 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.config import typed
-from lora_diffusion.config.docs import field_docs
-from lora_diffusion.config.other_files import refuse_others
-from lora_diffusion.config.other_trainers import key_hint, section_hint
+from lora_diffusion.config import plain_yaml
+from lora_diffusion.config.importers.other_files import refuse_others
+from lora_diffusion.config.importers.other_trainers import key_hint, section_hint
+from lora_diffusion.config.plain_yaml import Plain
 from lora_diffusion.config.rules import contradictions, out_of_range
-from lora_diffusion.config.schema import DATA_SECTIONS, REQUIRED, Config, ModelOptions
+from lora_diffusion.config.schema import DATA_SECTIONS, REQUIRED, Config, ModelOptions, field_docs
 from lora_diffusion.config.settle import settle
-from lora_diffusion.config.shipped import shipped
-from lora_diffusion.core import plain_yaml, registry
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.files import shipped_path
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.text import name_some, shown, suggestion
+
+_SPELLED: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+class _MisfitError(ValueError):
+    """The value is of another type."""
+
+
+class _UnclearError(ValueError):
+    """Nobody can say what the value was meant to be."""
+
+
+def convert(
+    values: Mapping[str, Any], schema: Mapping[str, type[Any]], family_defaults: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns typed section objects and the faults of those values that have the wrong type.
+
+    Args:
+        values: section -> key -> value as `plain_yaml` reads it; keys that are unknown are passed over.
+        schema: section -> its class.
+        family_defaults: "section.key" -> default that the family brings.
+    """
+    sections, faults = {}, []
+    for name, section_type in schema.items():
+        given = values.get(name)
+        hints = typing.get_type_hints(section_type)
+        own = {key.partition(".")[2]: value for key, value in family_defaults.items() if key.startswith(f"{name}.")}
+        for key, value in given.items() if isinstance(given, dict) else ():
+            if key not in hints:
+                continue
+            try:
+                own[key] = _typed(value, hints[key])
+            except _MisfitError:
+                faults.append(f"{name}.{key}={_given(value)}: must be {_spell(hints[key])}")
+            except _UnclearError as error:
+                faults.append(f"{name}.{key}: {error}")
+        sections[name] = section_type(**own)
+    return sections, faults
+
+
+def defaults(schema: Mapping[str, type[Any]], family_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns "section.key" -> default of every key."""
+    sections, _ = convert({}, schema, family_defaults)
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+
+
+def is_list(hint: Any) -> bool:
+    """Says whether the type of a key is a list of texts or numbers."""
+    return typing.get_origin(hint) is tuple
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    if is_list(hint):
+        (item, *_) = typing.get_args(hint)
+        # One alone needs no brackets.
+        return tuple(_typed(one, item) for one in (value if isinstance(value, list) else [value]))
+    if not isinstance(value, str):
+        raise _MisfitError
+    members = typing.get_args(hint) or (hint,)
+    meaning = value.meaning if isinstance(value, Plain) else value
+    if type(meaning) in members and (meaning is None or isinstance(meaning, bool)):
+        return meaning
+    if isinstance(meaning, bool) and str in members:
+        raise _UnclearError(f"YAML reads a bare yes, no, on or off as {meaning}; put the text in quotes")
+    if meaning is None or isinstance(meaning, bool):
+        raise _MisfitError
+    if isinstance(meaning, int) and int in members:
+        return meaning
+    if isinstance(meaning, int | float) and float in members:
+        return float(meaning)
+    if str not in members:
+        raise _MisfitError
+    # As it is written, 007 and 1.10 included.
+    return str(value)
+
+
+def _given(value: Any) -> str:
+    return shown(repr(value.meaning if isinstance(value, Plain) else value))
+
+
+def _spell(hint: Any) -> str:
+    if is_list(hint):
+        return f"a list, each {_spell(typing.get_args(hint)[0])}"
+    members = typing.get_args(hint)
+    return " or ".join(_spell(member) for member in members) if members else _SPELLED.get(hint, str(hint))
+
+
+def shipped() -> dict[str, tuple[Path, str]]:
+    """Returns name -> (file, first comment line) of the configs that come along, say "sd1/style"."""
+    root = shipped_path("configs")
+    found = {}
+    for path in sorted(set(root.rglob("*.yaml")) - set(root.glob("evaluate/*"))):
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        found[path.relative_to(root).with_suffix("").as_posix()] = (path, first.lstrip("# "))
+    return found
+
+
+def find_shipped(name: str) -> Path:
+    """Returns the file of a shipped config.
+
+    Raises:
+        ConfigError: no such config; offers close names.
+    """
+    configs = shipped()
+    if name not in configs:
+        raise ConfigError(f"No config is called {name!r}{suggestion(name, configs)}. Known: {', '.join(configs)}.")
+    return configs[name][0]
+
 
 _OVERRIDE = re.compile(r"([A-Za-z_]\w*)((?:\.\w+)*)=(.*)", re.DOTALL)
 MARK = "# All settings of a run, as lora-diffusion resolved them; texts stand as they are."
@@ -56,14 +170,14 @@ def load(
     told = _nested(overrides, schema)
     values = _merged(in_file, told)
     faults = list(_unknown_keys(values, schema))
-    sections, type_faults = typed.convert(values, schema, family.options_type.defaults)
+    sections, type_faults = convert(values, schema, family.options_type.defaults)
     faults += type_faults
     faults += out_of_range(sections)
     if required:
         faults += _missing(sections, unused)
     told_keys = frozenset(f"{section}.{key}" for section, own in told.items() if isinstance(own, dict) for key in own)
     if not faults:
-        sections = settle(sections, told_keys, typed.defaults(schema, family.options_type.defaults), source)
+        sections = settle(sections, told_keys, defaults(schema, family.options_type.defaults), source)
         faults += dict.fromkeys(found.text for found in contradictions(sections))
     if faults:
         raise ConfigError(
@@ -183,7 +297,7 @@ def _value(match: re.Match[str], schema: Mapping[str, type[Any]], override: str)
     hint = typing.get_type_hints(schema[section]).get(key) if section in schema else None
     members = typing.get_args(hint) or (hint,)
     is_text = str in members and not value.startswith(('"', "'")) and not (value == "null" and type(None) in members)
-    if typed.is_list(hint):
+    if is_list(hint):
         is_text = is_text and value not in ("", "null") and not value.startswith("[")
     if is_text:
         return value

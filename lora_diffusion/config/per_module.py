@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.logs import shown
+from lora_diffusion.core.text import shown
 
 PER_MODULE: Mapping[str, str] = {
     "adapter.module_ranks": "attn=8",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_diffusion.config.other_trainers import value_hint
+from lora_diffusion.config.importers.other_trainers import value_hint
 from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
 from lora_diffusion.config.schema import DEFAULT_STEPS, REQUIRED, Contradiction
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.logs import shown
+from lora_diffusion.core.text import shown
 
 _POSITIVE = (lambda v: v > 0, "must be greater than 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.text import suggestion
 
 
 class KeyMap:
@@ -116,19 +116,3 @@ def dotted_key_map(paths: Mapping[str, Iterable[str]], prefixes: Mapping[str, st
     'unet.mid_block.conv'
     """
     return KeyMap((ModuleKey(part, path), prefixes[part] + path) for part, own in paths.items() for path in own)
-
-
-_LONGEST = 200
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns ' (did you mean "a" or "b"?)', or nothing where no known word is close."""
-    by_small = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word[:_LONGEST].lower(), list(by_small), n=3, cutoff=0.6)
-    return question(by_small[name] for name in close)
-
-
-def question(words: Iterable[str]) -> str:
-    """Returns ' (did you mean "a" or "b"?)', or nothing without words."""
-    quoted = " or ".join(f'"{word}"' for word in words)
-    return f" (did you mean {quoted}?)" if quoted else ""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import warnings
 from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
 from lora_diffusion.core.launch import process_index
+from lora_diffusion.core.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+
 logger = logging.getLogger("lora_diffusion")
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves the cursor, turns the direction of what follows, or cannot be encoded; tabs and line breaks may stay."""
 
 
 @cache
@@ -87,38 +86,3 @@ def silence(stream: TextIO) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, stream.fileno())
     os.close(nothing)
-
-
-def name_some(names: list[str], limit: int = 3) -> str:
-    """Returns the first names and how many more there are: "a, b, c and 4 more"."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-def shown(text: str, limit: int = 100) -> str:
-    r"""Returns a stranger's text as a terminal may print it: in one line, without control characters, shortened.
-
-    >>> print(shown("red\x1b[2J and more", limit=7))
-    red\x1b[2J... (16 characters)
-    """
-    short = text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in short)
-
-
-def printable(text: str) -> str:
-    r"""Returns text of several lines as a terminal may print it, with control characters and halves of others escaped.
-
-    >>> print(printable("a cat\x1b[2J\nand \x9b1m"))
-    a cat\x1b[2J
-    and \x9b1m
-    """
-    return _UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], text)
-
-
-def printable_json(text: str) -> str:
-    r"""Returns JSON that means the same, with the characters that `printable` escapes as JSON escapes them.
-
-    >>> print(printable_json('"a\x9b"'))
-    "a\u009b"
-    """
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import not_a_file, read_json
-from lora_diffusion.core.logs import shown
+from lora_diffusion.core.text import shown
 
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 _MOST_LAYERS = 1000

@@ -9,7 +9,7 @@ from itertools import count
 
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, Prepared
+from lora_diffusion.core.samples import Batch, Prepared
 
 
 class Batches:

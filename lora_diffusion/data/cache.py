@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.config.schema import CacheConfig, DataConfig
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ConfigError, RunError
 from lora_diffusion.core.files import (
     atomic_path,
@@ -26,11 +27,12 @@ from lora_diffusion.core.files import (
     save_tensors,
     user_path,
 )
-from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.protocols import Family
-from lora_diffusion.core.types import Loaded, Prepared, Sample
-from lora_diffusion.data._progress import watch
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.samples import Prepared, Sample
+from lora_diffusion.core.text import name_some
 from lora_diffusion.data.kinds import KINDS, Kind
+from lora_diffusion.runtime.progress import watch
 
 if TYPE_CHECKING:
     from torch import Tensor

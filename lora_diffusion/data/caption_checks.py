@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.types import BaseInfo
+from lora_diffusion.core.base_model import BaseInfo
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data.captions import Lines
 from lora_diffusion.data.folder import Folder
 from lora_diffusion.data.known_words import UNSPACED

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_diffusion.core.files import parse_json
-from lora_diffusion.core.logs import logger, name_some, shown
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data import tables
 from lora_diffusion.data.folder import Folder, read_text
 from lora_diffusion.data.known_words import LINKING, SAY_NOTHING, UNSPACED, WIDE_COMMAS, WIDE_STOPS

@@ -14,15 +14,16 @@ from typing import Any
 from PIL import Image
 
 from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
-from lora_diffusion.core.chat import Chat, ChatImage, ChatInfo, Turn
+from lora_diffusion.core.base_model import ChatInfo
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import user_path
-from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.types import Request
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.samples import Chat, ChatImage, Request, Turn
+from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data import conversations, images, rows, splits
-from lora_diffusion.data._progress import watch
 from lora_diffusion.data.conversations import Conversation
 from lora_diffusion.data.folder import Folder, list_folder, named_in, stop_or_leave_out
+from lora_diffusion.runtime.progress import watch
 
 _NUM_THREADS = 8
 _NUM_AT_ONCE = 8

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
 from lora_diffusion.data.captions import ENDINGS, METADATA
 from lora_diffusion.data.folder import Folder
 

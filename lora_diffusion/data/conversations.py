@@ -8,9 +8,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.core.chat import Turn
 from lora_diffusion.core.files import parse_json
-from lora_diffusion.core.logs import shown
+from lora_diffusion.core.samples import Turn
+from lora_diffusion.core.text import shown
 from lora_diffusion.data.folder import Folder, read_text
 
 ENDINGS = (".json", ".jsonl")

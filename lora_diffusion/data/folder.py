@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import is_text, not_a_file, user_path
-from lora_diffusion.core.logs import logger, name_some, shown
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some, shown
 
 _NUM_TOLD = 2
 """Faults of samples that are left out, in the warning."""

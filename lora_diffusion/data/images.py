@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError, DataError, RunError
 from lora_diffusion.core.files import not_a_file
-from lora_diffusion.core.types import BaseInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

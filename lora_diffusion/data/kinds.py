@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from lora_diffusion.config.schema import PreviewConfig
-from lora_diffusion.core.chat import Chat
-from lora_diffusion.core.types import AudioText, BaseInfo, ImageText, Request, Sample
+from lora_diffusion.core.base_model import BaseInfo
+from lora_diffusion.core.samples import AudioText, Chat, ImageText, Request, Sample
 from lora_diffusion.data import chats, pictures, recordings
 
 

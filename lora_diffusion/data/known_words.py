@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from lora_diffusion.core import clip_text
+from lora_diffusion.architectures import clip_tokenizer
 
 COMMON, DOUBTFUL, RARE = range(3)
 """How well a word is known. DOUBTFUL ones are put together of two that are common, such as johnsmith."""
@@ -114,11 +114,11 @@ def trimmed_unspaced(text: str) -> str:
 @cache
 def _known(rank: int) -> frozenset[str]:
     """Returns the words that are one token of CLIP up to a rank of its merge table, spelled as there."""
-    end = clip_text.END_OF_WORD
-    lines = clip_text.merges()[:rank]
+    end = clip_tokenizer.END_OF_WORD
+    lines = clip_tokenizer.merges()[:rank]
     return frozenset(line.replace(" ", "").removesuffix(end) for line in lines if line.endswith(end))
 
 
 def _bytes(word: str) -> str:
     """Spells a word as CLIP's table does, in which each byte is one letter."""
-    return word if word.isascii() else clip_text.as_bytes(word)
+    return word if word.isascii() else clip_tokenizer.as_bytes(word)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from lora_diffusion.core.base_model import SpeechInfo
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.types import AudioText, Request, SpeechInfo
+from lora_diffusion.core.samples import AudioText, Request
 from lora_diffusion.data import audio, preflight
 from lora_diffusion.data.audio import RecordingError
 

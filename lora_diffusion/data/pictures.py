@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from lora_diffusion.config.schema import PictureDataConfig, PreviewConfig
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.files import content_hash
-from lora_diffusion.core.types import BaseInfo, ImageText, Request
+from lora_diffusion.core.samples import ImageText, Request
 from lora_diffusion.data import images, report, sources
 
 _BATCH_PIXELS = 1024**2

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
 from lora_diffusion.data import audio, companions, images
-from lora_diffusion.data._progress import watch
 from lora_diffusion.data.folder import Folder, list_folder
+from lora_diffusion.runtime.progress import watch
 
 _OTHER_PICTURES = (
     *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".svg", ".psd", ".xcf", ".tga", ".ico", ".exr", ".hdr"),

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
+from lora_diffusion.core.base_model import SpeechInfo
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.types import AudioText, Request, SpeechInfo
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.samples import AudioText, Request
+from lora_diffusion.core.text import name_some, shown, suggestion
 from lora_diffusion.data import audio, preflight, rows, splits, transcripts
-from lora_diffusion.data._progress import watch
 from lora_diffusion.data.audio import Facts, RecordingError
 from lora_diffusion.data.folder import Folder, stop_or_leave_out
 from lora_diffusion.data.transcripts import Transcript
+from lora_diffusion.runtime.progress import watch
 
 _NUM_THREADS = 4
 _NUM_AT_ONCE = 8

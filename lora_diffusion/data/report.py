@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from lora_diffusion.core.files import content_hash
-from lora_diffusion.core.logs import name_some, shown
-from lora_diffusion.core.types import ImageText
+from lora_diffusion.core.samples import ImageText
+from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data import images
-from lora_diffusion.data._progress import watch
+from lora_diffusion.runtime.progress import watch
 
 _LONGEST_EXAMPLE = 200
 """Characters."""

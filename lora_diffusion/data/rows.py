@@ -11,7 +11,8 @@ from typing import Any
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.files import default_cache_path, user_path
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
 from lora_diffusion.data import splits
 from lora_diffusion.data.folder import list_folder
 

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lora_diffusion.config.schema import PictureDataConfig
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import content_hash
-from lora_diffusion.core.logs import logger, name_some, shown
-from lora_diffusion.core.types import BaseInfo, ImageText
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.samples import ImageText
+from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data import caption_checks, captions, images, preflight
 from lora_diffusion.data.folder import Folder, stop
 from lora_diffusion.data.trigger import Found, Trigger, find, in_folder_name

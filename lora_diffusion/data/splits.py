@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some, suggestion
 from lora_diffusion.data.folder import Folder
 
 AUTO, ALL = "auto", "all"

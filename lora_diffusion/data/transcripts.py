@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.core.files import parse_json
-from lora_diffusion.core.logs import shown
+from lora_diffusion.core.text import shown
 from lora_diffusion.data import splits, tables
 from lora_diffusion.data.folder import Folder, read_text
 

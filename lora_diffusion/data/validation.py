@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import content_hash, user_path
-from lora_diffusion.core.types import BaseInfo, Sample
+from lora_diffusion.core.samples import Sample
 from lora_diffusion.data.kinds import Kind
 from lora_diffusion.data.splits import ALL
 

@@ -20,7 +20,7 @@ def evaluate(model: Any = None, **question: Any) -> "pd.DataFrame":
 
     Args:
         model: the base, by its path or as options of its family; None takes that of `run`.
-        question: fields of `lora_diffusion.workflows.evaluation.Question`.
+        question: fields of `lora_diffusion.workflows.evaluate.Question`.
 
     Raises:
         InputError: anything that the user can mend, all of it at once; raised before the base is loaded.

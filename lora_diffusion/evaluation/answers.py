@@ -9,8 +9,8 @@ from typing import Any
 from PIL.Image import Image
 
 from lora_diffusion.core import registry
-from lora_diffusion.core.types import Evidence
-from lora_diffusion.evaluation.scorers import Scorers
+from lora_diffusion.core.evidence import Evidence
+from lora_diffusion.scoring.scorers import Scorers
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_diffusion.core.types import Evidence, Output, Request
-from lora_diffusion.evaluation.clip import Clip
-from lora_diffusion.evaluation.metrics.clip_image import METRIC as CLIP_IMAGE
-from lora_diffusion.evaluation.metrics.clip_text import METRIC as CLIP_TEXT
-from lora_diffusion.evaluation.scorers import Scorers
+from lora_diffusion.core.evidence import Evidence
+from lora_diffusion.core.samples import Output, Request
+from lora_diffusion.scoring.clip import Clip
+from lora_diffusion.scoring.metrics.clip_image import METRIC as CLIP_IMAGE
+from lora_diffusion.scoring.metrics.clip_text import METRIC as CLIP_TEXT
+from lora_diffusion.scoring.scorers import Scorers
 
 Draw = Callable[[Sequence[Request]], list[Output]]
 

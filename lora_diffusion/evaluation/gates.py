@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.keymap import suggestion
+from lora_diffusion.core.text import suggestion
 from lora_diffusion.evaluation.results import Evaluation
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {

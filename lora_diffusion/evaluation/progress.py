@@ -10,11 +10,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_diffusion.core.types import Output, Request
-from lora_diffusion.evaluation.clip import Clip
+from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.evaluation.results import Case
 from lora_diffusion.evaluation.select import balance, share
 from lora_diffusion.evaluation.suites import PLAIN_KINDS
+from lora_diffusion.scoring.clip import Clip
 
 NUM_CASES = 8
 NUM_SEEDS = 2

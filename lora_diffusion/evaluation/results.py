@@ -1,7 +1,4 @@
-"""The folder that an evaluation leaves: `evaluation.json`, `scores.csv` and `pictures/`.
-
-Nothing in it depends on the time or the machine's speed, so that the same evaluation writes the same bytes.
-"""
+"""The folder that an evaluation leaves: `evaluation.json`, `scores.csv` and `pictures/`."""
 
 from __future__ import annotations
 
@@ -18,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import read_json, read_whole, write_json, write_text
-from lora_diffusion.core.logs import name_some, shown
+from lora_diffusion.core.text import name_some, shown
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 VERSION = 1
 BASE = "base"

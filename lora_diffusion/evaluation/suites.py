@@ -22,11 +22,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.core import plain_yaml
+from lora_diffusion.config import plain_yaml
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.core.keymap import suggestion
-from lora_diffusion.core.logs import logger, name_some, shown
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some, shown, suggestion
 from lora_diffusion.data.captions import phrase_pattern, without_trigger
 from lora_diffusion.evaluation.results import ALL, Case
 

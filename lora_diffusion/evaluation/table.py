@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora_diffusion.evaluation.results import Evaluation, MetricFacts
 from lora_diffusion.evaluation.statistics import Interval, interval, nested_interval
 from lora_diffusion.evaluation.suites import PLAIN_KINDS
+
+if TYPE_CHECKING:
+    pass
+
 
 _ABOUT_PLAIN = ("prior_drift", "prompt_leak")
 """Metrics of what was not asked for, where an evaluation does not tell what its metrics judge."""

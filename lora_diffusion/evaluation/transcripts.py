@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.evidence import Evidence
 from lora_diffusion.core.files import read_json
-from lora_diffusion.core.types import Evidence
 
 _ENGLISH = "en"
 _SPELLING = "normalizer.json"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.config.schema import ModelOptions
-from lora_diffusion.core.chat import Chat, ChatInfo
+from lora_diffusion.core.base_model import ChatInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import PIECES, Batch, Example, Loaded, LossOutput, Output, Part, Prepared, Request
+from lora_diffusion.core.samples import PIECES, Batch, Chat, Output, Prepared, Request
 
 if TYPE_CHECKING:
     import torch
@@ -78,49 +78,50 @@ class Llava:
 
     def check(self, options: LlavaOptions) -> ChatInfo:
         """Reads config, tokenizer, chat template and image processor of the base."""
-        from lora_diffusion.families import _sources, _vision
+        from lora_diffusion.families.language import vision
+        from lora_diffusion.families.stable_diffusion import loading
 
         folder = _find(options)
-        with _sources.explained(folder):
-            return _vision.describe(folder, options)
+        with loading.explained(folder):
+            return vision.describe(folder, options)
 
     def skeleton(self, options: LlavaOptions) -> dict[str, nn.Module]:
         """Builds the parts on the meta device."""
-        from lora_diffusion.families import _transformers, _vision
+        from lora_diffusion.families.language import loading, vision
 
         folder = _find(options)
-        return _vision.parts_of(_transformers.on_meta(folder, _vision.model_class(folder)))
+        return vision.parts_of(loading.on_meta(folder, vision.model_class(folder)))
 
     def key_map(self, format_name: str, options: LlavaOptions | None) -> KeyMap:
         """Maps layers to their paths in LlavaForConditionalGeneration; only PEFT has names for them."""
-        from lora_diffusion.families import _transformers, _vision
+        from lora_diffusion.families.language import loading, vision
 
         if format_name != "peft":
             raise UnsupportedError(f"LLaVA adapters have no spelling {format_name}; use peft.")
-        paths = _vision.published_paths() if options is None else _transformers.layers(self.skeleton(options))
-        return _vision.peft_map(paths)
+        paths = vision.published_paths() if options is None else loading.layers(self.skeleton(options))
+        return vision.peft_map(paths)
 
     def load(self, options: LlavaOptions, device: torch.device) -> Loaded:
         """Loads model and processor; the image tower is a part only, so that it can be released."""
-        from lora_diffusion.families import _dialogue, _transformers, _vision
+        from lora_diffusion.families.language import conversation, loading, vision
 
         folder = _find(options)
         info = self.check(options)
-        model = _transformers.load(folder, _vision.model_class(folder), options, device)
-        parts = _vision.parts_of(model)
+        model = loading.load(folder, vision.model_class(folder), options, device)
+        parts = vision.parts_of(model)
         # The projector is small, and often trained in full.
         quantized = {name: part for name, part in parts.items() if name != "projector"}
-        _transformers.place(model, quantized, options.quantization, device)
+        loading.place(model, quantized, options.quantization, device)
         model.model.vision_tower = None
-        modules = {"model": model, "processor": _dialogue.read_processor(folder, options.chat_template)}
+        modules = {"model": model, "processor": conversation.read_processor(folder, options.chat_template)}
         tower = frozenset({"vision_tower"})
         return Loaded(parts, modules, options, device, info, encoders=tower, decoders=tower)
 
     def cache_key(self, options: LlavaOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names processor and chat template, and, unless it is trained, the image tower by the hash of its weights."""
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families.language import vision
 
-        return f"{self.name} {_vision.fingerprint(_find(options), options, 'vision_tower' in trained, pieces)}"
+        return f"{self.name} {vision.fingerprint(_find(options), options, 'vision_tower' in trained, pieces)}"
 
     def prepare(
         self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str], pieces: frozenset[str] = PIECES
@@ -133,49 +134,49 @@ class Llava:
         """
         import torch
 
-        from lora_diffusion.families import _dialogue, _vision
+        from lora_diffusion.families.language import conversation, vision
 
         items = []
         for sample in samples:
             tensors = {}
             if "texts" in pieces:
-                ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
+                ids, labels = conversation.spell(loaded.modules["processor"], sample)
                 tensors |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
             if "views" in pieces:
-                tensors |= _vision.prepare_views(loaded, sample, "vision_tower" in trained)
+                tensors |= vision.prepare_views(loaded, sample, "vision_tower" in trained)
             items.append(Prepared(sample.key, tensors, sample.group, sample.num_repeats))
         return items
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Pads tokens with 0 and labels with -100 on the right; joins the tiles of all images."""
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families.language import vision
 
-        return Batch(tuple(item.key for item in items), _vision.collate([item.tensors for item in items]))
+        return Batch(tuple(item.key for item in items), vision.collate([item.tensors for item in items]))
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
         """Mean cross-entropy of the tokens of each sample's answers; one view of each sample is drawn."""
-        from lora_diffusion.families import _vision, _words
+        from lora_diffusion.families.language import training_loss, vision
 
-        features = _vision.draw_view(loaded, batch, rng)
-        embedded = _vision.embed(loaded, batch.tensors["input_ids"], features, batch.tensors["image_size"])
+        features = vision.draw_view(loaded, batch, rng)
+        embedded = vision.embed(loaded, batch.tensors["input_ids"], features, batch.tensors["image_size"])
         # Padding is on the right, where causal attention never looks, so no mask is needed.
         output = loaded.parts["language_model"](inputs_embeds=embedded, use_cache=False)
         head, labels = loaded.modules["model"].lm_head, batch.tensors["labels"]
         # The state at a token foretells the next one.
-        per_sample = _words.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:])
-        return LossOutput(per_sample if features else per_sample + _vision.nothing_of(loaded))
+        per_sample = training_loss.loss(output.last_hidden_state[:, :-1], head, labels[:, 1:])
+        return LossOutput(per_sample if features else per_sample + vision.nothing_of(loaded))
 
     def example(
         self, options: LlavaOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
     ) -> Example:
         """Gives pixels for a trained tower, features for the projector, and embeddings of the longest conversation."""
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families.language import vision
 
-        return _vision.example(self.skeleton(options), _find(options), trained, batch_size, size)
+        return vision.example(self.skeleton(options), _find(options), trained, batch_size, size)
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Answers questions about pictures, in batches of equal adapter weights; alone where tokens are drawn."""
-        from lora_diffusion.families import _vision
+        from lora_diffusion.families.language import vision
 
         at_once = 1 if loaded.options.temperature else _MAX_BATCH
         answers: dict[int, str] = {}
@@ -186,14 +187,14 @@ class Llava:
         for indices in groups.values():
             for start in range(0, len(indices), at_once):
                 chunk = indices[start : start + at_once]
-                answers.update(zip(chunk, _vision.answer(loaded, [requests[i] for i in chunk]), strict=True))
+                answers.update(zip(chunk, vision.answer(loaded, [requests[i] for i in chunk]), strict=True))
         return [Output(request, text=answers[index]) for index, request in enumerate(requests)]
 
 
 def _find(options: LlavaOptions) -> Path:
-    from lora_diffusion.families import _transformers, _vision
+    from lora_diffusion.families.language import loading, vision
 
-    return _transformers.find(options, _BUILTIN, tuple(_vision.MODEL_CLASSES), _TITLE)
+    return loading.find(options, _BUILTIN, tuple(vision.MODEL_CLASSES), _TITLE)
 
 
 FAMILY = Llava()

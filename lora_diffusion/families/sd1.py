@@ -6,27 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diffusion.core.types import (
-    PIECES,
-    BaseInfo,
-    Batch,
-    Example,
-    ImageText,
-    Loaded,
-    LossOutput,
-    Output,
-    Part,
-    Prepared,
-    Request,
-)
-from lora_diffusion.families._options import StableDiffusionOptions
+from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
+from lora_diffusion.core.samples import PIECES, Batch, ImageText, Output, Prepared, Request
+from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from lora_diffusion.core.keymap import KeyMap
-    from lora_diffusion.families._latent import Condition
+    from lora_diffusion.families.stable_diffusion.sampling import Condition
 
 UNET = Part(
     groups={
@@ -65,84 +54,84 @@ class StableDiffusion1:
 
     def check(self, options: StableDiffusionOptions) -> BaseInfo:
         """Reads the configs of the base."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.find(options).info(options)
+        return loading.find(options).info(options)
 
     def skeleton(self, options: StableDiffusionOptions) -> dict[str, nn.Module]:
         """Builds UNet and text encoder on the meta device."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.find(options).skeleton()
+        return loading.find(options).skeleton()
 
     def key_map(self, format_name: str, options: StableDiffusionOptions | None) -> KeyMap:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
-        from lora_diffusion.families import _names, _sources
+        from lora_diffusion.families.stable_diffusion import loading, module_names
 
-        parts = None if options is None else _sources.find(options).outline()
-        return _names.key_map(format_name, parts, self.name)
+        parts = None if options is None else loading.find(options).outline()
+        return module_names.key_map(format_name, parts, self.name)
 
     def load(self, options: StableDiffusionOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizer and scheduler."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.find(options).load(options, device)
+        return loading.find(options).load(options, device)
 
     def cache_key(
         self, options: StableDiffusionOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES
     ) -> str:
         """Names the VAE and, unless it is trained, the text encoder by the hash of their weights."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.cache_key(options, trained, pieces)
+        return loading.cache_key(options, trained, pieces)
 
     def prepare(
         self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str], pieces: frozenset[str] = PIECES
     ) -> list[Prepared]:
         """Gives "moments", and the column "text": embeddings [captions, length, dim], or token ids if trained."""
-        from lora_diffusion.families import _objective, _text
+        from lora_diffusion.families.stable_diffusion import text_encoding, training_loss
 
         def describe(prompts: Sequence[str]) -> dict[str, Tensor]:
-            ids = _text.tokenize(loaded.modules["tokenizer"], prompts)
+            ids = text_encoding.tokenize(loaded.modules["tokenizer"], prompts)
             if "text_encoder" in trained:
                 return {"text": ids}
-            return _text.in_chunks(lambda rows: {"text": _read(loaded, rows)}, ids)
+            return text_encoding.in_chunks(lambda rows: {"text": _read(loaded, rows)}, ids)
 
-        return _objective.prepare(loaded, samples, describe, pieces)
+        return training_loss.prepare(loaded, samples, describe, pieces)
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items; captions are padded with zeros to the largest number of them."""
-        from lora_diffusion.families import _objective
+        from lora_diffusion.families.stable_diffusion import training_loss
 
-        return _objective.collate(items)
+        return training_loss.collate(items)
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
         """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked."""
-        from lora_diffusion.families import _objective
+        from lora_diffusion.families.stable_diffusion import training_loss
 
-        return _objective.loss(loaded, batch, rng, _encode)
+        return training_loss.loss(loaded, batch, rng, _encode)
 
     def example(
         self, options: StableDiffusionOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
     ) -> Example:
         """Gives latents, timesteps and text for the UNet, and token ids for a trained text encoder."""
-        from lora_diffusion.families import _latent, _sources
+        from lora_diffusion.families.stable_diffusion import loading, sampling
 
-        parts = _sources.find(options).outline()
-        return Example(_latent.example(parts, self.check(options), options, trained, batch_size, size))
+        parts = loading.find(options).outline()
+        return Example(sampling.example(parts, self.check(options), options, trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""
-        from lora_diffusion.families import _latent
+        from lora_diffusion.families.stable_diffusion import sampling
 
-        return _latent.generate(loaded, requests, _embed)
+        return sampling.generate(loaded, requests, _embed)
 
 
 def _read(loaded: Loaded, token_ids: Tensor) -> Tensor:
     """Returns the text encoder's embeddings, [num_prompts, length, dim]."""
-    from lora_diffusion.families import _text
+    from lora_diffusion.families.stable_diffusion import text_encoding
 
-    return _text.encode(loaded.parts["text_encoder"], token_ids, loaded.options.clip_skip or 1)
+    return text_encoding.encode(loaded.parts["text_encoder"], token_ids, loaded.options.clip_skip or 1)
 
 
 def _encode(loaded: Loaded, rows: Mapping[str, Tensor]) -> Condition:
@@ -154,15 +143,15 @@ def _encode(loaded: Loaded, rows: Mapping[str, Tensor]) -> Condition:
 
 def _embed(loaded: Loaded, requests: Sequence[Request], size: tuple[int, int]) -> tuple[Condition, Condition]:
     """Returns the conditions of the prompts and of the negative prompts."""
-    from lora_diffusion.families import _text
+    from lora_diffusion.families.stable_diffusion import text_encoding
 
     del size
 
     def embed(prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        return (_read(loaded, _text.tokenize(loaded.modules["tokenizer"], prompts)),)
+        return (_read(loaded, text_encoding.tokenize(loaded.modules["tokenizer"], prompts)),)
 
     def condition(prompts: list[str]) -> Condition:
-        (text,) = _text.remembered(loaded, prompts, embed)
+        (text,) = text_encoding.remembered(loaded, prompts, embed)
         return _encode(loaded, {"text": text})
 
     return condition([r.prompt for r in requests]), condition([r.negative for r in requests])

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_diffusion.families._options import StableDiffusionOptions
 from lora_diffusion.families.sd1 import StableDiffusion1
+from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 
 
 @dataclass(frozen=True)

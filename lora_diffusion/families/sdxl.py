@@ -9,28 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.types import (
-    PIECES,
-    BaseInfo,
-    Batch,
-    Example,
-    ImageText,
-    Loaded,
-    LossOutput,
-    Output,
-    Part,
-    Prepared,
-    Request,
-)
-from lora_diffusion.families._options import StableDiffusionOptions
+from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
+from lora_diffusion.core.samples import PIECES, Batch, ImageText, Output, Prepared, Request
 from lora_diffusion.families.sd1 import TEXT_ENCODER, UNET
+from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from lora_diffusion.core.keymap import KeyMap
-    from lora_diffusion.families._latent import Condition
+    from lora_diffusion.families.stable_diffusion.sampling import Condition
 
 _TOWERS = {"text_encoder": ("tokenizer", "text"), "text_encoder_2": ("tokenizer_2", "text_2")}
 """Text encoder -> its tokenizer, and the column that holds its embeddings, or token ids if it is trained."""
@@ -59,34 +48,34 @@ class StableDiffusionXL:
 
     def check(self, options: SDXLOptions) -> BaseInfo:
         """Reads the configs of the base."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.find(options).info(options)
+        return loading.find(options).info(options)
 
     def skeleton(self, options: SDXLOptions) -> dict[str, nn.Module]:
         """Builds UNet and both text encoders on the meta device."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.find(options).skeleton()
+        return loading.find(options).skeleton()
 
     def key_map(self, format_name: str, options: SDXLOptions | None) -> KeyMap:
         """Maps linear and convolution layers to file names; text encoder names always hold `text_model`."""
-        from lora_diffusion.families import _names, _sources
+        from lora_diffusion.families.stable_diffusion import loading, module_names
 
-        parts = None if options is None else _sources.find(options).outline()
-        return _names.key_map(format_name, parts, self.name)
+        parts = None if options is None else loading.find(options).outline()
+        return module_names.key_map(format_name, parts, self.name)
 
     def load(self, options: SDXLOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizers and scheduler."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.find(options).load(options, device)
+        return loading.find(options).load(options, device)
 
     def cache_key(self, options: SDXLOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names the VAE and the text encoders that are not trained by the hash of their weights."""
-        from lora_diffusion.families import _sources
+        from lora_diffusion.families.stable_diffusion import loading
 
-        return _sources.cache_key(options, trained, pieces)
+        return loading.cache_key(options, trained, pieces)
 
     def prepare(
         self, loaded: Loaded, samples: Sequence[ImageText], trained: frozenset[str], pieces: frozenset[str] = PIECES
@@ -96,54 +85,54 @@ class StableDiffusionXL:
         "text" and "text_2" hold embeddings [captions, length, dim], or token ids if that encoder is trained; "summary"
         [captions, dim] is there unless the second is. "shown" is 0 for an empty caption that the base knows as zeros.
         """
-        from lora_diffusion.families import _objective, _text
+        from lora_diffusion.families.stable_diffusion import text_encoding, training_loss
 
         def describe(prompts: Sequence[str]) -> dict[str, Tensor]:
             columns = {}
             for tower, (tokenizer, column) in _TOWERS.items():
-                ids = _text.tokenize(loaded.modules[tokenizer], prompts)
+                ids = text_encoding.tokenize(loaded.modules[tokenizer], prompts)
                 if tower in trained:
                     columns[column] = ids
                     continue
-                columns |= _text.in_chunks(lambda rows, tower=tower: _read(loaded, tower, rows), ids)
+                columns |= text_encoding.in_chunks(lambda rows, tower=tower: _read(loaded, tower, rows), ids)
             return columns
 
-        items = _objective.prepare(loaded, samples, describe, pieces)
+        items = training_loss.prepare(loaded, samples, describe, pieces)
         return [_completed(loaded, item, sample) for item, sample in zip(items, samples, strict=True)]
 
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items; captions are padded with zeros to the largest number of them."""
-        from lora_diffusion.families import _objective
+        from lora_diffusion.families.stable_diffusion import training_loss
 
-        return _objective.collate(items)
+        return training_loss.collate(items)
 
     def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
         """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked."""
-        from lora_diffusion.families import _objective
+        from lora_diffusion.families.stable_diffusion import training_loss
 
-        return _objective.loss(loaded, batch, rng, _encode)
+        return training_loss.loss(loaded, batch, rng, _encode)
 
     def example(self, options: SDXLOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
         """Gives latents, timesteps, text and sizes for the UNet, and token ids for trained text encoders."""
-        from lora_diffusion.families import _latent, _sources
+        from lora_diffusion.families.stable_diffusion import loading, sampling
 
-        parts = _sources.find(options).outline()
-        return Example(_latent.example(parts, self.check(options), options, trained, batch_size, size))
+        parts = loading.find(options).outline()
+        return Example(sampling.example(parts, self.check(options), options, trained, batch_size, size))
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Draws pictures in batches of requests that differ in prompt and seed only."""
-        from lora_diffusion.families import _latent
+        from lora_diffusion.families.stable_diffusion import sampling
 
-        return _latent.generate(loaded, requests, _embed)
+        return sampling.generate(loaded, requests, _embed)
 
 
 def _read(loaded: Loaded, tower: str, token_ids: Tensor) -> dict[str, Tensor]:
     """Returns a text encoder's columns: embeddings [num_prompts, length, dim], and from the second the summary."""
-    from lora_diffusion.families import _text
-    from lora_diffusion.families._components import LAYOUTS
+    from lora_diffusion.families.stable_diffusion import text_encoding
+    from lora_diffusion.families.stable_diffusion.components import LAYOUTS
 
     skip = loaded.options.clip_skip or LAYOUTS[FAMILY.name].usual_skip
-    hidden, summary = _text.encode_raw(loaded.parts[tower], token_ids, skip)
+    hidden, summary = text_encoding.encode_raw(loaded.parts[tower], token_ids, skip)
     column = _TOWERS[tower][1]
     return {column: hidden} if summary is None else {column: hidden, _SUMMARY: summary}
 
@@ -198,18 +187,18 @@ def _embed(loaded: Loaded, requests: Sequence[Request], size: tuple[int, int]) -
     """Returns the conditions of the prompts and of the negative prompts, for whole pictures of this size."""
     import torch
 
-    from lora_diffusion.families import _text
+    from lora_diffusion.families.stable_diffusion import text_encoding
 
     names = (*(column for _, column in _TOWERS.values()), _SUMMARY)
 
     def embed(prompts: Sequence[str]) -> tuple[Tensor, ...]:
         found: dict[str, Tensor] = {}
         for tower, (tokenizer, _) in _TOWERS.items():
-            found |= _read(loaded, tower, _text.tokenize(loaded.modules[tokenizer], prompts))
+            found |= _read(loaded, tower, text_encoding.tokenize(loaded.modules[tokenizer], prompts))
         return tuple(found[name] for name in names)
 
     def condition(prompts: list[str], is_shown: list[bool]) -> Condition:
-        rows = dict(zip(names, _text.remembered(loaded, prompts, embed), strict=True))
+        rows = dict(zip(names, text_encoding.remembered(loaded, prompts, embed), strict=True))
         times = torch.tensor([[size[1], size[0], 0, 0, size[1], size[0]]]).repeat(len(prompts), 1)
         return _encode(loaded, {**rows, _SHOWN: torch.tensor(is_shown), "time_ids": times})
 

@@ -8,20 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.base_model import Example, Loaded, LossOutput, Part, SpeechInfo
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import (
-    PIECES,
-    AudioText,
-    Batch,
-    Example,
-    Loaded,
-    LossOutput,
-    Output,
-    Part,
-    Prepared,
-    Request,
-    SpeechInfo,
-)
+from lora_diffusion.core.samples import PIECES, AudioText, Batch, Output, Prepared, Request
 
 if TYPE_CHECKING:
     import torch
@@ -106,51 +95,52 @@ class Whisper:
 
     def check(self, options: WhisperOptions) -> SpeechInfo:
         """Reads config, tokenizer and feature extractor of the base."""
-        from lora_diffusion.families import _sources, _speech
+        from lora_diffusion.families.language import speech
+        from lora_diffusion.families.stable_diffusion import loading
 
         folder = _find(options)
-        with _sources.explained(folder):
-            return _speech.describe(folder, options)
+        with loading.explained(folder):
+            return speech.describe(folder, options)
 
     def skeleton(self, options: WhisperOptions) -> dict[str, nn.Module]:
         """Builds encoder and decoder on the meta device."""
         from transformers import WhisperForConditionalGeneration
 
-        from lora_diffusion.families import _transformers
+        from lora_diffusion.families.language import loading
 
-        return _parts(_transformers.on_meta(_find(options), WhisperForConditionalGeneration))
+        return _parts(loading.on_meta(_find(options), WhisperForConditionalGeneration))
 
     def key_map(self, format_name: str, options: WhisperOptions | None) -> KeyMap:
         """Maps linear layers to their paths in WhisperForConditionalGeneration; only PEFT has names for them."""
-        from lora_diffusion.families import _speech, _transformers
+        from lora_diffusion.families.language import loading, speech
 
         if format_name != "peft":
             raise UnsupportedError(f"Whisper adapters have no spelling {format_name}; use peft.")
-        paths = _speech.published_paths() if options is None else _transformers.layers(self.skeleton(options))
-        return _transformers.peft_map(paths, _PREFIXES)
+        paths = speech.published_paths() if options is None else loading.layers(self.skeleton(options))
+        return loading.peft_map(paths, _PREFIXES)
 
     def load(self, options: WhisperOptions, device: torch.device) -> Loaded:
         """Loads model, tokenizer and feature extractor."""
         from transformers import WhisperForConditionalGeneration
 
-        from lora_diffusion.families import _speech, _transformers
+        from lora_diffusion.families.language import loading, speech
 
         folder = _find(options)
         info = self.check(options)
-        model = _transformers.load(folder, WhisperForConditionalGeneration, options, device)
-        processor = _speech.read_processor(folder)
-        _speech.complete_generation_config(model, processor.tokenizer, info)
+        model = loading.load(folder, WhisperForConditionalGeneration, options, device)
+        processor = speech.read_processor(folder)
+        speech.complete_generation_config(model, processor.tokenizer, info)
         parts = _parts(model)
-        _transformers.place(model, parts, options.quantization, device)
+        loading.place(model, parts, options.quantization, device)
         modules = {"model": model, "tokenizer": processor.tokenizer, "extractor": processor.feature_extractor}
         return Loaded(parts, modules, options, device, info)
 
     def cache_key(self, options: WhisperOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
         """Names tokenizer, feature extractor, and how transcripts are written; no weights prepare anything."""
-        from lora_diffusion.families import _speech, _transformers
+        from lora_diffusion.families.language import loading, speech
 
         del trained
-        files = _transformers.fingerprint(_find(options), _speech.PROCESSOR_FILES)
+        files = loading.fingerprint(_find(options), speech.PROCESSOR_FILES)
         if "texts" not in pieces:
             return f"{self.name} {files}"
         return f"{self.name} {files} {options.language} {options.task} {options.timestamps}"
@@ -165,7 +155,7 @@ class Whisper:
         """
         import torch
 
-        from lora_diffusion.families import _speech
+        from lora_diffusion.families.language import speech
 
         del trained
         extractor, tokenizer = loaded.modules["extractor"], loaded.modules["tokenizer"]
@@ -175,10 +165,10 @@ class Whisper:
             if "views" in pieces:
                 assert sample.waveforms, f"{sample.key} was not opened"
                 frames = [-(-len(waveform) // extractor.hop_length) for waveform in sample.waveforms]
-                tensors["features"] = torch.cat([_speech.log_mel(extractor, wave) for wave in sample.waveforms])
+                tensors["features"] = torch.cat([speech.log_mel(extractor, wave) for wave in sample.waveforms])
                 tensors["num_frames"] = torch.tensor(frames)
             if "texts" in pieces:
-                tensors["labels"] = torch.tensor(_speech.labels(tokenizer, sample, loaded.options, loaded.info))
+                tensors["labels"] = torch.tensor(speech.labels(tokenizer, sample, loaded.options, loaded.info))
             items.append(Prepared(sample.key, tensors, "", sample.num_repeats))
         return items
 
@@ -187,13 +177,13 @@ class Whisper:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        from lora_diffusion.families import _transformers
+        from lora_diffusion.families.language import loading
 
         labels = [item.tensors["labels"] for item in items]
         tensors = {
             "features": torch.stack([item.tensors["features"] for item in items]),
             "num_frames": torch.stack([item.tensors["num_frames"] for item in items]),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=_transformers.IGNORED),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=loading.IGNORED),
         }
         weights = torch.tensor([float(len(own)) for own in labels])
         return Batch(tuple(item.key for item in items), tensors, weights=weights)
@@ -202,18 +192,18 @@ class Whisper:
         """Mean cross-entropy of each sample's labels, padding left out; one view of each is drawn and masked."""
         import torch
 
-        from lora_diffusion.families import _speech, _words
+        from lora_diffusion.families.language import speech, training_loss
 
         views, num_frames, labels = (batch.tensors[name] for name in ("features", "num_frames", "labels"))
         rows = torch.arange(len(batch))
         drawn = torch.randint(views.shape[1], (len(batch),), generator=rng)
-        features = _speech.mask(views[rows, drawn], num_frames[rows, drawn], loaded.options, rng)
+        features = speech.mask(views[rows, drawn], num_frames[rows, drawn], loaded.options, rng)
         labels = labels.to(loaded.device)
         model = loaded.modules["model"]
         # Given labels, transformers shifts them, and computes a mean over the batch that is not wanted.
-        ids, features = _speech.shift(labels, model.config), features.to(loaded.device, model.dtype)
+        ids, features = speech.shift(labels, model.config), features.to(loaded.device, model.dtype)
         output = model.model(input_features=features, decoder_input_ids=ids, use_cache=False)
-        return LossOutput(_words.loss(output.last_hidden_state, model.proj_out, labels))
+        return LossOutput(training_loss.loss(output.last_hidden_state, model.proj_out, labels))
 
     def example(
         self, options: WhisperOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
@@ -221,7 +211,7 @@ class Whisper:
         """Gives features for the encoder, which are always of full length, and token ids for the decoder."""
         import torch
 
-        from lora_diffusion.families._words import Head
+        from lora_diffusion.families.language.training_loss import Head
 
         del trained
         config: Any = self.skeleton(options)["encoder"].config
@@ -244,7 +234,7 @@ class Whisper:
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         """Transcribes recordings, in batches of equal adapter weights, language and task."""
-        from lora_diffusion.families import _speech
+        from lora_diffusion.families.language import speech
 
         outputs: dict[int, Output] = {}
         groups: dict[str, list[int]] = {}
@@ -255,15 +245,15 @@ class Whisper:
         for indices in groups.values():
             for start in range(0, len(indices), _MAX_BATCH):
                 chunk = indices[start : start + _MAX_BATCH]
-                texts = _speech.transcribe(loaded, [requests[i] for i in chunk])
+                texts = speech.transcribe(loaded, [requests[i] for i in chunk])
                 outputs.update({i: Output(requests[i], text=text) for i, text in zip(chunk, texts, strict=True)})
         return [outputs[i] for i in range(len(requests))]
 
 
 def _find(options: WhisperOptions) -> Path:
-    from lora_diffusion.families import _transformers
+    from lora_diffusion.families.language import loading
 
-    return _transformers.find(options, _BUILTIN, ("whisper",), "Whisper as save_pretrained of transformers makes it")
+    return loading.find(options, _BUILTIN, ("whisper",), "Whisper as save_pretrained of transformers makes it")
 
 
 def _parts(model: Any) -> dict[str, nn.Module]:

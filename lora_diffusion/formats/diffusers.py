@@ -11,16 +11,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.files import parse_json
-from lora_diffusion.core.types import AdapterState, ModuleAdapter
-from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._arrays import Array, in_float32
-from lora_diffusion.formats._holding import check_holds_state
-from lora_diffusion.formats._lora_config import check_config, find_alpha, warn_of_ranks, write_config
-from lora_diffusion.formats._peft_tensors import NOT_IN_PEFT, WRONG_AXIS, check_one_kind, peft_tensors
-from lora_diffusion.formats._portable import complete_attention, with_attention
-from lora_diffusion.formats._spelling import (
+from lora_diffusion.formats.capabilities import check_holds_state
+from lora_diffusion.formats.metadata import without_hashes
+from lora_diffusion.formats.normalize import complete_attention, with_attention
+from lora_diffusion.formats.peft_config import (
+    NOT_IN_PEFT,
+    WRONG_AXIS,
+    check_config,
+    check_one_kind,
+    find_alpha,
+    peft_tensors,
+    warn_of_ranks,
+    write_config,
+)
+from lora_diffusion.formats.tensor_names import (
     PEFT_PREFIX,
     group_names,
     one_alpha,
@@ -28,7 +35,8 @@ from lora_diffusion.formats._spelling import (
     split_embeddings,
     split_name,
 )
-from lora_diffusion.formats.metadata import without_hashes
+from lora_diffusion.tensorfile import safetensors_file
+from lora_diffusion.tensorfile.arrays import Array, in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +88,7 @@ class _Diffusers:
             for field, value in write_config(adapters).items()
         }
         metadata = {**without_hashes(state.metadata), "format": "pt", _CONFIG_KEY: json.dumps(configs)}
-        _safetensors.save(tensors, metadata, path)
+        safetensors_file.save(tensors, metadata, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file; without a record of alphas alpha = rank, as diffusers takes it."""
@@ -88,7 +96,7 @@ class _Diffusers:
 
     def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
-        loaded, metadata = _safetensors.load(path)
+        loaded, metadata = safetensors_file.load(path)
         tensors, embeddings = split_embeddings(loaded)
         configs = read_configs(metadata, path)
         metadata.pop(_CONFIG_KEY, None)

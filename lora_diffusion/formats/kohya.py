@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 import numpy
 
-from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.types import AdapterState, ModuleAdapter
-from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._arrays import Array, as_array, in_float32
-from lora_diffusion.formats._holding import check_holds_state
-from lora_diffusion.formats._module import FLAGS, SCALED
-from lora_diffusion.formats._portable import complete_attention, share_alpha
-from lora_diffusion.formats._spelling import (
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
+from lora_diffusion.formats.capabilities import check_holds_state
+from lora_diffusion.formats.metadata import hashes, without_hashes
+from lora_diffusion.formats.normalize import complete_attention, share_alpha
+from lora_diffusion.formats.tensor_names import (
     EMBEDDING,
+    FLAGS,
     KOHYA,
+    SCALED,
     group_names,
     one_alpha,
     read_modules,
@@ -29,7 +30,8 @@ from lora_diffusion.formats._spelling import (
     split_name,
     unread_kind,
 )
-from lora_diffusion.formats.metadata import hashes, without_hashes
+from lora_diffusion.tensorfile import safetensors_file
+from lora_diffusion.tensorfile.arrays import Array, as_array, in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +76,7 @@ class _Kohya:
         tensors |= {EMBEDDING + name: as_array(tensor) for name, tensor in state.embeddings.items()}
         # diffusers refuses a file with alphas that also holds its own record of them.
         told = {key: value for key, value in without_hashes(state.metadata).items() if key != "lora_adapter_metadata"}
-        _safetensors.save(tensors, {**told, **hashes(tensors, told)}, path)
+        safetensors_file.save(tensors, {**told, **hashes(tensors, told)}, path)
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file; a module without alpha has alpha = rank, and a warning tells how programs take it."""
@@ -82,7 +84,7 @@ class _Kohya:
 
     def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
         """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
-        loaded, metadata = _safetensors.load(path)
+        loaded, metadata = safetensors_file.load(path)
         tensors, embeddings = split_embeddings(loaded)
         groups, _ = group_names(tensors)
         without = [name for name, group in groups.items() if "alpha" not in group.names and group.kinds & SCALED]
@@ -102,7 +104,7 @@ def _tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype | None) -> di
     kind = "lora" if adapter.variant == "dora" else adapter.variant.partition("+")[0]
     suffixes = {"bias": ".diff_b", **KOHYA[kind]}
     tensors = {
-        f"{name}{suffix}": _safetensors.cast(name, adapter.tensors[tensor], None if tensor in FLAGS else dtype)
+        f"{name}{suffix}": safetensors_file.cast(name, adapter.tensors[tensor], None if tensor in FLAGS else dtype)
         for tensor, suffix in suffixes.items()
         if tensor in adapter.tensors
     }

@@ -5,7 +5,9 @@ Names and texts follow sd-scripts (`train_network.py`, `library/train_util.py`, 
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +15,16 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.core.errors import ConfigError, UnsupportedError
-from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
-from lora_diffusion.formats._arrays import Array, raw
-from lora_diffusion.formats._safetensors import TensorInfo, encode, layout
+from lora_diffusion.core.text import suggestion
+from lora_diffusion.tensorfile.arrays import Array, raw
+from lora_diffusion.tensorfile.safetensors_file import TensorInfo, encode, layout
 
 if TYPE_CHECKING:
-    from lora_diffusion.core.types import AdapterState
+    from PIL.Image import Image as Picture
+
+    from lora_diffusion.core.adapter_state import AdapterState
+
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 """Place and length of what the older hash of a file covers."""
@@ -301,3 +306,28 @@ def _text(value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) and value == round(value) and abs(value) < 1e6 else str(value)
+
+
+LONGEST_SIDE = 256
+"""Pixels."""
+MOST_CHARACTERS = 64 * 2**10
+"""Keeps the header far below the 1 MiB above which ComfyUI shows no metadata."""
+_QUALITIES = (85, 70, 50, 30)
+
+
+def data_url(picture: Picture) -> str:
+    """Returns an RGB picture, which is made small in place, as a data URL.
+
+    It is a JPEG of at most LONGEST_SIDE pixels and MOST_CHARACTERS characters.
+    """
+    from PIL import Image
+
+    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    # Noise of this size takes 30,000 characters at the lowest quality.
+    return next(url for quality in _QUALITIES if len(url := _encoded(picture, quality)) <= MOST_CHARACTERS)
+
+
+def _encoded(picture: Picture, quality: int) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=quality, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

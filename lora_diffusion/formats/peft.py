@@ -14,24 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.architectures.shapes import published
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.files import atomic_path, not_a_file, parse_json, public_base, read_json, write_json
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.formats import _safetensors
-from lora_diffusion.formats._arrays import Array, in_float32
-from lora_diffusion.formats._holding import check_holds_state
-from lora_diffusion.formats._lora_config import (
+from lora_diffusion.formats.capabilities import check_holds_state
+from lora_diffusion.formats.metadata import BASE, without_hashes
+from lora_diffusion.formats.peft_config import (
+    NOT_IN_PEFT,
+    WRONG_AXIS,
     check_config,
+    check_one_kind,
     find_alpha,
+    peft_tensors,
     peft_type,
     warn_of_ranks,
     without_recorded_scale,
     write_config,
 )
-from lora_diffusion.formats._peft_tensors import NOT_IN_PEFT, WRONG_AXIS, check_one_kind, peft_tensors
-from lora_diffusion.formats._published import published
-from lora_diffusion.formats._spelling import PEFT_PREFIX, read_modules, split_name
-from lora_diffusion.formats.metadata import BASE, without_hashes
+from lora_diffusion.formats.tensor_names import PEFT_PREFIX, read_modules, split_name
+from lora_diffusion.tensorfile import safetensors_file
+from lora_diffusion.tensorfile.arrays import Array, in_float32
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +95,7 @@ class _Peft:
                 for name, adapter in adapters.items():
                     tensors |= peft_tensors(PEFT_PREFIX + name, adapter, dtype)
                 told = {key: text for key, text in without_hashes(state.metadata).items() if key not in _TOLD}
-                _safetensors.save(tensors, {**told, "format": "pt"}, folder / part / TENSORS)
+                safetensors_file.save(tensors, {**told, "format": "pt"}, folder / part / TENSORS)
                 write_json(folder / part / CONFIG, _base(state.metadata, part) | _record(adapters))
 
     def read(self, path: Path, key_map: KeyMap) -> AdapterState:
@@ -105,7 +108,7 @@ class _Peft:
         metadata: dict[str, str] = {}
         for folder in part_folders(path):
             config = read_config(folder)
-            tensors, told = _safetensors.load(folder / TENSORS)
+            tensors, told = safetensors_file.load(folder / TENSORS)
             plain = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
             part = _part_of(plain, folder, path, key_map)
             named = {_joined(part, name): tensor for name, tensor in plain.items()}
@@ -139,19 +142,19 @@ def tensor_files(path: Path) -> list[Path]:
     folders = part_folders(path)
     for folder in folders:
         if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
-            raise _safetensors.pickled(folder / PICKLE, path, "NEW --to peft")
+            raise safetensors_file.pickled(folder / PICKLE, path, "NEW --to peft")
     return [folder / TENSORS for folder in folders]
 
 
-def headers(path: Path) -> list[_safetensors.Header]:
+def headers(path: Path) -> list[safetensors_file.Header]:
     """Returns the header of a file, or those of the files of a PEFT folder.
 
     Raises:
         AdapterFileError: one cannot be read, or it is a file of PEFT without the record beside it.
     """
     if path.is_dir():
-        return [_safetensors.read_header(file) for file in tensor_files(path)]
-    header = _safetensors.read_header(path)
+        return [safetensors_file.read_header(file) for file in tensor_files(path)]
+    header = safetensors_file.read_header(path)
     if header.tensors and all(name.startswith(PEFT_PREFIX) for name in header.tensors):
         raise AdapterFileError(
             f"{path} holds only the tensors of a PEFT adapter, whose ranks and alphas stand in {CONFIG} beside it; "

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import VerificationError
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.protocols import Format
-from lora_diffusion.core.types import AdapterState, ModuleAdapter
-from lora_diffusion.formats._arrays import Array, as_array, same_bits, widen
-from lora_diffusion.formats._module import FLAGS
-from lora_diffusion.formats._safetensors import cast
+from lora_diffusion.core.protocols.format import Format
+from lora_diffusion.formats.tensor_names import FLAGS
+from lora_diffusion.tensorfile.arrays import Array, as_array, same_bits, widen
+from lora_diffusion.tensorfile.safetensors_file import cast
 
 if TYPE_CHECKING:
     import torch

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import workflows
-from lora_diffusion.config.load import load
+from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
-from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core.files import shipped_path, write_json
-from lora_diffusion.evaluation.text_page import TextPage, write_text_page
+from lora_diffusion.report.text_page import TextPage, write_text_page
+from lora_diffusion.workflows.report import read_training
+from lora_diffusion.workflows.train import train
 
 NUM_EXAMPLES = 12
 """Of each test set, on the page."""
@@ -92,12 +92,12 @@ def quickstart(show: Show, output_path: Path, *, resume: bool = False, overwrite
     """
     started = time.perf_counter()
     config = config_of(show, output_path)
-    adapter = workflows.train(config, resume=resume, overwrite=overwrite).files[0]
+    adapter = train(config, resume=resume, overwrite=overwrite).files[0]
     scores = compare(show, config, adapter)
     write_json(output_path / "scores.json", rates(scores))
     report_path, commands = output_path / "report.html", tuple(show.commands(config.model.path, f"{adapter}:1"))
     seconds = time.perf_counter() - started
-    training = workflows.read_training(output_path)
+    training = read_training(output_path)
     facts = {**training.facts, "whole quickstart": f"{seconds:.0f} s"}
     write_text_page(report_path, show.page(scores), training=replace(training, facts=facts), next_commands=commands)
     return Shown(adapter, report_path, scores, show.score, show.heading, commands, seconds)

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import workflows
-from lora_diffusion.evaluation.text_page import TextPage
 from lora_diffusion.quickstart import _writing
+from lora_diffusion.report.text_page import TextPage
+from lora_diffusion.workflows.ask import examine
 
 
 def _page(scores: _writing.Scores) -> TextPage:
@@ -52,7 +52,7 @@ SHOW = _writing.Show(
     config="llava/emoji",
     data="emoji-questions",
     tests={"new style": "new", "known styles": "known"},
-    examine=workflows.examine,
+    examine=examine,
     score="exact_match",
     heading="Answers about pictures that were not trained on, right to the letter:",
     page=_page,

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import workflows
-from lora_diffusion.config.load import load
+from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
-from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core.files import shipped_path, write_json
-from lora_diffusion.core.types import Request
-from lora_diffusion.evaluation.pictures import grid, save_image
-from lora_diffusion.evaluation.report import write_before_after
+from lora_diffusion.core.samples import Request
+from lora_diffusion.evaluation.images import grid, save_image
+from lora_diffusion.report.pages import write_before_after
+from lora_diffusion.workflows.compare import compare
+from lora_diffusion.workflows.report import read_training
+from lora_diffusion.workflows.train import TrainResult, train
 
 _NUM_GRID_ROWS = 8
 
@@ -61,8 +62,8 @@ def quickstart(output_path: Path, *, resume: bool = False, overwrite: bool = Fal
     started = time.perf_counter()
     data = shipped_path("datasets") / "blob-style"
     config = load(find_shipped("sd1/style"), [f"data.path={data / 'train'}", f"output.path={output_path}"])
-    trained = workflows.train(config, resume=resume, overwrite=overwrite)
-    comparison = workflows.compare(config, trained.files[0], data / "references", Request("", 0))
+    trained = train(config, resume=resume, overwrite=overwrite)
+    comparison = compare(config, trained.files[0], data / "references", Request("", 0))
     grid_path = output_path / "before-after.png"
     rows = [[row.images[index] for row in comparison.rows] for index in range(_NUM_GRID_ROWS)]
     labels = [f"{prompt} / {plain}" for prompt, plain in zip(comparison.prompts, comparison.plain_prompts, strict=True)]
@@ -77,7 +78,7 @@ def quickstart(output_path: Path, *, resume: bool = False, overwrite: bool = Fal
         title="lora-diffusion quickstart: blob style",
         comparison=comparison,
         num_rows=_NUM_GRID_ROWS,
-        training=replace(workflows.read_training(output_path), facts=_facts(config, trained, seconds)),
+        training=replace(read_training(output_path), facts=_facts(config, trained, seconds)),
         next_commands=commands,
     )
     return QuickstartResult(trained.files[0], grid_path, report_path, comparison.to_json(), commands, seconds)
@@ -93,7 +94,7 @@ def _next_commands(config: Config, adapter: Path) -> tuple[str, ...]:
     )
 
 
-def _facts(config: Config, trained: workflows.TrainResult, seconds: float) -> dict[str, str]:
+def _facts(config: Config, trained: TrainResult, seconds: float) -> dict[str, str]:
     return {
         "base": config.model.path,
         "pictures": config.data.path,

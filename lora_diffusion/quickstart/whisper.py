@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from functools import partial
 
-from lora_diffusion import workflows
-from lora_diffusion.evaluation.text_page import TextPage
 from lora_diffusion.quickstart import _writing
+from lora_diffusion.report.text_page import TextPage
+from lora_diffusion.workflows.transcribe import understand
 
 
 def _page(scores: _writing.Scores) -> TextPage:
@@ -44,7 +44,7 @@ SHOW = _writing.Show(
     config="whisper/digits",
     data="spoken-digits",
     tests={"new accent and words": "new", "old accents and words": "old"},
-    examine=workflows.understand,
+    examine=understand,
     score="wer",
     heading="Words that were misheard in recordings that were not trained on (WER):",
     page=_page,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lora_diffusion.core.errors import CheckpointError, ConfigError
 from lora_diffusion.core.files import atomic_path, read_json, remove_leftovers, save_tensors, sha256, write_json
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
 from lora_diffusion.training import optim
 from lora_diffusion.training.optim import Params, named
 

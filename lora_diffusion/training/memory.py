@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.device import compute_dtype
-from lora_diffusion.core.products import fast_products, product_dtype
+from lora_diffusion.runtime.bf16_emulation import fast_products, product_dtype
+from lora_diffusion.runtime.device import compute_dtype
+from lora_diffusion.training.fake_tensor_step import take_step
 from lora_diffusion.training.optim import Params, state_bytes
-from lora_diffusion.training.rehearsal import take_step
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.config.schema import TrainConfig
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import ConfigError, UnsupportedError
 from lora_diffusion.core.extras import require
-from lora_diffusion.core.types import ModuleKey
 
 Params = Mapping[str, Mapping[str, nn.Parameter]]
 """Part -> name of the parameter in the part -> the trainable parameter, float32."""

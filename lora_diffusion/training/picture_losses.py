@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_diffusion.core.base_model import LossOutput
+from lora_diffusion.core.evidence import SampleLoss
 from lora_diffusion.core.files import read_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, ImageText, LossOutput, Prepared, SampleLoss
+from lora_diffusion.core.samples import Batch, ImageText, Prepared
 
 LOSSES_NAME = "picture_losses.json"
 MAX_PICTURES = 500

@@ -14,15 +14,16 @@ from accelerate import PartialState
 
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
-from lora_diffusion.core.device import compute_dtype, frozen_dtype, pick_device
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.files import content_hash, public_base, user_path
 from lora_diffusion.core.privacy import public_path
-from lora_diffusion.core.types import AdapterState, BaseInfo, Sample
+from lora_diffusion.core.samples import Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.kinds import Kind
-from lora_diffusion.formats.metadata import BASE, LEGACY_BYTES, LEGACY_START, build, count_tags, spec_date
-from lora_diffusion.formats.thumbnail import data_url
+from lora_diffusion.formats.metadata import BASE, LEGACY_BYTES, LEGACY_START, build, count_tags, data_url, spec_date
+from lora_diffusion.runtime.device import compute_dtype, frozen_dtype, pick_device
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder

@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import read_json, remove_leftovers, write_json
-from lora_diffusion.core.logs import logger, name_some
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import name_some
 from lora_diffusion.training import checkpoint
 
 RECORD_NAME = "files.json"

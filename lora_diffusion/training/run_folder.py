@@ -18,8 +18,8 @@ from lora_diffusion.config.schema import PATHS, Config, PictureDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, remove_leftovers, user_path, write_text
-from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
+from lora_diffusion.core.text import suggestion
 from lora_diffusion.training import run_files
 
 _LONGEST_NAME = 200

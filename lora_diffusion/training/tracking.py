@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.extras import require
 from lora_diffusion.core.files import parse_json, read_json, write_text
-from lora_diffusion.core.logs import console, logger, name_some
-from lora_diffusion.core.protocols import Tracker
+from lora_diffusion.core.logs import console, logger
+from lora_diffusion.core.protocols.tracker import Tracker
+from lora_diffusion.core.text import name_some
 
 METRICS_NAME = "metrics.jsonl"
 PROGRESS_NAME = "progress.json"

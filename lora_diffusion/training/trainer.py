@@ -18,15 +18,18 @@ from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
 from lora_diffusion.config.schema import DEFAULT_STEPS, TrainConfig
-from lora_diffusion.core.device import compute_dtype
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import LossOutput
 from lora_diffusion.core.errors import ConfigError, NonFiniteError
-from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.products import fast_products
-from lora_diffusion.core.protocols import Tracker
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.protocols.tracker import Tracker
 from lora_diffusion.core.rng import derive, derive_seed
-from lora_diffusion.core.tuning import use_threads
-from lora_diffusion.core.types import Batch, LossOutput, ModuleKey
+from lora_diffusion.core.samples import Batch
+from lora_diffusion.core.text import name_some
 from lora_diffusion.data.batches import Batches
+from lora_diffusion.runtime.autotune import use_threads
+from lora_diffusion.runtime.bf16_emulation import fast_products
+from lora_diffusion.runtime.device import compute_dtype
 from lora_diffusion.training import checkpoint, optim, run_files, schedule
 from lora_diffusion.training.hooks import Hook
 from lora_diffusion.training.tracking import check_tracker, open_trackers

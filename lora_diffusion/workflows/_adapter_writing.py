@@ -10,16 +10,18 @@ from pathlib import Path
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
-from lora_diffusion.core.device import find_dtype, process_group
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState, Loaded
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.runtime.device import find_dtype, process_group
 from lora_diffusion.training import record, run_files
 from lora_diffusion.training.hooks import Hook, IntervalHook
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows import _run_checkpoints, verification
+from lora_diffusion.workflows import _run_checkpoints, verify
 
 
 @dataclass(frozen=True)
@@ -82,5 +84,5 @@ class AdapterWriter:
         for format_name, path in zip(self.config.output.formats, paths, strict=True):
             format_: Format = registry.find("formats", format_name)
             write_verified(state, self.family.key_map(format_name, model), format_, path, dtype)
-            verification.warn(path, verification.faults(path, format_name, self.family, model, ()))
+            verify.warn(path, verify.faults(path, format_name, self.family, model, ()))
         return tuple(paths)

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_diffusion.compose.plan import weighted_files
 from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import sha256
-from lora_diffusion.core.logs import logger, name_some
-from lora_diffusion.core.protocols import Family
-from lora_diffusion.core.types import AdapterState, Loaded, Output, Request
-from lora_diffusion.core.weighted import weighted_files
-from lora_diffusion.evaluation.drawing import Look, look
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.samples import Output, Request
+from lora_diffusion.core.text import name_some
 from lora_diffusion.evaluation.results import BASE, Candidate, FileHash
+from lora_diffusion.evaluation.sampling import Look, look
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints

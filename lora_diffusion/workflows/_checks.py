@@ -14,16 +14,17 @@ from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.rules import as_written
 from lora_diffusion.config.schema import Config, TrainConfig
 from lora_diffusion.core import launch, registry
-from lora_diffusion.core.device import pick_device
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import read_json
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.protocols import Family
-from lora_diffusion.core.types import BaseInfo, ImageText, Prepared, Request, Sample
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.samples import ImageText, Prepared, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import KINDS, Kind
 from lora_diffusion.data.validation import hold_out
-from lora_diffusion.formats import check_output
+from lora_diffusion.formats.capabilities import check_output
+from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.training import optim, record, run_folder
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import check_tracker

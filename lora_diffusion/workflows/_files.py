@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_diffusion.compat import verify
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
 from lora_diffusion.core.errors import (
     AdapterFileError,
     ConfigError,
@@ -19,9 +21,11 @@ from lora_diffusion.core.errors import (
 )
 from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState, ModuleKey
-from lora_diffusion.formats import clients, detect, fit_dimensions, in_float32, is_adapter, stored_dtypes
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.protocols.format import Format
+from lora_diffusion.formats.detect import detect, is_adapter, stored_dtypes
+from lora_diffusion.formats.normalize import fit_dimensions
+from lora_diffusion.tensorfile.arrays import in_float32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,7 +110,7 @@ def find_base(path: str | None, family_name: str | None = None) -> GivenBase | N
     if path is None:
         return None
     # Only now, since it takes seconds to import what builds a base.
-    from lora_diffusion.workflows.checkpoints import find_weights
+    from lora_diffusion.workflows.merge import find_weights
 
     model = find_weights(path, family_name)
     family: Family = registry.find("families", model.family)
@@ -144,10 +148,10 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
         ConfigError: there is no such family.
     """
     format_: Format = registry.find("formats", detect(path))
-    told = clients.sized_as(path) if family_name in clients.PUBLISHED else None
+    told = verify.sized_as(path) if family_name in verify.PUBLISHED else None
     if told not in (None, family_name):
         raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
-    known = family_name or clients.told_by_content(path)
+    known = family_name or verify.told_by_content(path)
     guess = known or _guess(path)
     # Names alone may deceive: some programs give all text encoders the prefix of SDXL's first.
     others = [] if known else [name for name in registry.available("families") if name != guess]
@@ -165,14 +169,14 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
             continue
-        return family, fit_dimensions(state, clients.published(name)) if name in clients.PUBLISHED else state
+        return family, fit_dimensions(state, verify.published(name)) if name in verify.PUBLISHED else state
     # A family without names for the format says less than one that cannot read the file.
     raise (faults or unnamed)[0]
 
 
 def _guess(path: Path) -> str | None:
     try:
-        return clients.guess_family(path)
+        return verify.guess_family(path)
     except AdapterFileError:
         return None
 

@@ -7,22 +7,23 @@ from functools import partial
 from pathlib import Path
 
 from lora_diffusion.config.schema import Config
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.protocols import Family
-from lora_diffusion.core.types import ImageText, Loaded, Prepared, Request, Sample
-from lora_diffusion.data._progress import watch
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.samples import ImageText, Prepared, Request, Sample
 from lora_diffusion.data.preflight import find_pictures
 from lora_diffusion.evaluation import progress
-from lora_diffusion.evaluation.clip import default_clip, load_clip
-from lora_diffusion.evaluation.scorers import LOADERS, Scorers
 from lora_diffusion.evaluation.select import check_metrics
+from lora_diffusion.runtime.progress import watch
+from lora_diffusion.scoring.clip import default_clip, load_clip
+from lora_diffusion.scoring.scorers import LOADERS, Scorers
 from lora_diffusion.training import picture_losses
 from lora_diffusion.training.hooks import EarlyStop, Hook
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import PROGRESS_NAME
 from lora_diffusion.training.trainer import Trainer
-from lora_diffusion.workflows import selection
+from lora_diffusion.workflows import select
 
 
 def check(config: Config, samples: Sequence[ImageText]) -> None:
@@ -35,12 +36,12 @@ def check(config: Config, samples: Sequence[ImageText]) -> None:
     if not (own.after_training or own.every_steps):
         return
     _references(config)
-    selection.cases(config, samples[0].trigger)
-    models = Scorers({"clip": default_clip(config.model.path), **selection.scorers(config)})
+    select.cases(config, samples[0].trigger)
+    models = Scorers({"clip": default_clip(config.model.path), **select.scorers(config)})
     for kind in models.names.keys() & LOADERS.keys():
         models.find(kind)
     if own.after_training:
-        selection.check_name(RunFolder(Path(config.output.path)).name(config))
+        select.check_name(RunFolder(Path(config.output.path)).name(config))
         check_metrics(own.metrics)
     if own.after_training and config.train.keep_checkpoints:
         logger.warning(
@@ -64,7 +65,7 @@ def prepare_early_stop(
     draw = partial(family.generate, loaded)
     judge = progress.start(
         load_clip(own.clip or default_clip(config.model.path), str(loaded.device)),
-        selection.cases(config, getattr(samples[0], "trigger", "")),
+        select.cases(config, getattr(samples[0], "trigger", "")),
         own.seeds,
         _references(config),
         template,

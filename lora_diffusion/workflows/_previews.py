@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_diffusion.config.schema import PreviewConfig
-from lora_diffusion.core.chat import Chat
 from lora_diffusion.core.files import write_text
-from lora_diffusion.core.types import AudioText, ImageText, Output, Sample
-from lora_diffusion.evaluation.pictures import save_image
+from lora_diffusion.core.samples import AudioText, Chat, ImageText, Output, Sample
+from lora_diffusion.evaluation.images import save_image
 from lora_diffusion.workflows._steps import prompt_grid
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diffusion.core import registry
-from lora_diffusion.core.device import find_dtype
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import CheckpointError, ConfigError, InputError, UnsupportedError
 from lora_diffusion.core.files import read_json
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.types import AdapterState, ModuleAdapter
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.formats.metadata import with_base, without_hashes
 from lora_diffusion.formats.peft import headers
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.runtime.device import find_dtype
 
 if TYPE_CHECKING:
     from lora_diffusion.adapters.plan import InjectionPlan

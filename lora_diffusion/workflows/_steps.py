@@ -6,25 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.algebra.magnitude_limits import check_sizes
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.core import registry
-from lora_diffusion.core.chat import Chat
-from lora_diffusion.core.device import process_group
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.protocols import Family, Format
-from lora_diffusion.core.soundness import check_sizes
-from lora_diffusion.core.types import (
-    AdapterState,
-    AudioText,
-    ImageText,
-    Loaded,
-    Output,
-    Prepared,
-    Sample,
-)
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.protocols.format import Format
+from lora_diffusion.core.samples import AudioText, Chat, ImageText, Output, Prepared, Sample
 from lora_diffusion.data.batches import Batches
-from lora_diffusion.evaluation.pictures import grid
-from lora_diffusion.formats import detect
+from lora_diffusion.evaluation.images import grid
+from lora_diffusion.formats.detect import detect
+from lora_diffusion.runtime.device import process_group
 from lora_diffusion.workflows import _run_checkpoints
 
 _WORK = {ImageText: "draw pictures", AudioText: "listen to recordings", Chat: "talk about pictures"}

@@ -13,20 +13,20 @@ import torch
 
 from lora_diffusion.config.schema import Config, without_augmentation
 from lora_diffusion.core import registry
-from lora_diffusion.core.chat import Chat
+from lora_diffusion.core.base_model import Loaded, LossOutput
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import write_json
-from lora_diffusion.core.keymap import suggestion
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import AudioText, Batch, Loaded, LossOutput, Output, Prepared, Request, Sample
+from lora_diffusion.core.samples import AudioText, Batch, Chat, Output, Prepared, Request, Sample
+from lora_diffusion.core.text import suggestion
 from lora_diffusion.data import cache
-from lora_diffusion.data._progress import watch
+from lora_diffusion.runtime.progress import watch
 from lora_diffusion.training.hooks import EarlyStop
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import PROGRESS_NAME, read_held_out
-from lora_diffusion.workflows import answering, transcription
+from lora_diffusion.workflows import ask, transcribe
 
 LOSS = "loss"
 MOST_SCORED = 64
@@ -38,8 +38,8 @@ Losses = Callable[[Batch, torch.Generator, Callable[[Batch, torch.Generator], Lo
 """Computes the loss that is handed to it as a training step would, without gradient."""
 Generate = Callable[[Sequence[Request]], Sequence[Output]]
 _COMPARE: Mapping[type[Sample], Callable[[Generate, Loaded, Any], Any]] = {
-    AudioText: transcription.compare,
-    Chat: lambda generate, _, samples: answering.compare(
+    AudioText: transcribe.compare,
+    Chat: lambda generate, _, samples: ask.compare(
         lambda requests: [output.text for output in generate(requests)], samples
     ),
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
-from lora_diffusion.core.clip_text import TextLimit
-from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.data.kinds import KINDS, Report
 
 
@@ -25,5 +25,5 @@ def check_data(config: Config, *, base_is_named: bool = True) -> Report:
     kind = KINDS[family.sample_type]
     info = family.check(config.model)
     if not base_is_named:
-        info = replace(info, text_limit=TextLimit())
+        info = replace(info, text_limit=ClipTextLimit())
     return kind.describe(kind.read(config.data, info))

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.compat.inspect import describe_file
+from lora_diffusion.compat.verify import CLIENTS
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lora_diffusion.core.files import sha256
-from lora_diffusion.core.logs import shown
 from lora_diffusion.core.privacy import public_path, public_text
-from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.text import shown
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
-from lora_diffusion.formats import describe_file, detect
-from lora_diffusion.formats.clients import CLIENTS
+from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.metadata import told_family, told_prediction
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
-from lora_diffusion.workflows.checkpoints import find_model
+from lora_diffusion.workflows.merge import find_model
 
 _MOST_PICTURES = 4
 _LONGEST_NAME = 200

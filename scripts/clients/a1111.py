@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.adapter_state import ModuleKey
 from scripts.clients.weights import Outcome, Place, refused, weight
 
 _NUM_HEADS = 20

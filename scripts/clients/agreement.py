@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_diffusion.adapters.merge import delta_weight
+from lora_diffusion.compat.adapter_file import AdapterFile, FileModule
+from lora_diffusion.compat.verify import HIDDEN, Verdict
+from lora_diffusion.core.adapter_state import ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.core.types import ModuleAdapter
-from lora_diffusion.formats._client_file import AdapterFile, FileModule
-from lora_diffusion.formats.clients import HIDDEN, Verdict
 from scripts.clients.weights import Outcome, Place
 
 _ABOUT_CONTENT = {"too large", "not finite", "whole numbers", "float16 overflow", "float16 underflow"}

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_diffusion.formats import clients
-from lora_diffusion.formats.clients import Base
-from lora_diffusion.workflows.verification import published_base
+from lora_diffusion.compat import verify
+from lora_diffusion.compat.verify import Base
+from lora_diffusion.workflows.verify import published_base
 from scripts.clients.agreement import Agreement, compare
 from scripts.clients.diffusers_loader import Diffusers, full_size
 from scripts.clients.mutations import draw
@@ -82,8 +82,8 @@ def _compare_file(base: Base, seed: int, path: Path, chosen: list[Any], found: d
     if not tensors:
         return
     save_file(tensors, path, _METADATA[base.family])
-    file = clients.read_file(path, base)
-    verdicts = clients.verify(path, base, [program.name for program in chosen])
+    file = verify.read_file(path, base)
+    verdicts = verify.verify(path, base, [program.name for program in chosen])
     for program, verdict in zip(chosen, verdicts, strict=True):
         agreement = compare(file, verdict, program.load(path))
         found.setdefault(program.name, []).append(agreement)

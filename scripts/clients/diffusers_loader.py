@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.adapter_state import ModuleKey
 from scripts.clients.weights import Outcome, Place, refused, without_memory
 
 _PARTS = ("unet", "text_encoder", "text_encoder_2")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.adapter_state import ModuleKey
 from scripts.clients.weights import Outcome, Place, refused, without_memory
 
 _WIDTHS = {"sd1": ((768, 3072, 12),), "sdxl": ((768, 3072, 12), (1280, 5120, 32))}

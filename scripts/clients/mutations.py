@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.core.types import ModuleKey
-from lora_diffusion.formats.clients import Base
+from lora_diffusion.compat.verify import Base
+from lora_diffusion.core.adapter_state import ModuleKey
 
 Tensors = dict[str, Tensor]
 _LARGEST = 4_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lora_diffusion.core.types import ModuleKey
-from lora_diffusion.formats._published import published
+from lora_diffusion.architectures.shapes import published
+from lora_diffusion.core.adapter_state import ModuleKey
 
 
 def ldm_places(family: str, unet: Mapping[str, str]) -> dict[str, ModuleKey]:

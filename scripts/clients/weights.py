@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.adapter_state import ModuleKey
 
 
 class Place(NamedTuple):

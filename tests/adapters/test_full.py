@@ -11,11 +11,11 @@ from lora_diffusion.adapters import merge, variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import InjectionPlan, plan
 from lora_diffusion.adapters.state import load_state, read_state
+from lora_diffusion.algebra.delta import delta_weight
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
-from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.types import Loaded
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny_adapters import PARTS, answers, key_map, tiny_loaded
 

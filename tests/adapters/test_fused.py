@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from lora_diffusion.adapters._fused import FusedLinear
+from lora_diffusion.adapters._engines import FusedLinear
 
 
 def _run(kind: type[Linear], dtype: torch.dtype, *, needs_x: bool, bias: bool) -> list[Tensor]:

@@ -13,8 +13,9 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import load_state, read_state
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.config.schema import AdapterConfig
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, RunError
-from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from tests.tiny_adapters import PARTS, answers, random_state, same, tiny_loaded
 
 _BOTH = ("unet", "text_encoder")

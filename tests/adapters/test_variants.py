@@ -17,11 +17,12 @@ from lora_diffusion.adapters.plan import PlannedModule, plan
 from lora_diffusion.adapters.state import load_state, read_state
 from lora_diffusion.adapters.switch import switch_of
 from lora_diffusion.adapters.variants import VARIANTS
+from lora_diffusion.algebra.delta import change_shape, delta_norm, delta_weight, kronecker_split, without_tucker
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import rng
-from lora_diffusion.core.delta import change_shape, delta_norm, delta_weight, kronecker_split, without_tucker
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
-from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from tests.tiny_adapters import PARTS, answers, random_state, same, tiny_loaded
 
 _CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_diffusion.core.delta import delta_weight
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.algebra.delta import delta_weight
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 
 QUERY = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
 CONV = ModuleKey("unet", "mid_block.resnets.0.conv1")

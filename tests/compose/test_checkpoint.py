@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from lora_diffusion.compose.checkpoint import Place, check_space, open_checkpoint
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import ConfigError, ModelError
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.types import ModuleKey
 
 
 def test_a_third_of_a_fused_tensor_and_a_transposed_one() -> None:

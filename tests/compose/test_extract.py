@@ -6,15 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_diffusion.algebra.delta import delta_weight
+from lora_diffusion.algebra.lowrank import AtRank, ByEnergy
 from lora_diffusion.compose.checkpoint import Checkpoint
 from lora_diffusion.compose.extract import extract
 from lora_diffusion.compose.linear import Term
 from lora_diffusion.compose.merge import merge
-from lora_diffusion.compose.tensor_file import TensorFile
-from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.lowrank import AtRank, ByEnergy
-from lora_diffusion.core.types import AdapterState
+from lora_diffusion.tensorfile.streaming import TensorFile
 from tests.compose.test_merge import opened
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import random_state, tiny_loaded

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_diffusion.algebra.lowrank import AtRank, ByEnergy
 from lora_diffusion.compose.linear import Sum, Term, add, as_written, part_weights
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, UnsupportedError
-from lora_diffusion.core.lowrank import AtRank, ByEnergy
-from lora_diffusion.core.types import AdapterState, ModuleAdapter
 from tests.compose.adapters import CONV, QUERY, TEXT, dense, loha, lora
 
 

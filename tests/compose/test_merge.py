@@ -16,8 +16,9 @@ from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
 from lora_diffusion.compose.linear import Term
 from lora_diffusion.compose.merge import merge
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
 from tests.adapters.test_variants import state_of
 from tests.families.ldm import save_single_file, sd1_shaped_pipeline

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from lora_diffusion.algebra.lowrank import AtRank
 from lora_diffusion.compose import record
 from lora_diffusion.compose.linear import Term, add
 from lora_diffusion.compose.record import Source
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.core.lowrank import AtRank
 from tests.compose.adapters import lora
 
 BASE = {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_v2": "False"}

@@ -12,11 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diffusion.config.describe import differences, explained_yaml
-from lora_diffusion.config.docs import field_docs
-from lora_diffusion.config.load import load, to_values, to_yaml
+from lora_diffusion.config.load import load, shipped, to_values, to_yaml
 from lora_diffusion.config.rules import RANGES
-from lora_diffusion.config.schema import Config
-from lora_diffusion.config.shipped import shipped
+from lora_diffusion.config.schema import Config, field_docs
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 

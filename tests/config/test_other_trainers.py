@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.cli.main import main
-from lora_diffusion.config import other_trainers
+from lora_diffusion.config.importers import other_trainers
 from lora_diffusion.config.load import load
 from lora_diffusion.config.rules import RANGES
 from lora_diffusion.config.schema import DATA_SECTIONS, Config

@@ -13,12 +13,11 @@ import yaml
 
 from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.plan import plan
-from lora_diffusion.config.load import load
-from lora_diffusion.config.shipped import shipped
+from lora_diffusion.config.load import load, shipped
 from lora_diffusion.core import registry
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.core.types import BaseInfo
-from lora_diffusion.workflows.estimation import step_memory
+from lora_diffusion.workflows.estimate import step_memory
 from scripts import full_size
 from tests.tiny_llava import published_llava_config, published_llava_parts
 from tests.tiny_whisper import published_parts

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError
 from lora_diffusion.core.files import (
     atomic_path,
@@ -23,9 +24,9 @@ from lora_diffusion.core.files import (
     write_json,
     write_text,
 )
-from lora_diffusion.core.keymap import KeyMap, suggestion
+from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.rng import derive, derive_seed
-from lora_diffusion.core.types import ModuleKey
+from lora_diffusion.core.text import suggestion
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

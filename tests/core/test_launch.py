@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_diffusion.core import launch
-from lora_diffusion.core.device import compute_dtype, process_group
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.runtime.device import compute_dtype, process_group
 
 CPU = torch.device("cpu")
 

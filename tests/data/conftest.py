@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from lora_diffusion.config.schema import PictureDataConfig
-from lora_diffusion.core.types import PIECES, BaseInfo, ImageText, Loaded, Prepared
+from lora_diffusion.core.base_model import BaseInfo, Loaded
+from lora_diffusion.core.samples import PIECES, ImageText, Prepared
 from lora_diffusion.data import sources
 
 INFO = BaseInfo(resolution=64, size_step=8, architecture="tiny", prediction="epsilon", source="tiny base")

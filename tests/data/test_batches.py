@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diffusion.core.types import Batch, Prepared
+from lora_diffusion.core.samples import Batch, Prepared
 from lora_diffusion.data.batches import Batches
 
 

@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from lora_diffusion.core.clip_text import TextLimit
+from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import builtin_path
 from lora_diffusion.data import sources
 from tests.data.conftest import INFO, Dataset
 
 LONG = ", ".join(f"tag number {index}" for index in range(60))
-CLIP = TextLimit()
-EMOJI = TextLimit(builtin_path("emoji-sd") / "tokenizer")
+CLIP = ClipTextLimit()
+EMOJI = ClipTextLimit(builtin_path("emoji-sd") / "tokenizer")
 
 
-def _read(dataset: Dataset, limit: TextLimit = CLIP, **settings: object) -> None:
+def _read(dataset: Dataset, limit: ClipTextLimit = CLIP, **settings: object) -> None:
     sources.read(dataset.config(**settings), replace(INFO, text_limit=limit))
 
 

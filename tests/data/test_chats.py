@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
-from lora_diffusion.core.chat import Chat, ChatInfo, Turn
+from lora_diffusion.core.base_model import ChatInfo
 from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.samples import Chat, Turn
 from lora_diffusion.data.chats import KIND, questions
 from tests.tiny_llava import entry, write_chats, write_picture
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, PngImagePlugin
 
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.core.types import BaseInfo
 from lora_diffusion.data import images
 from tests.data.conftest import INFO
 

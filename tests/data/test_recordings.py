@@ -15,8 +15,9 @@ import soundfile
 import torch
 
 from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
+from lora_diffusion.core.base_model import SpeechInfo
 from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.core.types import AudioText, SpeechInfo
+from lora_diffusion.core.samples import AudioText
 from lora_diffusion.data import audio, transcripts
 from lora_diffusion.data.recordings import KIND
 from tests.tiny_whisper import RATE, chirp, write_recording

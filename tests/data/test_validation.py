@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion.core.chat import Chat, ChatImage
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.types import AudioText
+from lora_diffusion.core.samples import AudioText, Chat, ChatImage
 from lora_diffusion.data.validation import split
 
 

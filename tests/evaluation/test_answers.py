@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_diffusion.core import registry
-from lora_diffusion.core.types import Evidence
+from lora_diffusion.core.evidence import Evidence
 from lora_diffusion.evaluation.answers import judge
 
 

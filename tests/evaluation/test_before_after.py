@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_diffusion.core.types import Output, Request
+from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.evaluation import before_after
 from lora_diffusion.evaluation.before_after import WITH_ADAPTER, WITH_BASE, WITHOUT_ADAPTER, Case
-from lora_diffusion.evaluation.pictures import grid, save_output
+from lora_diffusion.evaluation.images import grid, save_output
 
 
 class ColourClip:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_diffusion.core.types import Evidence, Output, Request, Scores
+from lora_diffusion.core.evidence import Evidence, Scores
+from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.evaluation import harness, results
 from lora_diffusion.evaluation.results import Base, Candidate, Case, Settings
-from lora_diffusion.evaluation.scorers import Scorers
 from lora_diffusion.evaluation.table import Table
+from lora_diffusion.scoring.scorers import Scorers
 
 
 class Redness:

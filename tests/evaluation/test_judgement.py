@@ -8,7 +8,7 @@ import pytest
 
 from lora_diffusion.core import registry
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.judgement import Judgement, few_prompts
+from lora_diffusion.evaluation.harness import Judgement, few_prompts
 from lora_diffusion.evaluation.results import ALL, Case
 from tests.evaluation.sample import make_sample
 

@@ -8,16 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.evaluation.results import (
-    Base,
-    Candidate,
-    Case,
-    Evaluation,
-    FileHash,
-    MetricFacts,
-    Score,
-    Settings,
-)
+from lora_diffusion.evaluation.results import Base, Candidate, Case, Evaluation, FileHash, MetricFacts, Score, Settings
 from lora_diffusion.evaluation.select import Preference, check_metrics, choose, frontier, limits
 from lora_diffusion.evaluation.table import Table
 from tests.evaluation.sample import make_sample

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion.evaluation.report import Training
-from lora_diffusion.evaluation.text_page import write_text_page
 from lora_diffusion.evaluation.transcripts import judge, normaliser
 from lora_diffusion.quickstart import whisper
+from lora_diffusion.report.pages import Training
+from lora_diffusion.report.text_page import write_text_page
 
 
 class TestNormaliser:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora_diffusion.core.files import builtin_path
-from lora_diffusion.families._chat_template import ChatTemplate
+from lora_diffusion.families.language.chat_template import ChatTemplate
 
 LLAVA_15 = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from lora_diffusion.families import _sources
-from lora_diffusion.families._completeness import missing, missing_of_vae
+from lora_diffusion.families.model_files import missing, missing_of_vae
 from lora_diffusion.families.sd1 import SD1Options
+from lora_diffusion.families.stable_diffusion import loading
 from tests.tiny import tiny_pipeline
 
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -42,8 +42,8 @@ def test_shards_are_read_together(tmp_path: Path) -> None:
 
 
 def test_networks_to_look_at_are_built_once_and_those_to_change_each_time(tiny_base: Path) -> None:
-    source = _sources.find(SD1Options(path=str(tiny_base)))
-    assert source.outline()["unet"] is _sources.find(SD1Options(path=str(tiny_base))).outline()["unet"]
+    source = loading.find(SD1Options(path=str(tiny_base)))
+    assert source.outline()["unet"] is loading.find(SD1Options(path=str(tiny_base))).outline()["unet"]
     fresh = source.skeleton()["unet"]
     assert fresh is not source.outline()["unet"] and fresh is not source.skeleton()["unet"]
     assert fresh.state_dict().keys() == source.outline()["unet"].state_dict().keys()

@@ -30,11 +30,11 @@ from lora_diffusion.config.schema import (
     RecordingDataConfig,
 )
 from lora_diffusion.core import registry
-from lora_diffusion.core.chat import Chat
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.protocols import Family
+from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import AudioText, Batch, ImageText, Loaded, Output, Request, Sample
+from lora_diffusion.core.samples import AudioText, Batch, Chat, ImageText, Output, Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.data.kinds import KINDS
 from lora_diffusion.formats.verified import write_verified

@@ -21,11 +21,12 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
-from lora_diffusion.core.chat import Chat, ChatImage, Turn
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, Loaded, ModuleKey, Request
-from lora_diffusion.families import _dialogue, _vision
+from lora_diffusion.core.samples import Batch, Chat, ChatImage, Request, Turn
+from lora_diffusion.families.language import conversation, vision
 from lora_diffusion.families.llava import FAMILY, LlavaOptions
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny_llava import TEMPLATE_WITHOUT_END, save_tiny_llava, save_tiny_llava_next, write_picture
@@ -166,10 +167,10 @@ class TestMixed:
         batch = FAMILY.collate(FAMILY.prepare(loaded, samples, trained))
         assert batch.tensors["num_images"].tolist() == [1, 0, 2, 1]
         found = losses(loaded, batch)
-        model = _vision.model_class(folder).from_pretrained(folder).eval()
+        model = vision.model_class(folder).from_pretrained(folder).eval()
         processor = AutoProcessor.from_pretrained(folder)
         for index, sample in enumerate(samples):
-            ids, labels = _dialogue.spell(loaded.modules["processor"], sample)
+            ids, labels = conversation.spell(loaded.modules["processor"], sample)
             seen = {}
             if sample.images:
                 seen = processor.image_processor(images=list(sample.views[0]), return_tensors="pt")
@@ -178,8 +179,8 @@ class TestMixed:
             assert found[index].item() == pytest.approx(output.loss.item(), rel=1e-3), sample.key
 
     def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
-        processor = _dialogue.read_processor(base, None)
-        ids, _ = _dialogue.spell(processor, mixed(pictures)[2])
+        processor = conversation.read_processor(base, None)
+        ids, _ = conversation.spell(processor, mixed(pictures)[2])
         text = "USER: <image>\n<image>\nBoth red? ASSISTANT: no</s>"
         assert ids == processor(text=text, images=pictures[:2]).input_ids[0]
 
@@ -255,8 +256,8 @@ def test_layers_of_the_tower_that_are_never_read(base: Path, tmp_path: Path, lay
 
 class TestSpelling:
     def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
-        processor = _dialogue.read_processor(base, None)
-        ids, labels = _dialogue.spell(processor, chat(0, pictures[0], CONVERSATIONS[1]))
+        processor = conversation.read_processor(base, None)
+        ids, labels = conversation.spell(processor, chat(0, pictures[0], CONVERSATIONS[1]))
         text = "USER: <image>\nSay more. ASSISTANT: a dog, no doubt</s>USER: Sure? ASSISTANT: yes</s>"
         assert ids == processor(text=text, images=pictures[0]).input_ids[0]
         learnt = processor.tokenizer.decode([label for label in labels if label != -100])
@@ -268,14 +269,14 @@ class TestSpelling:
         file = tmp_path / "hub.jinja"
         file.write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
         sample = chat(0, pictures[0], CONVERSATIONS[1])
-        with_end, without = (_dialogue.read_processor(base, name) for name in (None, str(file)))
-        assert _dialogue.spell(without, sample) == _dialogue.spell(with_end, sample)
+        with_end, without = (conversation.read_processor(base, name) for name in (None, str(file)))
+        assert conversation.spell(without, sample) == conversation.spell(with_end, sample)
 
     def test_system_turn_is_rendered_but_not_learnt(self, base: Path, pictures: list[Image.Image]) -> None:
-        processor = _dialogue.read_processor(base, None)
+        processor = conversation.read_processor(base, None)
         sample = chat(0, pictures[0], ("What?", "a cat"))
         led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), images=sample.images)
-        ids, labels = _dialogue.spell(processor, led)
+        ids, labels = conversation.spell(processor, led)
         assert "Be brief." in processor.tokenizer.decode(ids)
         assert labels[-7:] == ids[-7:] and set(labels[:-7]) == {-100}
 
@@ -348,7 +349,7 @@ class TestFiles:
         _train(loaded, pictures)
         names = FAMILY.key_map("peft", loaded.options)
         write_verified(read_state(loaded), names, registry.find("formats", "peft"), tmp_path / "peft", torch.float32)
-        plain = _vision.model_class(base).from_pretrained(base)
+        plain = vision.model_class(base).from_pretrained(base)
         model = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
         batch = make_batch(loaded, pictures, frozenset(FAMILY.parts))
         found = losses(loaded, batch)

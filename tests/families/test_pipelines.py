@@ -13,8 +13,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from lora_diffusion.core import registry
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.core.types import Loaded, Request
+from lora_diffusion.core.samples import Request
 from tests.tiny import tiny_pipeline, tiny_sd2_pipeline, tiny_sdxl_pipeline
 
 PIPELINES: dict[str, Callable[[], Any]] = {

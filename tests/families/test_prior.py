@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, Loaded
+from lora_diffusion.core.samples import Batch
 from tests.families.test_contract import Setup, _set_up
 
 

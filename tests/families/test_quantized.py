@@ -19,9 +19,10 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.switch import PeftSwitch
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import Batch, ImageText, Loaded, Request
+from lora_diffusion.core.samples import Batch, ImageText, Request
 from tests.tiny import save_tiny_pipeline, save_tiny_sd2_pipeline, save_tiny_sdxl_pipeline
 
 CPU = torch.device("cpu")

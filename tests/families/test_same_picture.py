@@ -11,13 +11,15 @@ import torch
 
 from lora_diffusion.adapters import merge as live_merge
 from lora_diffusion.adapters.state import load_state, weight_shapes
+from lora_diffusion.algebra.lowrank import AtRank
 from lora_diffusion.compose.checkpoint import open_checkpoint
 from lora_diffusion.compose.linear import Term, add
 from lora_diffusion.compose.merge import merge
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.lowrank import AtRank
-from lora_diffusion.core.types import AdapterState, Loaded, Request
+from lora_diffusion.core.samples import Request
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
 from lora_diffusion.formats.verified import write_verified
 from tests.adapters.test_variants import state_of

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from lora_diffusion.config.schema import PictureDataConfig
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import ImageText, Loaded
+from lora_diffusion.core.samples import ImageText
 from lora_diffusion.data import images, sources
 from lora_diffusion.diffusion.noise import draw_noise, draw_timesteps
-from lora_diffusion.families import _latent, sdxl
+from lora_diffusion.families import sdxl
 from lora_diffusion.families.sdxl import FAMILY, SDXLOptions
+from lora_diffusion.families.stable_diffusion import sampling
 from tests.tiny import save_tiny_sdxl_pipeline, tiny_sdxl_pipeline
 
 BOTH = frozenset({"text_encoder", "text_encoder_2"})
@@ -134,7 +136,7 @@ def test_loss_is_that_of_the_formula(base: Path, prediction: str) -> None:
     own = FAMILY.loss(loaded, batch, derive(0, "loss")).per_sample
 
     rng = derive(0, "loss")
-    views = _latent.draw_indices(torch.tensor([2, 2]), rng)
+    views = sampling.draw_indices(torch.tensor([2, 2]), rng)
     moments = batch.tensors["moments"][torch.arange(2), views]
     mean, logvar = moments.double().chunk(2, dim=1)
     latents = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).double()) * 0.13025

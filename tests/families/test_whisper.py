@@ -27,12 +27,14 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig, RecordingDataConfig
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import public_base
 from lora_diffusion.core.rng import derive
-from lora_diffusion.core.types import AudioText, Batch, Loaded, ModuleKey, Request
+from lora_diffusion.core.samples import AudioText, Batch, Request
 from lora_diffusion.data.recordings import KIND
-from lora_diffusion.families import _speech
+from lora_diffusion.families.language import speech
 from lora_diffusion.families.whisper import FAMILY, WhisperOptions
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny_whisper import RATE, chirp, save_tiny_whisper, write_recording
@@ -85,7 +87,7 @@ class TestPreparing:
     def test_labels(self, base: Path, sample: dict[str, str], options: dict[str, Any], expected: str) -> None:
         loaded = load(base, **options)
         text = "<|0.00|>one<|0.20|> two<|0.40|>"
-        ids = _speech.labels(
+        ids = speech.labels(
             loaded.modules["tokenizer"], AudioText("a", Path(), transcript=text, **sample), loaded.options, loaded.info
         )
         tokenizer = WhisperTokenizer.from_pretrained(base)
@@ -138,20 +140,20 @@ class TestLoss:
         inputs = batch(loaded, "one", "two")
         features, frames = inputs.tensors["features"][:, 0], inputs.tensors["num_frames"][:, 0]
         before = features.clone()
-        masked = _speech.mask(features, frames, loaded.options, derive(0, "a"))
+        masked = speech.mask(features, frames, loaded.options, derive(0, "a"))
         assert torch.equal(features, before)
-        assert torch.equal(masked, _speech.mask(features, frames, loaded.options, derive(0, "a")))
-        assert not torch.equal(masked, _speech.mask(features, frames, loaded.options, derive(0, "b")))
+        assert torch.equal(masked, speech.mask(features, frames, loaded.options, derive(0, "a")))
+        assert not torch.equal(masked, speech.mask(features, frames, loaded.options, derive(0, "b")))
         core = loaded.modules["model"].model
         names = ("mask_time_prob", "mask_time_length", "mask_feature_prob", "mask_feature_length")
         core.config.update({name: getattr(loaded.options, name) for name in names} | {"apply_spec_augment": True})
         core.training = True
         sound = (torch.arange(features.shape[2])[None] < frames[:, None]).long()
-        with _speech._numpy_seeded(int(torch.randint(2**31, (1,), generator=derive(0, "a")))):
+        with speech._numpy_seeded(int(torch.randint(2**31, (1,), generator=derive(0, "a")))):
             expected = core._mask_input_features(before.clone(), attention_mask=sound)
         assert torch.equal(masked, expected)
         state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
-        _speech.mask(features, frames, loaded.options, derive(0, "a"))
+        speech.mask(features, frames, loaded.options, derive(0, "a"))
         assert np.array_equal(state, np.random.get_state()[1])  # type: ignore[index]
 
     def test_one_view_is_drawn_for_each_recording(self, base: Path) -> None:
@@ -201,7 +203,7 @@ class TestTimestamps:
 
     def test_names_are_not_needed(self, base: Path, tmp_path: Path) -> None:
         own = _without_names(base, tmp_path / "own")
-        assert "<|0.00|>" not in _speech.read_processor(own).tokenizer.get_vocab()
+        assert "<|0.00|>" not in speech.read_processor(own).tokenizer.get_vocab()
         found = []
         for folder in (base, own):
             loaded = load(folder, timestamps=True)
@@ -248,7 +250,7 @@ class TestSearch:
                 return ["one two", circle, "<|0.00|> three<|0.20|>"]
             return [circle[:60] if temperature < 0.6 else "and so on"]
 
-        monkeypatch.setattr(_speech, "_search", search)
+        monkeypatch.setattr(speech, "_search", search)
         requests = [Request("", 0, sample=sample) for sample in samples("", "", "")]
         texts = [output.text for output in FAMILY.generate(load(base), requests)]
         assert texts == ["one two", "and so on", "<|0.00|> three<|0.20|>"]
@@ -258,9 +260,9 @@ class TestSearch:
         assert (texts[1], asked) == (circle, [(3, 0.0)])
 
     def test_what_is_drawn_depends_on_the_recording_alone(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_speech, "_MOST_REPETITION", 0.0)
-        monkeypatch.setattr(_speech, "_TEMPERATURES", (1.0,))
-        monkeypatch.setattr(_speech, "_repetition", lambda text: 2.0 if text else 1.0)
+        monkeypatch.setattr(speech, "_MOST_REPETITION", 0.0)
+        monkeypatch.setattr(speech, "_TEMPERATURES", (1.0,))
+        monkeypatch.setattr(speech, "_repetition", lambda text: 2.0 if text else 1.0)
         loaded = load(base)
         requests = [Request("", 0, sample=sample) for sample in samples("", "", "")]
         together = [output.text for output in FAMILY.generate(loaded, requests)]
@@ -440,7 +442,7 @@ class TestBadBases:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"is_multilingual": False}))
         self.refused(own, "it knows English only", task="translate")
         loaded = load(own)
-        ids = _speech.labels(loaded.modules["tokenizer"], samples("a")[0], loaded.options, loaded.info)  # type: ignore[arg-type]
+        ids = speech.labels(loaded.modules["tokenizer"], samples("a")[0], loaded.options, loaded.info)  # type: ignore[arg-type]
         assert loaded.modules["tokenizer"].decode(ids) == "<|notimestamps|>a<|endoftext|>"
 
     def test_features_of_another_length(self, own: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.formats import _safetensors, describe_file, detect
+from lora_diffusion.formats.detect import detect
+from lora_diffusion.tensorfile import safetensors_file
 
 
 def _good(path: Path) -> bytes:
@@ -28,8 +30,8 @@ def _with_header(text: str, data: bytes = b"") -> bytes:
 def test_header_tells_shapes_types_and_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.ones(2, 3, dtype=torch.bfloat16)}, path, {"ss_seed": "1"})
-    header = _safetensors.read_header(path)
-    assert header.tensors == {"x": _safetensors.TensorInfo("BF16", (2, 3))}
+    header = safetensors_file.read_header(path)
+    assert header.tensors == {"x": safetensors_file.TensorInfo("BF16", (2, 3))}
     assert header.metadata == {"ss_seed": "1"}
 
 
@@ -76,7 +78,7 @@ def test_what_is_wrong_is_said(content: bytes, text: str, tmp_path: Path) -> Non
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(AdapterFileError, match=text):
-        _safetensors.read_header(path)
+        safetensors_file.read_header(path)
 
 
 def test_pickle_by_ending_and_missing_file(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_every_cut_and_many_changed_bytes_end_in_our_error_or_in_a_whole_file(tm
         path.write_bytes(damaged_content)
         try:
             describe_file(path)
-            _safetensors.load(path)
+            safetensors_file.load(path)
         except AdapterFileError:
             refused += 1
     assert refused >= len(cuts)
@@ -115,7 +117,7 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"good": torch.ones(2), "bad": torch.tensor([1.0, float("inf")])}, path)
     with pytest.raises(AdapterFileError) as caught:
-        _safetensors.load(path)
+        safetensors_file.load(path)
     assert caught.value.faults == ("bad",)
 
 
@@ -124,7 +126,7 @@ def test_what_cannot_be_weights_is_refused_by_name(tensor: torch.Tensor, tmp_pat
     path = tmp_path / "a.safetensors"
     save_file({"good": torch.ones(2), "alpha": torch.tensor(4), "odd": tensor}, path)
     with pytest.raises(AdapterFileError, match="empty or hold whole numbers") as caught:
-        _safetensors.load(path)
+        safetensors_file.load(path)
     assert caught.value.faults == ("odd",)
 
 
@@ -140,8 +142,8 @@ def test_mixed_and_unknown_spellings_are_not_guessed(tmp_path: Path) -> None:
 
 def test_broken_peft_config(tmp_path: Path) -> None:
     from lora_diffusion.core import registry
+    from lora_diffusion.core.adapter_state import ModuleKey
     from lora_diffusion.core.keymap import KeyMap
-    from lora_diffusion.core.types import ModuleKey
 
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "adapter_model.safetensors")
     key_map = KeyMap([(ModuleKey("unet", "x"), "unet.x")])

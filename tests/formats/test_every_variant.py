@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from lora_diffusion.adapters.state import load_state
 from lora_diffusion.adapters.variants import VARIANTS
+from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.families._names import key_map
-from lora_diffusion.formats import check_output, describe_file, detect
+from lora_diffusion.families.stable_diffusion.module_names import key_map
+from lora_diffusion.formats.capabilities import check_output
+from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.verified import write_exactly, write_verified
 from scripts.full_size import skeleton
 from tests.formats.trained import FAMILIES, MIXED, PIPELINES, answers, bare, names_of, parts_of, trained

@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from lora_diffusion.compat import verify
+from lora_diffusion.compat.inspect import describe_file
+from lora_diffusion.compat.pickled import load_pickle
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import LoraDiffusionError
-from lora_diffusion.core.types import ModuleKey
-from lora_diffusion.families._names import key_map
-from lora_diffusion.formats import clients, describe_file, detect
-from lora_diffusion.formats._pickle import load_pickle
+from lora_diffusion.families.stable_diffusion.module_names import key_map
+from lora_diffusion.formats.detect import detect
 
 _FORMATS = ("kohya", "diffusers", "peft")
 _LINEAR = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -28,7 +30,7 @@ _NORM = ModuleKey("unet", "mid_block.resnets.0.norm1")
 _SHAPES = {_LINEAR: (6, 6), _CONV: (6, 4, 3, 3), _TEXT: (4, 4)}
 _NAMES = [key_map(name, None, "sd1") for name in (*_FORMATS, "norms")]
 _NORM_NAME = _NAMES[3].name(_NORM)
-_BASE = clients.Base("sd1", {**_SHAPES, _NORM: (4,)}, _NAMES)
+_BASE = verify.Base("sd1", {**_SHAPES, _NORM: (4,)}, _NAMES)
 _LOKR = {
     _LINEAR: {"w1": (2, 2), "w2": (3, 3)},
     _TEXT: {"w1_a": (2, 1), "w1_b": (1, 2), "w2": (2, 2)},
@@ -220,7 +222,7 @@ def _inspect(path: Path) -> None:
 
 
 def _verify(path: Path) -> None:
-    for verdict in clients.verify(path, _BASE):
+    for verdict in verify.verify(path, _BASE):
         "\n".join(verdict.lines()).encode()
         json.dumps(verdict.to_json(), allow_nan=False)
 
@@ -238,7 +240,7 @@ def _look(path: Path) -> None:
     """Does with a file what the commands do before anything is loaded."""
     _attempt(lambda: _inspect(path))
     _attempt(lambda: _verify(path))
-    _attempt(lambda: clients.guess_family(path))
+    _attempt(lambda: verify.guess_family(path))
     _attempt(lambda: _read(path))
     if path.is_file():
         _attempt(lambda: load_pickle(path))
@@ -302,4 +304,4 @@ def test_unchanged_files_are_read(kind: str, tmp_path: Path) -> None:
         (path / "unet" / "adapter_model.safetensors").write_bytes(CONTENTS[kind])
         (path / "unet" / "adapter_config.json").write_text(json.dumps(_CONFIG))
     _inspect(path)
-    assert all(verdict.num_modules >= 2 for verdict in clients.verify(path, _BASE))
+    assert all(verdict.num_modules >= 2 for verdict in verify.verify(path, _BASE))

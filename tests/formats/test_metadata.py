@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.formats import _safetensors
 from lora_diffusion.formats.metadata import build
+from lora_diffusion.tensorfile import safetensors_file
 from tests.tiny_adapters import key_map, random_state, tiny_loaded
 
 _STATE = AdapterState({ModuleKey("unet", "x"): ModuleAdapter("lora", {"down": torch.ones(4, 2)}, 2.0)})
@@ -66,7 +66,7 @@ def test_hashes(rank: int, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     registry.find("formats", "kohya").write(state, key_map("kohya", loaded), path, torch.float32)
     content = path.read_bytes()
-    told = _safetensors.read_header(path).metadata
+    told = safetensors_file.read_header(path).metadata
     start = 8 + int.from_bytes(content[:8], "little")
     assert told["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()
 

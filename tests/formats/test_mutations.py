@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from lora_diffusion.formats import clients
-from lora_diffusion.formats.clients import Base
+from lora_diffusion.compat import verify
+from lora_diffusion.compat.verify import Base
 from scripts.clients.agreement import compare
 from scripts.clients.diffusers_loader import Diffusers
 from scripts.clients.mutations import draw
 from scripts.clients.peft_loader import Peft, draw_folder
-from tests.formats.test_verify import _base_of
+from tests.compat.test_verify import _base_of
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import tiny_loaded
 
@@ -61,7 +61,7 @@ def test_peft_does_with_mutated_folders_what_is_said(piece: int, base: Base, pef
 
 
 def _differs(path: Path, base: Base, program: Any, label: str) -> list[str]:
-    (verdict,) = clients.verify(path, base, [program.name])
+    (verdict,) = verify.verify(path, base, [program.name])
     json.dumps(verdict.to_json())
-    agreement = compare(clients.read_file(path, base), verdict, program.load(path))
+    agreement = compare(verify.read_file(path, base), verdict, program.load(path))
     return [] if agreement.is_whole else [f"{label}: {agreement.text()}"]

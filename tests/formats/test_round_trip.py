@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, UnsupportedError
-from lora_diffusion.core.types import AdapterState, Loaded, ModuleAdapter, ModuleKey
-from lora_diffusion.formats import detect
+from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny_adapters import key_map, random_state, same, tiny_loaded
 

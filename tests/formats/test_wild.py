@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.families._names import key_map
-from lora_diffusion.formats import detect
+from lora_diffusion.families.stable_diffusion.module_names import key_map
+from lora_diffusion.formats.detect import detect
 from scripts.full_size import skeleton
 from tests.formats.wild import Name, dotted, flat, old_processor, spelled
 from tests.tiny_adapters import same

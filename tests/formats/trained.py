@@ -17,9 +17,10 @@ from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import read_state
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.types import AdapterState, Loaded
-from lora_diffusion.families._names import key_map
+from lora_diffusion.families.stable_diffusion.module_names import key_map
 from tests.tiny import tiny_pipeline, tiny_sd2_pipeline, tiny_sdxl_pipeline
 
 

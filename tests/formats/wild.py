@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from lora_diffusion.core.types import AdapterState, ModuleKey
+from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
 
 Name = Callable[[ModuleKey], str]
 _LDM_LEAVES = {

@@ -8,9 +8,9 @@ import pytest
 
 from lora_diffusion.adapters.merge import delta_norm
 from lora_diffusion.core import registry
-from lora_diffusion.core.types import AdapterState
+from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
-from lora_diffusion.formats import detect
+from lora_diffusion.formats.detect import detect
 
 FOLDER = Path(__file__).parent
 RELEASES = sorted(path.name for path in FOLDER.iterdir() if (path / "tiny.safetensors").is_file())

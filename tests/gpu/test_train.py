@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_diffusion import workflows
 from lora_diffusion.config.load import load
-from lora_diffusion.core.device import pick_device
-from lora_diffusion.core.types import Request
+from lora_diffusion.core.samples import Request
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
+from lora_diffusion.runtime.device import pick_device
+from lora_diffusion.workflows.train import train
 
 
 @pytest.fixture
@@ -26,23 +26,23 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def train(base: Path, pictures: Path, output: Path, *overrides: str) -> dict[str, torch.Tensor]:
+def trained(base: Path, pictures: Path, output: Path, *overrides: str) -> dict[str, torch.Tensor]:
     values = [f"model.path={base}", f"data.path={pictures}", f"output.path={output}", "train.max_steps=8", *overrides]
-    result = workflows.train(load(None, [*values, "train.batch_size=2", "output.dtype=fp32", "adapter.rank=4"]))
+    result = train(load(None, [*values, "train.batch_size=2", "output.dtype=fp32", "adapter.rank=4"]))
     return load_file(result.files[0])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_precision_trains(tiny_base: Path, pictures: Path, tmp_path: Path, precision: str) -> None:
     assert pick_device().type == "cuda"
-    tensors = train(tiny_base, pictures, tmp_path / "run", f"train.precision={precision}", "model.dtype=fp32")
+    tensors = trained(tiny_base, pictures, tmp_path / "run", f"train.precision={precision}", "model.dtype=fp32")
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_up" in name)
 
 
 def test_gradient_checkpointing_gives_the_same_adapter(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    plain = train(tiny_base, pictures, tmp_path / "a", "train.precision=fp32", "model.dtype=fp32")
-    saved = train(
+    plain = trained(tiny_base, pictures, tmp_path / "a", "train.precision=fp32", "model.dtype=fp32")
+    saved = trained(
         tiny_base,
         pictures,
         tmp_path / "b",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from lora_diffusion.core import products
-from lora_diffusion.core.products import fast_products
+from lora_diffusion.runtime import bf16_emulation
+from lora_diffusion.runtime.bf16_emulation import fast_products
 from lora_diffusion.training.memory import checkpoint_activations
 
 
@@ -14,7 +14,7 @@ def test_recomputed_activations_give_the_same_gradients(
     tiny_base: Path, weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bf16 the products of the repetition must be those of the first pass."""
-    monkeypatch.setattr(products, "has_fast_bf16", lambda device: False)
+    monkeypatch.setattr(bf16_emulation, "has_fast_bf16", lambda device: False)
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     parts = {name: network.to(weights).requires_grad_(False) for name, network in networks.items()}

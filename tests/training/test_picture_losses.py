@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_diffusion.core.types import Batch, ImageText, LossOutput, Prepared
+from lora_diffusion.core.base_model import LossOutput
+from lora_diffusion.core.samples import Batch, ImageText, Prepared
 from lora_diffusion.training.picture_losses import (
     Budget,
     budget,

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
-from lora_diffusion.core.types import Batch
+from lora_diffusion.core.samples import Batch
 from tests.training.toy import Toy, ToyBatches
 
 

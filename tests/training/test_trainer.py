@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_diffusion.config.schema import TrainConfig
+from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import ConfigError, NonFiniteError, UnsupportedError
-from lora_diffusion.core.types import ModuleKey
 from lora_diffusion.training import checkpoint, optim
 from lora_diffusion.training.hooks import EarlyStop, Hook, IntervalHook
 from lora_diffusion.training.trainer import total_steps

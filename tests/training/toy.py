@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.core.types import Batch, LossOutput, ModuleKey
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.base_model import LossOutput
+from lora_diffusion.core.samples import Batch
 from lora_diffusion.training.trainer import Trainer
 
 

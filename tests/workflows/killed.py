@@ -1,4 +1,4 @@
-"""Runs commands in processes that are killed: `python -m tests.workflows.killed`, driven by JSON lines on stdin.
+"""Runs commands in processes that are killed: `python -m tests.killed`, driven by JSON lines on stdin.
 
 torch and diffusers are imported once and each command runs in a fork, since the imports would take most of the time.
 Nothing is computed before the fork, so that a child is what a fresh process would be.
@@ -20,10 +20,10 @@ import open_clip
 import torch
 import transformers
 
-from lora_diffusion import workflows
 from lora_diffusion.cli.main import main
+from lora_diffusion.workflows import train
 
-__all__ = ["diffusers", "open_clip", "torch", "transformers", "workflows"]
+__all__ = ["diffusers", "open_clip", "torch", "train", "transformers"]
 
 
 def serve() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_diffusion.core.types import Loaded
+from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.workflows import _candidates
 from lora_diffusion.workflows._faults import Faults
 

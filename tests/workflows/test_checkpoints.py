@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.algebra.delta import delta_weight
 from lora_diffusion.workflows._files import read_alone
 from tests.workflows.conftest import Commands
 

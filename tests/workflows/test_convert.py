@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core import registry
-from lora_diffusion.core.types import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.families._names import key_map
+from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
+from lora_diffusion.families.stable_diffusion.module_names import key_map
 from lora_diffusion.formats.verified import write_exactly
 from tests.workflows.conftest import Commands
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion.core.device import without_compiler
+from lora_diffusion.runtime.device import without_compiler
 from tests.workflows.conftest import Commands
 
 Train = Callable[..., Path]

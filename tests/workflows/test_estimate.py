@@ -4,21 +4,21 @@ from typing import Any
 
 import pytest
 
-from lora_diffusion import workflows
 from lora_diffusion.cli.main import main
 from lora_diffusion.config.load import load
+from lora_diffusion.workflows.estimate import estimate
 from tests.tiny import save_tiny_sdxl_pipeline
 from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
 from tests.workflows.conftest import Commands
 
 
-def estimate(base: Path, *overrides: str) -> Any:
+def estimated(base: Path, *overrides: str) -> Any:
     values = [f"model.path={base}", "data.path=unused", "output.path=unused", "adapter.rank=4", "train.precision=fp32"]
-    return workflows.estimate(load(None, [*values, "model.dtype=fp32", *overrides]))
+    return estimate(load(None, [*values, "model.dtype=fp32", *overrides]))
 
 
 def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
-    found = estimate(tiny_base, "adapter.rank=2")
+    found = estimated(tiny_base, "adapter.rank=2")
     numbers = found.plan.num_parameters
     assert found.memory.adapter_bytes == found.memory.gradient_bytes == 4 * numbers
     assert found.memory.optimizer_bytes == 8 * numbers
@@ -45,14 +45,14 @@ def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
 def test_settings_change_what_they_should(
     tiny_base: Path, overrides: list[str], part: str, factor: tuple[float, float]
 ) -> None:
-    plain, changed = estimate(tiny_base).memory.parts(), estimate(tiny_base, *overrides).memory.parts()
+    plain, changed = estimated(tiny_base).memory.parts(), estimated(tiny_base, *overrides).memory.parts()
     assert factor[0] * plain[part] <= changed[part] <= factor[1] * plain[part]
 
 
 def test_trained_towers_count(tmp_path: Path) -> None:
     base = save_tiny_sdxl_pipeline(tmp_path / "base")
     alone, both = (
-        estimate(base, "model.family=sdxl", f"adapter.parts={parts}").memory
+        estimated(base, "model.family=sdxl", f"adapter.parts={parts}").memory
         for parts in ("[unet]", "[unet, text_encoder, text_encoder_2]")
     )
     assert both.weights_bytes > alone.weights_bytes
@@ -64,7 +64,7 @@ def test_only_what_is_trained_and_what_lies_behind_it_counts(tmp_path: Path) -> 
     write_chats(tmp_path / "data", [entry(picture, "What?", "cat " * 9)])
     values = [f"model.path={base}", f"data.path={tmp_path / 'data'}", "output.path=unused", "model.family=llava"]
     model, projector, both = (
-        workflows.estimate(load(None, [*values, "train.batch_size=8", "adapter.rank=1", f"adapter.parts=[{parts}]"]))
+        estimate(load(None, [*values, "train.batch_size=8", "adapter.rank=1", f"adapter.parts=[{parts}]"]))
         for parts in ("language_model", "projector", "language_model, projector")
     )
     assert model.memory.activation_bytes < 0.8 * both.memory.activation_bytes
@@ -73,7 +73,7 @@ def test_only_what_is_trained_and_what_lies_behind_it_counts(tmp_path: Path) -> 
 
 def test_frozen_unet_has_no_gradients_of_its_own(tiny_base: Path) -> None:
     alone, both = (
-        estimate(tiny_base, f"adapter.parts={parts}") for parts in ("[text_encoder]", "[unet, text_encoder]")
+        estimated(tiny_base, f"adapter.parts={parts}") for parts in ("[text_encoder]", "[unet, text_encoder]")
     )
     assert alone.memory.activation_bytes < 1.05 * both.memory.activation_bytes
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.cli.main import main
-from lora_diffusion.core.types import BaseInfo
+from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.evaluation import evaluate, results
 from lora_diffusion.evaluation.results import Evaluation
-from lora_diffusion.evaluation.scorers import Scorers
-from lora_diffusion.workflows import evaluation
-from lora_diffusion.workflows.evaluation import Question
+from lora_diffusion.scoring.scorers import Scorers
+from lora_diffusion.workflows import evaluate as workflow
+from lora_diffusion.workflows.evaluate import Question
 from tests.workflows.conftest import Commands, Killer
 
 PROMPTS = """
@@ -139,7 +139,7 @@ def test_a_question_takes_texts_and_paths() -> None:
 )
 def test_a_base_scored_by_its_own_text_encoder_is_warned_about(clip: str, is_warned: bool) -> None:
     info = BaseInfo(512, 8, "stable-diffusion-v1", "epsilon", "a/base")
-    found = evaluation._warnings([], [], Scorers({"clip": clip}), info)
+    found = workflow._warnings([], [], Scorers({"clip": clip}), info)
     assert any("the very CLIP that scores" in warning for warning in found) == is_warned
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion.formats import detect
+from lora_diffusion.formats.detect import detect
 from lora_diffusion.workflows._files import read_alone
 from tests.families.ldm import save_single_file, sd1_shaped_pipeline
 from tests.workflows.conftest import Commands

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from lora_diffusion.core.logs import printable
-from lora_diffusion.families import _vision
+from lora_diffusion.core.text import printable
+from lora_diffusion.families.language import vision
 from lora_diffusion.families.llava import Llava
 from tests.tiny_llava import entry, save_tiny_llava, save_tiny_llava_next, write_chats, write_picture
 from tests.workflows.conftest import Commands, Outcome
@@ -405,7 +405,7 @@ def test_a_run_that_was_begun_with_unread_layers_goes_on_so(train: Train, tmp_pa
         "adapter.targets=[all-linear]",
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_vision, "_unread", lambda folder: ())
+        patched.setattr(vision, "_unread", lambda folder: ())
         assert train("run", "train.max_steps=1", *own).code == 0
     path = tmp_path / "run" / "plan.json"
     plan = json.loads(path.read_text(encoding="utf-8"))

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion.formats._safetensors import read_header
-from lora_diffusion.formats.thumbnail import LONGEST_SIDE, MOST_CHARACTERS, data_url
+from lora_diffusion.formats.metadata import LONGEST_SIDE, MOST_CHARACTERS, data_url
+from lora_diffusion.tensorfile.safetensors_file import read_header
 from tests.workflows.conftest import Commands
 
 

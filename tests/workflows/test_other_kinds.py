@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_diffusion.core.delta import delta_weight
+from lora_diffusion.algebra.delta import delta_weight
 from lora_diffusion.workflows._files import read_alone
 from tests.families.ldm import save_single_file, shaped_pipeline
 from tests.workflows.conftest import Commands

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, RunError
-from lora_diffusion.formats._safetensors import rewrite
+from lora_diffusion.tensorfile.safetensors_file import rewrite
 from lora_diffusion.training.run_folder import RunFolder
-from lora_diffusion.workflows import model_card, publishing
+from lora_diffusion.workflows import model_card, push
 from tests.workflows.conftest import Commands
 
 
@@ -74,7 +74,7 @@ def test_push_uploads_files_pictures_and_card(trained: Path, tmp_path: Path) -> 
             (run / path.name).symlink_to(path)
     Image.new("RGB", (8, 8)).save(run / "before-after.png")
     hub = FakeHub()
-    done = publishing.push(run, "maria/blorp", private=True, hub=hub)
+    done = push.push(run, "maria/blorp", private=True, hub=hub)
     assert done.url == "https://hub/maria/blorp/commit/1"
     assert hub.repos == [("maria/blorp", {"private": True, "exist_ok": True})]
     assert hub.files["README.md"].decode() == done.card
@@ -92,7 +92,7 @@ def test_texts_of_strangers_are_harmless(trained: Path, tmp_path: Path) -> None:
         "modelspec.license": "MIT",
     }
     rewrite(trained / "run.safetensors", {**texts, "ss_sd_model_name": "org/base"}, path)
-    card = publishing.push(path, "maria/blorp", dry_run=True).card
+    card = push.push(path, "maria/blorp", dry_run=True).card
     assert "<script>" not in card
     head = _head(card)
     assert (head["license"], head["base_model"], head["instance_prompt"]) == ("mit", "org/base", '"`\n```\nx: [')
@@ -102,15 +102,15 @@ def test_texts_of_strangers_are_harmless(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("repo", ["blorp", "a/b/c", "maria/../x", "maria/blo rp", ""])
 def test_names_that_no_repository_has(repo: str, trained: Path) -> None:
     with pytest.raises(ConfigError, match="--repo"):
-        publishing.push(trained, repo, hub=FakeHub())
+        push.push(trained, repo, hub=FakeHub())
 
 
 def test_hub_that_refuses_and_runs_that_are_not_finished(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"was not uploaded: no network.*hf auth login"):
-        publishing.push(trained, "maria/blorp", hub=FakeHub(OfflineModeIsEnabled("no network")))
+        push.push(trained, "maria/blorp", hub=FakeHub(OfflineModeIsEnabled("no network")))
     (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text())
     with pytest.raises(ConfigError, match="has no finished adapter"):
-        publishing.push(tmp_path, "maria/blorp", hub=FakeHub())
+        push.push(tmp_path, "maria/blorp", hub=FakeHub())
 
 
 def test_card_beside_an_export(command: Commands, trained: Path, tmp_path: Path) -> None:
@@ -218,11 +218,11 @@ def test_card_tells_the_prediction_where_programs_would_guess(
 
 
 def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, tmp_path: Path) -> None:
-    assert "trained with lora-diffusion" in publishing.push(trained, "maria/blorp", dry_run=True).card
+    assert "trained with lora-diffusion" in push.push(trained, "maria/blorp", dry_run=True).card
     path = tmp_path / "a.safetensors"
     tensors = load_file(trained / "run.safetensors")
     save_file(tensors, path)
-    card = publishing.push(path, "maria/blorp", dry_run=True).card
+    card = push.push(path, "maria/blorp", dry_run=True).card
     assert "lora-diffusion" not in card
     name = next(name for name in tensors if name.endswith("lora_up.weight"))
     broken = {
@@ -233,7 +233,7 @@ def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, t
     for reason, own in broken.items():
         save_file(own, path)
         with pytest.raises(AdapterFileError, match=rf"is broken.*(.|\n)*{reason}"):
-            publishing.push(path, "maria/blorp", dry_run=True)
+            push.push(path, "maria/blorp", dry_run=True)
 
 
 HOSTILE = "x](http://evil.example/) ![](http://evil.example/p.png) `code` *b* <img src=x>\n# head\n| a | b |\x1b[2J"
@@ -243,7 +243,7 @@ HOSTILE = "x](http://evil.example/) ![](http://evil.example/p.png) `code` *b* <i
 def test_texts_of_strangers_are_no_markdown(trained: Path, tmp_path: Path, key: str) -> None:
     path = tmp_path / "a.safetensors"
     rewrite(trained / "run.safetensors", {"modelspec.title": "a", key: HOSTILE}, path)
-    card = publishing.push(path, "maria/blorp", dry_run=True).card
+    card = push.push(path, "maria/blorp", dry_run=True).card
     body = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
     assert not re.search(r"(?<!\\)\]\(|(?<!\\)!\[|://evil|<img|\x1b", body)
     assert "\n# head" not in card
@@ -256,8 +256,8 @@ def test_texts_of_strangers_are_no_markdown(trained: Path, tmp_path: Path, key: 
 def test_names_of_bases_that_are_none(trained: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     rewrite(trained / "run.safetensors", {"ss_sd_model_name": name}, path)
-    assert "maria/" not in publishing.push(path, "me/x", dry_run=True).card
-    assert "maria\\" not in publishing.push(path, "me/x", dry_run=True).card
+    assert "maria/" not in push.push(path, "me/x", dry_run=True).card
+    assert "maria\\" not in push.push(path, "me/x", dry_run=True).card
 
 
 def test_nothing_that_is_published_tells_where_files_lie(
@@ -267,7 +267,7 @@ def test_nothing_that_is_published_tells_where_files_lie(
     root = str(trained.parent)
     base = str(RunFolder(trained).config().model.path)
     secrets = [root, str(Path(base).parent), "/home", str(Path.home())]
-    texts = [publishing.push(trained, "me/x", dry_run=True).card]
+    texts = [push.push(trained, "me/x", dry_run=True).card]
     command.good("export", trained, "--to", "kohya", "--output", tmp_path / "a.safetensors", "--card")
     texts.append((tmp_path / "README.md").read_text())
     command.good("report", trained, "--output", tmp_path / "page.html")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion import workflows
+from lora_diffusion.config.load import find_shipped
 from lora_diffusion.config.schema import Config
-from lora_diffusion.config.shipped import find_shipped
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.quickstart import NAMES, _writing, llava, style, whisper
@@ -93,7 +92,8 @@ def test_an_earlier_quickstart_is_continued_or_replaced_as_a_run_is(
     def train(config: Config, **options: bool) -> None:
         raise ConfigError(str(sorted(key for key, value in options.items() if value)))
 
-    monkeypatch.setattr(workflows, "train", train)
+    for module in (style, _writing):
+        monkeypatch.setattr(module, "train", train)
     outcome = command("quickstart", name, "--output", tmp_path / "run", f"--{option}")
     assert outcome.code == 2
     assert str([option]) in outcome.err

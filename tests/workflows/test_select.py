@@ -20,7 +20,7 @@ from lora_diffusion.core.files import shipped_path
 from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
 from lora_diffusion.training import run_files
-from lora_diffusion.workflows.selection import cases, scorers
+from lora_diffusion.workflows.select import cases, scorers
 from tests.workflows.conftest import Commands, fill_with_pictures
 
 CLIP = "builtin:emoji-clip"

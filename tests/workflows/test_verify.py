@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core.logs import logger
-from lora_diffusion.workflows import verification
+from lora_diffusion.workflows import verify
 from tests.workflows.conftest import Commands
 
 
@@ -61,7 +61,7 @@ def test_export_is_refused_if_a_client_would_lose_something(command: Commands, t
 def test_training_only_warns(caplog: pytest.LogCaptureFixture) -> None:
     logger.propagate = True
     with caplog.at_level(logging.WARNING, logger="lora_diffusion"):
-        verification.warn(Path("runs/a.safetensors"), ["ComfyUI: 2 modules. Do this"])
+        verify.warn(Path("runs/a.safetensors"), ["ComfyUI: 2 modules. Do this"])
     assert set(caplog.messages) == {"a.safetensors: ComfyUI: 2 modules. Do this"}
 
 

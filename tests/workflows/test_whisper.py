@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lora_diffusion.core.types import Loaded, Output, Request
+from lora_diffusion.core.base_model import Loaded
+from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.data.transcripts import segments
 from lora_diffusion.families.whisper import Whisper
 from tests.tiny_whisper import RATE, save_tiny_whisper, write_recording

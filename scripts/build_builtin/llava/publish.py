@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from lora_diffusion.config.load import load
-from lora_diffusion.workflows import examine
+from lora_diffusion.workflows.ask import examine
 from scripts.build_builtin.cards import sources_table
 from scripts.build_builtin.llava.make_dataset import DEFAULT_OUTPUT as DATA
 from scripts.build_builtin.llava.make_dataset import items, write

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_diffusion.config.load import load
-from lora_diffusion.workflows import understand
+from lora_diffusion.workflows.transcribe import understand
 from scripts.build_builtin.publish import check_size
 from scripts.build_builtin.storage import load_checkpoint, replace_folder, write_json
 from scripts.build_builtin.whisper.make_dataset import DEFAULT_OUTPUT as DATA

@@ -1,0 +1,1 @@
+"""The published bases, one description each: names, sizes and prefixes; no weights."""

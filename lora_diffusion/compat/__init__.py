@@ -1,0 +1,1 @@
+"""What other programs do with an adapter file: their rules as data, checks, simulation."""

@@ -1,0 +1,335 @@
+"""What can be said of an adapter file without its base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.algebra.delta import change_shape, delta_norm
+from lora_diffusion.algebra.magnitude_limits import ABSURD, change_rms, is_absurd
+from lora_diffusion.compat.identify import guess_family, other_architecture, sized_as, told_by_content
+from lora_diffusion.compat.other_bases import Architecture
+from lora_diffusion.core.adapter_state import ModuleAdapter
+from lora_diffusion.core.errors import AdapterFileError, LoraDiffusionError
+from lora_diffusion.core.text import name_some, shown
+from lora_diffusion.formats.detect import formats_of
+from lora_diffusion.formats.diffusers import read_configs
+from lora_diffusion.formats.metadata import told_kind
+from lora_diffusion.formats.peft import full_name, headers, part_folders, read_config, tensor_files
+from lora_diffusion.formats.peft_config import find_alpha, find_rank
+from lora_diffusion.formats.tensor_names import EMBEDDING, PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
+from lora_diffusion.tensorfile import safetensors_file
+from lora_diffusion.tensorfile.arrays import Array, as_array, widen
+
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+_PARTS_OF_MODELS = {
+    r"(^|\.)vision_tower\.": "vision_tower",
+    r"(^|\.)multi_modal_projector\.": "projector",
+    r"(^|\.)language_model\.|^model\.layers\.": "language_model",
+    r"^model\.encoder\.": "encoder",
+    r"^model\.decoder\.": "decoder",
+}
+"""Expression found in a path of a whole model -> the part of it."""
+_UNET = re.compile(r"((down|up)_blocks|mid_block|conv_(in|out)|(time|add)_embedding)\.")
+_TEXT_ENCODER = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.")
+_BLOCK = re.compile(r"(?:down|up|input|output)_blocks_\d+|mid_block|middle_block|layers_\d+")
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What `inspect` shows."""
+
+    path: str
+    format: str
+    """Format names joined by "+"; more than one is among the problems."""
+    variant: str
+    family: str | None
+    """sd1, sd2, sdxl, llava or whisper; for other bases their name or what the metadata call it; None if unknown."""
+    num_modules: Mapping[str, int]
+    """By part, guessed from the prefixes."""
+    ranks: Mapping[str, int]
+    """Rank -> number of modules."""
+    alphas: Mapping[str, int]
+    """Alpha, divided by the rank the scale of a change -> number of modules."""
+    dtypes: Mapping[str, int]
+    """Number type -> number of tensors."""
+    block_norms: Mapping[str, float]
+    """Part and block -> Frobenius norm of all its changes of weight."""
+    metadata: Mapping[str, str]
+    problems: tuple[str, ...]
+    faults: tuple[str, ...]
+    """Those of the problems with which no program can use all of it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        counts = {
+            "modules": [f"{count} in {part}" for part, count in self.num_modules.items()],
+            "ranks": [f"{rank} ({count})" for rank, count in self.ranks.items()],
+            "alphas": [f"{alpha} ({count})" for alpha, count in self.alphas.items()],
+            "tensors": [f"{count} {dtype}" for dtype, count in self.dtypes.items()],
+        }
+        base = f" for {shown(self.family)}" if self.family else " for an unknown base"
+        lines = [self.path, f"{self.format} spelling, {self.variant}{base}"]
+        lines += [f"{label:<9}{', '.join(values)}" for label, values in counts.items()]
+        lines += ["norm of the change of each block:"]
+        lines += [f"  {block:<36}{norm:.4g}" for block, norm in self.block_norms.items()]
+        lines += ["metadata:", *(f"  {shown(name)}: {shown(value)}" for name, value in sorted(self.metadata.items()))]
+        if self.problems:
+            lines += [f"problems of this adapter{base}:", *(f"  {problem}" for problem in self.problems)]
+        else:
+            lines += ["no problems found"]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Module:
+    name: str
+    group: Group
+    adapter: ModuleAdapter | None
+    """None where tensors are missing, of several kinds, or do not fit each other."""
+    alpha: float | None
+    recorded_rank: int | None = None
+    """What the record beside the tensors says."""
+    has_misfit: bool = False
+    """A magnitude is not of the size of the weight's inputs or outputs."""
+
+    @property
+    def variant(self) -> str:
+        """Kind of adapter; the axis of a magnitude is not looked at."""
+        has_magnitude = bool({"magnitude", "magnitude_out"} & self.group.names.keys())
+        if self.adapter and self.adapter.variant == "boft":
+            return "boft"
+        return "+".join(
+            [*sorted(self.group.kinds - {"lora"} if has_magnitude else self.group.kinds), *["dora"] * has_magnitude]
+        )
+
+
+def describe_file(path: Path) -> FileReport:
+    """Reads an adapter file or folder and says what is in it and what is wrong with it.
+
+    Raises:
+        AdapterFileError: it cannot be read at all.
+    """
+    folders = part_folders(path) if path.is_dir() else [path]
+    files = tensor_files(path) if path.is_dir() else [path]
+    found = headers(path)
+    tensors: dict[str, Array] = {}
+    configs: dict[str, dict[str, Any]] = {} if path.is_dir() else read_configs(found[0].metadata, path)
+    for folder, file in zip(folders, files, strict=True):
+        own = safetensors_file.load_unchecked(file)
+        if path.is_dir():
+            part = folder.name if folder != path else _root_part(path, own)
+            own = {full_name(name, part): tensor for name, tensor in own.items()}
+            configs[part] = read_config(folder)
+        tensors |= own
+    names = [name for header in found for name in header.tensors]
+    formats = formats_of(names)
+    groups, strange = group_names(tensors)
+    modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
+    norms, faults = _norms(modules), tuple(_faults(modules, tensors))
+    metadata = {key: value for header in found for key, value in header.metadata.items()}
+    packed = [name for name in strange if name.startswith(EMBEDDING)]
+    strange = [name for name in strange if name not in packed]
+    other = other_architecture(path)
+    variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
+    variants += Counter("embedding" for _ in packed)
+    return FileReport(
+        path=str(path),
+        format="+".join(formats) or "unknown",
+        variant=" and ".join(name for name in variants if name) or "unknown",
+        family=other.title if other else _family(path, metadata),
+        num_modules=_count(_part(module.name) for module in modules),
+        ranks=_count(str(module.adapter.rank) for module in modules if module.adapter),
+        alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules if module.adapter),
+        dtypes=_count(info.dtype for header in found for info in header.tensors.values()),
+        block_norms=_block_norms(norms),
+        metadata=metadata,
+        problems=(*faults, *_other_base(other), *_oddities(formats, strange, modules, norms)),
+        faults=faults,
+    )
+
+
+def _family(path: Path, metadata: Mapping[str, str]) -> str | None:
+    try:
+        return told_by_content(path) or guess_family(path)
+    except LoraDiffusionError:
+        kind = told_kind(metadata)[0]
+        return kind.removesuffix("/lora") if kind else None
+
+
+def _root_part(path: Path, names: Iterable[str]) -> str:
+    """Returns the part that a PEFT folder which is not named after one is for; "" for a whole model."""
+    bare = [name.removeprefix(PEFT_PREFIX) for name in names]
+    if any(map(_UNET.match, bare)):
+        return "unet"
+    if not any(map(_TEXT_ENCODER.match, bare)):
+        return ""
+    return "text_encoder_2" if sized_as(path) == "sdxl" else "text_encoder"
+
+
+def _count(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values))
+
+
+def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]) -> _Module:
+    own = {tensor: tensors[full] for tensor, full in group.names.items()}
+    part = next((part for part in configs if not part or name.startswith(f"{part}.")), None)
+    path = name.removeprefix(f"{part}.")
+    alpha = None if part is None else find_alpha(configs[part], path)
+    rank = None if part is None or group.kinds != {"lora"} else find_rank(configs[part], path)
+    if "alpha" in own:
+        beside = widen(own.pop("alpha"))
+        alpha = float(beside.reshape(-1)[0]) if beside.size else None
+    # What a magnitude does depends on the base; the change before it is known.
+    plain: dict[str, Any] = {
+        tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude") and tensor != "shape"
+    }
+    if len(group.kinds) != 1 or group.lacking:
+        return _Module(name, group, None, alpha)
+    (kind,) = group.kinds
+    adapter = ModuleAdapter("boft" if kind == "oft" and plain["blocks"].ndim == 4 else kind, plain, 1.0)
+    try:
+        is_empty = not all(values.size for values in plain.values())
+        if adapter.changes_weight and kind not in ("ia3", "oft"):
+            is_empty |= not math.prod(change_shape(adapter))
+        is_empty |= not adapter.rank
+    except (AdapterFileError, IndexError):
+        return _Module(name, group, None, alpha)
+    if is_empty:
+        return _Module(name, group, None, alpha)
+    adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
+    has_misfit = kind in ("lora", "loha", "lokr") and not fits_magnitude(own)
+    return _Module(name, group, adapter, alpha, rank, has_misfit)
+
+
+def _part(name: str) -> str:
+    flat = next((part for prefix, part in _PREFIXES.items() if name.startswith(prefix)), None)
+    return flat or next((part for mark, part in _PARTS_OF_MODELS.items() if re.search(mark, name)), "unknown")
+
+
+def _block(name: str) -> str:
+    block = _BLOCK.search(name.replace(".", "_"))
+    return f"{_part(name)} {block.group() if block else 'other'}"
+
+
+def _norms(modules: Iterable[_Module]) -> dict[str, float]:
+    """Returns the Frobenius norm of the change of each sound module."""
+    return {
+        module.name: delta_norm(_widened(module.adapter))
+        for module in modules
+        if module.adapter
+        and module.adapter.changes_weight
+        and not module.adapter.needs_base
+        and math.isfinite(module.adapter.alpha)
+        and not safetensors_file.non_finite(module.adapter.tensors)
+    }
+
+
+def _widened(adapter: ModuleAdapter) -> ModuleAdapter:
+    tensors: dict[str, Any] = {name: widen(as_array(array)) for name, array in adapter.tensors.items()}
+    return replace(adapter, tensors=tensors)
+
+
+def _block_norms(norms: Mapping[str, float]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    for name, norm in norms.items():
+        squares[_block(name)] = squares.get(_block(name), 0.0) + norm**2
+    return {block: square**0.5 for block, square in sorted(squares.items(), key=lambda item: _natural(item[0]))}
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    return [(int(piece), "") if piece.isdigit() else (0, piece) for piece in re.split(r"(\d+)", text)]
+
+
+def _faults(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[str]:
+    """Yields what no program can use, or use as it was meant."""
+    if not tensors:
+        yield "no tensors at all; get the file again"
+    yield from _told(
+        {
+            **_incomplete(modules),
+            "tensor(s) with NaN, infinity or more than float32 can hold": safetensors_file.non_finite(tensors),
+            "tensor(s) that are empty or hold whole numbers": safetensors_file.not_weights(tensors),
+            "module(s) whose tensors do not fit each other": [
+                m.name for m in modules if not m.adapter and not m.group.lacking and len(m.group.kinds) == 1
+            ],
+            "module(s) whose alpha is not one number": [
+                module.name
+                for module in modules
+                if "alpha" in module.group.names and tensors[module.group.names["alpha"]].size != 1
+            ],
+            "module(s) of another rank than the record beside the tensors says; PEFT and diffusers refuse them": [
+                m.name for m in modules if m.adapter and m.recorded_rank not in (None, m.adapter.rank)
+            ],
+            "module(s) whose DoRA magnitude is not of the size of the inputs or the outputs": [
+                module.name for module in modules if module.has_misfit
+            ],
+        }
+    )
+
+
+def _other_base(other: Architecture | None) -> Iterable[str]:
+    if other:
+        yield f"made for {other.title}, a kind of base that is not known here; other commands refuse it"
+
+
+def _oddities(
+    formats: list[str], strange: list[str], modules: list[_Module], norms: Mapping[str, float]
+) -> Iterable[str]:
+    """Yields what some programs can use, or what may be meant so."""
+    if len(formats) > 1:
+        yield f"spellings of {' and '.join(formats)} are mixed; no program reads all of it"
+    found = {
+        "tensor(s) with unknown names": strange,
+        ABSURD: [
+            module.name
+            for module in modules
+            if module.adapter and module.name in norms and is_absurd(change_rms(module.adapter, norms[module.name]))
+        ],
+        "module(s) that change nothing, since a factor is zero": [name for name, norm in norms.items() if norm == 0],
+        "module(s) of loha or lokr with DoRA, which only ComfyUI, Forge and A1111 read": [
+            m.name for m in modules if m.variant in ("loha+dora", "lokr+dora")
+        ],
+    }
+    if formats == ["kohya"]:
+        found["module(s) without alpha; most programs then take alpha = rank"] = [
+            module.name for module in modules if module.adapter and module.adapter.has_scale and module.alpha is None
+        ]
+    yield from _told(found)
+
+
+def _told(found: Mapping[str, list[str]]) -> Iterable[str]:
+    return (f"{len(names)} {what}: {name_some(names)}" for what, names in found.items() if names)
+
+
+def _incomplete(modules: Iterable[_Module]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        if module.group.lacking:
+            there = sorted(module.group.names.keys() - {"alpha"})
+            what = f"module(s) with {' and '.join(there)} but no {' and '.join(module.group.lacking)}"
+        elif len(module.group.kinds) > 1:
+            what = f"module(s) of several kinds at once, {' and '.join(sorted(module.group.kinds))}"
+        elif not module.group.kinds:
+            what = f"module(s) with {' and '.join(sorted(module.group.names))} and nothing else"
+        else:
+            continue
+        found.setdefault(what, []).append(module.name)
+    return found

@@ -1,0 +1,1 @@
+"""Configs and settings of other programs."""

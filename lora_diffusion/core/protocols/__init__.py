@@ -1,0 +1,1 @@
+"""The contracts: what a family, a format, a metric and a tracker must offer."""

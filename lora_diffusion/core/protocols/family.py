@@ -1,0 +1,71 @@
+"""What a family must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
+from lora_diffusion.core.samples import PIECES, Batch, Output, Prepared, Request, Sample
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lora_diffusion.core.keymap import KeyMap
+
+
+class Family(Protocol):
+    """A kind of base model. One object FAMILY in `families/<name>.py`, whose import must not import torch."""
+
+    name: str
+    """The file name, and the value of `model.family`."""
+    options_type: type[Any]
+    """The dataclass of the `model:` section."""
+    sample_type: type[Sample]
+    parts: Mapping[str, Part]
+    metrics: tuple[str, ...]
+
+    def check(self, options: Any) -> BaseInfo:
+        """Looks at the base without loading weights; raises ModelError if it cannot be used."""
+
+    def skeleton(self, options: Any) -> dict[str, nn.Module]:
+        """Builds the parts on the meta device: shapes and names, no weights."""
+
+    def key_map(self, format_name: str, options: Any) -> KeyMap:
+        """Maps modules of the parts to their names in a file; UnsupportedError if the format cannot spell them.
+
+        Without options it maps what any base of the family may have, at once and without torch.
+        """
+
+    def load(self, options: Any, device: torch.device) -> Loaded:
+        """Loads the base, frozen and in eval mode."""
+
+    def cache_key(self, options: Any, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
+        """Names all, besides the sample, that these pieces of a prepared item depend on.
+
+        `trained` holds the names of the trained parts.
+        """
+
+    def prepare(
+        self, loaded: Loaded, samples: Sequence[Sample], trained: frozenset[str], pieces: frozenset[str] = PIECES
+    ) -> list[Prepared]:
+        """Runs the encoders that are not trained, over these pieces of the samples. No gradient and no random draw.
+
+        Each piece gives tensors of its own; samples must be opened for the views only.
+        """
+
+    def collate(self, items: Sequence[Prepared]) -> Batch:
+        """Stacks items of one group."""
+
+    def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
+        """Returns the loss of each sample; every random draw is taken from `rng`, a CPU generator.
+
+        The batch is on the CPU, where the draws are made; the loss moves what it needs to the base's device.
+        """
+
+    def example(self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
+        """Gives what a training step calls, for a rehearsal without numbers."""
+
+    def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+        """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""

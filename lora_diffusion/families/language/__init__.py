@@ -1,0 +1,1 @@
+"""Models of transformers that write text: LLaVA and Whisper."""

@@ -1,0 +1,152 @@
+"""Bases that are one model of transformers: where they lie, whether they are whole, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.adapter_state import ModuleKey
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import content_hash
+from lora_diffusion.core.keymap import KeyMap
+from lora_diffusion.core.model_folder import check_model_folder
+from lora_diffusion.core.text import shown
+from lora_diffusion.families.stable_diffusion.loading import damage, explained, local, read_json, silence_progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+IGNORED = -100
+"""What transformers puts for labels that have no loss."""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequence[str], title: str) -> Path:
+    """Returns the folder that `model.path` means, with a model of these types and whole weights in it.
+
+    Args:
+        options: the `model:` section.
+        builtins: name after "builtin:" -> folder that comes along.
+        model_types: what `config.json` may say, such as whisper.
+        title: what messages call such a base.
+
+    Raises:
+        ModelError: it is no such folder.
+        UnsupportedError: the frozen weights cannot be stored as asked.
+    """
+    if options.quantization != "none":
+        from lora_diffusion.quantize import check
+
+        check(options.quantization)
+    folder = local(options.path, builtins, _HUB_PATTERNS, f"a folder of {title} or a hub id")
+    if folder.is_file():
+        raise ModelError(
+            f"model.path={options.path} is a file; give a folder as save_pretrained of transformers makes it."
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"The base {folder} holds no config.json; give a folder as save_pretrained makes it.")
+    check_model_folder(folder, f"The base {folder}")
+    told = read_json(folder / "config.json").get("model_type")
+    if told not in model_types:
+        raise ModelError(
+            f"The base {folder} is of the type {shown(str(told))}, not {' or '.join(model_types)}; set model.family to "
+            "fit it or take another base."
+        )
+    with explained(folder):
+        _check_weights(folder)
+    return folder
+
+
+def _check_weights(folder: Path) -> None:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files or not any((folder / name).is_file() for name in _WEIGHTS):
+        pickled = "only pickled weights (.bin), which can run code" if list(folder.glob("*.bin")) else "no weights"
+        raise ModelError(f"The base {folder} holds {pickled}; fetch its model.safetensors.")
+    faults = [fault for file in files if (fault := damage(file))]
+    if (folder / _WEIGHTS[1]).is_file():
+        wanted = set(read_json(folder / _WEIGHTS[1]).get("weight_map", {}).values())
+        faults += [f"{folder / name} is missing" for name in sorted(wanted - {file.name for file in files})]
+    if faults:
+        raise ModelError(f"The weights of the base {folder} cannot be read.", faults)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Returns the files that a checked folder is loaded from."""
+    if (folder / _WEIGHTS[0]).is_file():
+        return (folder / _WEIGHTS[0],)
+    return tuple(folder / name for name in sorted(set(read_json(folder / _WEIGHTS[1])["weight_map"].values())))
+
+
+def fingerprint(folder: Path, names: Sequence[str]) -> str:
+    """Names those of the files that are there by their content."""
+    files = [folder / name for name in names if (folder / name).is_file()]
+    return " ".join(f"{file.name}={content_hash(file)}" for file in files)
+
+
+def on_meta(folder: Path, build: Callable[[Any], nn.Module]) -> Any:
+    """Returns the model of the folder's config on the meta device; `build` makes it from the config."""
+    import torch
+    from transformers import AutoConfig
+
+    with explained(folder), torch.device("meta"):
+        return build(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+
+
+def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.device) -> Any:
+    """Returns the model on the CPU, frozen and in eval mode, in the number type that its weights are kept in.
+
+    Raises:
+        ModelError: its weights lack tensors or do not fit its config.
+    """
+    from lora_diffusion.runtime.device import frozen_dtype
+
+    silence_progress()
+    with explained(folder):
+        model, told = model_class.from_pretrained(
+            folder,
+            dtype=frozen_dtype(options.dtype, device),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    faults = [f"{name} is missing" for name in sorted(told["missing_keys"])]
+    faults += [f"{name} has another shape" for name, *_ in told.get("mismatched_keys", ())]
+    if faults:
+        raise ModelError(f"The weights of {folder} lack {len(faults)} tensors that its config announces.", faults[:10])
+    return model.requires_grad_(False).eval()
+
+
+def place(model: nn.Module, parts: Mapping[str, nn.Module], kind: str, device: torch.device) -> None:
+    """Quantizes the parts if asked, and moves the model."""
+    if kind != "none":
+        from lora_diffusion.quantize import leave_file, quantize
+
+        for part in parts.values():
+            quantize(part, kind, device)
+        leave_file(model)
+    model.to(device)
+
+
+def peft_map(paths: Mapping[str, Sequence[str]], prefixes: Mapping[str, str]) -> KeyMap:
+    """Maps the modules of the parts to their paths in the whole model.
+
+    Args:
+        paths: part -> paths of its modules.
+        prefixes: part -> where it stands in the model, such as "model.encoder.".
+    """
+    return KeyMap((ModuleKey(part, path), prefixes[part] + path) for part, own in paths.items() for path in own)
+
+
+def layers(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Returns the paths of all linear layers and two-dimensional convolutions of the parts."""
+    from torch import nn
+
+    return {
+        part: [path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        for part, network in parts.items()
+    }

@@ -1,0 +1,1 @@
+"""What Stable Diffusion 1, 2 and XL share."""

@@ -1,0 +1,295 @@
+"""The pages that show a run, an evaluation, or the quickstart: one design, one template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import UnidentifiedImageError
+
+from lora_diffusion import __version__
+from lora_diffusion.core.evidence import SampleLoss
+from lora_diffusion.core.privacy import public, public_path, public_text
+from lora_diffusion.evaluation.before_after import WITH_ADAPTER, Comparison
+from lora_diffusion.evaluation.results import Evaluation
+from lora_diffusion.report import plots, sections
+from lora_diffusion.report.numbers import write_beside
+from lora_diffusion.report.page import Album, Shot, number, write_page
+from lora_diffusion.report.sections import Findings, Shots, columns, row
+
+_MAX_TRAINING_PICTURES = 60
+_ABOUT_LOSSES = (
+    "The trained model predicted the noise in each picture at the same noise levels, with its caption and "
+    "without. Help is how much lower the loss is with the caption, as a share of the usual loss at that noise "
+    "level: a caption that says what the picture shows helps, one that is wrong does harm (below 0, marked), and "
+    "a picture that does not belong is helped little. Loss is 1 for the usual picture; complex or odd ones are "
+    "higher. Worst first: the order is by the worse of a picture's two ranks, in help and in loss."
+)
+_ABOUT_SCORES = (
+    "Means over {} pictures with 95 % intervals. Likeness is the mean cosine with held-out pictures, text "
+    "alignment the cosine with the subject's words. The scorer is {}, which is not the text encoder of the base: "
+    "a model must not mark its own work. Scores of different scorers cannot be compared."
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training run tells."""
+
+    metrics: Sequence[Mapping[str, float]] = ()
+    """Lines of metrics.jsonl."""
+    losses: Sequence[SampleLoss] = ()
+    """Losses of the training pictures."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Setting -> value."""
+    held_out: Sequence[Mapping[str, float]] = ()
+    """Lines of progress.json of a base that writes text."""
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    findings: Findings | None = None,
+    training: Training | None = None,
+    chosen_file: str | None = None,
+    next_commands: Sequence[str] = (),
+) -> tuple[Path, ...]:
+    """Writes the page, and the numbers beside it as JSON and, of an evaluation, as CSV; returns the files.
+
+    Args:
+        path: the HTML file.
+        title: heading.
+        findings: an evaluation; without one the page shows the training alone.
+        training: the run, where there is one.
+        chosen_file: the file of the chosen candidate.
+        next_commands: command lines to try.
+
+    Raises:
+        ConfigError: a file that is no page's numbers is in the way of these.
+    """
+    training = training or Training()
+    album = Album()
+    shots = Shots(findings, album) if findings else None
+    context = {
+        "choice": sections.choice(findings, shots, chosen_file and Path(chosen_file).name)
+        if findings and shots
+        else None,
+        "before_after": None,
+        "doubts": public(findings.evaluation.warnings) if findings else (),
+        "open_comparisons": sections.open_comparisons(findings) if findings else None,
+        "candidates": sections.candidates(findings) if findings else None,
+        "curves": sections.curves(findings) if findings else [],
+        "grids": sections.grids(findings, shots) if findings and shots else [],
+        "prompts": sections.prompts(findings, shots) if findings and shots else None,
+        "training": _training(training, album),
+        "facts": {**training.facts, **(_facts(findings.evaluation) if findings else {}), "lora-diffusion": __version__},
+        "hashes": _hashes(findings.evaluation) if findings else {},
+        "next_commands": next_commands,
+    }
+    beside = _write_numbers(path, findings, training)
+    subtitle = _subtitle(findings.evaluation) if findings else ""
+    _write(path, title, subtitle, album, context, beside)
+    return (path, *beside)
+
+
+def write_before_after(
+    path: Path,
+    *,
+    title: str,
+    comparison: Comparison,
+    num_rows: int,
+    training: Training,
+    next_commands: Sequence[str],
+) -> None:
+    """Writes the short page of one adapter against the base, with the trigger words and without.
+
+    Args:
+        path: the HTML file.
+        title: heading.
+        comparison: pictures and scores of all conditions.
+        num_rows: prompts that are shown.
+        training: the run.
+        next_commands: command lines to try.
+    """
+    album = Album()
+    context = {
+        "choice": None,
+        "before_after": _before_after(comparison, num_rows, album),
+        "doubts": (),
+        "open_comparisons": None,
+        "candidates": None,
+        "curves": [],
+        "grids": [],
+        "prompts": None,
+        "training": _training(training, album),
+        "facts": {**training.facts, "lora-diffusion": __version__},
+        "hashes": {},
+        "next_commands": next_commands,
+    }
+    _write(path, title, "Same prompts, same noise, before and after training.", album, context, ())
+
+
+def _write(
+    path: Path, title: str, subtitle: str, album: Album, context: Mapping[str, Any], beside: Sequence[Path]
+) -> None:
+    shown = {
+        "choice": ("choice", "Choice"),
+        "before_after": ("pictures", "Pictures"),
+        "candidates": ("candidates", "Candidates"),
+        "curves": ("curves", "Curves"),
+        "grids": ("grid-1", "Pictures"),
+        "prompts": ("prompts", "Prompts"),
+        "training": ("training", "Training"),
+        "facts": ("settings", "Settings"),
+        "next_commands": ("next", "Next"),
+    }
+    write_page(
+        path,
+        "run.html.j2",
+        album,
+        {
+            "title": title,
+            "subtitle": subtitle,
+            "version": __version__,
+            "sections": dict(place for name, place in shown.items() if context[name]),
+            "slider": ("base", "adapter"),
+            "raw": [file.name for file in beside],
+            **context,
+            # A page may be shown to everybody.
+            **{name: public(context[name]) for name in ("facts", "next_commands")},
+        },
+    )
+
+
+def _subtitle(evaluation: Evaluation) -> str:
+    scorer = ", ".join(f"{kind} {name}" for kind, name in evaluation.scorer.items())
+    return (
+        f"{len(evaluation.candidates)} candidates, {len(evaluation.cases)} prompts, {len(evaluation.seeds)} seeds on "
+        f"{public_path(evaluation.base.source)}. Scored by {public_text(scorer)}; scores of other scorers cannot be "
+        "compared."
+    )
+
+
+def _facts(evaluation: Evaluation) -> dict[str, str]:
+    settings, size = evaluation.settings, evaluation.settings.size
+    return {
+        "base": f"{evaluation.base.source} ({evaluation.base.architecture})",
+        "pictures": f"{settings.num_steps} steps, guidance {settings.guidance:g}, "
+        f"{f'{size[0]}x{size[1]}' if size else 'size of the base'}"
+        + (f", negative prompt {settings.negative!r}" if settings.negative else ""),
+        "seeds": ", ".join(map(str, evaluation.seeds)),
+        "scorers": ", ".join(f"{kind}: {name}" for kind, name in evaluation.scorer.items()),
+        "references": f"{len(evaluation.references)} pictures",
+        "training pictures": f"{len(evaluation.training_pictures)} pictures",
+        "evaluated with": ", ".join(
+            f"{package} {version}"
+            for package, version in {"lora-diffusion": evaluation.lora_diffusion, **evaluation.versions}.items()
+        ),
+    }
+
+
+def _hashes(evaluation: Evaluation) -> dict[str, str]:
+    """Returns name -> hash of all files; pictures are called by their place below the folder that holds all of them."""
+    hashes = {name: file.sha256 for name, file in evaluation.adapters.items()}
+    groups = {"references": evaluation.references, "training": evaluation.training_pictures}
+    for name, files in groups.items():
+        root = os.path.commonpath([Path(file.path).parent for file in files]) if files else ""
+        hashes |= {f"{name}/{os.path.relpath(file.path, root)}": file.sha256 for file in files}
+    return public(hashes)  # type: ignore[no-any-return]
+
+
+def _training(training: Training, album: Album) -> dict[str, Any] | None:
+    if not training.metrics and not training.losses:
+        return None
+    return {
+        "loss": plots.loss(training.metrics) if training.metrics else None,
+        "held_out": plots.held_out(training.held_out) if training.held_out else None,
+        "pictures": _losses(training.losses, album) if training.losses else None,
+    }
+
+
+def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
+    """Returns the table of training pictures, worst first."""
+    ranked = _worst_first(losses)
+    rows = [
+        {
+            "key": own.key,
+            "caption": own.caption,
+            "help": number(own.caption_help, "+"),
+            "loss": f"{own.loss:.2f}",
+            "source": _thumbnail(own, album),
+            "mark": "chosen" if own.caption_help < 0 else "",
+        }
+        for own in ranked[:_MAX_TRAINING_PICTURES]
+    ]
+    left_out = len(ranked) - len(rows)
+    return {"note": _ABOUT_LOSSES + (f" {left_out} more are in the numbers." if left_out else ""), "rows": rows}
+
+
+def _worst_first(losses: Sequence[SampleLoss]) -> list[SampleLoss]:
+    """Orders by the worse of two ranks, so that neither bad captions nor odd pictures hide behind the other kind."""
+    indices = range(len(losses))
+    in_help = _ranks(sorted(indices, key=lambda index: losses[index].caption_help))
+    in_loss = _ranks(sorted(indices, key=lambda index: -losses[index].loss))
+    order = sorted(indices, key=lambda index: (min(in_help[index], in_loss[index]), in_help[index]))
+    return [losses[index] for index in order]
+
+
+def _ranks(order: Sequence[int]) -> dict[int, int]:
+    return {index: rank for rank, index in enumerate(order)}
+
+
+def _thumbnail(own: SampleLoss, album: Album) -> str | None:
+    from lora_diffusion.data.images import PictureError, open_rgb
+
+    try:
+        image = open_rgb(Path(own.path))
+    except (PictureError, OSError, UnidentifiedImageError):
+        return None
+    image.thumbnail((144, 144))
+    return album.add(f"training {own.path}", image)
+
+
+def _before_after(comparison: Comparison, num_rows: int, album: Album) -> dict[str, Any]:
+    rows = []
+    for index in range(min(num_rows, len(comparison.prompts))):
+        prompt, plain = comparison.prompts[index], comparison.plain_prompts[index]
+        shots = []
+        for condition in comparison.rows:
+            is_with = condition.label.endswith("with trigger")
+            text = prompt if is_with else plain
+            role = "base" if condition.label.startswith("base") else "chosen" if condition.label == WITH_ADAPTER else ""
+            key = album.add(f"{condition.label} {index}", condition.images[index])
+            shots.append(Shot(key, condition.label, f"{text}: {condition.label}", f"{index}:{is_with}", role))
+        rows.append({"prompt": prompt, "kind": f"without trigger: {plain}", "shots": shots})
+    metrics = list(comparison.rows[0].scores)
+    scores = [
+        row(
+            [condition.label, *(str(condition.scores.get(metric, "")) for metric in metrics)],
+            "chosen" if condition.label == WITH_ADAPTER else "",
+        )
+        for condition in (*comparison.rows, comparison.real)
+    ]
+    return {
+        "note": "Each row is one subject from the same noise. None of these subjects was in the training pictures. "
+        "Open a picture to slide between the base and the adapter.",
+        "rows": rows,
+        "columns": columns("pictures", *(f"{sections.label(metric)}#" for metric in metrics)),
+        "scores": scores,
+        "about_scores": _ABOUT_SCORES.format(len(comparison.prompts), comparison.scorer),
+    }
+
+
+def _write_numbers(path: Path, findings: Findings | None, training: Training) -> tuple[Path, ...]:
+    """Writes all that the page is made from as JSON, and the scores as CSV."""
+    chosen = findings.choice if findings else None
+    values = {
+        "choice": chosen.to_json() if chosen else None,
+        "evaluation": findings.evaluation.to_json() if findings else None,
+        "training": {"facts": dict(training.facts), "losses": [vars(own) for own in training.losses]},
+    }
+    return write_beside(path, values, {path.with_suffix(".csv"): findings.evaluation} if findings else {})

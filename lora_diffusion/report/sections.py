@@ -1,0 +1,397 @@
+"""The sections of a report that show one evaluation, as the values that the templates ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.evaluation.results import BASE, Candidate, Case, Evaluation
+from lora_diffusion.evaluation.select import TEXT, Choice, Standing
+from lora_diffusion.evaluation.statistics import Interval
+from lora_diffusion.evaluation.suites import PLAIN_KINDS
+from lora_diffusion.evaluation.table import Table
+from lora_diffusion.report import plots
+from lora_diffusion.report.page import Album, Shot, number
+
+_MAX_ASKED, _MAX_PLAIN = 12, 6
+"""Prompts whose pictures a page shows; all others lie in the evaluation's folder."""
+_NUM_HERO = 4
+_MANY_IMAGES = 10_000
+"""From here on, a guess of how many images it takes says no more."""
+_NUM_EXTREME = 4
+_LABELS: Mapping[str, str] = {
+    "clip_text": "text alignment (CLIP)",
+    "clip_score": "CLIPScore",
+    "clip_image": "likeness (CLIP)",
+    "clip_image_max": "nearest reference (CLIP)",
+    "dino_image": "likeness (DINO)",
+    "vendi": "Vendi score",
+}
+
+
+def label(metric: str) -> str:
+    """Returns a metric's name for people."""
+    return _LABELS.get(metric, metric.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One evaluation, made ready to be shown."""
+
+    evaluation: Evaluation
+    folder: Path
+    """Where its pictures are."""
+    choice: Choice | None
+    """None where the evaluation does not allow one."""
+    table: Table
+
+    @property
+    def shown(self) -> Candidate:
+        """The candidate that the page is about: the chosen one, else the last at the weight nearest to 1."""
+        if self.choice:
+            return self.choice.candidate
+        return min(reversed(self.evaluation.candidates), key=lambda candidate: abs(candidate.weight - 1))
+
+    @property
+    def seed(self) -> int:
+        """The seed of the picture grids."""
+        return self.evaluation.seeds[0]
+
+    def asked(self) -> list[Case]:
+        """Returns the cases that ask for what was trained."""
+        return [case for case in self.evaluation.cases if case.kind not in PLAIN_KINDS]
+
+    def pictures(self) -> dict[tuple[str, int | None, int | None], str]:
+        """Returns (candidate, case, seed) -> path in the folder."""
+        return {(s.candidate, s.case, s.seed): s.picture for s in self.evaluation.scores if s.picture}
+
+
+class Shots:
+    """Makes the shots of an evaluation's pictures."""
+
+    def __init__(self, findings: Findings, album: Album) -> None:
+        """Looks the pictures up once."""
+        self._findings, self._album, self._pictures = findings, album, findings.pictures()
+
+    def find(self, candidate: str, case: Case, seed: int | None, text: str) -> Shot | None:
+        """Returns the shot of a picture, or None if it is not there."""
+        name = self._pictures.get((candidate, case.index, seed))
+        path = self._findings.folder / name if name else None
+        if path is None or not path.is_file():
+            return None
+        role = {BASE: "base", self._findings.shown.name: "chosen"}.get(candidate, "")
+        shown = "base alone" if candidate == BASE else candidate
+        alt = f"{case.prompt}, drawn by {shown}, seed {seed}"
+        return Shot(self._album.add(str(path), path), text, alt, f"{case.index}:{seed}", role)
+
+    def pair(self, case: Case, seed: int | None, about: str = "") -> dict[str, Any] | None:
+        """Returns the base's picture and that of the candidate which the page is about."""
+        found = [self.find(BASE, case, seed, "base"), self.find(self._findings.shown.name, case, seed, "adapter")]
+        shots = [shot for shot in found if shot]
+        return {"shots": shots, "prompt": case.prompt, "kind": about} if len(shots) == 2 else None
+
+    def training_picture(self, path: str) -> Shot | None:
+        """Returns the shot of a training picture, or None if it is not there any more."""
+        if not path or not Path(path).is_file():
+            return None
+        return Shot(self._album.add(path, Path(path)), "training", f"Training picture {Path(path).name}")
+
+
+def columns(*names: str) -> list[dict[str, Any]]:
+    """Returns table columns; a name that ends in # holds numbers."""
+    return [{"name": name.rstrip("#"), "is_number": name.endswith("#")} for name in names]
+
+
+def row(cells: Iterable[Any], mark: str = "") -> dict[str, Any]:
+    """Returns a table row; numbers are written with three decimals."""
+    return {"cells": [number(cell) if isinstance(cell, float) else cell for cell in cells], "mark": mark}
+
+
+def with_range(value: Interval, sign: str = "") -> str:
+    """Returns a mean and its interval as text; a dash stands for what is not known."""
+    if math.isnan(value.mean):
+        return number(value.mean)
+    return f"{number(value.mean, sign)} ({number(value.low, sign)} to {number(value.high, sign)})"
+
+
+def choice(findings: Findings, shots: Shots, file: str | None) -> dict[str, Any] | None:
+    """Returns the section on top: what was chosen and why."""
+    chosen = findings.choice
+    if chosen is None:
+        return None
+    real, table = findings.evaluation.real, findings.table
+    tiles = []
+    for metric in dict.fromkeys([chosen.likeness_metric, TEXT, *(limit.metric for limit in chosen.limits)]):
+        note = f"base {number(table.mean(BASE, metric))}"
+        if metric in real:
+            note += f", real {number(real[metric])}"
+        tiles.append({"name": label(metric), "value": number(table.mean(chosen.candidate.name, metric)), "note": note})
+    pairs = (shots.pair(case, findings.seed) for case in findings.asked()[:_NUM_HERO])
+    what = _stem_label(chosen.candidate) + (f", weight {chosen.candidate.weight:g}")
+    return {
+        "heading": f"Recommended: {what}",
+        "sentences": chosen.sentences,
+        "tiles": tiles,
+        "file": file,
+        "warnings": chosen.warnings,
+        "pairs": [pair for pair in pairs if pair],
+    }
+
+
+def candidates(findings: Findings) -> dict[str, Any]:
+    """Returns the section with all candidates, and where they lie between likeness and text alignment."""
+    evaluation, chosen, table = findings.evaluation, findings.choice, findings.table
+    metrics = [facts.name for facts in evaluation.metrics if table.has(facts.name)]
+    names = columns("candidate", *(["remark", "balance#"] if chosen else []), *(f"{label(name)}#" for name in metrics))
+    rows = []
+    for candidate in evaluation.candidates:
+        standing = chosen.find(candidate.name) if chosen and candidate.name != BASE and candidate.weight else None
+        cells: list[Any] = [candidate.name]
+        if chosen:
+            cells += [_remark(standing, chosen), standing.balance] if standing else ["no adapter", ""]
+        cells += [table.mean(candidate.name, metric) for metric in metrics]
+        mark = "chosen" if candidate.name == findings.shown.name else "off" if standing and standing.breaks else ""
+        rows.append(row(cells, mark))
+    return {
+        "note": "Likeness and text alignment pull against each other: a candidate is on the frontier if no other that "
+        "keeps the limits beats it in both. " + _arrows(evaluation),
+        "frontier": _frontier(findings) if chosen else None,
+        "columns": names,
+        "rows": rows,
+        "limit_columns": columns("limit", "at most#", "why", "state"),
+        "limits": [
+            row(
+                [
+                    label(limit.metric),
+                    limit.value,
+                    limit.reason,
+                    "lifted, no candidate keeps it" if limit.lifted else "",
+                ]
+            )
+            for limit in (chosen.limits if chosen else ())
+        ],
+    }
+
+
+def open_comparisons(findings: Findings) -> dict[str, Any] | None:
+    """Returns the table of differences that these images cannot decide; None if there are none."""
+    comparisons = findings.evaluation.open_comparisons
+    if not comparisons:
+        return None
+    rows = [
+        row([f"{label(found.metric)}: {found.candidate}", found.other, found.num_images, _needed(found.num_needed)])
+        for found in comparisons
+    ]
+    return {"columns": columns("scored", "not told apart from", "images#", "needed#"), "rows": rows}
+
+
+def _needed(number: float | None) -> str:
+    """Returns a number of images with two digits, as it is a rough guess."""
+    if number is None:
+        return "more"
+    return f"about {float(f'{number:.2g}'):,.0f}" if number < _MANY_IMAGES else f"over {_MANY_IMAGES:,}"
+
+
+def _arrows(evaluation: Evaluation) -> str:
+    lower = [label(facts.name) for facts in evaluation.metrics if not facts.higher_is_better]
+    return f"Lower is better for {', '.join(lower)}; higher for all else." if lower else ""
+
+
+def _remark(standing: Standing, chosen: Choice) -> str:
+    if standing.name == chosen.candidate.name:
+        return "chosen"
+    if standing.breaks:
+        return "breaks " + ", ".join(label(metric) for metric in standing.breaks)
+    if standing.name in chosen.tied:
+        return "tied"
+    return "frontier" if standing.on_frontier else ""
+
+
+def _frontier(findings: Findings) -> str:
+    chosen, table = findings.choice, findings.table
+    assert chosen
+    points = [plots.Point(BASE, table.mean(BASE, TEXT), table.mean(BASE, chosen.likeness_metric), "base", "base")]
+    for standing in chosen.standings:
+        is_top = standing.on_frontier or standing.name == chosen.candidate.name
+        kind = "frontier" if standing.on_frontier else "broken" if standing.breaks else "beaten"
+        if standing.name == chosen.candidate.name:
+            kind = "chosen"
+        short = (
+            f"{standing.step if standing.step is not None else standing.name.rsplit('@', 1)[0]} @ {standing.weight:g}"
+        )
+        points.append(plots.Point(standing.name, standing.text, standing.likeness, kind, short if is_top else ""))
+    return plots.frontier(
+        points, (label(TEXT), label(chosen.likeness_metric)), findings.evaluation.real.get(chosen.likeness_metric)
+    )
+
+
+def curves(findings: Findings) -> list[dict[str, Any]]:
+    """Returns plots over checkpoints and over weights, where there are several of them."""
+    own = [candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight]
+    steps = {candidate.step for candidate in own if candidate.step is not None}
+    weights = {candidate.weight for candidate in own}
+    groups = []
+    if len(steps) > 1:
+        stepped = [candidate for candidate in own if candidate.step is not None]
+        groups.append(
+            _curve_group(findings, "Over checkpoints", "step", stepped, _step, lambda c: f"weight {c.weight:g}")
+        )
+    if len(weights) > 1:
+        groups.append(_curve_group(findings, "Over weights", "weight", own, lambda c: c.weight, _stem_label))
+    return groups
+
+
+def _curve_group(
+    findings: Findings,
+    title: str,
+    across: str,
+    own: Sequence[Candidate],
+    place: Callable[[Candidate], float],
+    name: Callable[[Candidate], str],
+) -> dict[str, Any]:
+    labels = _spread(list(dict.fromkeys(map(name, own))), name(findings.shown))
+    drawn = []
+    for facts in findings.evaluation.metrics:
+        if not findings.table.has(facts.name):
+            continue
+        lines = []
+        for text in labels:
+            line = sorted((candidate for candidate in own if name(candidate) == text), key=place)
+            found = [findings.table.interval(candidate.name, facts.name) for candidate in line]
+            means, lows, highs = ([getattr(value, end) for value in found] for end in ("mean", "low", "high"))
+            lines.append(plots.Curve(text, [place(candidate) for candidate in line], means, lows, highs))
+        marks = {"base": findings.table.mean(BASE, facts.name)}
+        if facts.name in findings.evaluation.real:
+            marks["real"] = findings.evaluation.real[facts.name]
+        drawn.append(plots.curves(label(facts.name), across, lines, marks))
+    return {"title": title, "labels": labels, "plots": drawn}
+
+
+def _spread(labels: Sequence[str], wanted: str) -> list[str]:
+    """Returns at most as many labels as there are colours: the first, the last, the wanted one and some between."""
+    if len(labels) <= plots.SERIES:
+        return list(labels)
+    places = {round(index * (len(labels) - 1) / (plots.SERIES - 2)) for index in range(plots.SERIES - 1)}
+    return [text for index, text in enumerate(labels) if index in places or text == wanted]
+
+
+def _step(candidate: Candidate) -> float:
+    return float(candidate.step or 0)
+
+
+def _stem(candidate: Candidate) -> str:
+    return candidate.name.rsplit("@", 1)[0]
+
+
+def _stem_label(candidate: Candidate) -> str:
+    return f"step {candidate.step}" if candidate.step is not None else _stem(candidate)
+
+
+def grids(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
+    """Returns picture grids: every prompt at all weights of the shown candidate, and at its weight of all others."""
+    shown = findings.shown
+    own = [candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight]
+    over_weights = sorted((c for c in own if _stem(c) == _stem(shown)), key=lambda c: c.weight)
+    others = [candidate for candidate in own if candidate.weight == shown.weight]
+    made = []
+    if len(over_weights) > 1 or len(others) <= 1:
+        title = f"Pictures over weights, {_stem_label(shown)}" if len(over_weights) > 1 else "Pictures"
+        made.append(_grid(findings, shots, title, over_weights, lambda c: f"{c.weight:g}"))
+    if len(others) > 1:
+        title = f"Pictures over {'checkpoints' if shown.step is not None else 'candidates'}, weight {shown.weight:g}"
+        made.append(_grid(findings, shots, title, others, _stem_label))
+    return [grid for grid in made if grid["rows"]]
+
+
+def _grid(
+    findings: Findings, shots: Shots, title: str, own: Sequence[Candidate], name: Callable[[Candidate], str]
+) -> dict[str, Any]:
+    asked = findings.asked()
+    plain = [case for case in findings.evaluation.cases if case.kind in PLAIN_KINDS]
+    shown = [*asked[:_MAX_ASKED], *plain[:_MAX_PLAIN]]
+    rows = []
+    for case in shown:
+        found = [shots.find(BASE, case, findings.seed, "base")]
+        found += [shots.find(candidate.name, case, findings.seed, name(candidate)) for candidate in own]
+        kind = "does not ask for what was trained" if case.kind in PLAIN_KINDS else ""
+        if any(found):
+            rows.append({"prompt": case.prompt, "kind": kind, "shots": [shot for shot in found if shot]})
+    left_out = len(findings.evaluation.cases) - len(shown)
+    more = f" {left_out} more prompts are in {findings.folder.name}/pictures." if left_out else ""
+    note = f"Each row is one prompt, drawn from the same noise (seed {findings.seed}).{more}"
+    return {"title": title, "note": note, "rows": rows}
+
+
+def prompts(findings: Findings, shots: Shots) -> dict[str, Any] | None:
+    """Returns the scores of each prompt, and the best and the worst pictures of the shown candidate."""
+    table, name = findings.table, findings.shown.name
+    likeness = findings.choice.likeness_metric if findings.choice else "clip_image"
+    metrics = [metric for metric in (likeness, TEXT) if table.has(metric)]
+    if not metrics:
+        return None
+    rows = []
+    for case in findings.asked():
+        cells: list[Any] = [case.prompt]
+        for metric in metrics:
+            own, base = (_case_mean(table, candidate, metric, case.index) for candidate in (name, BASE))
+            cells += [own, number(own - base, "+")]
+        rows.append(row(cells))
+    heads = [head for metric in metrics for head in (f"{label(metric)}#", "against base#")]
+    ranked = _ranked(findings, metrics)
+    extremes = [
+        _extremes(findings, shots, picked, metrics) for picked in (ranked[:_NUM_EXTREME], ranked[-_NUM_EXTREME:][::-1])
+    ]
+    return {
+        "note": f"Means of {name} over {len(findings.evaluation.seeds)} seed(s), and the difference from the base's "
+        "pictures of the same noise.",
+        "columns": columns("prompt", *heads),
+        "rows": rows,
+        "best": extremes[0],
+        "worst": extremes[1],
+        "copies": _copies(findings, shots),
+    }
+
+
+def _case_mean(table: Table, candidate: str, metric: str, case: int) -> float:
+    values = [value for (own, _), value in table.values(candidate, metric).items() if own == case]
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _ranked(findings: Findings, metrics: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns (case, seed) of the shown candidate's pictures, best first by the sum of their ranks in all metrics."""
+    ranks: dict[tuple[int, int], int] = {}
+    for metric in metrics:
+        values = findings.table.values(findings.shown.name, metric)
+        drawn = [(case, seed) for case, seed in values if case is not None and seed is not None]
+        for place, draw in enumerate(sorted(drawn, key=lambda draw: -values[draw])):
+            ranks[draw] = ranks.get(draw, 0) + place
+    return sorted(ranks, key=lambda draw: ranks[draw])
+
+
+def _extremes(
+    findings: Findings, shots: Shots, draws: Sequence[tuple[int, int]], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    cases = {case.index: case for case in findings.evaluation.cases}
+    made = []
+    for case, seed in draws:
+        values = [findings.table.values(findings.shown.name, metric)[case, seed] for metric in metrics]
+        about = ", ".join(f"{label(metric)} {number(value)}" for metric, value in zip(metrics, values, strict=True))
+        made.append(shots.pair(cases[case], seed, f"{about}, seed {seed}"))
+    return [pair for pair in made if pair]
+
+
+def _copies(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
+    """Returns the shown candidate's pictures that are nearest to a training picture, beside it."""
+    cases = {case.index: case for case in findings.evaluation.cases}
+    own = [s for s in findings.evaluation.scores if (s.candidate, s.metric) == (findings.shown.name, "copying")]
+    made = []
+    for score in sorted(own, key=lambda score: -score.value)[:_NUM_EXTREME]:
+        picture = shots.find(score.candidate, cases[score.case or 0], score.seed, "drawn")
+        original = shots.training_picture(score.detail)
+        if picture and original:
+            about = f"{label('copying')} {number(score.value)}"
+            made.append({"shots": [picture, original], "prompt": score.prompt, "kind": about})
+    return made

@@ -1,0 +1,210 @@
+"""The page that compares runs or evaluations: the same prompts and seeds beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion import __version__
+from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.privacy import public
+from lora_diffusion.evaluation.results import Case, Evaluation
+from lora_diffusion.evaluation.statistics import Interval
+from lora_diffusion.evaluation.suites import PLAIN_KINDS
+from lora_diffusion.evaluation.table import paired
+from lora_diffusion.report import plots
+from lora_diffusion.report.numbers import write_beside
+from lora_diffusion.report.page import Album, Shot, write_page
+from lora_diffusion.report.pages import Training
+from lora_diffusion.report.sections import Findings, columns, label, row, with_range
+
+_MAX_PROMPTS, _MAX_PLAIN, _MAX_SEEDS = 16, 6, 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One side of the comparison."""
+
+    name: str
+    findings: Findings | None
+    training: Training
+
+
+def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
+    """Writes the page, and its numbers beside it; returns the files, the page first.
+
+    Args:
+        path: the HTML file.
+        entries: at least two; differences are those from the first.
+
+    Raises:
+        DataError: two entries have the same name.
+        ConfigError: a file that is no page's numbers is in the way of these.
+    """
+    if len({entry.name for entry in entries}) < len(entries):
+        raise DataError(f"Two of the folders are called {entries[0].name}; rename one, so that the page can tell them.")
+    album = Album()
+    judged = [entry for entry in entries if entry.findings]
+    shown = {entry.name: entry.findings for entry in entries if entry.findings}
+    differences = _differences(shown) if len(shown) > 1 else None
+    grid = _grid(shown, album) if len(shown) > 1 else []
+    context: dict[str, Any] = {
+        "title": " against ".join(entry.name for entry in entries),
+        "subtitle": "Same prompts, same noise. Differences are those from the first.",
+        "version": __version__,
+        "slider": (next(iter(shown), entries[0].name), "the other"),
+        "warnings": _warnings(entries, judged),
+        "chosen": [_about(entry) for entry in judged],
+        "differences": differences,
+        "rows": grid,
+        "losses": [(entry.name, plots.loss(entry.training.metrics)) for entry in entries if entry.training.metrics],
+        "settings": {"columns": columns("setting", *(e.name for e in entries)), "rows": _settings(entries)},
+    }
+    places = {
+        "scores": ("chosen", "Scores"),
+        "pictures": ("rows", "Pictures"),
+        "losses": ("losses", "Losses"),
+        "settings": ("settings", "Settings"),
+    }
+    context["sections"] = {anchor: name for anchor, (key, name) in places.items() if context[key]}
+    beside = _write_numbers(path, entries, differences)
+    write_page(path, "versus.html.j2", album, {**context, "raw": [file.name for file in beside]})
+    return (path, *beside)
+
+
+def _about(entry: Entry) -> dict[str, Any]:
+    assert entry.findings
+    chosen = entry.findings.choice
+    sentence = chosen.sentences[0] if chosen else "Nothing could be chosen; the last candidate is shown."
+    return {"name": entry.name, "candidate": entry.findings.shown.name, "sentence": sentence}
+
+
+def _warnings(entries: Sequence[Entry], judged: Sequence[Entry]) -> list[str]:
+    found = [
+        f"{entry.name} was not evaluated, so only its training is shown." for entry in entries if not entry.findings
+    ]
+    sides = [entry.findings for entry in judged if entry.findings]
+    first, others = [side.evaluation for side in sides][:1], [side.evaluation for side in sides][1:]
+    for what, differ, consequence in _DIFFERENCES:
+        if any(differ(own, other) for own in first for other in others):
+            found.append(f"The evaluations have different {what}: {consequence}.")
+    if others and not _shared(sides):
+        found.append("The evaluations share no prompt, so that no picture can be set against another.")
+    if others and not _shared_seeds(sides):
+        found.append("The evaluations share no seed, so that no picture can be set against another.")
+    return found
+
+
+def _differ_in_base(one: Evaluation, other: Evaluation) -> bool:
+    """Says whether two bases draw differently; by their names where it is not known what they hold."""
+    if one.base.base_key and other.base.base_key:
+        return one.base.base_key != other.base.base_key
+    return replace(one.base, base_key="") != replace(other.base, base_key="")
+
+
+def _differ_in_references(one: Evaluation, other: Evaluation) -> bool:
+    own, others = ({file.sha256 for file in evaluation.references} for evaluation in (one, other))
+    return own != others
+
+
+_NO_COMPARISON = "their numbers cannot be compared as they stand"
+_DIFFERENCES: Sequence[tuple[str, Callable[[Evaluation, Evaluation], bool], str]] = (
+    ("scorers", lambda one, other: one.scorer != other.scorer, _NO_COMPARISON),
+    ("picture settings", lambda one, other: one.settings != other.settings, _NO_COMPARISON),
+    ("bases", _differ_in_base, _NO_COMPARISON),
+    ("references", _differ_in_references, "likeness to them cannot be compared"),
+)
+"""What two evaluations should have in common, whether they differ in it, and what follows."""
+
+
+def _shared_seeds(sides: Sequence[Findings]) -> list[int]:
+    return [seed for seed in sides[0].evaluation.seeds if all(seed in side.evaluation.seeds for side in sides)]
+
+
+def _shared(sides: Sequence[Findings]) -> list[tuple[Case, ...]]:
+    """Returns the cases of equal prompt and kind, one of each evaluation."""
+    by_prompt = [{(c.prompt, c.kind): c for c in side.evaluation.cases} for side in sides]
+    common = [key for key in by_prompt[0] if all(key in cases for cases in by_prompt[1:])]
+    return [tuple(cases[key] for cases in by_prompt) for key in common]
+
+
+def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
+    """Returns means of each, and differences from the first over equal prompts and seeds."""
+    names, sides = list(shown), list(shown.values())
+    shared, first = _shared(sides), sides[0]
+    metrics = [m.name for m in first.evaluation.metrics if all(side.table.has(m.name) for side in sides)]
+    rows = []
+    for metric in metrics:
+        cells: list[Any] = [label(metric)]
+        for place, side in enumerate(sides):
+            cells.append(with_range(side.table.interval(side.shown.name, metric)))
+            if place:
+                cases = {own[place].index: own[0].index for own in shared}
+                change = paired(side.table, first.table, (side.shown.name, first.shown.name), metric, cases)
+                cells += [with_range(change, "+"), _verdict(change)]
+        rows.append(row(cells))
+    heads = [f"{names[0]}#"]
+    for name in names[1:]:
+        heads += [f"{name}#", f"{name} less {names[0]}#", "differs"]
+    return {"columns": columns("score", *heads), "rows": rows, "num_prompts": len(shared)}
+
+
+def _verdict(change: Interval) -> str:
+    if math.isnan(change.mean):
+        return "\N{EN DASH}"
+    return "cannot tell" if change.covers_zero else "yes"
+
+
+def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
+    """Returns a row of pictures for each shared prompt and seed: the base of the first, then each side."""
+    shared, first = _shared([*shown.values()]), next(iter(shown))
+    plain = [own for own in shared if own[0].kind in PLAIN_KINDS][:_MAX_PLAIN]
+    asked = [own for own in shared if own[0].kind not in PLAIN_KINDS][:_MAX_PROMPTS]
+    pictures = {name: findings.pictures() for name, findings in shown.items()}
+    seeds = _shared_seeds([*shown.values()])[:_MAX_SEEDS]
+    rows = []
+    for cases in (*asked, *plain):
+        for seed in seeds:
+            shots: list[Shot] = []
+            for (name, findings), case in zip(shown.items(), cases, strict=True):
+                file = pictures[name].get((findings.shown.name, case.index, seed))
+                path = findings.folder / file if file else None
+                if path and path.is_file():
+                    role = "base" if name == first else ""
+                    alt = f"{case.prompt}, {name}, seed {seed}"
+                    # The sides may number their prompts differently.
+                    pair = f"{cases[0].index}:{seed}"
+                    shots.append(Shot(album.add(str(path), path), name, alt, pair, role))
+            rows.append({"prompt": cases[0].prompt, "kind": f"seed {seed}", "shots": shots})
+    return rows
+
+
+def _settings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Returns the settings that are not the same in all; a dash stands for the default."""
+    keys = dict.fromkeys(key for entry in entries for key in entry.training.facts)
+    values = {key: [entry.training.facts.get(key, "\N{EN DASH}") for entry in entries] for key in keys}
+    return [row([key, *public(own)]) for key, own in values.items() if len(set(own)) > 1]
+
+
+def _write_numbers(path: Path, entries: Sequence[Entry], differences: dict[str, Any] | None) -> tuple[Path, ...]:
+    values = {
+        "differences": [own["cells"] for own in differences["rows"]] if differences else [],
+        "columns": [column["name"] for column in differences["columns"]] if differences else [],
+        "entries": {
+            entry.name: {
+                "evaluation": entry.findings.evaluation.to_json() if entry.findings else None,
+                "choice": entry.findings.choice.to_json() if entry.findings and entry.findings.choice else None,
+                "settings": dict(entry.training.facts),
+            }
+            for entry in entries
+        },
+    }
+    tables = {
+        path.with_name(f"{path.stem}-{entry.name}.csv"): entry.findings.evaluation
+        for entry in entries
+        if entry.findings
+    }
+    return write_beside(path, values, tables)

@@ -1,0 +1,1 @@
+"""Models that score images and texts, and the metrics."""

@@ -1,0 +1,239 @@
+"""The CLIP that scores pictures. It is never the one that the base model reads its prompts with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from PIL.Image import Image
+from torch import Tensor
+
+from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.files import builtin_path, user_path
+from lora_diffusion.core.model_folder import check_model_folder, check_sizes
+from lora_diffusion.core.text import shown
+from lora_diffusion.scoring.encoding import CentreCrop, Preprocessing, encode_pictures
+
+BUILTIN = "builtin:emoji-clip"
+DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
+"""For bases of photographs. Trained on DataComp, by which no text encoder of a base that we load was trained."""
+_TEXT_BATCH = 256
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_LARGEST = 10_000
+"""Width, length or size in any CLIP's config."""
+_TOKENIZER_ARGUMENTS = frozenset({"clean", "strip_sep_token", "reduction_mask"})
+"""Those that open_clip's own configs give, and that change texts only."""
+
+_VIT_L = ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "openai/clip-vit-large-patch14")
+_VIT_H = ("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+_VIT_G = ("ViT-bigG-14/laion2b_s39b_b160k", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
+_OWN_ENCODERS = {
+    "stable-diffusion-v1": _VIT_L,
+    "stable-diffusion-v2": _VIT_H,
+    "stable-diffusion-xl-v1": _VIT_L + _VIT_G,
+}
+"""Start of an architecture's name -> the CLIPs, as open_clip and the hub call them, whose text towers it reads with."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model, or one that is called like it, with its tokenizer."""
+
+    name: str
+    """What the scores are stated with: scores of two CLIPs cannot be compared."""
+    model: Any
+    preprocessing: Preprocessing
+    tokenizer: Any
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def encode_images(self, images: Sequence[Path | Image]) -> Tensor:
+        """Returns unit vectors, [num_images, dim] float32 on the CPU."""
+        return encode_pictures(self.model.encode_image, self.preprocessing, images, self._device)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Returns unit vectors, [num_texts, dim] float32 on the CPU; equal texts are encoded once."""
+        distinct = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        ids = self.tokenizer(list(distinct)).to(self._device)
+        rows = torch.cat(
+            [self.model.encode_text(part, normalize=True).float().cpu() for part in ids.split(_TEXT_BATCH)]
+        )
+        return rows[[distinct[text] for text in texts]]
+
+
+def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
+    """Loads a CLIP.
+
+    Args:
+        name: builtin:emoji-clip, model/tag as open_clip names them, say ViT-B-32/datacomp_xl_s13b_b90k, or a folder
+            or hub id of a model in the format of open_clip or of transformers.
+        device: where it computes.
+
+    Raises:
+        ModelError: open_clip does not know it, or its files are missing and cannot be fetched.
+    """
+    import open_clip
+
+    try:
+        if _is_of_transformers(name, open_clip.list_models()):
+            folder = user_path(name, "scorer")
+            check_model_folder(folder, f"The CLIP {name}")
+            return Clip(name, *load(str(folder) if folder.is_dir() else name, device))
+        architecture, tag = _source(name, open_clip.list_models())
+        trust = _check_config(name, open_clip.get_model_config(architecture))
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=tag, device=device, weights_only=True
+        )
+        tokenizer = open_clip.get_tokenizer(architecture, **trust)
+        preprocessing = _preprocessing(transform)
+    except ModelError:
+        raise
+    except Exception as error:  # what libraries raise on wrong files is of every type
+        reason = shown(next(iter(str(error).splitlines()), type(error).__name__), 300)
+        raise ModelError(
+            f"The CLIP {name} cannot be loaded: {reason}. Give --clip a folder or hub id in the format of open_clip or "
+            f"transformers, {BUILTIN}, or MODEL/TAG of open_clip, say {DEFAULT}; without a network, its files must "
+            "have been fetched before."
+        ) from error
+    return Clip(name, model.eval(), preprocessing, tokenizer)
+
+
+def _check_config(name: str, config: Any) -> dict[str, bool]:
+    """Checks that a config of open_clip, from a folder or the hub, has only what open_clip publishes build the model.
+
+    Args:
+        name: of the CLIP, as the user gave it.
+        config: has the sections text_cfg and vision_cfg.
+
+    Returns:
+        What its tokenizer must be told besides.
+
+    Raises:
+        ModelError: it names other models, whose code would be loaded, or arguments of the tokenizer that can do so.
+    """
+    import open_clip
+
+    check_sizes(config, f"The CLIP {name}", _LARGEST)
+    faults = []
+    for section, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
+        if inner := config[section].get(key):
+            known = {open_clip.get_model_config(own)[section].get(key) for own in open_clip.list_models()}
+            if str(inner) not in known or Path(str(inner)).exists():
+                faults.append(f"{section}.{key}={shown(str(inner))} is no model that open_clip publishes one with")
+    arguments = set(config["text_cfg"].get("tokenizer_kwargs", {})) - _TOKENIZER_ARGUMENTS
+    faults += [f"text_cfg.tokenizer_kwargs has {shown(str(key))}" for key in sorted(arguments)]
+    if faults:
+        raise ModelError(f"The CLIP {name} is not loaded, since its {_OPEN_CLIP_CONFIG} could run code.", faults)
+    # open_clip hands this on to transformers, and knows no such argument where it has a tokenizer of its own.
+    return {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
+
+
+def default_clip(model_path: str) -> str:
+    """Returns the scorer for a base: its own for the built-in one, else `DEFAULT`."""
+    return BUILTIN if model_path.startswith("builtin:") else DEFAULT
+
+
+def is_own_encoder(name: str, architecture: str) -> bool:
+    """Says whether a base of this architecture reads its prompts with the text tower of this CLIP."""
+    plain = name.removeprefix("hf-hub:")
+    return any(architecture.startswith(start) and plain in clips for start, clips in _OWN_ENCODERS.items())
+
+
+def _is_of_transformers(name: str, known: Sequence[str]) -> bool:
+    """Says whether a folder or hub id lacks what open_clip needs."""
+    if name == BUILTIN or name.partition("/")[0] in known or name.startswith("hf-hub:"):
+        return False
+    folder = user_path(name, "scorer")
+    if folder.is_dir():
+        return not (folder / _OPEN_CLIP_CONFIG).is_file()
+    try:
+        hf_hub_download(name, _OPEN_CLIP_CONFIG)
+    except EntryNotFoundError:
+        return True
+    return False
+
+
+def _source(name: str, known: Sequence[str]) -> tuple[str, str | None]:
+    """Returns what open_clip calls a model, and its tag."""
+    if name == BUILTIN:
+        return f"local-dir:{builtin_path('emoji-clip')}", None
+    folder = user_path(name, "scorer")
+    if folder.is_dir():
+        return f"local-dir:{folder.resolve()}", None
+    architecture, _, tag = name.partition("/")
+    if architecture in known:
+        return architecture, tag or None
+    return f"hf-hub:{name.removeprefix('hf-hub:')}", None
+
+
+def _preprocessing(transform: Any) -> Preprocessing:
+    """Takes open_clip's transform apart: what Pillow does to each picture, and what can be done in batches."""
+    steps = list(transform.transforms)
+    names = [type(step).__name__ for step in steps]
+    if names[-2:] != ["MaybeToTensor", "Normalize"]:
+        raise ValueError(f"it prepares pictures by {', '.join(names)}")
+
+    def resize(image: Image) -> Image:
+        for step in steps[:-2]:
+            image = step(image)
+        return image
+
+    return Preprocessing(resize, steps[-1].mean, steps[-1].std)
+
+
+class TransformersClip:
+    """A CLIPModel, called as open_clip calls its models."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.parameters = model.parameters
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Returns [batch, dim] of normalised pixels [batch, 3, height, width]."""
+        return self._model.get_image_features(pixel_values=pixels).pooler_output  # type: ignore[no-any-return]
+
+    def encode_text(self, ids: Tensor, normalize: bool) -> Tensor:
+        """Returns [batch, dim] of token ids [batch, length]."""
+        vectors: Tensor = self._model.get_text_features(input_ids=ids).pooler_output
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+
+def load(name: str, device: str | torch.device) -> tuple[TransformersClip, Preprocessing, Any]:
+    """Returns model, preprocessing, and what turns texts into ids [num_texts, length].
+
+    Args:
+        name: a folder, or a hub id.
+        device: where the model computes.
+
+    Raises:
+        OSError: there is no such model, or its files are missing and cannot be fetched.
+        ModelError: it is another kind of model.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    if kind != "clip":
+        raise ModelError(f"{name} is a model of the kind {kind}, not clip; scores need a CLIPModel of transformers.")
+    model = CLIPModel.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False, weights_only=True, attn_implementation="sdpa"
+    )
+    model.to(device).eval()
+    images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    length = model.config.text_config.max_position_embeddings
+
+    def tokenize(texts: Sequence[str]) -> Tensor:
+        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return found.input_ids  # type: ignore[no-any-return]
+
+    resize = CentreCrop(images.crop_size["height"], images.size["shortest_edge"])
+    return TransformersClip(model), Preprocessing(resize, images.image_mean, images.image_std), tokenize

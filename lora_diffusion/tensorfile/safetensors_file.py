@@ -1,0 +1,178 @@
+"""Reads and writes safetensors files with every check that a stranger's file needs."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, NumberRangeError, VerificationError
+from lora_diffusion.core.files import atomic_path
+from lora_diffusion.tensorfile.arrays import (
+    DTYPES,
+    Array,
+    as_array,
+    is_finite,
+    is_floating,
+    name_of,
+    raw,
+    same_bits,
+    to_torch,
+    widen,
+)
+from lora_diffusion.tensorfile.header import LENGTH_BYTES, damaged
+from lora_diffusion.tensorfile.header import Header as Header
+from lora_diffusion.tensorfile.header import TensorInfo as TensorInfo
+from lora_diffusion.tensorfile.header import encode as encode
+from lora_diffusion.tensorfile.header import pickled as pickled
+from lora_diffusion.tensorfile.header import read_header as read_header
+
+if TYPE_CHECKING:
+    import torch
+
+_SHOWN_NAMES = 10
+
+
+def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Reads all tensors, as they are stored, and the metadata.
+
+    Raises:
+        AdapterFileError: see `read_header`; or tensors hold NaN or infinity, or no weights at all, up to ten named.
+    """
+    header = read_header(path)
+    tensors = load_unchecked(path)
+    broken = non_finite(tensors)
+    if broken:
+        raise AdapterFileError(
+            f"{path}: {len(broken)} of {len(tensors)} tensors hold NaN, infinity or more than float32 can; its "
+            "training went wrong, so use an earlier checkpoint.",
+            broken[:_SHOWN_NAMES],
+        )
+    odd = not_weights(tensors)
+    if odd:
+        raise AdapterFileError(
+            f"{path}: {len(odd)} of {len(tensors)} tensors are empty or hold whole numbers, which no adapter does; "
+            "make the file again with the tool that wrote it.",
+            odd[:_SHOWN_NAMES],
+        )
+    return tensors, dict(header.metadata)
+
+
+def load_unchecked(path: Path) -> dict[str, Array]:
+    """Reads all tensors whatever numbers they hold, in the order in which they are stored."""
+    header = read_header(path)
+    start = LENGTH_BYTES + header.num_bytes
+    content = bytearray(path.stat().st_size - start)
+    with path.open("rb") as stream:
+        stream.seek(start)
+        if stream.readinto(content) != len(content):
+            raise damaged(path, "it was cut off while it was read")
+    stored = sorted(header.tensors.items(), key=lambda item: item[1].place)
+    return {
+        name: numpy.ndarray(info.shape, DTYPES[info.dtype], buffer=content, offset=info.place[0])
+        for name, info in stored
+    }
+
+
+def non_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Returns the names of tensors that hold NaN, infinity or more than float32, in which all compute, can hold."""
+    arrays = ((name, as_array(tensor)) for name, tensor in tensors.items())
+    return [name for name, array in arrays if not is_finite(widen(array) if name_of(array) == "F64" else array)]
+
+
+def not_weights(tensors: Mapping[str, Array]) -> list[str]:
+    """Returns the names of tensors that are empty, or hold several whole numbers that are neither flag nor shape."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.size == 0
+        or (tensor.size > 1 and not is_floating(tensor) and not name.endswith((".reshape_weight", ".on_input")))
+    ]
+
+
+def layout(tensors: Mapping[str, Array]) -> dict[str, TensorInfo]:
+    """Returns the order in which the safetensors library would store tensors, and the place of each."""
+    types = list(DTYPES)
+    found, start = {}, 0
+    for name in sorted(tensors, key=lambda name: (-types.index(name_of(tensors[name])), name)):
+        end = start + tensors[name].nbytes
+        found[name] = TensorInfo(name_of(tensors[name]), tensors[name].shape, (start, end))
+        start = end
+    return found
+
+
+def save(tensors: Mapping[str, Array], metadata: Mapping[str, str], path: Path) -> None:
+    """Writes tensors that `cast` gave atomically, after reading them back and comparing them bit for bit.
+
+    Raises:
+        VerificationError: what was read back differs; nothing stands under the name then.
+    """
+    places = layout(tensors)
+    with atomic_path(path) as temporary:
+        _write(temporary, encode(places, metadata), (raw(tensors[name]) for name in places))
+        again, told = load_unchecked(temporary), dict(read_header(temporary).metadata)
+        if told != dict(metadata) or again.keys() != tensors.keys():
+            raise VerificationError(f"{path} was read back with other names or metadata; is the disk sound?")
+        changed = [name for name, tensor in tensors.items() if not same_bits(tensor, again[name])]
+        if changed:
+            raise VerificationError(f"{path} was read back with other numbers; is the disk sound?", changed[:10])
+
+
+def _write(path: Path, header: bytes, pieces: Iterable[memoryview]) -> None:
+    with path.open("wb") as stream:
+        stream.write(header)
+        stream.writelines(pieces)
+
+
+def rewrite(path: Path, metadata: Mapping[str, str], output: Path) -> None:
+    """Writes a file with other metadata atomically; the bytes of the tensors are copied as they are.
+
+    Raises:
+        AdapterFileError: the file cannot be read, or the metadata are too large.
+        VerificationError: what was read back differs; nothing stands under the name then.
+    """
+    old = read_header(path)
+    with atomic_path(output) as temporary:
+        with path.open("rb") as source, temporary.open("wb") as target:
+            source.seek(LENGTH_BYTES + old.num_bytes)
+            target.write(encode(old.tensors, metadata or None))
+            shutil.copyfileobj(source, target)
+        new = read_header(temporary)
+        if dict(new.metadata) != dict(metadata) or new.tensors != old.tensors:
+            raise VerificationError(f"{output} was read back with other names or metadata; is the disk sound?")
+        if content_hash(temporary, new) != content_hash(path, old):
+            raise VerificationError(f"{output} was read back with other numbers; is the disk sound?")
+
+
+def content_hash(path: Path, header: Header) -> str:
+    """Returns the sha256 of all that follows the header."""
+    with path.open("rb") as stream:
+        stream.seek(LENGTH_BYTES + header.num_bytes)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
+    """Returns a tensor of torch, or an array, as a file can hold it: in its number type and in one piece.
+
+    Args:
+        module: whose it is, for messages.
+        tensor: the numbers.
+        dtype: number type in the file; None keeps that of the tensor.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; names the module.
+        NumberRangeError: it becomes infinite in `dtype`; names the module.
+    """
+    own = as_array(tensor)
+    small = own if dtype is None else as_array(to_torch(own).to(dtype))
+    if is_finite(small):
+        return small
+    if not is_finite(own):
+        raise NonFiniteError(f"The adapter of {module} holds NaN or infinity; use an earlier checkpoint.")
+    raise NumberRangeError(
+        f"The adapter of {module} has values up to {numpy.abs(widen(own)).max():g}, which {dtype} cannot hold"
+    )

@@ -1,0 +1,148 @@
+"""What a base, with or without adapters, says about pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import ChatInfo, Loaded
+from lora_diffusion.core.errors import DataError, ModelError
+from lora_diffusion.core.samples import Chat, Request, Turn
+from lora_diffusion.core.text import name_some
+from lora_diffusion.data import chats, preflight, splits
+from lora_diffusion.data.images import PictureError
+from lora_diffusion.evaluation.answers import Examination, judge
+from lora_diffusion.runtime.autotune import use_threads
+from lora_diffusion.runtime.device import pick_device
+from lora_diffusion.scoring.scorers import Scorers
+from lora_diffusion.workflows._steps import attach, find_family, read_adapter
+
+Adapters = Sequence[tuple[Path, float]]
+_EVERYTHING = ChatDataConfig(split=splits.ALL)
+"""To score on, all of a folder is taken, since its user chose it for that."""
+
+
+def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> dict[Path, str]:
+    """Returns the answer to a question about each picture.
+
+    Args:
+        model: a base that talks about pictures.
+        paths: pictures, and folders of them.
+        question: what is asked of each.
+        adapters: files or folders with their weights; all are applied at once.
+
+    Raises:
+        InputError: the base, an adapter or a picture cannot be used; all faults of pictures are listed at once.
+    """
+    talker = Talker(model, adapters)
+    files = [file for path in paths for file in _pictures(path)]
+    requests, faults = [], []
+    for file in files:
+        try:
+            requests.append(chats.ask(file, question))
+        except PictureError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
+    return dict(zip(files, talker.answer(requests), strict=True))
+
+
+def _pictures(path: Path) -> Sequence[Path]:
+    return preflight.list_pictures(str(path), "PATH").files if path.is_dir() else (path,)
+
+
+def examine(
+    model: ModelOptions,
+    data_paths: Sequence[Path],
+    adapters: Adapters = (),
+    clip: str | None = None,
+    data: ChatDataConfig = _EVERYTHING,
+) -> list[Examination]:
+    """Compares the answers to the first question of each conversation with those that are right.
+
+    Args:
+        model: a base that talks about pictures.
+        data_paths: files and folders, as `data.path` takes them; one result for each.
+        adapters: files or folders with their weights; all are applied at once.
+        clip: CLIP that scores the answers as captions, such as builtin:emoji-clip; none leaves that out.
+        data: how they are read, all but their path.
+
+    Raises:
+        InputError: the base, an adapter or the data cannot be used.
+    """
+    talker, scorers = Talker(model, adapters), Scorers({"clip": clip}) if clip else None
+    sets = [chats.KIND.read(replace(data, path=str(path)), talker.info) for path in data_paths]
+    if clip and (blind := [sample.key for samples in sets for sample in samples if not _is_shown(sample)]):
+        raise DataError(
+            f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
+            f"({name_some(blind)}); leave those out, or --clip."
+        )
+    return [compare(talker.answer, samples, scorers) for samples in sets]
+
+
+def compare(
+    answer: Callable[[Sequence[Request]], Sequence[str]],
+    samples: Sequence[Chat],
+    scorers: Scorers | None = None,
+) -> Examination:
+    """Compares the answers to the first question of each conversation with those that are right."""
+    pairs = chats.questions(samples)
+    answers = answer([request for request, _ in pairs])
+    asked = [request.prompt for request, _ in pairs]
+    keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
+    pictures = [request.sample.views[0][0] for request, _ in pairs] if scorers else []
+    names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
+    return judge(keys, asked, targets, answers, pictures, scorers, names)
+
+
+def _is_shown(sample: Chat) -> bool:
+    return sample.first_question().num_images > 0
+
+
+class Talker:
+    """A base that talks about pictures; it is checked at once, and loaded when it is first asked."""
+
+    def __init__(self, model: ModelOptions, adapters: Adapters = ()) -> None:
+        """Checks base and adapters.
+
+        Raises:
+            InputError: one of them cannot be used.
+        """
+        self._family = find_family(model, Chat)
+        info = self._family.check(model)
+        assert isinstance(info, ChatInfo), "a family of conversations describes its base so"
+        self.info = info
+        self._model = model
+        self._states: list[AdapterState] = [read_adapter(path, self._family, model) for path, _ in adapters]
+        self._given = [weight for _, weight in adapters]
+        self._loaded: Loaded | None = None
+        self._weights: dict[str, float] = {}
+
+    def answer(self, requests: Sequence[Request]) -> list[str]:
+        """Returns what it says.
+
+        Raises:
+            ModelError: the chat template of the base cannot render a question; raised before the base is loaded.
+        """
+        if self._loaded is None:
+            self._check(requests[:1])
+            use_threads("auto")
+            self._loaded = self._family.load(self._model, pick_device())
+            self._weights = attach(self._loaded, self._states, self._given)
+        asked = [replace(request, weights=self._weights or None) for request in requests]
+        return [output.text for output in self._family.generate(self._loaded, asked)]
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        assert self.info.count_tokens is not None, "a base that talks counts tokens"
+        asked = []
+        for request in requests:
+            assert isinstance(request.sample, Chat), "a request to talk holds a conversation"
+            count = request.sample.first_question().num_images
+            turns = (Turn("user", request.prompt, count), Turn("assistant", ""))
+            asked.append(replace(request.sample, turns=turns, images=request.sample.images[:count]))
+        for fault in self.info.count_tokens(asked):
+            if isinstance(fault, str):
+                raise ModelError(f"{self.info.source} cannot be asked {requests[0].prompt!r}: {fault}")

@@ -1,0 +1,101 @@
+"""How much memory a training run will need, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_diffusion.adapters import variants
+from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.adapters.plan import plan as make_plan
+from lora_diffusion.adapters.shapes import inject_shapes
+from lora_diffusion.config.schema import REQUIRED, Config, PictureDataConfig
+from lora_diffusion.core import registry
+from lora_diffusion.core.base_model import BaseInfo, Loaded
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.data.kinds import KINDS
+from lora_diffusion.quantize import chosen, weight_bytes
+from lora_diffusion.runtime.device import frozen_dtype, pick_device
+from lora_diffusion.training import memory, optim
+from lora_diffusion.training.fake_tensor_step import stand_in
+from lora_diffusion.workflows._settled import settle_variant
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training step would need."""
+
+    plan: InjectionPlan
+    memory: memory.MemoryEstimate
+    size: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        total = {"total_bytes": self.memory.total_bytes}
+        return {"trained_parameters": self.plan.num_parameters, "size": self.size, **vars(self.memory), **total}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return "\n".join([*self.plan.lines(), self.memory.line()])
+
+
+def estimate(config: Config) -> Estimate:
+    """Predicts the peak memory of a training step from shapes alone; loads no weights.
+
+    Pictures are taken to fill `data.resolution`; of other data the longest sample is looked up.
+
+    Raises:
+        InputError: the run could not start.
+    """
+    config = settle_variant(config)
+    family: Family = registry.find("families", config.model.family)
+    variants.find(config.adapter.variant, config.model.quantization)
+    optim.check(config.train, pick_device())
+    info = family.check(config.model)
+    skeleton = family.skeleton(config.model)
+    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates, info.unread)
+    size = _size(config, family, info)
+    return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)
+
+
+def step_memory(
+    config: Config,
+    family: Family,
+    info: BaseInfo,
+    skeleton: Mapping[str, nn.Module],
+    plan: InjectionPlan,
+    size: tuple[int, int],
+) -> memory.MemoryEstimate:
+    """Rehearses a step on samples of a size; the skeleton cannot be used afterwards."""
+    device, trained = pick_device(), frozenset(config.adapter.parts)
+    dtype, kind = frozen_dtype(config.model.dtype, device), config.model.quantization
+    example = family.example(config.model, trained, config.train.batch_size, size)
+    called = {**skeleton, **example.heads}
+    parts = {name: called[name] for name in example.inputs}
+    weights = sum(weight_bytes(network, kind, dtype) for network in parts.values())
+    for network in parts.values():
+        network.requires_grad_(False)
+        stand_in(network, [path for path, _ in chosen(network, kind)], kind)
+    variant = variants.find(config.adapter.variant, kind)
+    loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
+    params = inject_shapes(loaded, plan, variant, config.adapter.dropout)
+    return memory.estimate(
+        loaded.parts, example.inputs, params, config.train, weights_bytes=weights, dtype=dtype, device=device
+    )
+
+
+def _size(config: Config, family: Family, info: BaseInfo) -> tuple[int, int]:
+    if isinstance(config.data, PictureDataConfig):
+        side = config.data.resolution or info.resolution
+        return side, side
+    if config.data.path == REQUIRED:
+        raise ConfigError("data.path: must be given, since the longest sample decides how much memory a step needs.")
+    kind = KINDS[family.sample_type]
+    return kind.largest(kind.read(config.data, info))

@@ -1,0 +1,275 @@
+"""What a base, with or without adapters, hears in recordings."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_diffusion.config.schema import ModelOptions, RecordingDataConfig
+from lora_diffusion.core.adapter_state import AdapterState
+from lora_diffusion.core.base_model import Loaded, SpeechInfo
+from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import check_writable, write_text
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.samples import AudioText, Output, Request
+from lora_diffusion.data.listening import list_named, list_requests
+from lora_diffusion.data.recordings import KIND
+from lora_diffusion.data.splits import ALL
+from lora_diffusion.data.transcripts import Segment, cues, later, without_timestamps
+from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
+from lora_diffusion.runtime.autotune import use_threads
+from lora_diffusion.runtime.device import pick_device
+from lora_diffusion.workflows._steps import attach, find_family, read_adapter
+
+Adapters = Sequence[tuple[Path, float]]
+_EVERYTHING = RecordingDataConfig(split=ALL)
+"""To score on, all of a folder is taken, since its user chose it for that."""
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What was heard in one recording."""
+
+    path: Path
+    text: str
+    segments: tuple[Segment, ...] = ()
+    """The words with when they were said: as timestamps tell it, else for each piece in which they were heard."""
+
+
+def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = ()) -> list[Transcription]:
+    """Returns what is said in recordings; those that are too long to be heard at once are heard in pieces.
+
+    Args:
+        model: a base that listens.
+        paths: recordings, and folders of them.
+        adapters: files or folders with their weights; all are applied at once.
+
+    Raises:
+        InputError: the base, an adapter or a recording cannot be used; all faults of recordings are listed at once.
+    """
+    family, info, states = _open(model, adapters)
+    asked = list_requests(paths, info)
+    loaded, weights = _load(family, model, states, adapters)
+    requests = [replace(request, weights=weights or None) for _, request in asked]
+    texts: dict[Path, list[str]] = {}
+    segments: dict[Path, list[Segment]] = {}
+    for (path, request), output in zip(asked, family.generate(loaded, requests), strict=True):
+        sample = request.sample
+        assert isinstance(sample, AudioText), "requests to transcribe hold a recording"
+        text = later(output.text, sample.start_s)
+        texts.setdefault(path, []).append(text)
+        end_s = sample.start_s + len(sample.waveforms[0]) / info.sampling_rate
+        segments.setdefault(path, []).extend(cues(text, sample.start_s, end_s))
+    return [Transcription(path, " ".join(pieces), tuple(segments[path])) for path, pieces in texts.items()]
+
+
+def understand(
+    model: ModelOptions,
+    data_paths: Sequence[Path],
+    adapters: Adapters = (),
+    data: RecordingDataConfig = _EVERYTHING,
+) -> list[Understanding]:
+    """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
+
+    Args:
+        model: a base that listens.
+        data_paths: folders, as `data.path` takes them.
+        adapters: files or folders with their weights; all are applied at once.
+        data: how they are read, all but their path and the views of the sound.
+
+    Raises:
+        InputError: the base, an adapter or the data cannot be used.
+    """
+    family, info, states = _open(model, adapters)
+    plain = replace(data, speeds=RecordingDataConfig.speeds, noise_db=())
+    sets = [KIND.read(replace(plain, path=str(path)), info) for path in data_paths]
+    loaded, weights = _load(family, model, states, adapters)
+    generate = partial(family.generate, loaded)
+    return [compare(generate, loaded, samples, weights or None) for samples in sets]
+
+
+def compare(
+    generate: Callable[[Sequence[Request]], Sequence[Output]],
+    loaded: Loaded,
+    samples: Sequence[AudioText],
+    weights: Mapping[str, float] | None = None,
+) -> Understanding:
+    """Compares what a loaded base hears with the transcripts; without weights, adapters are as they are now."""
+    opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
+    outputs = generate([Request("", 0, weights=weights, sample=one) for one in opened])
+    said = [without_timestamps(sample.transcript) for sample in samples]
+    heard = [without_timestamps(output.text) for output in outputs]
+    languages = [_written(sample, loaded.options) for sample in samples]
+    normalisers = {language: normaliser(language, loaded.info.path) for language in set(languages)}
+    normalise = [normalisers[language] for language in languages]
+    return judge([sample.key for sample in samples], said, heard, normalise)
+
+
+def _written(sample: AudioText, options: Any) -> str:
+    """Returns the language of a transcript; translations are into English."""
+    language, task = sample.asked(options)
+    return "en" if task == "translate" else language
+
+
+def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:
+    family = find_family(model, AudioText)
+    info = family.check(model)
+    assert isinstance(info, SpeechInfo), "a family of recordings describes its base so"
+    return family, info, [read_adapter(path, family, model) for path, _ in adapters]
+
+
+def _load(
+    family: Family, model: ModelOptions, states: Sequence[AdapterState], adapters: Adapters
+) -> tuple[Loaded, dict[str, float]]:
+    use_threads("auto")
+    loaded = family.load(model, pick_device())
+    return loaded, attach(loaded, states, [weight for _, weight in adapters])
+
+
+Transcriptions = Sequence[Transcription]
+_SHORTEST_S = 0.02
+"""Of a subtitle, which must end after it begins."""
+
+
+def _txt(transcriptions: Transcriptions) -> str:
+    return "".join(f"{line}\n" for one in transcriptions for line in _lines(one))
+
+
+def _lines(one: Transcription) -> list[str]:
+    plain = without_timestamps(one.text)
+    if plain == one.text:
+        return [plain]
+    return [f"[{_span(cue.start_s, cue.end_s, '.')}] {cue.text}" for cue in one.segments]
+
+
+def _srt(transcriptions: Transcriptions) -> str:
+    return "\n".join(
+        f"{number}\n{_span(cue.start_s, cue.end_s, ',')}\n{cue.text}\n"
+        for one in transcriptions
+        for number, cue in enumerate(one.segments, start=1)
+    )
+
+
+def _vtt(transcriptions: Transcriptions) -> str:
+    cues = (
+        f"{_span(cue.start_s, cue.end_s, '.')}\n{html.escape(cue.text, quote=False)}\n"
+        for one in transcriptions
+        for cue in one.segments
+    )
+    return "\n".join(["WEBVTT\n", *cues])
+
+
+def _csv(transcriptions: Transcriptions) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("file", "start_s", "end_s", "text"))
+    for one in transcriptions:
+        writer.writerows((one.path, f"{cue.start_s:.2f}", f"{cue.end_s:.2f}", cue.text) for cue in one.segments)
+    return stream.getvalue()
+
+
+def _json(transcriptions: Transcriptions) -> str:
+    values = [
+        {"file": str(one.path), "text": without_timestamps(one.text), "segments": [vars(cue) for cue in one.segments]}
+        for one in transcriptions
+    ]
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+FORMATS: Mapping[str, Callable[[Transcriptions], str]] = {
+    "txt": _txt,
+    "srt": _srt,
+    "vtt": _vtt,
+    "csv": _csv,
+    "json": _json,
+}
+"""Ending -> what writes transcripts so."""
+_OF_ONE = ("srt", "vtt")
+"""Formats whose files are about one recording."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Transcripts as they were asked for."""
+
+    text: str
+    """All of them, where no file was named."""
+    files: tuple[Path, ...]
+
+
+def write_transcripts(
+    model: ModelOptions,
+    paths: Sequence[Path],
+    adapters: Adapters,
+    form: str,
+    output: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> Written:
+    """Writes down what is said in recordings.
+
+    Args:
+        model: a base that listens; its `timestamps` decide whether subtitles follow sentences or whole pieces.
+        paths: recordings, and folders of them.
+        adapters: files or folders with their weights; all are applied at once.
+        form: one of FORMATS.
+        output: a file of that ending, or a folder, which gets a file for each recording; None writes none.
+        overwrite: files may be there.
+
+    Raises:
+        InputError: as `transcribe` does; or a file cannot be written, which is told before anything is heard.
+    """
+    files = _plan(list_named(paths), form, output, overwrite=overwrite)
+    transcriptions = transcribe(model, paths, adapters)
+    for file, own in files.items():
+        write_text(file, FORMATS[form]([one for one in transcriptions if one.path in own]))
+    return Written("" if files else FORMATS[form](transcriptions), tuple(files))
+
+
+def _plan(paths: Sequence[Path], form: str, output: Path | None, *, overwrite: bool) -> dict[Path, list[Path]]:
+    """Returns file -> the recordings whose transcripts it gets; none to print all."""
+    if output is None or output.suffix.lower() == f".{form}":
+        if form in _OF_ONE and len(paths) > 1:
+            raise ConfigError(
+                f"--format {form} holds one recording in a file, and these are {len(paths)}; name a folder with "
+                "--output DIR."
+            )
+        files = {} if output is None else {output: list(paths)}
+    else:
+        by_file: defaultdict[Path, list[Path]] = defaultdict(list)
+        for path in paths:
+            by_file[output / f"{path.stem}.{form}"].append(path)
+        files = dict(by_file)
+        twins = next((own for own in files.values() if len(own) > 1), None)
+        if twins:
+            raise ConfigError(
+                f"--output {output}: {' and '.join(map(str, twins))} would share a file; transcribe them one by one."
+            )
+    taken = [file for file in files if file.exists() and (file.is_dir() or not overwrite)]
+    if taken:
+        raise ConfigError(f"--output: {taken[0]} is there already; name another, or add --overwrite.")
+    for folder in {file.parent for file in files}:
+        check_writable(folder, "--output")
+    return files
+
+
+def _span(start_s: float, end_s: float, comma: str) -> str:
+    return f"{_moment(start_s, comma)} --> {_moment(max(end_s, start_s + _SHORTEST_S), comma)}"
+
+
+def _moment(seconds: float, comma: str) -> str:
+    """Returns a moment as subtitles write it.
+
+    >>> _moment(3661.5, ",")
+    '01:01:01,500'
+    """
+    minutes, rest = divmod(round(seconds * 1000), 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{comma}{rest % 1000:03}"
