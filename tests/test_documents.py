@@ -26,7 +26,8 @@ from lora_diffusion.config.load import load, to_values
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 
-REPOSITORY = Path(lora_diffusion.__file__).parent.parent
+PACKAGE = Path(lora_diffusion.__file__).parent
+REPOSITORY = PACKAGE.parent
 README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
 DOCUMENTS = sorted([README, REPOSITORY / "CONTRIBUTING.md", *DOCS.glob("*.md")])
@@ -252,6 +253,18 @@ def test_readme_lists_every_command() -> None:
     rows = re.findall(r"^\| `([a-z]+)[ `]", read(README), re.MULTILINE)
     actions = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert set(rows) == set(actions[0].choices)
+
+
+def folders_on_map(path: Path) -> set[str]:
+    """Returns the folders in the first cells of a document's tables."""
+    cells = re.findall(r"^\| ([^|]+) \|", read(path), re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([a-z]+)/`", cell)}
+
+
+def test_maps_show_every_package() -> None:
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("_")}
+    assert packages <= folders_on_map(README)
+    assert packages - {"builtin"} <= folders_on_map(DOCS / "architecture.md")
 
 
 def test_commands_are_read_as_a_shell_reads_them() -> None:
