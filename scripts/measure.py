@@ -1,4 +1,4 @@
-"""Measures what adapters learn on the built-in base; prints the tables of the README.
+"""Measures what adapters learn on the built-in base; prints the tables of docs/benchmarks.md.
 
 python scripts/measure.py style      the blob style on faces that were not trained on
 python scripts/measure.py concept    the octopus as a rare word
