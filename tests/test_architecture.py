@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -156,6 +157,28 @@ def test_files_and_functions_stay_small() -> None:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
                 too_long.append(f"{path.name}:{node.name}")
     assert too_long == []
+
+
+def lonely(files: Mapping[str, Path], tested: Collection[str]) -> list[str]:
+    """Returns the private modules that fewer than two files import, and that no test file is named after."""
+    importers = Counter(
+        name for other, path in files.items() for name in {*imported_files(path.read_text("utf-8"), files)} - {other}
+    )
+    private = [name for name in files if name.rpartition(".")[2].startswith("_") and "__" not in name]
+    return [name for name in private if importers[name] < 2 and name.rpartition("._")[2] not in tested]
+
+
+def test_private_files_have_two_importers_or_a_test_file() -> None:
+    tested = {path.stem.removeprefix("test_") for path in (REPOSITORY / "tests").rglob("test_*.py")}
+    assert lonely(modules(), tested) == []
+
+
+def test_a_private_file_of_one_importer_is_found(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.py" for name in ("room.public", "room._once")}
+    files["room.public"].write_text("from room import _once", encoding="utf-8")
+    files["room._once"].write_text("", encoding="utf-8")
+    assert lonely(files, ()) == ["room._once"]
+    assert lonely(files, ("once",)) == []
 
 
 def test_family_protocol_has_at_most_15_members() -> None:
