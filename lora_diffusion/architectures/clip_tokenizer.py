@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.architectures.base import CLIP_LENGTH, CLIP_VOCABULARY
 from lora_diffusion.core.base_model import Cut
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import read_json
@@ -19,13 +20,9 @@ from lora_diffusion.core.text import shown
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-VOCABULARY = 49408
-"""Tokens of CLIP: 256 letters, the same at the end of a word, the merges, and the two that begin and end a text."""
 END_OF_WORD = "</w>"
-_NUM_MERGES = VOCABULARY - 2 * 256 - 2
+_NUM_MERGES = CLIP_VOCABULARY - 2 * 256 - 2
 _CONFIG = "tokenizer_config.json"
-_LENGTH = 77
-"""Tokens that CLIP reads, begin and end counted; what is beyond is cut off."""
 _ENDS = ("<|startoftext|>", "<|endoftext|>")
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -66,7 +63,7 @@ class ClipTextLimit:
         """Tokens that are read; those that begin and end a text are not counted."""
         length = None if self.folder is None else _read_json(self.folder / _CONFIG).get("model_max_length")
         # Where it is not told, transformers writes an astronomical number.
-        return (length if isinstance(length, int) and length <= VOCABULARY else _LENGTH) - 2
+        return (length if isinstance(length, int) and length <= CLIP_VOCABULARY else CLIP_LENGTH) - 2
 
     def cuts(self, texts: Sequence[str]) -> list[Cut | None]:
         """Returns for each text how it is cut, or None where it is read as a whole.

@@ -13,8 +13,9 @@ Source: the tables of `scripts/convert_diffusers_to_original_sdxl.py` and `..._s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 
+from lora_diffusion.architectures.base import TextEncoder
 from lora_diffusion.core.adapter_state import ModuleKey
 
 UNET = "model.diffusion_model."
@@ -95,12 +96,12 @@ def _inside(rest: str) -> str:
 
 
 def clip_names(prefix: str) -> Callable[[str], str]:
-    """Returns the naming of a tower that is stored as transformers has it, always with `text_model`."""
+    """Returns the naming of a text encoder that is stored as transformers has it, always with `text_model`."""
     return lambda path: f"{prefix}text_model.{path.removeprefix('text_model.')}"
 
 
 def open_clip_names(prefix: str) -> Callable[[str], str]:
-    """Returns the naming of a tower that is stored as open_clip has it, with q, k and v in one tensor.
+    """Returns the naming of a text encoder that is stored as open_clip has it, with q, k and v in one tensor.
 
     >>> open_clip_names("cond_stage_model.model.")("encoder.layers.3.mlp.fc1")
     'cond_stage_model.model.transformer.resblocks.3.mlp.c_fc'
@@ -111,21 +112,15 @@ def open_clip_names(prefix: str) -> Callable[[str], str]:
         if end:
             return prefix + end
         match = _LAYER.fullmatch(path)
-        assert match, f"{path} is no module of a CLIP text tower"
+        assert match, f"{path} is no module of a CLIP text encoder"
         return f"{prefix}transformer.resblocks.{match[1]}.{_OPEN_CLIP[match[2]]}"
 
     return name
 
 
-TOWERS: Mapping[str, Mapping[str, Callable[[str], str]]] = {
-    "sd1": {"text_encoder": clip_names("cond_stage_model.transformer.")},
-    "sd2": {"text_encoder": open_clip_names("cond_stage_model.model.")},
-    "sdxl": {
-        "text_encoder": clip_names("conditioner.embedders.0.transformer."),
-        "text_encoder_2": open_clip_names("conditioner.embedders.1.model."),
-    },
-}
-"""Family -> part -> naming of its text towers."""
+def text_encoder_names(encoder: TextEncoder) -> Callable[[str], str]:
+    """Returns path -> name of the modules of a text encoder."""
+    return (open_clip_names if encoder.is_open_clip else clip_names)(encoder.ldm_prefix)
 
 
 def other_names(key: ModuleKey, name: str) -> list[str]:

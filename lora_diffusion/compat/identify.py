@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diffusion.architectures.shapes import PUBLISHED, published
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compat.other_bases import Architecture, Sizes, find_architecture
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
@@ -76,7 +77,7 @@ def guess_family(path: Path) -> str:
             raise _other_architecture(path, kind)
     shapes = _shapes(path)
     found = told_by_content(path) or _by_names(_without_misfits(shapes), _BY_NAME)
-    if found in PUBLISHED:
+    if found in DIFFUSION:
         return found
     if found is not None:
         raise _other_architecture(path, found)
@@ -144,8 +145,8 @@ def _fits(shapes: Mapping[str, Shape], sides: Callable[[Iterable[bool]], bool] =
     sizes = {name: own for name, own in _sizes(shapes).items() if any(own)}
     flat = any(name.startswith(("lora_", "lycoris_")) for name in sizes)
     fits = {}
-    for family in PUBLISHED:
-        names, known = _names(family, "kohya" if flat else "diffusers"), published(family)
+    for family in DIFFUSION:
+        names, known = _names(family, "kohya" if flat else "diffusers"), published_shapes(DIFFUSION[family])
         fits[family] = sum(
             any(_fits_one(own, known.get(names.key(full), ()), sides) for full in _standard(name) if full in names)
             for name, own in sizes.items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_diffusion.architectures.shapes import PUBLISHED, published
 from lora_diffusion.compat import app_rules as rules
 from lora_diffusion.compat.adapter_file import AdapterFile, Base, FileModule, read_file
 from lora_diffusion.compat.app_checks import CHECKS
@@ -22,14 +21,12 @@ from lora_diffusion.core.text import shown, suggestion
 __all__ = [
     "CLIENTS",
     "HIDDEN",
-    "PUBLISHED",
     "Base",
     "Problem",
     "Verdict",
     "check_fit",
     "default_clients",
     "guess_family",
-    "published",
     "read_file",
     "refuse_other",
     "sized_as",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.samples import PIECES, Batch, ImageText, Output, Prepared, Request
 from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
@@ -69,7 +70,7 @@ class StableDiffusion1:
         from lora_diffusion.families.stable_diffusion import loading, module_names
 
         parts = None if options is None else loading.find(options).outline()
-        return module_names.key_map(format_name, parts, self.name)
+        return module_names.key_map(format_name, parts, DIFFUSION[self.name])
 
     def load(self, options: StableDiffusionOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizer and scheduler."""

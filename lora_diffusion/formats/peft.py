@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.architectures.shapes import published
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.files import atomic_path, not_a_file, parse_json, public_base, read_json, write_json
@@ -253,7 +254,7 @@ def _module(name: str) -> str:
 
 def _has_sizes(tensors: Mapping[str, Array], part: str, key_map: KeyMap) -> bool:
     """Says whether no factor contradicts the sizes of a part of SDXL, whose text encoders have modules of one name."""
-    shapes = published("sdxl")
+    shapes = published_shapes(DIFFUSION["sdxl"])
     for name, tensor in tensors.items():
         key = key_map.key(_joined(part, _module(name)))
         axis = {"down": 1, "up": 0}.get((split_name(name) or ("", "", ""))[2])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compat import verify
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
@@ -148,7 +150,7 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
         ConfigError: there is no such family.
     """
     format_: Format = registry.find("formats", detect(path))
-    told = verify.sized_as(path) if family_name in verify.PUBLISHED else None
+    told = verify.sized_as(path) if family_name in DIFFUSION else None
     if told not in (None, family_name):
         raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
     known = family_name or verify.told_by_content(path)
@@ -169,7 +171,7 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
             continue
-        return family, fit_dimensions(state, verify.published(name)) if name in verify.PUBLISHED else state
+        return family, fit_dimensions(state, published_shapes(DIFFUSION[name])) if name in DIFFUSION else state
     # A family without names for the format says less than one that cannot read the file.
     raise (faults or unnamed)[0]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.algebra.lowrank import RankRule
-from lora_diffusion.compat import verify
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compose import record
 from lora_diffusion.compose.interference import Overlap, overlaps
 from lora_diffusion.compose.linear import Sum, Term, add, as_written, keys, part_weights, share_left
@@ -257,9 +258,9 @@ def _kernels(family: Family, base: GivenBase | None) -> dict[ModuleKey, tuple[in
     """Returns the sizes of the convolutions of a base, or of the one that a family published."""
     if base is not None:
         return base.kernels()
-    if family.name not in verify.PUBLISHED:
+    if family.name not in DIFFUSION:
         return {}
-    return {key: shape[2:] for key, shape in verify.published(family.name).items() if len(shape) > 2}
+    return {key: shape[2:] for key, shape in published_shapes(DIFFUSION[family.name]).items() if len(shape) > 2}
 
 
 def _source(path: Path, term: Term) -> Source:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compat import verify as apps
 from lora_diffusion.compat.verify import Base, Verdict
 from lora_diffusion.config.schema import ModelOptions
@@ -64,7 +66,7 @@ def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None
     with _run_checkpoints.as_file(path) as file:
         apps.refuse_other(file)
         name = base or apps.guess_family(file)
-        found = published_base(name) if name in apps.PUBLISHED else _named(name)
+        found = published_base(name) if name in DIFFUSION else _named(name)
         if base is None:
             apps.check_fit(file, found)
         return Verification(path, name, tuple(apps.verify(file, found, client_names)))
@@ -80,7 +82,7 @@ def faults(path: Path, format_name: str, family: Family, model: ModelOptions, cl
         model: the base.
         client_names: without any, those that the spelling is meant for and that read its kind of adapter.
     """
-    if family.name not in apps.PUBLISHED:
+    if family.name not in DIFFUSION:
         return []
     base = _of(family, model)
     names = client_names or apps.default_clients(format_name, path, base)
@@ -108,7 +110,7 @@ def warn(path: Path, found: Sequence[str]) -> None:
 def published_base(name: str) -> Base:
     """Returns sd1, sd2 or sdxl as they were published."""
     family: Family = registry.find("families", name)
-    return Base(name, apps.published(name), [family.key_map(spelling, None) for spelling in _SPELLINGS])
+    return Base(name, published_shapes(DIFFUSION[name]), [family.key_map(spelling, None) for spelling in _SPELLINGS])
 
 
 def _named(path: str) -> Base:

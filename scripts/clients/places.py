@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lora_diffusion.architectures.shapes import published
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.core.adapter_state import ModuleKey
 
 
@@ -22,7 +23,9 @@ def ldm_places(family: str, unet: Mapping[str, str]) -> dict[str, ModuleKey]:
             module = name.removesuffix(".weight")
             places[f"diffusion_model.{module}"] = ModuleKey("unet", path.removesuffix(".weight"))
     for prefix, part in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
-        has_level = any(key.part == part and key.path.startswith("text_model.") for key in published(family))
+        has_level = any(
+            key.part == part and key.path.startswith("text_model.") for key in published_shapes(DIFFUSION[family])
+        )
         for name in _text_modules():
             bare = name if has_level or name == "text_projection" else name.removeprefix("text_model.")
             places[f"{prefix}.transformer.{name}"] = ModuleKey(part, bare)

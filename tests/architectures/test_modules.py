@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.families.stable_diffusion.module_names import key_map
@@ -19,7 +20,10 @@ TEXT = ModuleKey("text_encoder", "encoder.layers.3.self_attn.q_proj")
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("format_name", ["kohya", "diffusers", "peft", "ldm"])
 def test_names_are_those_of_the_published_base(family: str, format_name: str) -> None:
-    own, without_base = key_map(format_name, skeleton(family), family), key_map(format_name, None, family)
+    own, without_base = (
+        key_map(format_name, skeleton(family), DIFFUSION[family]),
+        key_map(format_name, None, DIFFUSION[family]),
+    )
     assert [name for key, name in own if without_base.key(name) != key] == []
     assert [name for key, name in own if without_base.name(key) != name] == []
 
@@ -50,7 +54,10 @@ OTHERS: list[tuple[str, str, str, ModuleKey]] = [
 
 @pytest.mark.parametrize(("family", "format_name", "name", "key"), OTHERS, ids=lambda value: str(value)[:60])
 def test_other_spellings_are_read(family: str, format_name: str, name: str, key: ModuleKey) -> None:
-    for names in (key_map(format_name, None, family), key_map(format_name, skeleton(family), family)):
+    for names in (
+        key_map(format_name, None, DIFFUSION[family]),
+        key_map(format_name, skeleton(family), DIFFUSION[family]),
+    ):
         assert name in names
         assert names.key(name) == key
         assert names.name(key) != name

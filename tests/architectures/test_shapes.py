@@ -7,12 +7,13 @@ import re
 import pytest
 from torch import nn
 
-from lora_diffusion.architectures.shapes import PUBLISHED, published
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.core.adapter_state import ModuleKey
 from scripts.full_size import skeleton
 
 
-@pytest.mark.parametrize("family", PUBLISHED)
+@pytest.mark.parametrize("family", DIFFUSION)
 def test_shapes_are_those_of_the_published_base(family: str) -> None:
     real = {
         ModuleKey(part, path): tuple(module.weight.shape)
@@ -20,4 +21,4 @@ def test_shapes_are_those_of_the_published_base(family: str) -> None:
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) or (part == "unet" and re.search(r"\.norm\d?$", path))
     }
-    assert published(family) == real
+    assert published_shapes(DIFFUSION[family]) == real

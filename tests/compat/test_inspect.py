@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.adapters.merge import delta_weight
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compat import verify
 from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core import registry
@@ -177,8 +179,8 @@ def test_what_the_tools_refuse_is_a_fault(
     assert not any("change nothing" in problem for problem in report.problems)
     json.dumps(report.to_json(), allow_nan=False)
     with pytest.raises(AdapterFileError, match=re.escape(told)):
-        registry.find("formats", spelling).read_stored(path, published_names(spelling, None, "sd1"))
-    (verdict,) = verify.verify(path, verify.Base("sd1", verify.published("sd1"), [published_names(spelling, None, "sd1")]), ["a1111"])  # fmt: skip # noqa: E501
+        registry.find("formats", spelling).read_stored(path, published_names(spelling, None, DIFFUSION["sd1"]))
+    (verdict,) = verify.verify(path, verify.Base("sd1", published_shapes(DIFFUSION["sd1"]), [published_names(spelling, None, DIFFUSION["sd1"])]), ["a1111"])  # fmt: skip # noqa: E501
     assert not verdict.is_sound
 
 
@@ -187,7 +189,7 @@ def test_file_without_tensors(tmp_path: Path) -> None:
     save_file({}, path)
     assert describe_file(path).faults == ("no tensors at all; get the file again",)
     with pytest.raises(AdapterFileError, match="holds no tensors"):
-        verify.verify(path, verify.Base("sd1", verify.published("sd1"), []))
+        verify.verify(path, verify.Base("sd1", published_shapes(DIFFUSION["sd1"]), []))
 
 
 def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,7 +198,7 @@ def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCa
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8}))
     assert "1 module(s) of another rank than the record" in describe_file(tmp_path).faults[0]
-    registry.find("formats", "peft").read_stored(tmp_path, published_names("peft", None, "sd1"))
+    registry.find("formats", "peft").read_stored(tmp_path, published_names("peft", None, DIFFUSION["sd1"]))
     assert "1 modules are of another rank than the record" in caplog.text
 
 
@@ -209,7 +211,9 @@ def test_loha_with_dora_is_told(tmp_path: Path) -> None:
     assert (len(report.problems), report.faults) == (1, ())
     assert "1 module(s) of loha or lokr with DoRA" in report.problems[0]
     (adapter,) = (
-        registry.find("formats", "kohya").read_stored(path, published_names("kohya", None, "sd1")).modules.values()
+        registry.find("formats", "kohya")
+        .read_stored(path, published_names("kohya", None, DIFFUSION["sd1"]))
+        .modules.values()
     )
     assert adapter.variant == "loha+dora"
 

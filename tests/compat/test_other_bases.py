@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_diffusion.architectures.shapes import published
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compat import verify
 from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core import registry
@@ -165,7 +166,7 @@ def _of_published(family: str, pattern: str) -> dict[str, tuple[int, ...]]:
     names: Any = registry.find("families", family).key_map("kohya", None)
     return {
         names.name(key): shape
-        for key, shape in published(family).items()
+        for key, shape in published_shapes(DIFFUSION[family]).items()
         if len(shape) > 1 and re.search(pattern, f"{key.part}.{key.path}") and "projection" not in key.path
     }
 

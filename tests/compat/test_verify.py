@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_diffusion.adapters.state import weight_shapes
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compat import verify
 from lora_diffusion.compat.verify import Base, Verdict
 from lora_diffusion.core import registry
@@ -37,7 +39,9 @@ _METADATA = {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.arch
 
 
 def _base_of(parts: Mapping[str, torch.nn.Module], family: str) -> Base:
-    return Base(family, weight_shapes(parts), [key_map(name, parts, family) for name in (*_FORMATS, "norms")])
+    return Base(
+        family, weight_shapes(parts), [key_map(name, parts, DIFFUSION[family]) for name in (*_FORMATS, "norms")]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +483,9 @@ def sdxl_pipeline() -> Any:
 
 @pytest.fixture(scope="module")
 def sdxl() -> Base:
-    return Base("sdxl", verify.published("sdxl"), [key_map(name, None, "sdxl") for name in _FORMATS])
+    return Base(
+        "sdxl", published_shapes(DIFFUSION["sdxl"]), [key_map(name, None, DIFFUSION["sdxl"]) for name in _FORMATS]
+    )
 
 
 _SDXL_MODULES = (
@@ -534,7 +540,7 @@ def test_sdxl_in_the_wrong_block_spelling(sdxl: Base, tmp_path: Path) -> None:
         _SDXL_MODULES,
     )
     assert kinds(only(mixed, sdxl, "diffusers")) == {"two spellings": _LOST}
-    sd1 = Base("sd1", verify.published("sd1"), [key_map(name, None, "sd1") for name in _FORMATS])
+    sd1 = Base("sd1", published_shapes(DIFFUSION["sd1"]), [key_map(name, None, DIFFUSION["sd1"]) for name in _FORMATS])
     keys = (ModuleKey("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),)
     ldm = _sdxl_file(
         tmp_path / "c.safetensors", sd1, lambda _: "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", keys

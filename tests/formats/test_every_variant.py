@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lora_diffusion.adapters.state import load_state
 from lora_diffusion.adapters.variants import VARIANTS
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
@@ -297,8 +298,8 @@ def test_full_size_modules_are_all_consumed(
     assert len(state.modules) == {"sd1": 278 + 72, "sd2": 278 + 138, "sdxl": 788 + 264}[family]
     for number, name in enumerate(names):
         format_ = registry.find("formats", name)
-        format_.write(state, key_map(name, skeleton(family), family), tmp_path / f"{number}", torch.float16)
-        again = format_.read(tmp_path / f"{number}", key_map(name, None, family))
+        format_.write(state, key_map(name, skeleton(family), DIFFUSION[family]), tmp_path / f"{number}", torch.float16)
+        again = format_.read(tmp_path / f"{number}", key_map(name, None, DIFFUSION[family]))
         assert same(again, state)
         state = again
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.compat import verify
 from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.compat.pickled import load_pickle
@@ -28,7 +29,7 @@ _CONV = ModuleKey("unet", "mid_block.resnets.0.conv1")
 _TEXT = ModuleKey("text_encoder", "encoder.layers.0.self_attn.q_proj")
 _NORM = ModuleKey("unet", "mid_block.resnets.0.norm1")
 _SHAPES = {_LINEAR: (6, 6), _CONV: (6, 4, 3, 3), _TEXT: (4, 4)}
-_NAMES = [key_map(name, None, "sd1") for name in (*_FORMATS, "norms")]
+_NAMES = [key_map(name, None, DIFFUSION["sd1"]) for name in (*_FORMATS, "norms")]
 _NORM_NAME = _NAMES[3].name(_NORM)
 _BASE = verify.Base("sd1", {**_SHAPES, _NORM: (4,)}, _NAMES)
 _LOKR = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
@@ -47,7 +48,7 @@ def _state(family: str, parts: tuple[str, ...] = ("unet", "text_encoder", "text_
 def _read(tensors: dict[str, torch.Tensor], family: str, path: Path) -> AdapterState:
     save_file(tensors, path)
     format_ = registry.find("formats", detect(path))
-    return format_.read(path, key_map(format_.name, None, family))
+    return format_.read(path, key_map(format_.name, None, DIFFUSION[family]))
 
 
 SPELLINGS: list[tuple[str, str, Name, tuple[str, str]]] = [
@@ -179,7 +180,9 @@ def test_lycoris_kinds_in_one_file(tmp_path: Path) -> None:
     ]
     for name in ("diffusers", "peft"):
         with pytest.raises(UnsupportedError):
-            registry.find("formats", name).write(found, key_map(name, None, "sd1"), tmp_path / "x", torch.float32)
+            registry.find("formats", name).write(
+                found, key_map(name, None, DIFFUSION["sd1"]), tmp_path / "x", torch.float32
+            )
 
 
 @pytest.mark.parametrize(
@@ -218,5 +221,5 @@ def test_peft_record_of_rslora_and_patterns(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "rank_pattern": {"to_k": 9}, "alpha_pattern": {"to_k": 6}}
     for use_rslora, scales in ((True, [2.0, 1.0]), (False, [6 / 9, 0.5])):
         (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": use_rslora}))
-        state = registry.find("formats", "peft").read(tmp_path, key_map("peft", None, "sd1"))
+        state = registry.find("formats", "peft").read(tmp_path, key_map("peft", None, DIFFUSION["sd1"]))
         assert [own.scale for _, own in state] == pytest.approx(scales)

@@ -15,6 +15,7 @@ from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.inject import inject
 from lora_diffusion.adapters.plan import plan
 from lora_diffusion.adapters.state import read_state
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.config.schema import AdapterConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState
@@ -70,7 +71,7 @@ def bare(parts: dict[str, nn.Module]) -> Loaded:
 
 def names_of(format_name: str, family: str) -> KeyMap:
     """Returns the names of the modules of the tiny networks."""
-    return key_map(format_name, _parts(family), family)
+    return key_map(format_name, _parts(family), DIFFUSION[family])
 
 
 @cache

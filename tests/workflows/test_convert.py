@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.families.stable_diffusion.module_names import key_map
@@ -77,7 +78,7 @@ def same_file(first: Path, second: Path) -> bool:
 
 
 def write(state: AdapterState, family: str, format_name: str, path: Path) -> Path:
-    names, format_ = key_map(format_name, None, family), registry.find("formats", format_name)
+    names, format_ = key_map(format_name, None, DIFFUSION[family]), registry.find("formats", format_name)
     return write_exactly(state, names, format_, path, torch.float16).path
 
 
@@ -163,7 +164,7 @@ def test_magnitudes_along_the_outputs_go_to_peft_but_to_no_program_of_kohya_file
     lycoris = {
         f"{name}.{end}": tensor
         for (key, own) in published("sd1", "dora_out")
-        for name in [key_map("kohya", None, "sd1").name(key)]
+        for name in [key_map("kohya", None, DIFFUSION["sd1"]).name(key)]
         for end, tensor in (
             ("lora_down.weight", own.tensors["down"]), ("lora_up.weight", own.tensors["up"]),
             ("dora_scale", own.tensors["magnitude"]), ("alpha", torch.tensor(own.alpha)),
@@ -362,7 +363,7 @@ def test_endings_that_would_deceive_are_refused(command: Commands, to: str, name
 def test_numbers_that_a_type_cannot_hold_are_a_fault_of_the_option(command: Commands, tmp_path: Path) -> None:
     state = published("sd1")
     huge = {key: replace(own, tensors={name: 1e5 * t for name, t in own.tensors.items()}) for key, own in state}
-    names, kohya = key_map("kohya", None, "sd1"), registry.find("formats", "kohya")
+    names, kohya = key_map("kohya", None, DIFFUSION["sd1"]), registry.find("formats", "kohya")
     first = write_exactly(AdapterState(huge), names, kohya, tmp_path / "a.safetensors", torch.float32).path
     for arguments in (
         ("convert", first, tmp_path / "b.safetensors", "--to", "kohya"),
