@@ -396,7 +396,7 @@ def _read_model(folder: Path) -> None:
         LOADERS["dino" if name.endswith("dino") else "clip"](str(folder))
         return
     family: Any = registry.find("families", name.partition("-")[0])
-    options = load(None, [f"model.family={family.name}", f"model.path={folder}"], required=False).model
+    options = load(None, [f"model.family={family.architecture.name}", f"model.path={folder}"], required=False).model
     family.check(options)
     family.skeleton(options)
     family.load(options, torch.device("cpu"))

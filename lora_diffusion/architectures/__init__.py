@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_diffusion.architectures import llava, sd1, sd2, sdxl, whisper
-from lora_diffusion.architectures.base import Architecture, DiffusionArchitecture, TextOutputArchitecture
+from lora_diffusion.architectures.base import DiffusionArchitecture, TextOutputArchitecture
+from lora_diffusion.core.base_model import Architecture
 
 DIFFUSION: Mapping[str, DiffusionArchitecture] = {
     module.ARCHITECTURE.name: module.ARCHITECTURE for module in (sd1, sd2, sdxl)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_diffusion.core.base_model import Architecture
+
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 HEAD_WIDTH = 64
 """Channels of an attention head, where a network does not fix their number."""
@@ -15,38 +17,6 @@ CLIP_LENGTH = 77
 """Tokens that CLIP reads, begin and end counted."""
 _VAE_FACTOR = 8
 """Pixels of a side that become one latent."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Architecture:
-    """A family of bases that share their networks: what it is called, and what programs must be told of it."""
-
-    name: str
-    """That of the family: the value of `model.family`."""
-    title: str
-    """What people call it."""
-    modelspec: Mapping[str, str]
-    """What tells its bases apart (what they predict, or `model_type` of their config) -> `modelspec.architecture` without
-    "/lora"."""
-    implementation: str
-    """`modelspec.implementation`: where the code that runs such a base comes from."""
-    kohya_versions: Mapping[str, str] = field(default_factory=dict)
-    """Prediction -> `ss_base_model_version`, by which A1111 and Forge list a file; empty where kohya has no word for it."""
-    is_v2: bool = False
-    """`ss_v2` of kohya's files."""
-    metadata_starts: tuple[str, ...] = ()
-    """How `ss_base_model_version` (of kohya, then of ai-toolkit) and `modelspec.architecture` begin."""
-    name_marks: tuple[str, ...] = ()
-    """Expressions found in the names of a file's tensors that only this architecture gives."""
-
-    @property
-    def is_told_by_prediction(self) -> bool:
-        """Says whether its bases have several names, so that what they predict must be known to name one."""
-        return len(set(self.modelspec.values())) > 1
-
-    def has_modelspec(self, text: str) -> bool:
-        """Says whether a `modelspec.architecture`, with or without "/lora", is one of its own."""
-        return text.split("/")[0] in self.modelspec.values()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -225,7 +195,7 @@ class DiffusionArchitecture(Architecture):
     @property
     def size_step(self) -> int:
         """Returns what width and height of an image must be multiples of."""
-        return _VAE_FACTOR * 2 ** (len(self.unet.channels) - 1)
+        return _VAE_FACTOR << (len(self.unet.channels) - 1)
 
     @property
     def networks(self) -> tuple[str, ...]:

@@ -44,14 +44,9 @@ def published_shapes(architecture: DiffusionArchitecture) -> Mapping[ModuleKey, 
     >>> published_shapes(DIFFUSION["sd1"])[ModuleKey("unet", "mid_block.attentions.0.proj_in")]
     (1280, 1280, 1, 1)
     """
-    return _weight_shapes(architecture.unet, architecture.text_encoders)
-
-
-@cache
-def _weight_shapes(unet: UNet, encoders: tuple[TextEncoder, ...]) -> Mapping[ModuleKey, Shape]:
     return {
         ModuleKey(part, layer.path): layer.shape
-        for part, layers in _layers(unet, encoders).items()
+        for part, layers in _layers(architecture).items()
         for layer in layers
         if layer.is_published and not _NO_ADAPTER.fullmatch(layer.path)
     }
@@ -135,7 +130,7 @@ def _residual(block: str, inner: int, outer: int, embedding: int) -> Iterator[La
 def _attention(block: str, width: int, depth: int, unet: UNet) -> Iterator[Layer]:
     yield Layer(f"{block}.norm", (width,), depth > 0)
     for name in ("proj_in", "proj_out"):
-        shape = (width, width) if unet.has_linear_projections else (width, width, 1, 1)
+        shape: Shape = (width, width) if unet.has_linear_projections else (width, width, 1, 1)
         yield Layer(f"{block}.{name}", shape, depth > 0)
     for number in range(max(depth, _MOST_BLOCKS)):
         for name, shape in _transformer_block(width, unet.context):

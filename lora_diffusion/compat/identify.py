@@ -77,7 +77,7 @@ def guess_family(path: Path) -> str:
             raise _other_architecture(path, kind)
     shapes = _shapes(path)
     found = told_by_content(path) or _by_names(_without_misfits(shapes), _BY_NAME)
-    if found in DIFFUSION:
+    if found is not None and found in DIFFUSION:
         return found
     if found is not None:
         raise _other_architecture(path, found)

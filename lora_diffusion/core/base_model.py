@@ -15,6 +15,38 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Architecture:
+    """A family of bases that share their networks: what it is called, and what programs must be told of it."""
+
+    name: str
+    """That of the family: the value of `model.family`."""
+    title: str
+    """What people call it."""
+    modelspec: Mapping[str, str]
+    """What tells its bases apart -> `modelspec.architecture` without "/lora". Diffusion bases are told apart by what
+    they predict, those with text output by the `model_type` of their config."""
+    implementation: str
+    """`modelspec.implementation`: where the code that runs such a base comes from."""
+    kohya_versions: Mapping[str, str] = field(default_factory=dict)
+    """Prediction -> `ss_base_model_version`, by which A1111 and Forge list a file; empty where kohya has none."""
+    is_v2: bool = False
+    """`ss_v2` of kohya's files."""
+    metadata_starts: tuple[str, ...] = ()
+    """How `ss_base_model_version` (of kohya, then of ai-toolkit) and `modelspec.architecture` begin."""
+    name_marks: tuple[str, ...] = ()
+    """Expressions found in the names of a file's tensors that only this architecture gives."""
+
+    @property
+    def is_told_by_prediction(self) -> bool:
+        """Says whether its bases have several names, so that what they predict must be known to name one."""
+        return len(set(self.modelspec.values())) > 1
+
+    def has_modelspec(self, text: str) -> bool:
+        """Says whether a `modelspec.architecture`, with or without "/lora", is one of its own."""
+        return text.split("/")[0] in self.modelspec.values()
+
+
 @dataclass(frozen=True)
 class LossOutput:
     """What a family's loss gives for a batch."""

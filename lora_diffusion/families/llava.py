@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_diffusion.architectures import llava
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.base_model import ChatInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.errors import UnsupportedError
@@ -54,7 +55,7 @@ class LlavaOptions(ModelOptions):
 class Llava:
     """The family object; see core.protocols.Family for what each method must do."""
 
-    name = "llava"
+    architecture = llava.ARCHITECTURE
     options_type = LlavaOptions
     sample_type = Chat
     metrics = ("exact_match", "token_f1")
@@ -121,7 +122,8 @@ class Llava:
         """Names processor and chat template, and, unless it is trained, the image tower by the hash of its weights."""
         from lora_diffusion.families.language import vision
 
-        return f"{self.name} {vision.fingerprint(_find(options), options, 'vision_tower' in trained, pieces)}"
+        named = vision.fingerprint(_find(options), options, "vision_tower" in trained, pieces)
+        return f"{self.architecture.name} {named}"
 
     def prepare(
         self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str], pieces: frozenset[str] = PIECES

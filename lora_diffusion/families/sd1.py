@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures import sd1
+from lora_diffusion.architectures.base import DiffusionArchitecture
 from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.samples import PIECES, Batch, ImageText, Output, Prepared, Request
 from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
@@ -47,7 +48,7 @@ class SD1Options(StableDiffusionOptions):
 class StableDiffusion1:
     """The family object; see core.protocols.Family for what each method must do."""
 
-    name = "sd1"
+    architecture: DiffusionArchitecture = sd1.ARCHITECTURE
     options_type: type[StableDiffusionOptions] = SD1Options
     sample_type = ImageText
     metrics = ("clip_text", "clip_image")
@@ -70,7 +71,7 @@ class StableDiffusion1:
         from lora_diffusion.families.stable_diffusion import loading, module_names
 
         parts = None if options is None else loading.find(options).outline()
-        return module_names.key_map(format_name, parts, DIFFUSION[self.name])
+        return module_names.key_map(format_name, parts, self.architecture)
 
     def load(self, options: StableDiffusionOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizer and scheduler."""

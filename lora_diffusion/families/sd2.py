@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_diffusion.architectures import sd2
 from lora_diffusion.families.sd1 import StableDiffusion1
 from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 
@@ -23,7 +24,7 @@ class SD2Options(StableDiffusionOptions):
 class StableDiffusion2(StableDiffusion1):
     """The family object: the data that differs from Stable Diffusion 1."""
 
-    name = "sd2"
+    architecture = sd2.ARCHITECTURE
     options_type = SD2Options
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures import sdxl
 from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.samples import PIECES, Batch, ImageText, Output, Prepared, Request
 from lora_diffusion.families.sd1 import TEXT_ENCODER, UNET
@@ -41,7 +41,7 @@ class SDXLOptions(StableDiffusionOptions):
 class StableDiffusionXL:
     """The family object; see core.protocols.Family for what each method must do."""
 
-    name = "sdxl"
+    architecture = sdxl.ARCHITECTURE
     options_type = SDXLOptions
     sample_type = ImageText
     metrics = ("clip_text", "clip_image")
@@ -64,7 +64,7 @@ class StableDiffusionXL:
         from lora_diffusion.families.stable_diffusion import loading, module_names
 
         parts = None if options is None else loading.find(options).outline()
-        return module_names.key_map(format_name, parts, DIFFUSION[self.name])
+        return module_names.key_map(format_name, parts, self.architecture)
 
     def load(self, options: SDXLOptions, device: torch.device) -> Loaded:
         """Loads the pipeline's networks, tokenizers and scheduler."""
@@ -132,7 +132,7 @@ def _read(loaded: Loaded, tower: str, token_ids: Tensor) -> dict[str, Tensor]:
     from lora_diffusion.families.stable_diffusion import text_encoding
     from lora_diffusion.families.stable_diffusion.components import LAYOUTS
 
-    skip = loaded.options.clip_skip or LAYOUTS[FAMILY.name].usual_skip
+    skip = loaded.options.clip_skip or LAYOUTS[FAMILY.architecture.name].usual_skip
     hidden, summary = text_encoding.encode_raw(loaded.parts[tower], token_ids, skip)
     column = _TOWERS[tower][1]
     return {column: hidden} if summary is None else {column: hidden, _SUMMARY: summary}

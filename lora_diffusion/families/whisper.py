@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lora_diffusion.architectures import whisper
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.base_model import Example, Loaded, LossOutput, Part, SpeechInfo
 from lora_diffusion.core.errors import UnsupportedError
@@ -71,7 +72,7 @@ class WhisperOptions(ModelOptions):
 class Whisper:
     """The family object; see core.protocols.Family for what each method must do."""
 
-    name = "whisper"
+    architecture = whisper.ARCHITECTURE
     options_type = WhisperOptions
     sample_type = AudioText
     metrics = ("wer", "cer")
@@ -142,8 +143,8 @@ class Whisper:
         del trained
         files = loading.fingerprint(_find(options), speech.PROCESSOR_FILES)
         if "texts" not in pieces:
-            return f"{self.name} {files}"
-        return f"{self.name} {files} {options.language} {options.task} {options.timestamps}"
+            return f"{self.architecture.name} {files}"
+        return f"{self.architecture.name} {files} {options.language} {options.task} {options.timestamps}"
 
     def prepare(
         self, loaded: Loaded, samples: Sequence[AudioText], trained: frozenset[str], pieces: frozenset[str] = PIECES

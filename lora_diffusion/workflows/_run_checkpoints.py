@@ -130,7 +130,7 @@ def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family:
     except (OSError, ValueError, TypeError):
         told = _metadata_of_finished(run, config)
     texts = {key: value for key, value in told.items() if isinstance(value, str)}
-    return at_step(with_base(without_hashes(texts), family.name), checkpoint.step, stem, written_at)
+    return at_step(with_base(without_hashes(texts), family.architecture.name), checkpoint.step, stem, written_at)
 
 
 def _metadata_of_finished(run: RunFolder, config: Config) -> dict[str, str]:
@@ -171,7 +171,8 @@ def _format_for(family: Family, state: AdapterState) -> Format:
             family.key_map(name, None)
             if not variants & {*format_.refused}:
                 return format_
-    raise UnsupportedError(f"No format holds an adapter of kind {' and '.join(sorted(variants))} for {family.name}.")
+    held = " and ".join(sorted(variants))
+    raise UnsupportedError(f"No format holds an adapter of kind {held} for {family.architecture.name}.")
 
 
 def _names(checkpoint: RunCheckpoint, family: Family, format_: Format, state: AdapterState) -> KeyMap:

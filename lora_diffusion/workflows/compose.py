@@ -154,8 +154,8 @@ def _compose(
     ]
     sources = [_source(path, term) for (path, _), term in zip(adapters, terms, strict=True)]
     record.check_one_base(sources)
-    if len({family.name for family in families}) > 1:
-        kinds = [f"{name} is for {family.name}" for name, family in zip(names, families, strict=True)]
+    if len({family.architecture.name for family in families}) > 1:
+        kinds = [f"{name} is for {family.architecture.name}" for name, family in zip(names, families, strict=True)]
         raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", kinds)
     dtype = common_dtype([path for path, _ in adapters]) if dtype == "auto" else dtype
     with one_thread():
@@ -258,9 +258,11 @@ def _kernels(family: Family, base: GivenBase | None) -> dict[ModuleKey, tuple[in
     """Returns the sizes of the convolutions of a base, or of the one that a family published."""
     if base is not None:
         return base.kernels()
-    if family.name not in DIFFUSION:
+    if family.architecture.name not in DIFFUSION:
         return {}
-    return {key: shape[2:] for key, shape in published_shapes(DIFFUSION[family.name]).items() if len(shape) > 2}
+    return {
+        key: shape[2:] for key, shape in published_shapes(DIFFUSION[family.architecture.name]).items() if len(shape) > 2
+    }
 
 
 def _source(path: Path, term: Term) -> Source:
@@ -270,7 +272,7 @@ def _source(path: Path, term: Term) -> Source:
 def _write(
     state: AdapterState, family: Family, base: GivenBase | None, format_: Format, path: Path, dtype: str
 ) -> None:
-    state = replace(state, metadata=with_base(state.metadata, family.name))
+    state = replace(state, metadata=with_base(state.metadata, family.architecture.name))
     key_map = names_of(family, format_.name, base)
     with dtype_named():
         write_verified(state, key_map, format_, path, find_dtype(dtype))

@@ -109,7 +109,9 @@ def convert(
         source: Format = registry.find("formats", detect(path))
         base = find_base(model_path, family_name)
         family, state = (base.family, base.read_stored(path)) if base else read_stored_alone(path, family_name)
-        state = replace(with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.name))
+        state = replace(
+            with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.architecture.name)
+        )
         state = with_attention(state) if format_.name == "diffusers" else state
         kept = stored_dtype(path) if dtype == "auto" else None
         dtype = common_dtype([path]) if dtype == "auto" else dtype
@@ -121,7 +123,7 @@ def convert(
         output_path,
         "checkpoint" if _run_checkpoints.find(input_path) else source.name,
         format_.name,
-        family.name,
+        family.architecture.name,
         Counter(adapter.variant for _, adapter in state),
         Counter(key.part for key in state.modules),
         dtype,

@@ -143,7 +143,7 @@ def evaluate(question: Question) -> Evaluation:
     use_threads("auto", question.output_path / "machine.json")
     loaded = family.load(model, device)
     task = Task(
-        base=Base(info.source, info.architecture, family.name, _candidates.base_key(loaded)),
+        base=Base(info.source, info.architecture, family.architecture.name, _candidates.base_key(loaded)),
         candidates=[Candidate(BASE, None, None, None, {}, 0.0), *(candidate for _, candidate in tried.values())],
         looks=_candidates.looks(tried),
         adapters={source.name: source.file for entry in entries for source, _ in entry.parts},

@@ -250,7 +250,9 @@ def _told(state: AdapterState, family: Family, base: ModelOptions, name: str) ->
     try:
         info: BaseInfo = family.check(base)
     except UntrainableError:
-        return metadata.with_base({"modelspec.title": name, "ss_sd_model_name": Path(base.path).name}, family.name)
+        return metadata.with_base(
+            {"modelspec.title": name, "ss_sd_model_name": Path(base.path).name}, family.architecture.name
+        )
     return metadata.build(
         state,
         architecture=info.architecture,

@@ -82,7 +82,7 @@ def faults(path: Path, format_name: str, family: Family, model: ModelOptions, cl
         model: the base.
         client_names: without any, those that the spelling is meant for and that read its kind of adapter.
     """
-    if family.name not in DIFFUSION:
+    if family.architecture.name not in DIFFUSION:
         return []
     base = _of(family, model)
     names = client_names or apps.default_clients(format_name, path, base)
@@ -124,4 +124,4 @@ def _of(family: Family, model: ModelOptions) -> Base:
     from lora_diffusion.adapters.state import weight_shapes
 
     shapes = weight_shapes(family.skeleton(model))
-    return Base(family.name, shapes, [family.key_map(name, model) for name in _SPELLINGS])
+    return Base(family.architecture.name, shapes, [family.key_map(name, model) for name in _SPELLINGS])

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 
 from lora_diffusion.architectures import DIFFUSION
-from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.core.adapter_state import ModuleKey
 
 
@@ -23,9 +22,7 @@ def ldm_places(family: str, unet: Mapping[str, str]) -> dict[str, ModuleKey]:
             module = name.removesuffix(".weight")
             places[f"diffusion_model.{module}"] = ModuleKey("unet", path.removesuffix(".weight"))
     for prefix, part in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
-        has_level = any(
-            key.part == part and key.path.startswith("text_model.") for key in published_shapes(DIFFUSION[family])
-        )
+        has_level = any(own.part == part and own.path_prefix for own in DIFFUSION[family].text_encoders)
         for name in _text_modules():
             bare = name if has_level or name == "text_projection" else name.removeprefix("text_model.")
             places[f"{prefix}.transformer.{name}"] = ModuleKey(part, bare)

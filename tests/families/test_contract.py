@@ -162,7 +162,7 @@ def test_protocol_stays_small() -> None:
         assert [member for member in members if not hasattr(family, member)] == []
         public = [member for member in dir(family) if not member.startswith("_")]
         assert sorted(public) == sorted(members)
-        assert family.name == name
+        assert family.architecture.name == name
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -268,7 +268,7 @@ class TestBase:
         assert (family.cache_key(setup.options(dtype="bf16"), none) != key) == bool(encoders)
         for part in family.parts:
             assert (family.cache_key(setup.options(), frozenset({part})) != key) == (part in encoders)
-        CASES[family.name].save_base(moved, seed=1)  # type: ignore[call-arg]
+        CASES[family.architecture.name].save_base(moved, seed=1)  # type: ignore[call-arg]
         assert (family.cache_key(replace(setup.options(), path=str(moved)), none) != key) == bool(encoders)
 
     def test_example_runs_on_the_meta_device(self, setup: Setup) -> None:
@@ -289,7 +289,7 @@ class TestNames:
 
     @pytest.mark.parametrize("format_name", FORMATS)
     def test_key_maps_are_bijections_over_all_modules(self, setup: Setup, format_name: str) -> None:
-        if format_name not in CASES[setup.family.name].formats:
+        if format_name not in CASES[setup.family.architecture.name].formats:
             with pytest.raises(UnsupportedError, match=format_name):
                 setup.family.key_map(format_name, setup.options())
             return
@@ -307,7 +307,7 @@ class TestNames:
 
     @pytest.mark.parametrize("format_name", FORMATS)
     def test_written_adapter_is_read_back(self, setup: Setup, loaded: Loaded, format_name: str, tmp_path: Path) -> None:
-        if format_name not in CASES[setup.family.name].formats:
+        if format_name not in CASES[setup.family.architecture.name].formats:
             return
         setup.inject(loaded, seed=3)
         state = read_state(loaded)

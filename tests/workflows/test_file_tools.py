@@ -64,9 +64,9 @@ def test_only_an_adapter_is_replaced_and_only_if_asked(command: Commands, adapte
         assert (folder / target).read_bytes() == content
     other = write_adapter(folder / "other.safetensors", SD1)
     assert command(*filled(WRITING[name], adapter, other)).code == 2
-    assert read_alone(other)[0].name == "sd1"
+    assert read_alone(other)[0].architecture.name == "sd1"
     command.good(*filled(WRITING[name], adapter, other), "--overwrite")
-    assert read_alone(other)[0].name == "sdxl"
+    assert read_alone(other)[0].architecture.name == "sdxl"
 
 
 def test_a_folder_does_not_take_the_place_of_a_file(command: Commands, adapter: Path) -> None:

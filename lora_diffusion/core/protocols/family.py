@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_diffusion.core.base_model import BaseInfo, Example, Loaded, LossOutput, Part
+from lora_diffusion.core.base_model import Architecture, BaseInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.samples import PIECES, Batch, Output, Prepared, Request, Sample
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Family(Protocol):
     """A kind of base model. One object FAMILY in `families/<name>.py`, whose import must not import torch."""
 
-    name: str
-    """The file name, and the value of `model.family`."""
+    architecture: Architecture
+    """What such a base is called; its name is the file name, and the value of `model.family`."""
     options_type: type[Any]
     """The dataclass of the `model:` section."""
     sample_type: type[Sample]

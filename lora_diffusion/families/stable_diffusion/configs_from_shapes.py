@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_diffusion.architectures.clip_tokenizer import VOCABULARY as CLIP_VOCABULARY
+from lora_diffusion.architectures.base import CLIP_VOCABULARY
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.families.stable_diffusion.components import Layout
 
