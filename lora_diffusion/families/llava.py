@@ -57,7 +57,6 @@ class Llava:
     name = "llava"
     options_type = LlavaOptions
     sample_type = Chat
-    metrics = ("exact_match", "token_f1")
     parts: Mapping[str, Part] = {
         "language_model": Part(
             groups={

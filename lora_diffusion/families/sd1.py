@@ -49,7 +49,6 @@ class StableDiffusion1:
     name = "sd1"
     options_type: type[StableDiffusionOptions] = SD1Options
     sample_type = ImageText
-    metrics = ("clip_text", "clip_image")
     parts: Mapping[str, Part] = {"unet": UNET, "text_encoder": TEXT_ENCODER}
 
     def check(self, options: StableDiffusionOptions) -> BaseInfo:

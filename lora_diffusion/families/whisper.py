@@ -74,7 +74,6 @@ class Whisper:
     name = "whisper"
     options_type = WhisperOptions
     sample_type = AudioText
-    metrics = ("wer", "cer")
     parts: Mapping[str, Part] = {
         "encoder": Part(
             groups={
