@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.logs import logger
@@ -186,7 +186,7 @@ def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError('has no "text" or "caption" that is a string or a list of strings; add one.')
-    return entry["file_name"], texts
+    return entry["file_name"], cast(list[str], texts)
 
 
 def _parse_row(row: Mapping[str | None, Any]) -> tuple[str, Sequence[str]]:

@@ -180,9 +180,9 @@ def _list_rows(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[
 def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
     """Returns the samples whose pictures can be read, with the sizes of those; the others are faults."""
 
-    def measure(image: ChatImage) -> tuple[int, int] | str:
+    def sized(image: ChatImage) -> ChatImage | str:
         try:
-            return images.measure(image.path, image.read_bytes() if image.read_bytes else None)
+            return replace(image, size=images.measure(image.path, image.read_bytes and image.read_bytes()))
         except images.ImageError as error:
             return error.reason
         except OSError as error:  # of a table, which may name a file
@@ -190,16 +190,19 @@ def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
 
     distinct = {image.path: image for entry in entries for image in entry.images}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = list(watch(pool.map(measure, distinct.values()), len(distinct), "Checking pictures"))
-    sizes = dict(zip(distinct, found, strict=True))
+        found = list(watch(pool.map(sized, distinct.values()), len(distinct), "Checking pictures"))
+    results = dict(zip(distinct, found, strict=True))
     samples = []
     for entry in entries:
-        bad = next((image.path for image in entry.images if isinstance(sizes[image.path], str)), None)
-        if bad is None:
-            sized = tuple(replace(image, size=sizes[image.path]) for image in entry.images)
-            samples.append(replace(entry, images=sized))
+        shown_images = []
+        for image in entry.images:
+            result = results[image.path]
+            if isinstance(result, str):
+                faults.append(f"{entry.key}: its picture {image.path.name} {result}")
+                break
+            shown_images.append(result)
         else:
-            faults.append(f"{entry.key}: its picture {bad.name} {sizes[bad]}")
+            samples.append(replace(entry, images=tuple(shown_images)))
     return samples
 
 
@@ -394,19 +397,20 @@ def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
     content = next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), "")
     if isinstance(content, str):
         return Turn(_ROLES[told], content), []
-    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+    parts: list[Any] = list(content) if isinstance(content, Sequence) else [None]
+    if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(f'turn {number} has content that is neither a text nor a list of parts with a "type".')
-    unread = [part for part in content if part.get("type") != "image" and not isinstance(part.get("text"), str)]
+    unread = [part for part in parts if part.get("type") != "image" and not isinstance(part.get("text"), str)]
     if unread:
         raise ValueError(
             f"turn {number} holds a part of type {shown(repr(unread[0].get('type')))} and without a text, which is not "
             'read; write a picture as {"type": "image", "path": "name.png"}.'
         )
-    is_picture = [part.get("type") == "image" for part in content]
-    texts = [IMAGE if picture else part["text"] for part, picture in zip(content, is_picture, strict=True)]
+    is_picture = [part.get("type") == "image" for part in parts]
+    texts = [IMAGE if picture else part["text"] for part, picture in zip(parts, is_picture, strict=True)]
     images = [
         next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
-        for part, picture in zip(content, is_picture, strict=True)
+        for part, picture in zip(parts, is_picture, strict=True)
         if picture
     ]
     return Turn(_ROLES[told], "\n".join(texts)), images

@@ -54,7 +54,7 @@ _LABEL_PIXELS = 150
 
 # Blocks of Pillow's usual 16 MiB stay with the thread that freed them; the C library gives back at once what is larger
 # than 32 MiB. Without this four threads keep gigabytes after one giant each.
-Image.core.set_block_size(2**26)
+Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # Pillow offers it nowhere else
 
 
 class ImageError(DataError):
@@ -193,7 +193,7 @@ def _upright(image: Image.Image) -> Image.Image:
     turn = None
     with _QUIET, warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 

@@ -165,7 +165,7 @@ def _content(table: Any, index: int, column: str, place: int, root: Path) -> byt
         return bytes(cell["bytes"])
     if not cell["path"]:
         raise FileNotFoundError(2, "its cell is empty")
-    return (root / cell["path"]).read_bytes()
+    return Path(root / cell["path"]).read_bytes()
 
 
 def is_held_out(name: str) -> bool:
