@@ -185,14 +185,14 @@ def _our_logits(case: Case, base: Path, run: Path, adapter: Path) -> tuple[Any, 
     import torch
 
     from lora_diffusion.core import registry
-    from lora_diffusion.data.kinds import KINDS
+    from lora_diffusion.data import sample_types
     from lora_diffusion.families.language import speech, vision
     from lora_diffusion.runtime.device import pick_device
     from lora_diffusion.workflows._steps import attach, read_adapter
 
     config, family = config_of(case, base, run), registry.find("families", case.family)
-    kind = KINDS[family.sample_type]
-    sample = kind.open(kind.read(config.data, family.check(config.model))[0], config.data)
+    sample_type = sample_types.find(family.sample_type)
+    sample = sample_type.open(sample_type.read(config.data, family.check(config.model))[0], config.data)
     state = read_adapter(adapter, family, config.model)
     loaded = family.load(config.model, pick_device())
     batch = family.collate(family.prepare(loaded, [sample], frozenset()))

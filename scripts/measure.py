@@ -25,8 +25,8 @@ from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.core import logs
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.samples import Request
+from lora_diffusion.data.images import grid, save_image
 from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
-from lora_diffusion.evaluation.images import grid, save_image
 from lora_diffusion.quickstart import _writing, llava, whisper
 from lora_diffusion.scoring.clip import load_clip
 from lora_diffusion.workflows.compare import compare

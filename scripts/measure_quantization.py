@@ -16,7 +16,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.rng import derive
-from lora_diffusion.data.kinds import KINDS
+from lora_diffusion.data import sample_types
 from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.workflows._steps import read_adapter
 from lora_diffusion.workflows.train import train
@@ -58,8 +58,8 @@ def validation_loss(config: Config, adapter: Path | None) -> float:
     known = {key: value for key, value in plain.items() if hasattr(config.model, key)}
     model = replace(config.model, **known)
     data = replace(config.data, path=str(shipped_path("datasets") / "blob-style" / "references"), trigger="")
-    kind, loaded = KINDS[family.sample_type], family.load(model, pick_device())
-    samples = [kind.open(sample, data) for sample in kind.read(data, loaded.info)]
+    sample_type, loaded = sample_types.find(family.sample_type), family.load(model, pick_device())
+    samples = [sample_type.open(sample, data) for sample in sample_type.read(data, loaded.info)]
     batch = family.collate(family.prepare(loaded, samples, frozenset()))
     if adapter is not None:
         load_state(loaded, read_adapter(adapter, family, model), "trained")

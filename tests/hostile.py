@@ -182,22 +182,22 @@ def _make_manifests(root: Path) -> None:
 
 def _read_data(folder: Path) -> None:
     from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
-    from lora_diffusion.config.schema import ChatDataConfig, PictureDataConfig, RecordingDataConfig
+    from lora_diffusion.config.schema import ChatDataConfig, ImageDataConfig, RecordingDataConfig
     from lora_diffusion.core.base_model import BaseInfo, ChatInfo, SpeechInfo
-    from lora_diffusion.data import chats, pictures, recordings
+    from lora_diffusion.data.sample_types import CHATS, IMAGES, RECORDINGS
 
     kind: Any
     config: Any
     info: Any
     path = str(folder)
     if folder.name.startswith("pictures"):
-        kind, config = pictures.KIND, PictureDataConfig(path=path, caption_lines="each")
+        kind, config = IMAGES, ImageDataConfig(path=path, caption_lines="each")
         info = BaseInfo(64, 8, "stable-diffusion-v1", "epsilon", "tiny base", text_limit=ClipTextLimit())
     elif folder.name.startswith("chats"):
-        kind, config = chats.KIND, ChatDataConfig(path=path)
+        kind, config = CHATS, ChatDataConfig(path=path)
         info = ChatInfo(source="a base", max_tokens=400, count_tokens=lambda samples: [9] * len(samples))
     else:
-        kind, config = recordings.KIND, RecordingDataConfig(path=path, long="split")
+        kind, config = RECORDINGS, RecordingDataConfig(path=path, long="split")
         info = SpeechInfo(
             source="a base", languages=("en", "de"), max_tokens=400, count_tokens=lambda texts: [*map(len, texts)]
         )

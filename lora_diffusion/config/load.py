@@ -17,7 +17,7 @@ from lora_diffusion.config.importers.other_files import refuse_others
 from lora_diffusion.config.importers.other_trainers import key_hint, section_hint
 from lora_diffusion.config.plain_yaml import Plain
 from lora_diffusion.config.rules import contradictions, out_of_range
-from lora_diffusion.config.schema import DATA_SECTIONS, REQUIRED, Config, ModelOptions, field_docs
+from lora_diffusion.config.schema import REQUIRED, Config, ModelOptions, data_section, field_docs
 from lora_diffusion.config.settle import settle
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
@@ -325,7 +325,7 @@ def _family(in_file: Mapping[str, Any], overrides: Sequence[str]) -> Family:
 
 
 def _typed_sections(family: Family) -> dict[str, type[Any]]:
-    own = {"model": family.options_type, "data": DATA_SECTIONS[family.sample_type]}
+    own = {"model": family.options_type, "data": data_section(family.sample_type)}
     hints = typing.get_type_hints(Config) | own
     return {f.name: hints[f.name] for f in dataclasses.fields(Config)}
 

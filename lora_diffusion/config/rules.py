@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_diffusion.config.importers.other_trainers import value_hint
 from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
-from lora_diffusion.config.schema import DEFAULT_STEPS, REQUIRED, Contradiction
+from lora_diffusion.config.schema import DEFAULT_STEPS, REQUIRED, Contradiction, SplitDataConfig
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.text import shown
 
@@ -214,7 +214,7 @@ def _evaluate_relations(evaluate: Any, data: Any) -> Iterator[Contradiction]:
     if evaluate.class_words and not evaluate.prompts:
         text = f"evaluate.class_words={evaluate.class_words}: fills {{class}} of evaluate.prompts, which is not set"
         yield Contradiction(text, "evaluate.class_words", ("evaluate.prompts",))
-    if hasattr(data, "validation"):
+    if isinstance(data, SplitDataConfig):
         yield from _validation_relations(evaluate, data)
         return
     if evaluate.patience and not evaluate.every_steps:
@@ -227,7 +227,7 @@ def _evaluate_relations(evaluate: Any, data: Any) -> Iterator[Contradiction]:
             yield Contradiction(text, f"evaluate.{key}", ("evaluate.references",))
 
 
-def _validation_relations(evaluate: Any, data: Any) -> Iterator[Contradiction]:
+def _validation_relations(evaluate: Any, data: SplitDataConfig) -> Iterator[Contradiction]:
     for key in ("every_steps", "patience", "metrics"):
         value = getattr(evaluate, key)
         if value and data.validation is None:

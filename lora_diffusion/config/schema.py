@@ -1,7 +1,7 @@
 """Every setting: one dataclass field, its default, and one string under it. Read-only once loaded.
 
 The `model:` section is the `options_type` of the chosen family and derives from ModelOptions; the `data:` section is
-that of the family's kind of samples, see DATA_SECTIONS.
+that of the type of its samples.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on; each kind of samples adds its own keys."""
+    """What is trained on; each type of samples adds its own keys."""
 
     path: str = REQUIRED
     """Folder with the files to train on and what is to be learnt of each."""
@@ -68,10 +68,17 @@ class DataConfig:
     """Leave out what cannot be used, with a warning that counts it, instead of stopping: pictures that cannot be read;
     recordings and conversations with any fault, such as a missing file or too long a transcript."""
 
+    sample_type: ClassVar[type[Sample]]
+    """Of what is read with this section."""
     ranges: ClassVar[Mapping[str, Any]] = {}
     """Key -> what its value must satisfy, and that in words."""
     free: ClassVar[frozenset[str]] = frozenset({"path", "skip_bad"})
     augmentation: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def held_out(self) -> str | None:
+        """What the run is scored on while it trains and not trained on, as `validation` says; None without any."""
+        return None
 
     def faults(self) -> Iterator[Contradiction]:
         """Yields each pair of values that cannot go together."""
@@ -79,7 +86,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PictureDataConfig(DataConfig):
+class ImageDataConfig(DataConfig):
     """The pictures and their captions."""
 
     path: str = REQUIRED
@@ -102,6 +109,7 @@ class PictureDataConfig(DataConfig):
     flip: bool = False
     """Show each picture mirrored half of the time."""
 
+    sample_type: ClassVar[type[Sample]] = ImageText
     ranges: ClassVar[Mapping[str, Any]] = {
         "resolution": (lambda v: 16 <= v <= 4096, "must be between 16 and 4096 pixels"),
         "captions": (lambda v: v in ("required", "optional"), "must be one of required, optional"),
@@ -116,18 +124,29 @@ class PictureDataConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class RecordingDataConfig(DataConfig):
-    """The recordings and their transcripts."""
+class SplitDataConfig(DataConfig):
+    """Samples with texts that the base writes: they come in splits, and the run can be scored on some of them."""
 
-    path: str = REQUIRED
-    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl, the
-    layouts of Common Voice, LibriSpeech and LJSpeech), Parquet files, or what `save_to_disk` of datasets wrote."""
     split: str = "auto"
     """Which folders, tables and splits are taken: auto leaves out those named test, validation, dev or eval; all takes
     everything; else the name of one, say validated."""
     validation: str | None = None
     """What the run is scored on while it trains, and not trained on: a share of the samples such as 0.1, a folder or
     file as data.path takes it, or the name of a split of data.path."""
+
+    @property
+    def held_out(self) -> str | None:
+        """See DataConfig."""
+        return self.validation
+
+
+@dataclass(frozen=True)
+class RecordingDataConfig(SplitDataConfig):
+    """The recordings and their transcripts."""
+
+    path: str = REQUIRED
+    """Folder with recordings and transcripts (name.txt beside each recording, a metadata.csv or a metadata.jsonl, the
+    layouts of Common Voice, LibriSpeech and LJSpeech), Parquet files, or what `save_to_disk` of datasets wrote."""
     long: str = "refuse"
     """Recordings that are longer than the base hears at once: refuse, or split at the timestamps of their transcript
     (<|0.00|> first words<|4.20|><|4.20|> next words<|9.10|>)."""
@@ -137,6 +156,7 @@ class RecordingDataConfig(DataConfig):
     """Signal-to-noise ratios in dB of white noise: each recording is heard clean or with one of these, drawn each
     time."""
 
+    sample_type: ClassVar[type[Sample]] = AudioText
     augmentation: ClassVar[Mapping[str, Any]] = {"speeds": (1.0,), "noise_db": ()}
     ranges: ClassVar[Mapping[str, Any]] = {
         "split": (lambda v: v != "", "must be auto, all or the name of a split"),
@@ -153,7 +173,7 @@ class RecordingDataConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class ChatDataConfig(DataConfig):
+class ChatDataConfig(SplitDataConfig):
     """The conversations about pictures."""
 
     path: str = REQUIRED
@@ -163,9 +183,6 @@ class ChatDataConfig(DataConfig):
     split: str = "auto"
     """Which folders, files and splits of data.path are taken: auto leaves out those named test, validation, dev or
     eval; all takes everything; else the name of one."""
-    validation: str | None = None
-    """What the run is scored on while it trains, and not trained on: a share of the samples such as 0.1, a folder or
-    file as data.path takes it, or the name of a split of data.path."""
     images: str | None = None
     """Folder that the names of pictures are looked up in; None takes that of the file which names them."""
     max_tokens: int | None = None
@@ -175,6 +192,7 @@ class ChatDataConfig(DataConfig):
     zooms: tuple[float, ...] = (1.0,)
     """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 
+    sample_type: ClassVar[type[Sample]] = Chat
     free: ClassVar[frozenset[str]] = DataConfig.free | {"images"}
     augmentation: ClassVar[Mapping[str, Any]] = {"zooms": (1.0,)}
     ranges: ClassVar[Mapping[str, Any]] = {
@@ -196,12 +214,12 @@ def without_augmentation(section: Section) -> Section:
     return replace(section, **section.augmentation)
 
 
-DATA_SECTIONS: Mapping[type[Sample], type[DataConfig]] = {
-    ImageText: PictureDataConfig,
-    AudioText: RecordingDataConfig,
-    Chat: ChatDataConfig,
-}
-"""A family's `sample_type` -> the class of its `data:` section."""
+DATA_SECTIONS: tuple[type[DataConfig], ...] = (ImageDataConfig, RecordingDataConfig, ChatDataConfig)
+
+
+def data_section(sample_type: type[Sample]) -> type[DataConfig]:
+    """Returns the class of the `data:` section for a type of samples, as a family names it."""
+    return next(section for section in DATA_SECTIONS if section.sample_type is sample_type)
 
 
 @dataclass(frozen=True)
@@ -393,8 +411,8 @@ class Config:
 
     model: Any
     """ModelOptions of the family."""
-    data: Any = field(default_factory=PictureDataConfig)
-    """DataConfig of the family's kind of samples."""
+    data: Any = field(default_factory=ImageDataConfig)
+    """DataConfig of the type of the family's samples."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -45,6 +45,8 @@ class ImageText(Sample):
     """Width and height in pixels of the picture itself."""
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Pixels cut off at the left, top, right and bottom once the picture is scaled to cover its bucket."""
+    read_bytes: Callable[[], bytes] | None = None
+    """Gives the content where it lies in a table; None reads `path`."""
     pixels: Tensor | None = None
     """[views, 3, height, width] in -1..1, float32; set only while the sample is being prepared. One view, or two with
     `data.flip`."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,8 +84,8 @@ def decode(content: Content, sampling_rate: int, start_s: float = 0.0, duration_
     if _is_container(content):
         sound, rate, _ = _decode_container(str(content), _bytes(content))
         start = round(start_s * rate)
-        sound = sound[start : None if duration_s is None else start + round(duration_s * rate)].mean(axis=1)
-        return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
+        stop = None if duration_s is None else start + round(duration_s * rate)
+        return _resampled(sound[start:stop].mean(axis=1), rate, sampling_rate)
     try:
         with _opened(content) as stream, soundfile.SoundFile(stream) as file:
             file.seek(round(start_s * file.samplerate))
@@ -93,12 +93,21 @@ def decode(content: Content, sampling_rate: int, start_s: float = 0.0, duration_
             rate, blocks = file.samplerate, _mono(file, frames)
             if rate == sampling_rate or frames <= _LONGEST_WHOLE:
                 sound = np.concatenate([np.zeros(0, np.float32), *blocks])
-                return sound if rate == sampling_rate else soxr.resample(sound, rate, sampling_rate)
+                return _resampled(sound, rate, sampling_rate)
             resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32")
             pieces = [resampler.resample_chunk(block) for block in blocks]
             return np.concatenate([*pieces, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise RecordingError(str(content), _explain(content, error)) from error
+
+
+def _resampled(sound: np.ndarray, rate: float, sampling_rate: float) -> np.ndarray:
+    """Returns a sound, [num_samples], at another sampling rate, by soxr at its high quality."""
+    if rate == sampling_rate:
+        return sound
+    _, soxr = _packages()
+    resampled: np.ndarray = soxr.resample(sound, rate, sampling_rate)
+    return resampled
 
 
 def _mono(file: Any, num_frames: int) -> Iterator[np.ndarray]:
@@ -240,8 +249,7 @@ def at_speed(sound: np.ndarray, speed: float, sampling_rate: int) -> np.ndarray:
 
     Source: Ko et al. 2015, "Audio augmentation for speech recognition", section 2.
     """
-    _, soxr = _packages()
-    return sound if speed == 1 else soxr.resample(sound, sampling_rate * speed, sampling_rate)
+    return _resampled(sound, sampling_rate * speed, sampling_rate)
 
 
 def with_noise(sound: np.ndarray, ratio_db: float) -> np.ndarray:
@@ -298,7 +306,7 @@ class _Stream(io.BufferedReader):
             return self.tell()
 
 
-def _opened(content: Content) -> BinaryIO:
+def _opened(content: Content) -> io.BufferedReader:
     """Returns the bytes as a stream; raises RecordingError where the file cannot be opened, or is a pipe or device."""
     if callable(content):
         return _Stream(io.BytesIO(content()))  # type: ignore[arg-type]  # it reads as raw streams do
@@ -317,7 +325,7 @@ def _bytes(content: Content) -> bytes:
         return stream.read()
 
 
-def _share_there(stream: BinaryIO) -> float:
+def _share_there(stream: io.BufferedReader) -> float:
     """Returns how much of a WAV file is there by its header, at most 1; libsndfile takes what there is for all."""
     num_bytes = stream.seek(0, io.SEEK_END)
     stream.seek(0)

@@ -31,7 +31,8 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import Prepared, Sample
 from lora_diffusion.core.text import name_some
-from lora_diffusion.data.kinds import KINDS, Kind
+from lora_diffusion.data import sample_types
+from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.runtime.progress import watch
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def prepare(
     Args:
         family: prepares samples of one group together, and must give one item for each.
         loaded: the base.
-        samples: as the kind's `read` gives them.
+        samples: as the sample type's `read` gives them.
         trained: names of the trained parts.
         config: where the cache is.
         data: how the samples are opened.
@@ -157,10 +158,10 @@ def prepare(
         ConfigError: the cache folder cannot be written.
         RunError: a file cannot be read back; on access, one was damaged during the run.
     """
-    root, kind, files = _root(config), KINDS[family.sample_type], _Files()
+    root, sample_type, files = _root(config), sample_types.find(family.sample_type), _Files()
     identities = {
-        "views": [kind.view_identity(sample, data) for sample in samples],
-        "texts": [kind.text_identity(sample) for sample in samples],
+        "views": [sample_type.view_identity(sample, data) for sample in samples],
+        "texts": [sample_type.text_identity(sample) for sample in samples],
     }
     keys = {piece: family.cache_key(loaded.options, trained, frozenset({piece})) for piece in identities}
     paths = {piece: [_cache_file(root, piece, keys[piece], one) for one in own] for piece, own in identities.items()}
@@ -170,14 +171,14 @@ def prepare(
     for piece, own in paths.items():
         lacking = {path: sample for path, sample in zip(own, samples, strict=True) if path in missing}
         if lacking:
-            told = (_TITLES[piece], len(lacking), len(samples), kind.noun)
+            told = (_TITLES[piece], len(lacking), len(samples), sample_type.noun)
             logger.info("Preparing %s%d of %d %s; the others are in the cache.", *told)
             _prepare_missing(lacking, piece, family, loaded, trained, data)
     return [
         Prepared(
             sample.key,
             _joined(_read_again(files, views, sample), _read_again(files, texts, sample)),
-            kind.group(sample),
+            sample_type.group(sample),
             sample.num_repeats,
         )
         for sample, views, texts in zip(samples, paths["views"], paths["texts"], strict=True)
@@ -197,23 +198,23 @@ def _prepare_missing(
     trained: frozenset[str],
     data: DataConfig,
 ) -> None:
-    kind = KINDS[family.sample_type]
-    batches = _split(missing, kind, data)
-    for batch in watch(batches, len(batches), f"Preparing {_TITLES[piece]}{kind.noun}"):
+    sample_type = sample_types.find(family.sample_type)
+    batches = _split(missing, sample_type, data)
+    for batch in watch(batches, len(batches), f"Preparing {_TITLES[piece]}{sample_type.noun}"):
         chosen = [missing[path] for path in batch]
         if piece == "views":
-            chosen = [kind.open(sample, data) for sample in chosen]
+            chosen = [sample_type.open(sample, data) for sample in chosen]
         for path, item in zip(batch, family.prepare(loaded, chosen, trained, frozenset({piece})), strict=True):
             _write(path, item)
 
 
-def _split(missing: Mapping[Path, Sample], kind: Kind, data: DataConfig) -> list[list[Path]]:
+def _split(missing: Mapping[Path, Sample], sample_type: SampleType, data: DataConfig) -> list[list[Path]]:
     groups: dict[str, list[Path]] = defaultdict(list)
     for path, sample in missing.items():
-        groups[kind.group(sample)].append(path)
+        groups[sample_type.group(sample)].append(path)
     batches = []
     for paths in groups.values():
-        length = kind.num_at_once(missing[paths[0]], data)
+        length = sample_type.num_at_once(missing[paths[0]], data)
         batches += [paths[start : start + length] for start in range(0, len(paths), length)]
     return batches
 
@@ -276,5 +277,5 @@ def _checksum(tensor: Tensor) -> str:
     import torch
 
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some, shown
-from lora_diffusion.data import tables
+from lora_diffusion.data import sources
 from lora_diffusion.data.folder import Folder, read_text
 from lora_diffusion.data.known_words import LINKING, SAY_NOTHING, UNSPACED, WIDE_COMMAS, WIDE_STOPS
 
@@ -118,7 +118,7 @@ class _Reader:
     def read(self, file: Path) -> dict[Path, Lines | None]:
         if file.name == f"{METADATA}.jsonl":
             return self._gathered(self._json_lines(file))
-        if file.stem == METADATA and file.suffix.lower() in tables.DELIMITERS:
+        if file.stem == METADATA and file.suffix.lower() in sources.DELIMITERS:
             return self._gathered(self._table(file))
         if file.suffix.lower() in ENDINGS and (pictures := self.folder.beside(file)):
             text = read_text(self.folder, file, self.faults, _LARGEST_BYTES)
@@ -153,7 +153,7 @@ class _Reader:
 
     def _table(self, file: Path) -> Iterator[tuple[Path, Sequence[str]]]:
         text = read_text(self.folder, file, self.faults) or ""
-        for number, row in tables.rows(self.folder, file, text, self.faults):
+        for number, row in sources.table_rows(self.folder, file, text, self.faults):
             yield from self._entry(file, number, partial(_parse_row, row))
 
     def _entry(
@@ -186,7 +186,7 @@ def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError('has no "text" or "caption" that is a string or a list of strings; add one.')
-    return entry["file_name"], texts
+    return entry["file_name"], cast(list[str], texts)
 
 
 def _parse_row(row: Mapping[str | None, Any]) -> tuple[str, Sequence[str]]:

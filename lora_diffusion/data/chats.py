@@ -1,34 +1,47 @@
-"""Conversations about pictures, or about none, as a kind of samples."""
+"""Conversations about images, or about none: the layouts that they are written in, and what can be wrong with one."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
+from lora_diffusion.config.schema import ChatDataConfig
 from lora_diffusion.core.base_model import ChatInfo
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import user_path
+from lora_diffusion.core.files import parse_json, user_path
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import Chat, ChatImage, Request, Turn
 from lora_diffusion.core.text import name_some, shown
-from lora_diffusion.data import conversations, images, rows, splits
-from lora_diffusion.data.conversations import Conversation
-from lora_diffusion.data.folder import Folder, list_folder, named_in, stop_or_leave_out
+from lora_diffusion.data import images, sources
+from lora_diffusion.data.folder import Folder, content_bytes, list_folder, named_in, read_text, stop_or_leave_out
 from lora_diffusion.runtime.progress import watch
 
 _NUM_THREADS = 8
-_NUM_AT_ONCE = 8
-_NUM_PREVIEWS = 4
 _SHORTEST_GROUP = 32
+ENDINGS = (".json", ".jsonl")
+IMAGE = "<image>"
+"""Stands in a text where the picture is."""
+LIST_KEYS = ("conversations", "messages", "conversation")
+IMAGE_KEYS = ("image", "images", "image_path", "file_name")
+_ROLE_KEYS = ("from", "role")
+_TEXT_KEYS = ("value", "content", "text")
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True)
@@ -60,111 +73,55 @@ class ChatReport:
         ]
 
 
-class _Chats:
-    """See `data.kinds.Kind` for what each method must do."""
+def read(config: ChatDataConfig, info: ChatInfo) -> list[Chat]:
+    """Returns the conversations of files, or of a data set of rows; decodes every image once.
 
-    noun = "conversations"
+    Raises:
+        DataError: the data cannot be used; all errors are listed at once.
+    """
+    faults: list[str] = []
+    folder, entries = (_list_rows if sources.are_rows(config.path) else _list_files)(config, faults)
+    samples = _with_sizes(entries, faults)
+    samples = _count(samples, config, info, faults)
+    stop_or_leave_out(folder, "pictures", faults, len(samples), skip_bad=config.skip_bad)
+    if not samples:
+        raise DataError(f"data.path={config.path}: no conversation is left to train on.")
+    logger.info("Read %d conversations with %d answers.", len(samples), sum(map(num_answers, samples)))
+    return samples
 
-    def read(self, config: ChatDataConfig, info: ChatInfo) -> list[Chat]:
-        """Reads the files, or a data set of rows, and decodes every picture once."""
-        faults: list[str] = []
-        folder, entries = (_list_rows if rows.are_rows(config.path) else _list_files)(config, faults)
-        samples = _with_sizes(entries, faults)
-        samples = _count(samples, config, info, faults)
-        stop_or_leave_out(folder, "pictures", faults, len(samples), skip_bad=config.skip_bad)
-        if not samples:
-            raise DataError(f"data.path={config.path}: no conversation is left to train on.")
-        logger.info("Read %d conversations with %d answers.", len(samples), sum(map(_num_answers, samples)))
-        return samples
 
-    def identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
-        """Names the pictures by their bytes and the views of them, and what is said."""
-        said = [*self.view_identity(sample, config), _spelled(sample)]
-        if _shows_one_at_first(sample):  # as older runs name it
-            return said
-        return [*said, [turn.num_images for turn in sample.turns]]
+def open_sample(sample: Chat, config: ChatDataConfig) -> Chat:
+    """Returns the sample with its images decoded at each zoom."""
+    opened = [images.open_rgb(image.path, content_bytes(image)) for image in sample.images]
+    return replace(sample, views=tuple(tuple(_zoomed(image, zoom) for image in opened) for zoom in config.zooms))
 
-    def view_identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
-        """Names the pictures by their bytes, and the views of them."""
-        digests = [hashlib.sha256(_content(image)).hexdigest() for image in sample.images]
-        return [digests[0] if _shows_one_at_first(sample) else digests, config.zooms]
 
-    def text_identity(self, sample: Chat) -> list[Any]:
-        """Names what is said, and the sizes of the pictures, which decide how many tokens they take."""
-        sizes = [image.size for image in sample.images]
-        return [_spelled(sample), sizes, [turn.num_images for turn in sample.turns]]
-
-    def open(self, sample: Chat, config: ChatDataConfig) -> Chat:
-        """Decodes the pictures at each zoom."""
-        pictures = [images.open_rgb(image.path, _content(image)) for image in sample.images]
-        views = tuple(tuple(_zoomed(picture, zoom) for picture in pictures) for zoom in config.zooms)
-        return replace(sample, views=views)
-
-    def group(self, sample: Chat) -> str:
-        """Names the length, rounded up by at most a half."""
-        return sample.group
-
-    def num_at_once(self, sample: Chat, config: ChatDataConfig) -> int:
-        """Limits the views of all samples together."""
-        del sample
-        return max(_NUM_AT_ONCE // len(config.zooms), 1)
-
-    def describe(self, samples: Sequence[Chat]) -> ChatReport:
-        """Counts answers and tokens."""
-        answers = Counter(turn.text for sample in samples for turn in sample.turns if turn.role == "assistant")
-        longest = max(samples, key=lambda sample: sample.num_tokens)
-        return ChatReport(
-            num_conversations=len(samples),
-            num_shown=sum(sample.num_repeats for sample in samples),
-            num_pictures=len({image.path for sample in samples for image in sample.images}),
-            num_answers=answers.total(),
-            longest=(longest.key, longest.num_tokens),
-            num_tokens=sum(sample.num_tokens for sample in samples),
-            commonest_answers=tuple(answers.most_common(3)),
-            num_without_picture=sum(not sample.images for sample in samples),
-        )
-
-    def largest(self, samples: Sequence[Chat]) -> tuple[int, int]:
-        """Gives the tokens of the longest conversation, and the most pictures of one."""
-        return max(sample.num_tokens for sample in samples), max(1, *(len(sample.images) for sample in samples))
-
-    def previews(self, samples: Sequence[Chat], config: PreviewConfig) -> list[Request]:
-        """Asks about the first pictures: the prompts, or what the data asks first."""
-        about = [sample for sample in samples if sample.images] or samples
-        first = list({sample.path: sample for sample in reversed(about)}.values())[::-1][:_NUM_PREVIEWS]
-        opened = [self.open(sample, ChatDataConfig()) for sample in first]
-        return [
-            Request(prompt, seed, sample=sample)
-            for sample in opened
-            for prompt in map(conversations.bare, config.prompts or (sample.first_question().text,))
-            for seed in config.seeds
-        ]
-
-    def metadata(self, samples: Sequence[Chat], config: ChatDataConfig) -> dict[str, Any]:
-        """Tells the number of answers and the views of a picture."""
-        return {"num_answers": sum(map(_num_answers, samples)), "picture_zooms": config.zooms}
-
-    def headline(self, samples: Sequence[Chat]) -> dict[str, Any]:
-        """Gives nothing."""
-        del samples
-        return {}
-
-    def texts(self, sample: Chat) -> tuple[str, ...]:
-        """Gives none: what people wrote to each other is nobody else's business."""
-        del sample
-        return ()
+def describe(samples: Sequence[Chat]) -> ChatReport:
+    """Returns the facts of samples that `read` returned."""
+    answers = Counter(turn.text for sample in samples for turn in sample.turns if turn.role == "assistant")
+    longest = max(samples, key=lambda sample: sample.num_tokens)
+    return ChatReport(
+        num_conversations=len(samples),
+        num_shown=sum(sample.num_repeats for sample in samples),
+        num_pictures=len({image.path for sample in samples for image in sample.images}),
+        num_answers=answers.total(),
+        longest=(longest.key, longest.num_tokens),
+        num_tokens=sum(sample.num_tokens for sample in samples),
+        commonest_answers=tuple(answers.most_common(3)),
+        num_without_picture=sum(not sample.images for sample in samples),
+    )
 
 
 def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[Chat]]:
     path = user_path(config.path, "data.path")
-    if path.is_file() and path.suffix.lower() in conversations.ENDINGS:
+    if path.is_file() and path.suffix.lower() in ENDINGS:
         folder = Folder(path.parent, "files", (path,), (), f"data.path={config.path}")
-        splits.check_single(config.split, folder.given)
+        sources.check_single_split(config.split, folder.given)
     else:
-        listed = list_folder(config.path, _Chats.noun, conversations.ENDINGS)
-        folder = splits.choose(replace(listed, noun="files"), config.split)
+        listed = list_folder(config.path, "conversations", ENDINGS)
+        folder = sources.choose_split(replace(listed, noun="files"), config.split)
     entries = []
-    for file, conversation in conversations.read_files(folder, faults):
+    for file, conversation in read_files(folder, faults):
         found = _find_pictures(file, conversation, config, faults)
         if found is not None:
             entries.append(_sample(conversation, found, file))
@@ -202,14 +159,14 @@ def _find_pictures(
 
 
 def _list_rows(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[Chat]]:
-    table = rows.read(config.path, config.split, conversations.IMAGE_KEYS, "Image", "pictures")
-    if not set(conversations.LIST_KEYS) & set(table.texts.column_names):
-        keys = f"{', '.join(conversations.LIST_KEYS[:-1])} or {conversations.LIST_KEYS[-1]}"
+    table = sources.read_rows(config.path, config.split, IMAGE_KEYS, "Image", "pictures")
+    if not set(LIST_KEYS) & set(table.texts.column_names):
+        keys = f"{', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}"
         raise DataError(f"data.path={config.path}: the table has no column {keys}; what is said must stand in one.")
     entries = []
     for index, files in enumerate(table.files):
         origin = f"row {index}"
-        conversation = conversations.parse(table.texts[index], origin, faults, files)
+        conversation = parse(table.texts[index], origin, faults, files)
         if conversation:
             found = tuple(
                 ChatImage(table.root / (origin if place == 0 else f"{origin}, picture {place}"), read_bytes=content)
@@ -217,32 +174,35 @@ def _list_rows(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[
             )
             entries.append(_sample(conversation, found, table.root / origin))
     given = f"data.path={config.path}"
-    return Folder(table.root, _Chats.noun, tuple(entry.path for entry in entries), (), given), entries
+    return Folder(table.root, "conversations", tuple(entry.path for entry in entries), (), given), entries
 
 
 def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
     """Returns the samples whose pictures can be read, with the sizes of those; the others are faults."""
 
-    def measure(image: ChatImage) -> tuple[int, int] | str:
+    def sized(image: ChatImage) -> ChatImage | str:
         try:
-            return images.measure(image.path, image.read_bytes() if image.read_bytes else None)
-        except images.PictureError as error:
+            return replace(image, size=images.measure(image.path, image.read_bytes and image.read_bytes()))
+        except images.ImageError as error:
             return error.reason
         except OSError as error:  # of a table, which may name a file
             return f"cannot be read ({error.strerror}); correct the row."
 
     distinct = {image.path: image for entry in entries for image in entry.images}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = list(watch(pool.map(measure, distinct.values()), len(distinct), "Checking pictures"))
-    sizes = dict(zip(distinct, found, strict=True))
+        found = list(watch(pool.map(sized, distinct.values()), len(distinct), "Checking pictures"))
+    results = dict(zip(distinct, found, strict=True))
     samples = []
     for entry in entries:
-        bad = next((image.path for image in entry.images if isinstance(sizes[image.path], str)), None)
-        if bad is None:
-            sized = tuple(replace(image, size=sizes[image.path]) for image in entry.images)
-            samples.append(replace(entry, images=sized))
+        shown_images = []
+        for image in entry.images:
+            result = results[image.path]
+            if isinstance(result, str):
+                faults.append(f"{entry.key}: its picture {image.path.name} {result}")
+                break
+            shown_images.append(result)
         else:
-            faults.append(f"{entry.key}: its picture {bad.name} {sizes[bad]}")
+            samples.append(replace(entry, images=tuple(shown_images)))
     return samples
 
 
@@ -283,16 +243,13 @@ def _lengths() -> Iterator[int]:
         length *= 2
 
 
-def _content(image: ChatImage) -> bytes:
-    return image.read_bytes() if image.read_bytes else image.path.read_bytes()
-
-
-def _shows_one_at_first(sample: Chat) -> bool:
+def shows_one_at_first(sample: Chat) -> bool:
     """Says whether a conversation is about one picture, which its first question shows."""
     return len(sample.images) == sample.first_question().num_images == 1
 
 
-def _spelled(sample: Chat) -> list[list[str]]:
+def spelled(sample: Chat) -> list[list[str]]:
+    """Returns role and text of each turn."""
     return [[turn.role, turn.text] for turn in sample.turns]
 
 
@@ -308,7 +265,8 @@ def _zoomed(picture: Image.Image, zoom: float) -> Image.Image:
     return ground
 
 
-def _num_answers(sample: Chat) -> int:
+def num_answers(sample: Chat) -> int:
+    """Returns how many turns are the assistant's."""
     return sum(turn.role == "assistant" for turn in sample.turns)
 
 
@@ -316,9 +274,9 @@ def ask(path: Path, question: str, seed: int = 0) -> Request:
     """Returns a request to answer a question about a picture, which it may mark with "<image>" as training data does.
 
     Raises:
-        PictureError: it cannot be read.
+        ImageError: it cannot be read.
     """
-    question, picture = conversations.bare(question), images.open_rgb(path)
+    question, picture = without_marks(question), images.open_rgb(path)
     asked = Turn("user", question, 1)
     sample = Chat(str(path), path, turns=(asked,), images=(ChatImage(path, picture.size),), views=((picture,),))
     return Request(question, seed, sample=sample)
@@ -327,7 +285,7 @@ def ask(path: Path, question: str, seed: int = 0) -> Request:
 def questions(samples: Sequence[Chat]) -> list[tuple[Request, str]]:
     """Returns the first question of each conversation as a request, and the answer that it should get."""
     opened: Mapping[tuple[Path, ...], Chat] = {_pictures(sample): sample for sample in samples}
-    views = {paths: KIND.open(sample, ChatDataConfig()).views for paths, sample in opened.items()}
+    views = {paths: open_sample(sample, ChatDataConfig()).views for paths, sample in opened.items()}
     pairs = []
     for sample in samples:
         asked, answer = [turn.text for turn in sample.turns if turn.role != "system"][:2]
@@ -339,4 +297,164 @@ def _pictures(sample: Chat) -> tuple[Path, ...]:
     return tuple(image.path for image in sample.images)
 
 
-KIND = _Chats()
+@dataclass(frozen=True)
+class Conversation:
+    """One entry of a file: what is said, and what it calls its picture."""
+
+    origin: str
+    """Where it is written, for messages."""
+    turns: tuple[Turn, ...]
+    images: tuple[Any, ...] = ()
+    """Paths as written, or what a table holds, in the order in which the turns show them."""
+
+
+def read_files(folder: Folder, faults: list[str]) -> list[tuple[Path, Conversation]]:
+    """Returns (file, conversation) of every entry of the files that is sound.
+
+    Args:
+        folder: JSON and JSONL files.
+        faults: one line is added for each entry that is wrong.
+    """
+    found = []
+    for file in folder.files:
+        text = read_text(folder, file, faults)
+        for origin, entry in _entries(folder.name(file), file, text, faults) if text is not None else ():
+            conversation = parse(entry, origin, faults)
+            if conversation:
+                found.append((file, conversation))
+    return found
+
+
+def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
+    if file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                place = f"{name}, line {number}"
+                yield from ((place, entry) for entry in _parsed(place, line, faults))
+        return
+    for entries in _parsed(name, text, faults):
+        listed = entries if isinstance(entries, list) else [entries]
+        yield from ((f"{name}, entry {number}", entry) for number, entry in enumerate(listed, start=1))
+
+
+def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
+    try:
+        return [parse_json(text)]
+    except ValueError as error:
+        faults.append(f"{place}: is not JSON that can be read ({error}); correct it.")
+        return []
+
+
+def parse(entry: Any, origin: str, faults: list[str], held: Sequence[Any] | None = None) -> Conversation | None:
+    """Returns the conversation of an entry, or None and a fault.
+
+    Args:
+        entry: as JSON or a table gives it: {"image": ..., "conversations": [{"from": ..., "value": ...}]} or
+            {"messages": [{"role": ..., "content": text or list of parts}]}.
+        origin: where it is written.
+        faults: a line is added if it cannot be used.
+        held: pictures that a table holds, which count instead of names in the entry.
+    """
+    try:
+        turns, images = _turns(entry)
+        images = images if held is None else list(held)
+        _check(turns)
+        _check_marks(turns, images)
+        return Conversation(origin, tuple(map(_turn_without_marks, turns)), tuple(images))
+    except ValueError as error:
+        faults.append(f"{origin}: {error}")
+        return None
+
+
+def _turns(entry: Any) -> tuple[list[Turn], list[Any]]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f'is no object with one of {", ".join(LIST_KEYS)} and "image"; correct it.')
+    listed = next((entry[key] for key in LIST_KEYS if isinstance(entry.get(key), Sequence)), None)
+    if not listed or isinstance(listed, str):
+        raise ValueError(f"has no list of turns; give it a key {', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}.")
+    told = [_turn(number, item) for number, item in enumerate(listed, start=1)]
+    named = [image for _, images in told for image in images if image is not None]
+    above = _listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None))
+    images = above + [image for image in named if image not in above] if above else named
+    return [turn for turn, _ in told], images
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
+    """Returns a turn with "<image>" where a picture is, and the pictures that it names itself."""
+    if not isinstance(item, Mapping):
+        raise ValueError(f"turn {number} is no object with a role and a text.")
+    told = next((item[key] for key in _ROLE_KEYS if isinstance(item.get(key), str)), None)
+    if told not in _ROLES:
+        raise ValueError(
+            f"turn {number} is said by {shown(repr(told))}; use user and assistant (or human and gpt), or system."
+        )
+    content = next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), "")
+    if isinstance(content, str):
+        return Turn(_ROLES[told], content), []
+    parts: list[Any] = list(content) if isinstance(content, Sequence) else [None]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError(f'turn {number} has content that is neither a text nor a list of parts with a "type".')
+    unread = [part for part in parts if part.get("type") != "image" and not isinstance(part.get("text"), str)]
+    if unread:
+        raise ValueError(
+            f"turn {number} holds a part of type {shown(repr(unread[0].get('type')))} and without a text, which is not "
+            'read; write a picture as {"type": "image", "path": "name.png"}.'
+        )
+    is_picture = [part.get("type") == "image" for part in parts]
+    texts = [IMAGE if picture else part["text"] for part, picture in zip(parts, is_picture, strict=True)]
+    images = [
+        next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
+        for part, picture in zip(parts, is_picture, strict=True)
+        if picture
+    ]
+    return Turn(_ROLES[told], "\n".join(texts)), images
+
+
+def _check(turns: Sequence[Turn]) -> None:
+    spoken = [turn for turn in turns if turn.role != "system"]
+    first = len(turns) - len(spoken) + 1
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise ValueError("has a system turn that is not the first; move it to the beginning.")
+    for number, (turn, wanted) in enumerate(zip(spoken, cycle(("user", "assistant")), strict=False), start=first):
+        if turn.role != wanted:
+            raise ValueError(
+                f"turn {number} is the {turn.role}'s, where the {wanted}'s is due: question and answer must take turns."
+            )
+    if not spoken or spoken[-1].role != "assistant":
+        raise ValueError("ends without an answer; add what the assistant should say.")
+    empty = [
+        n for n, turn in enumerate(spoken, start=first) if turn.role == "assistant" and not without_marks(turn.text)
+    ]
+    if empty:
+        raise ValueError(f"has an empty answer (turn {empty[0]}); write it.")
+
+
+def _check_marks(turns: Sequence[Turn], images: Sequence[Any]) -> None:
+    marks = sum(turn.text.count(IMAGE) for turn in turns)
+    if images and not marks:
+        raise ValueError(f"has no {IMAGE} in any turn; write it into the first question.")
+    if marks and not images:
+        raise ValueError(f'names no picture; give it a key "image" with its file name, or take {IMAGE} out.')
+    if len(images) != marks:
+        raise ValueError(
+            f"has {marks} times {IMAGE} and names {len(images)} pictures; write {IMAGE} once for each picture."
+        )
+    wrong = [n for n, turn in enumerate(turns, start=1) if turn.role != "user" and IMAGE in turn.text]
+    if wrong:
+        role = turns[wrong[0] - 1].role
+        raise ValueError(f"has {IMAGE} in turn {wrong[0]}, which is the {role}'s; only questions show pictures.")
+
+
+def without_marks(text: str) -> str:
+    """Returns a text without the marks of its pictures, which are shown before it anyway."""
+    return text.replace(IMAGE, "").strip()
+
+
+def _turn_without_marks(turn: Turn) -> Turn:
+    return Turn(turn.role, without_marks(turn.text), turn.text.count(IMAGE))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.core.files import is_text, not_a_file, user_path
+from lora_diffusion.core.files import content_hash, is_text, not_a_file, user_path
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some, shown
 
@@ -222,3 +224,25 @@ def _refusal(folder: Folder, texts: str, faults: Sequence[str], skip: str) -> Da
         f"{given}: {faults_of} {num} {folder.noun} and {texts}; correct the files{skip}.",
         [shown(fault, _LONGEST_FAULT) for fault in faults],
     )
+
+
+class Content(Protocol):
+    """What has a file, or bytes in a table instead."""
+
+    @property
+    def path(self) -> Path:
+        """The file; a name where there are bytes."""
+
+    @property
+    def read_bytes(self) -> Callable[[], bytes] | None:
+        """Gives the bytes; None reads the file."""
+
+
+def content_bytes(source: Content) -> bytes:
+    """Returns the bytes of a sample's file."""
+    return source.read_bytes() if source.read_bytes else source.path.read_bytes()
+
+
+def content_digest(source: Content) -> str:
+    """Returns the SHA-256 of the bytes of a sample's file."""
+    return hashlib.sha256(source.read_bytes()).hexdigest() if source.read_bytes else content_hash(source.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import textwrap
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError, DataError, RunError
-from lora_diffusion.core.files import not_a_file
+from lora_diffusion.core.files import atomic_path, not_a_file
+from lora_diffusion.core.samples import Output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,13 +49,15 @@ _STRIP_PIXELS = 2**22
 _BYTES_PER_PIXEL = 16
 """Most that a decoder and its picture need."""
 _FINE_BUCKETS_FROM = 512
+_MIN_CELL_PIXELS = 128
+_LABEL_PIXELS = 150
 
 # Blocks of Pillow's usual 16 MiB stay with the thread that freed them; the C library gives back at once what is larger
 # than 32 MiB. Without this four threads keep gigabytes after one giant each.
-Image.core.set_block_size(2**26)
+Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # Pillow offers it nowhere else
 
 
-class PictureError(DataError):
+class ImageError(DataError):
     """A picture cannot be read."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -96,7 +101,7 @@ def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
         content: the bytes of a picture that lies in a table.
 
     Raises:
-        PictureError: the file cannot be read.
+        ImageError: the file cannot be read.
         RunError: there is not enough memory for it.
     """
     with _decoded(path, content) as image:
@@ -109,9 +114,9 @@ def measure(path: Path, content: bytes | None = None) -> tuple[int, int]:
         return image.size
 
 
-def look(path: Path, side: int) -> tuple[tuple[int, int], bytes]:
+def look(path: Path, side: int, content: bytes | None = None) -> tuple[tuple[int, int], bytes]:
     """Returns width and height of a picture, and its RGB bytes when scaled to a square; raises as `open_rgb`."""
-    with _decoded(path, None) as image:
+    with _decoded(path, content) as image:
         return image.size, _flatten(image).resize((side, side), Image.Resampling.BOX).tobytes()
 
 
@@ -119,7 +124,7 @@ def look(path: Path, side: int) -> tuple[tuple[int, int], bytes]:
 def _decoded(path: Path, content: bytes | None) -> Iterator[Image.Image]:
     """Yields a picture upright, its colours as they are stored; other threads wait while it needs much memory."""
     if content is None and (kind := not_a_file(path)):
-        raise PictureError(path, f"is {kind} and no file; move it away.")
+        raise ImageError(path, f"is {kind} and no file; move it away.")
     size = (0, 0)
     try:
         with _stream(path, content) as stream, _open(stream) as image:
@@ -127,21 +132,21 @@ def _decoded(path: Path, content: bytes | None) -> Iterator[Image.Image]:
             with _ROOM.of(math.prod(size)):
                 image.load()
                 if image.mode == "F":
-                    raise PictureError(path, "holds fractions, not colours of 8 or 16 bits; convert it.")
+                    raise ImageError(path, "holds fractions, not colours of 8 or 16 bits; convert it.")
                 yield _upright(image)
     except Image.DecompressionBombError as error:
-        raise PictureError(path, f"has too many pixels to be read safely ({error}); scale it down.") from error
-    except PictureError:
+        raise ImageError(path, f"has too many pixels to be read safely ({error}); scale it down.") from error
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise PictureError(path, _explain_unknown(path.stat().st_size if content is None else len(content))) from error
+        raise ImageError(path, _explain_unknown(path.stat().st_size if content is None else len(content))) from error
     except Exception as error:  # decoders raise what they like on damaged files; each means the same to the user
         if _lacks_memory(error, math.prod(size)):
             raise RunError(
                 f"{path}: there is not enough memory to decode {size[0]} x {size[1]} pixels; close other programs, "
                 "raise the limit of memory, or scale the picture down."
             ) from error
-        raise PictureError(path, _explain(error)) from error
+        raise ImageError(path, _explain(error)) from error
 
 
 def _stream(path: Path, content: bytes | None) -> BinaryIO:
@@ -188,7 +193,7 @@ def _upright(image: Image.Image) -> Image.Image:
     turn = None
     with _QUIET, warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
@@ -311,14 +316,58 @@ def crop_margins(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, i
     return across, down, across, down
 
 
-def load_pixels(path: Path, size: tuple[int, int], flip: bool) -> Tensor:
-    """Returns the picture scaled to cover `size` and cropped at the centre, with its mirror image if `flip`.
+def load_pixels(path: Path, size: tuple[int, int], flip: bool, content: bytes | None = None) -> Tensor:
+    """Returns the image scaled to cover `size` and cropped at the centre, with its mirror image if `flip`.
+
+    Args:
+        path: as `open_rgb` takes it.
+        size: width and height in pixels.
+        flip: add the mirror image.
+        content: as `open_rgb` takes it.
 
     Returns:
         [views, 3, height, width], float32 in -1..1; two views with flip.
     """
     import torch
 
-    fitted = ImageOps.fit(open_rgb(path), size, Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(open_rgb(path, content), size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
     return torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
+
+
+def save_image(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Writes a PNG atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def output_grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Image.Image:
+    """Returns generated images in a table: one row for each prompt, one column for each seed."""
+    rows = [outputs[start : start + len(seeds)] for start in range(0, len(outputs), len(seeds))]
+    labels = [row[0].request.prompt for row in rows]
+    return grid([[output.image for output in row] for row in rows], labels, [f"seed {seed}" for seed in seeds])
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
+    """Returns pictures in a table with labels; small pictures are enlarged by whole factors.
+
+    Args:
+        rows: the same number of pictures in each row.
+        row_labels: one for each row.
+        column_labels: one for each column; empty for none.
+    """
+    width, height = rows[0][0].size
+    scale = max(1, -(-_MIN_CELL_PIXELS // max(width, height)))
+    cell_width, cell_height = width * scale, height * scale
+    top = 28 if column_labels else 0
+    sheet = Image.new("RGB", (_LABEL_PIXELS + cell_width * len(rows[0]), top + cell_height * len(rows)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, label in enumerate(column_labels):
+        draw.text((_LABEL_PIXELS + column * cell_width + 6, 6), label, "black", font)
+    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        wrapped = "\n".join(textwrap.wrap(label, 21))
+        draw.multiline_text((6, top + row * cell_height + 8), wrapped, "black", font)
+        for column, image in enumerate(images):
+            enlarged = image.resize((cell_width, cell_height), Image.Resampling.LANCZOS)
+            sheet.paste(enlarged, (_LABEL_PIXELS + column * cell_width, top + row * cell_height))
+    return sheet

@@ -22,7 +22,7 @@ _OTHER_CAPTIONS = (".txt", ".caption", ".cap", ".captions", ".text", ".tag", ".t
 _NUM_THREADS = 8
 
 
-def list_pictures(path: str, setting: str = "data.path") -> Folder:
+def list_images(path: str, setting: str = "data.path") -> Folder:
     """Returns the pictures of a folder and its subfolders that are to be trained on.
 
     Warns of those that are there for something else, and of names that mean trouble.
@@ -39,7 +39,7 @@ def list_pictures(path: str, setting: str = "data.path") -> Folder:
     return folder
 
 
-def find_pictures(path: str, setting: str) -> list[Path]:
+def find_images(path: str, setting: str) -> list[Path]:
     """Returns the pictures of a folder and its subfolders, all of which can be read.
 
     Args:
@@ -117,7 +117,7 @@ def measure(folder: Folder, skip_bad: bool, faults: list[str]) -> dict[Path, tup
 def _measure(path: Path) -> tuple[int, int] | str:
     try:
         return images.measure(path)
-    except images.PictureError as error:
+    except images.ImageError as error:
         return error.reason
 
 

@@ -1,191 +1,283 @@
-"""Reads a folder of pictures and captions, in the layouts that people already have."""
+"""What holds the samples of a data set besides plain files: tables, saved data sets, Parquet files, splits."""
 
 from __future__ import annotations
 
-import os
+import csv
+import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lora_diffusion.config.schema import PictureDataConfig
-from lora_diffusion.core.base_model import BaseInfo
-from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import content_hash
+from lora_diffusion.core.errors import DataError
+from lora_diffusion.core.extras import require
+from lora_diffusion.core.files import default_cache_path, user_path
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.samples import ImageText
-from lora_diffusion.core.text import name_some, shown
-from lora_diffusion.data import caption_checks, captions, images, preflight
-from lora_diffusion.data.folder import Folder, stop
-from lora_diffusion.data.trigger import Found, Trigger, find, in_folder_name
+from lora_diffusion.core.text import name_some, suggestion
+from lora_diffusion.data.folder import Folder, list_folder
 
-_KOHYA = re.compile(r"(\d{1,4})_(.*)")
-_CAPTION_RULES = ("required", "optional")
-_AUTO = "auto"
-_MANY_REPEATS = 200
-"""People ask for up to 100; beyond this the number is more likely a year or a count."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""Ending of a table's name, in small letters -> what stands between its columns."""
+AUTO_SPLIT, ALL_SPLITS = "auto", "all"
+_TRAIN = "train"
+_SPLIT_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+"""Files that hold many samples, so that their own name may be that of a split."""
+_SPLIT_PIECES = r"([-_.](clean|other|set|split|data|of|\d+))*"
+"""What may follow the name of a split, as in LibriSpeech's test-clean and in the pieces of a Parquet file."""
+_HELD_OUT = re.compile(rf"(tests?|testing|val|valid|validation|dev|eval|evaluation|held[-_]?out){_SPLIT_PIECES}", re.I)
+_SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
+_PARQUET = ".parquet"
+_ABOUT = (".md", ".txt", "")
+"""Endings of what people write about a data set."""
 
 
-def read(config: PictureDataConfig, info: BaseInfo) -> list[ImageText]:
-    """Returns the samples of a folder, sorted by name, each with its captions and the size of its bucket.
+def table_rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[int, dict[str | None, Any]]]:
+    """Yields the number of the last line of each row, and the row by the names in the header.
 
-    Every picture is decoded once, so that nothing fails later. Does not import torch, and never writes to the folder.
+    What a row has beyond the header stands under the key None.
+
+    Args:
+        folder: holds the table.
+        file: its name tells the delimiter.
+        text: its content.
+        faults: one line is added where it cannot be read any further.
+    """
+    reader = csv.DictReader(io.StringIO(text), delimiter=DELIMITERS[file.suffix.lower()])
+    start = 1
+    try:
+        start += bool(reader.fieldnames)
+        for row in reader:
+            yield reader.line_num, row
+            start = reader.line_num + 1
+    except csv.Error as error:
+        place = f"{folder.name(file)}, line {start}"
+        faults.append(f"{place}: cannot be read ({error}); look for a quote without its pair.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table, of which one column holds files."""
+
+    root: Path
+    """Where it lies, and where the names of files in it are looked up."""
+    texts: Any
+    """The other columns; `texts[index]` is a row as a dict."""
+    files: tuple[tuple[Callable[[], bytes], ...], ...]
+    """For each row what gives the content of its files; none where the cell is empty."""
+
+
+def are_rows(path: str) -> bool:
+    """Says whether `data.path` is such a data set."""
+    root = user_path(path, "data.path")
+    if root.is_file():
+        return root.suffix.lower() == _PARQUET
+    return any((root / name).is_file() for name in (_SAVED, _SAVED_SPLITS)) or any(
+        not any(part.startswith(".") for part in file.relative_to(root).parts) for file in root.rglob(f"*{_PARQUET}")
+    )
+
+
+def read_rows(path: str, split: str, names: Sequence[str], feature: str, wanted: str) -> Rows:
+    """Opens such a data set; files stay where they are until they are asked for.
+
+    Args:
+        path: `data.path`.
+        split: `data.split`.
+        names: what the column with the files may be called, best first.
+        feature: Audio or Image.
+        wanted: what it must hold, for messages, say "recordings".
 
     Raises:
-        ConfigError: a setting of `data` that this base cannot use.
-        DataError: the folder cannot be used; all faults of its files are listed at once.
+        DataError: it cannot be read, has no such column, or no such split.
+        UnsupportedError: the package datasets is not installed.
     """
-    if config.captions not in _CAPTION_RULES:
-        raise ConfigError(f"data.captions={config.captions} is unknown; use one of {', '.join(_CAPTION_RULES)}.")
-    resolution = config.resolution or info.resolution
-    buckets = images.bucket_sizes(resolution, info)
-    if not config.buckets:
-        buckets = [(resolution, resolution)]
-
-    folder = preflight.list_pictures(config.path)
-    faults: list[str] = []
-    sizes = preflight.measure(folder, config.skip_bad, faults)
-    num_unreadable = len(faults)
-    pictures = list(sizes) if config.skip_bad and sizes else list(folder.files)
-    repeats, class_words = _read_kohya_names(folder, pictures, faults)
-    texts = _fill_captions(folder, pictures, class_words, config, faults)
-    trigger = _find_trigger(folder, texts, class_words, config.trigger, faults)
-    caption_checks.check(folder, texts, trigger, info, config.flip, faults)
-    priors = {} if faults else _priors(texts, trigger)  # a picture that cannot be read has no hash either
-    stop(folder, "captions", faults, num_unreadable)
-
-    samples = [
-        ImageText(
-            key=folder.name(path),
-            path=path,
-            captions=texts[path],
-            prior_captions=priors.get(path, ()),
-            trigger=trigger.text,
-            num_repeats=repeats[path],
-            size=size,
-            original_size=sizes[path],
-            crop=images.crop_margins(sizes[path], size),
-        )
-        for path in pictures
-        for size in [images.choose_bucket(sizes[path], buckets)]
-    ]
-    _report(samples, sizes)
-    return samples
-
-
-def _read_kohya_names(
-    folder: Folder, pictures: Sequence[Path], faults: list[str]
-) -> tuple[dict[Path, int], dict[Path, str]]:
-    """Returns the repeats of each picture and, in folders such as "10_sks dog", the words after the number."""
-    repeats, words = dict.fromkeys(pictures, 1), {}
-    folders: Counter[str] = Counter()
-    of_root = _kohya_name(folder.root.absolute()) or _kohya_name(folder.root.resolve())
-    for path in pictures:
-        inner = [*path.relative_to(folder.root).parents][:-1]
-        match = next(filter(None, map(_kohya_name, inner)), of_root)
-        if match:
-            repeats[path], words[path] = int(match[1]), match[2].strip()
-            folders[match[0]] += 1
-    for name, count in folders.items():
-        logger.info("Folder %s: each of its %d pictures is shown %s times an epoch.", name, count, name.split("_")[0])
-        if int(name.split("_")[0]) == 0:
-            faults.append(f"{name}: asks for 0 repeats; rename the folder to 1_... or move it away.")
-        elif int(name.split("_")[0]) > _MANY_REPEATS:
-            logger.warning("A number before _ asks for repeats: rename folder %s if it was meant otherwise.", name)
-    return repeats, words
-
-
-def _kohya_name(folder: Path) -> re.Match[str] | None:
-    """Returns the repeats and the words of a folder's name, as the user sees it; longer numbers are dates."""
-    return _KOHYA.fullmatch(Path(os.path.normpath(folder)).name)
-
-
-def _fill_captions(
-    folder: Folder,
-    pictures: Sequence[Path],
-    class_words: Mapping[Path, str],
-    config: PictureDataConfig,
-    faults: list[str],
-) -> dict[Path, captions.Lines]:
-    """Returns at least one caption for each picture, or adds faults."""
-    found = captions.collect(folder, faults, config.caption_lines)
-    preflight.warn_of_orphans(folder, "caption", captions.ENDINGS)
-    is_required = config.captions == "required"
-    filled: dict[Path, captions.Lines] = {}
-    missing = []
-    for path in pictures:
-        lines = found.get(path, ())
-        fallback = class_words.get(path, "")
-        if lines is None:
-            continue
-        if lines:
-            filled[path] = lines
-        elif is_required and path in found:
-            faults.append(f"{folder.name(path)}: its caption is empty; write one, or set data.captions=optional.")
-        elif fallback or not is_required:
-            filled[path] = (fallback or " ".join(config.default_caption.split()),)
-        else:
-            missing.append(path)
-    if missing:
-        preflight.add_missing_captions(folder, missing, len(pictures), faults)
-    return filled
-
-
-def _find_trigger(
-    folder: Folder,
-    texts: Mapping[Path, captions.Lines],
-    class_words: Mapping[Path, str],
-    wanted: str,
-    faults: list[str],
-) -> Trigger:
-    """Returns the words that are wanted, or those that are found, with a warning where others could be meant."""
-    if wanted == _AUTO:
-        every = [text for lines in texts.values() for text in lines]
-        named = {class_words.get(path, "") for path in texts}
-        found = find(every) if len(texts) > 1 else Found(Trigger())
-        if found.trigger.units and len(named) == 1:
-            found = found._replace(trigger=in_folder_name(named.pop(), every) or found.trigger, is_doubtful=False)
-        caption_checks.warn_of_trigger(folder, texts, found)
-        return found.trigger
-    units = (" ".join(unit.split()) for unit in wanted.split(","))
-    trigger = Trigger(tuple(filter(None, units)))
-    words = trigger.text
-    # The first one that lacks it is named.
-    lacking = {
-        path: text for path, lines in texts.items() for text in reversed(lines) if text and not trigger.is_in(text)
-    }
-    if len(lacking) > 1 and not any(map(trigger.is_in, (text for lines in texts.values() for text in lines))):
-        faults.append(
-            f'data.trigger="{words}" is in none of the {len(lacking)} captions, such as '
-            f'"{shown(next(iter(lacking.values())))}"; add the words to the captions, or correct data.trigger.'
-        )
-        return trigger
-    faults.extend(
-        f'{folder.name(path)}: data.trigger="{words}" is not in its caption "{text}"; '
-        "add the words to the caption, or correct data.trigger."
-        for path, text in lacking.items()
+    datasets = require("datasets", "Reading a saved data set or Parquet files")
+    root = user_path(path, "data.path")
+    try:
+        table = _open(datasets, root, path, split)
+        column = next((name for name in names if name in table.column_names), None)
+        if column is None:
+            raise DataError(
+                f"data.path={path} has the columns {', '.join(table.column_names)}; the {wanted} must stand in one "
+                f"named {', '.join(names[:-1])} or {names[-1]}."
+            )
+        is_list = isinstance(table.features[column], datasets.List | datasets.Sequence | list)
+        one = getattr(datasets, feature)(decode=False)
+        table = table.cast_column(column, datasets.List(one) if is_list else one)
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(f"data.path={path} cannot be read as a table of {wanted} ({reason}); save it again.") from error
+    folder = root.parent if root.is_file() else root
+    counts = _num_files(table, column, is_list)
+    files = tuple(
+        tuple(partial(_content, table, index, column, place, folder) for place in range(count))
+        for index, count in enumerate(counts)
     )
-    return trigger
+    return Rows(folder, table.remove_columns(column), files)
 
 
-def _priors(texts: Mapping[Path, captions.Lines], trigger: Trigger) -> dict[Path, captions.Lines]:
-    """Returns what the first caption of each picture is without the trigger where that makes a difference."""
-    if not trigger.units:
-        return {}
-    return {
-        path: captions.priors(lines[0], trigger.pattern, content_hash(path), len(texts))
-        for path, lines in texts.items()
-    }
+def _open(datasets: Any, root: Path, path: str, split: str) -> Any:
+    given = f"data.path={path}"
+    if (root / _SAVED_SPLITS).is_file():
+        saved = datasets.load_from_disk(str(root))
+        return datasets.concatenate_datasets([saved[name] for name in choose_split_names(list(saved), split, given)])
+    if root.is_file() or (root / _SAVED).is_file():
+        check_single_split(split, given)
+    if (root / _SAVED).is_file():
+        return datasets.load_from_disk(str(root))
+    files = (root,) if root.is_file() else _parquet_files(path, split)
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(default_cache_path() / "parquet"))
 
 
-def _report(samples: Sequence[ImageText], sizes: Mapping[Path, tuple[int, int]]) -> None:
-    num_captions = sum(len(sample.captions) for sample in samples if any(sample.captions))
-    trigger = f'the trigger is "{samples[0].trigger}"' if samples[0].trigger else "no trigger words"
-    logger.info("Read %d pictures and %d captions; %s.", len(samples), num_captions, trigger)
-    small = [sample.key for sample in samples if images.cover_scale(sizes[sample.path], sample.size) > 1]
-    if small:
+def _parquet_files(path: str, split: str) -> tuple[Path, ...]:
+    folder = choose_split(list_folder(path, "tables", (_PARQUET,)), split)
+    others = [folder.name(file) for file in folder.others if file.suffix.lower() not in _ABOUT]
+    if others:
         logger.warning(
-            "Pictures that are smaller than what they are trained at, and are scaled up: %d (%s).",
-            len(small),
-            name_some(small),
+            "%s: the Parquet files are read, and other files are not: %d (%s).",
+            folder.given,
+            len(others),
+            name_some(others),
         )
+    return folder.files
+
+
+def _num_files(table: Any, column: str, is_list: bool) -> list[int]:
+    import pyarrow.compute
+
+    cells = table.flatten_indices().data.column(column)
+    counted = pyarrow.compute.list_value_length(cells) if is_list else pyarrow.compute.is_valid(cells)
+    return [int(count or 0) for count in counted.to_pylist()]
+
+
+def _content(table: Any, index: int, column: str, place: int, root: Path) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises:
+        OSError: the row names a file that cannot be read.
+    """
+    cell = table[index][column]
+    cell = cell[place] if isinstance(cell, list) else cell
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if not cell["path"]:
+        raise FileNotFoundError(2, "its cell is empty")
+    return Path(root / cell["path"]).read_bytes()
+
+
+def is_held_out(name: str) -> bool:
+    """Says whether a folder, a table or a split of this name is usually kept to test with.
+
+    >>> [is_held_out(name) for name in ("test", "dev-clean", "validation-00000-of-00002", "train", "testimony")]
+    [True, True, True, False, False]
+    """
+    return bool(_HELD_OUT.fullmatch(name))
+
+
+def is_of_split(name: str, split: str) -> bool:
+    """Says whether a folder, a table or a split is what `data.split` names, or a piece of it.
+
+    >>> [is_of_split(name, "test") for name in ("test", "test-clean", "test-00000-of-00002", "latest")]
+    [True, True, True, False]
+    """
+    return bool(re.fullmatch(re.escape(split) + _SPLIT_PIECES, name))
+
+
+def choose_split_names(names: Sequence[str], split: str, given: str) -> list[str]:
+    """Returns those of the splits of a saved data set that are trained on, and says which are not.
+
+    Args:
+        names: all of them.
+        split: `data.split`.
+        given: what holds them, for messages, say "data.path=saved".
+
+    Raises:
+        DataError: none is left.
+    """
+    if split == ALL_SPLITS:
+        return list(names)
+    wanted = [name for name in names if is_of_split(name, _TRAIN if split == AUTO_SPLIT else split)]
+    if split == AUTO_SPLIT and not wanted:
+        wanted = [name for name in names if not is_held_out(name)]
+    if not wanted:
+        raise _no_split_left(names, split, given)
+    if left_out := [name for name in names if name not in wanted]:
+        _warn_of_left_out(", ".join(left_out), given)
+    return wanted
+
+
+def choose_split(folder: Folder, split: str) -> Folder:
+    """Returns a folder without the files of splits that are not asked for, and says which they are.
+
+    The split of a file is a folder above it, below the root, or the name of a table: test/a.wav, dev-clean/84/a.flac,
+    test.jsonl.
+
+    Args:
+        folder: all files.
+        split: `data.split`: auto leaves out what is usually kept to test with, all nothing; else the name of one.
+
+    Raises:
+        DataError: nothing to train on is left.
+    """
+    if split == ALL_SPLITS:
+        return folder
+    # Recordings of one folder may belong to several splits, each with a table of its own.
+    has_table = any(is_of_split(file.stem, split) for file in folder.others if file.suffix.lower() in _SPLIT_TABLES)
+
+    def is_chosen(file: Path) -> bool:
+        names = _split_names(folder, file)
+        if split == AUTO_SPLIT:
+            return not any(map(is_held_out, names))
+        return any(is_of_split(name, split) for name in names) or (
+            has_table and file.suffix.lower() not in _SPLIT_TABLES
+        )
+
+    files, others = (tuple(filter(is_chosen, found)) for found in (folder.files, folder.others))
+    every = (*folder.files, *folder.others)
+    if not files:
+        raise _no_split_left(list({name for file in every for name in _split_names(folder, file)}), split, folder.given)
+    left_out = sorted({*every} - {*files, *others})
+    if left_out:
+        counts = Counter(next(filter(is_held_out, _split_names(folder, file)), "others") for file in left_out)
+        _warn_of_left_out(", ".join(f"{name} ({count} files)" for name, count in counts.items()), folder.given)
+    return replace(folder, files=files, others=others, left_out=folder.left_out | frozenset(left_out))
+
+
+def check_single_split(split: str, given: str) -> None:
+    """Checks that no split is asked of what has none.
+
+    Raises:
+        DataError: one is.
+    """
+    if split not in (AUTO_SPLIT, ALL_SPLITS):
+        raise DataError(f"data.split={split}: {given} has no splits; drop it, or give the folder with all of them.")
+
+
+def _split_names(folder: Folder, file: Path) -> Iterable[str]:
+    inner = file.relative_to(folder.root)
+    return (*inner.parts[:-1], inner.stem) if file.suffix.lower() in _SPLIT_TABLES else inner.parts[:-1]
+
+
+def _warn_of_left_out(left_out: str, given: str) -> None:
+    logger.warning(
+        "%s: left out what belongs to other splits: %s. Set data.split to the name of one, or to all, to take them.",
+        given,
+        left_out,
+    )
+
+
+def _no_split_left(names: Sequence[str], split: str, given: str) -> DataError:
+    held_out = sorted(filter(is_held_out, names)) if split == AUTO_SPLIT else sorted(names)
+    if split == AUTO_SPLIT:
+        return DataError(
+            f"{given} holds only splits that are usually kept to test with ({name_some(held_out)}); set data.split to "
+            "the name of one, or to all, if they shall be taken."
+        )
+    there = f"; there is {name_some(held_out, 10)}" if held_out else ""
+    return DataError(
+        f"data.split={split}: {given} has no split of this name{suggestion(split, names)}{there}. Set data.split to "
+        "one that is there, or to all."
+    )

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.text import shown
-from lora_diffusion.data import splits, tables
+from lora_diffusion.data import sources
 from lora_diffusion.data.folder import Folder, read_text
 
 BESIDE = ".txt"
@@ -49,7 +49,7 @@ class Segment:
     text: str
 
 
-def collect(folder: Folder, faults: list[str], split: str = splits.AUTO) -> dict[Path, Transcript | None]:
+def collect(folder: Folder, faults: list[str], split: str = sources.AUTO_SPLIT) -> dict[Path, Transcript | None]:
     """Returns the transcript of each recording that has one: a text file beside it, or a line of a table.
 
     None stands for one that cannot be used, which is a fault already.
@@ -87,7 +87,11 @@ def _is_table(file: Path, split: str) -> bool:
 
 
 def _is_of_split(file: Path, split: str) -> bool:
-    return splits.is_named(file.stem, "train") or splits.is_held_out(file.stem) or splits.is_named(file.stem, split)
+    return (
+        sources.is_of_split(file.stem, "train")
+        or sources.is_held_out(file.stem)
+        or sources.is_of_split(file.stem, split)
+    )
 
 
 def of_row(row: Mapping[str, Any], origin: str) -> Transcript:
@@ -245,7 +249,7 @@ def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[
         cells = ((number, line.split("|")) for number, line in _lines(text))
         yield from ((number, {FILE_KEYS[0]: own[0], TEXT_KEYS[0]: own[-1]}) for number, own in cells)
     else:
-        yield from tables.rows(folder, file, text, faults)
+        yield from sources.table_rows(folder, file, text, faults)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

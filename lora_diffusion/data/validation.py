@@ -9,25 +9,26 @@ from typing import Any, TypeVar
 
 from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import content_hash, user_path
+from lora_diffusion.core.files import user_path
 from lora_diffusion.core.samples import Sample
-from lora_diffusion.data.kinds import Kind
-from lora_diffusion.data.splits import ALL
+from lora_diffusion.data.folder import content_digest
+from lora_diffusion.data.sample_types import SampleType
+from lora_diffusion.data.sources import ALL_SPLITS
 
 _Sample = TypeVar("_Sample", bound=Sample)
 _LARGEST_SHARE = 0.5
 
 
 def hold_out(
-    kind: Kind, config: Any, info: BaseInfo, samples: Sequence[Sample]
+    sample_type: SampleType, config: Any, info: BaseInfo, samples: Sequence[Sample]
 ) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """Returns the samples to train on, and those that `data.validation`, which is set, holds out.
 
     Args:
-        kind: reads other data.
+        sample_type: reads other data.
         config: the `data:` section; its `validation` is a share, a folder or file, or the name of a split of data.path.
         info: of the base.
-        samples: what `kind` read of data.path.
+        samples: what `sample_type` read of data.path.
 
     Raises:
         ConfigError: no such share, folder or split, or too few samples to hold any out.
@@ -38,9 +39,9 @@ def hold_out(
         return split(samples, share)
     path = user_path(wanted, "data.validation")
     if path.exists():
-        held_out = kind.read(replace(config, path=wanted, split=ALL), info)
+        held_out = sample_type.read(replace(config, path=wanted, split=ALL_SPLITS), info)
     else:
-        held_out = kind.read(replace(config, split=wanted), info)
+        held_out = sample_type.read(replace(config, split=wanted), info)
     trained = {(sample.path, sample.key) for sample in samples}
     if shared := [sample.key for sample in held_out if (sample.path, sample.key) in trained]:
         raise ConfigError(
@@ -73,7 +74,7 @@ def split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], list
 def _content(sample: Any) -> str:
     """Returns a hash of the recording of a sample, or of its first image; of its name where it has neither."""
     for file in getattr(sample, "images", (sample,)):
-        return content_hash(file.path) if file.read_bytes is None else hashlib.sha256(file.read_bytes()).hexdigest()
+        return content_digest(file)
     return hashlib.sha256(sample.key.encode()).hexdigest()
 
 

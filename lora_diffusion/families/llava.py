@@ -58,7 +58,6 @@ class Llava:
     architecture = llava.ARCHITECTURE
     options_type = LlavaOptions
     sample_type = Chat
-    metrics = ("exact_match", "token_f1")
     parts: Mapping[str, Part] = {
         "language_model": Part(
             groups={

@@ -51,7 +51,6 @@ class StableDiffusion1:
     architecture: DiffusionArchitecture = sd1.ARCHITECTURE
     options_type: type[StableDiffusionOptions] = SD1Options
     sample_type = ImageText
-    metrics = ("clip_text", "clip_image")
     parts: Mapping[str, Part] = {"unet": UNET, "text_encoder": TEXT_ENCODER}
 
     def check(self, options: StableDiffusionOptions) -> BaseInfo:

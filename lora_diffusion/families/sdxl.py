@@ -44,7 +44,6 @@ class StableDiffusionXL:
     architecture = sdxl.ARCHITECTURE
     options_type = SDXLOptions
     sample_type = ImageText
-    metrics = ("clip_text", "clip_image")
     parts: Mapping[str, Part] = {"unet": UNET, "text_encoder": TEXT_ENCODER, "text_encoder_2": TEXT_ENCODER}
 
     def check(self, options: SDXLOptions) -> BaseInfo:

@@ -75,7 +75,6 @@ class Whisper:
     architecture = whisper.ARCHITECTURE
     options_type = WhisperOptions
     sample_type = AudioText
-    metrics = ("wer", "cer")
     parts: Mapping[str, Part] = {
         "encoder": Part(
             groups={

@@ -13,7 +13,7 @@ from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.files import shipped_path, write_json
 from lora_diffusion.core.samples import Request
-from lora_diffusion.evaluation.images import grid, save_image
+from lora_diffusion.data.images import grid, save_image
 from lora_diffusion.report.pages import write_before_after
 from lora_diffusion.workflows.compare import compare
 from lora_diffusion.workflows.report import read_training

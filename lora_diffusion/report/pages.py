@@ -244,11 +244,11 @@ def _ranks(order: Sequence[int]) -> dict[int, int]:
 
 
 def _thumbnail(own: SampleLoss, album: Album) -> str | None:
-    from lora_diffusion.data.images import PictureError, open_rgb
+    from lora_diffusion.data.images import ImageError, open_rgb
 
     try:
         image = open_rgb(Path(own.path))
-    except (PictureError, OSError, UnidentifiedImageError):
+    except (ImageError, OSError, UnidentifiedImageError):
         return None
     image.thumbnail((144, 144))
     return album.add(f"training {own.path}", image)

@@ -21,7 +21,7 @@ from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.samples import Sample
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.images import open_rgb
-from lora_diffusion.data.kinds import Kind
+from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.formats.metadata import BASE, LEGACY_BYTES, LEGACY_START, build, count_tags, data_url, spec_date
 from lora_diffusion.runtime.device import compute_dtype, frozen_dtype, pick_device
 from lora_diffusion.training import checkpoint
@@ -41,13 +41,13 @@ _OF_OBJECTIVE = {
 
 
 def fingerprint(
-    config: Config, kind: Kind, base: str, files: Sequence[Path], samples: Sequence[Sample]
+    config: Config, sample_type: SampleType, base: str, files: Sequence[Path], samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """Returns setting -> value of all that changes the result besides the `train:` section.
 
     Args:
         config: the run's config.
-        kind: kind of the samples.
+        sample_type: type of the samples.
         base: names what prepares the data, as the family's `cache_key` gives it.
         files: the rest of the base, see BaseInfo; their bytes are hashed.
         samples: the data; bytes, texts and repeats are hashed.
@@ -57,7 +57,7 @@ def fingerprint(
     settings = {
         key: value for key, value in settings.items() if key.removeprefix("model.") not in config.model.of_answers
     }
-    listed = [(sample.key, sample.num_repeats, *kind.identity(sample, config.data)) for sample in samples]
+    listed = [(sample.key, sample.num_repeats, *sample_type.identity(sample, config.data)) for sample in samples]
     hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}
     return settings | {"base": base} | digests
@@ -75,7 +75,7 @@ def final_loss(run: RunFolder) -> float | None:
 def metadata(
     config: Config,
     info: BaseInfo,
-    kind: Kind,
+    sample_type: SampleType,
     samples: Sequence[Sample],
     batches: Batches,
     state: AdapterState,
@@ -86,7 +86,7 @@ def metadata(
     Args:
         config: the run's config.
         info: the base.
-        kind: kind of the samples.
+        sample_type: type of the samples.
         samples: the data.
         batches: how the data was shown.
         state: the trained adapter.
@@ -103,10 +103,10 @@ def metadata(
         "network_dropout": config.adapter.dropout or None,
         "network_args": _network_args(config),
         **{word: getattr(config.model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
-        **kind.metadata(samples, config.data),
+        **sample_type.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
         **_base_hashes(info),
-        **(_published(kind, samples) if config.output.publish_tags else {}),
+        **(_published(sample_type, samples) if config.output.publish_tags else {}),
     }
     base = public_base(info.source)
     named = {BASE: base} if base else {}
@@ -118,7 +118,7 @@ def metadata(
         prediction_type=info.prediction,
         training=training,
         about=_about(config, info),
-        **kind.headline(samples),
+        **sample_type.headline(samples),
     )
 
 
@@ -230,12 +230,12 @@ def _precision(precision: str) -> str:
     return {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(dtype, "no")
 
 
-def _published(kind: Kind, samples: Sequence[Sample]) -> dict[str, Any]:
+def _published(sample_type: SampleType, samples: Sequence[Sample]) -> dict[str, Any]:
     captions: dict[str, list[str]] = {}
     # A home folder is called as its user is.
     names = {sample.key: public_path(str(sample.path.parent.absolute())) for sample in samples}
     for sample in samples:
-        captions.setdefault(names[sample.key], []).extend(kind.texts(sample))
+        captions.setdefault(names[sample.key], []).extend(sample_type.published_texts(sample))
     folders = Counter(names.values())
     repeats = {names[sample.key]: sample.num_repeats for sample in samples}
     dirs = {name: {"n_repeats": repeats[name], "img_count": count} for name, count in folders.items()}

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from lora_diffusion.config.describe import fixed_differences
 from lora_diffusion.config.load import load, to_yaml
-from lora_diffusion.config.schema import PATHS, Config, PictureDataConfig
+from lora_diffusion.config.schema import PATHS, Config, ImageDataConfig
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, remove_leftovers, user_path, write_text
@@ -171,16 +171,16 @@ def as_started(config: Config) -> Config:
     Another value than the default has to be right.
     """
     run = RunFolder(user_path(config.output.path, "output.path"))
-    is_default = getattr(config.data, "caption_lines", None) == PictureDataConfig.caption_lines
+    is_default = getattr(config.data, "caption_lines", None) == ImageDataConfig.caption_lines
     then = getattr(run.config().data, "caption_lines", None) if is_default and run.config_path.is_file() else None
-    if then in (None, PictureDataConfig.caption_lines):
+    if then in (None, ImageDataConfig.caption_lines):
         return config
     logger.info("The run was started with data.caption_lines=%s and goes on with it.", then)
     return _with_lines(config, then)
 
 
 def _with_lines(config: Config, rule: str) -> Config:
-    if not isinstance(config.data, PictureDataConfig):
+    if not isinstance(config.data, ImageDataConfig):
         return config
     return replace(config, data=replace(config.data, caption_lines=rule))
 

@@ -19,9 +19,9 @@ from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import read_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
-from lora_diffusion.core.samples import ImageText, Prepared, Request, Sample
-from lora_diffusion.data import cache
-from lora_diffusion.data.kinds import KINDS, Kind
+from lora_diffusion.core.samples import Prepared, Request, Sample
+from lora_diffusion.data import cache, sample_types
+from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.data.validation import hold_out
 from lora_diffusion.formats.capabilities import check_output
 from lora_diffusion.runtime.device import pick_device
@@ -49,7 +49,7 @@ class Checked:
     config: Config
     """As it was given, but for what has given way to the command line."""
     family: Family
-    kind: Kind
+    sample_type: SampleType
     variant: Variant
     info: BaseInfo
     skeleton: Mapping[str, nn.Module]
@@ -77,7 +77,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         return None
 
     family: Family = registry.find("families", config.model.family)
-    kind = KINDS[family.sample_type]
+    sample_type = sample_types.find(family.sample_type)
     config = settle_variant(config)
     info = look(lambda: family.check(config.model))
     variant = look(lambda: variants.find(config.adapter.variant, config.model.quantization))
@@ -86,7 +86,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
     look(lambda: check_tracker(config.train.tracker))
     look(lambda: cache.check(config.cache))
     look(lambda: record.check_thumbnail(config))
-    if family.sample_type is not ImageText:
+    if not sample_type.makes_images:
         faults += _without_effect(config)
     if variant:
         look(lambda: check_output(config.output.formats, variant.stored))
@@ -97,23 +97,25 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         rates = config.train.module_learning_rates
         plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates, unread))
         look(lambda: _check_spellings(family, config))
-        samples = look(lambda: kind.read(config.data, info))
+        samples = look(lambda: sample_type.read(config.data, info))
     held_out: Sequence[Sample] = ()
-    if samples and getattr(config.data, "validation", None) is not None:
-        look(lambda: validation.metrics(config, family))
-        samples, held_out = look(lambda: hold_out(kind, config.data, info, samples)) or (None, ())
+    if samples and config.data.held_out is not None:
+        look(lambda: validation.metrics(config, sample_type))
+        samples, held_out = look(lambda: hold_out(sample_type, config.data, info, samples)) or (None, ())
     if samples:
-        num_steps = _num_steps(config, family, kind, samples)
+        num_steps = _num_steps(config, family, sample_type, samples)
         config = settle_length(config, num_steps)
         look(lambda: _check_warmup(config.train, num_steps))
     # Only now, since a run that is continued must have the very settings that are left.
     run = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
-    if samples and family.sample_type is ImageText:
+    if samples and sample_type.makes_images:
         look(lambda: judging.check(config, samples))
     if num_steps:
-        previews = look(lambda: _previews(config, kind, samples, num_steps))
+        previews = look(lambda: _previews(config, sample_type, samples, num_steps))
     faults.stop("train")
-    return Checked(config, family, kind, variant, info, skeleton, plan, run, samples, held_out, num_steps, previews)
+    return Checked(
+        config, family, sample_type, variant, info, skeleton, plan, run, samples, held_out, num_steps, previews
+    )
 
 
 def _trains_unread(run: RunFolder) -> bool:
@@ -140,8 +142,8 @@ def _check_spellings(family: Family, config: Config) -> None:
         family.key_map(format_name, config.model)
 
 
-def _num_steps(config: Config, family: Family, kind: Kind, samples: Sequence[Sample]) -> int:
-    stubs = [Prepared(sample.key, {}, kind.group(sample), sample.num_repeats) for sample in samples]
+def _num_steps(config: Config, family: Family, sample_type: SampleType, samples: Sequence[Sample]) -> int:
+    stubs = [Prepared(sample.key, {}, sample_type.group(sample), sample.num_repeats) for sample in samples]
     return total_steps(config.train, make_batches(stubs, family, config).num_steps_per_epoch)
 
 
@@ -153,14 +155,14 @@ def _check_warmup(train: TrainConfig, num_steps: int) -> None:
         )
 
 
-def _previews(config: Config, kind: Kind, samples: Sequence[Sample], num_steps: int) -> Sequence[Request]:
+def _previews(config: Config, sample_type: SampleType, samples: Sequence[Sample], num_steps: int) -> Sequence[Request]:
     every = config.train.preview_every_steps
     if config.output.thumbnail == record.PREVIEW and every > num_steps:
         raise ConfigError(
             f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
             f"train.preview_every_steps={every}; lower it, or name a picture."
         )
-    previews = kind.previews(samples, config.preview) if every else []
+    previews = sample_type.previews(samples, config.preview) if every else []
     if every > num_steps:
         logger.info("No preview is made in %d steps with train.preview_every_steps=%d.", num_steps, every)
         return []

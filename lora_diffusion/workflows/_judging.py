@@ -12,7 +12,8 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import ImageText, Prepared, Request, Sample
-from lora_diffusion.data.preflight import find_pictures
+from lora_diffusion.data import sample_types
+from lora_diffusion.data.preflight import find_images
 from lora_diffusion.evaluation import progress
 from lora_diffusion.evaluation.select import check_metrics
 from lora_diffusion.runtime.progress import watch
@@ -58,7 +59,7 @@ def prepare_early_stop(
     In a run of so few steps that no score is due, nothing is drawn.
     """
     own, preview = config.evaluate, config.preview
-    if family.sample_type is not ImageText or not own.every_steps or own.every_steps > num_steps:
+    if not sample_types.find(family.sample_type).makes_images or not own.every_steps or own.every_steps > num_steps:
         return []
     guidance = loaded.info.guidance if preview.guidance is None else preview.guidance
     template = Request("", 0, preview.negative, preview.num_steps, guidance)
@@ -81,7 +82,7 @@ def prepare_early_stop(
 
 
 def _references(config: Config) -> list[Path]:
-    return find_pictures(str(config.evaluate.references), "evaluate.references")
+    return find_images(str(config.evaluate.references), "evaluate.references")
 
 
 def write_picture_losses(
@@ -102,7 +103,7 @@ def write_picture_losses(
         family: of the base.
         run: where they are written.
     """
-    if family.sample_type is not ImageText:
+    if not sample_types.find(family.sample_type).makes_images:
         return
     chosen = _pictures_to_measure(config, len(samples), trainer.step)
     if not chosen.num_pictures:
@@ -111,11 +112,10 @@ def write_picture_losses(
         return
     if chosen.num_pictures < len(samples):
         logger.info("The losses of the first %d of %d pictures are taken.", chosen.num_pictures, len(samples))
-    shown = [sample for sample in samples if isinstance(sample, ImageText)][: chosen.num_pictures]
     losses = picture_losses.measure(
         trainer.losses,
         family.collate,
-        shown,
+        samples[: chosen.num_pictures],
         watch(items[: chosen.num_pictures], chosen.num_pictures, "Losses of training pictures"),
         num_draws=chosen.num_draws,
         batch_size=config.train.batch_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_diffusion.algebra.magnitude_limits import check_sizes
 from lora_diffusion.config.schema import Config, ModelOptions
@@ -14,27 +13,26 @@ from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
-from lora_diffusion.core.samples import AudioText, Chat, ImageText, Output, Prepared, Sample
+from lora_diffusion.core.samples import Prepared
+from lora_diffusion.data import sample_types
 from lora_diffusion.data.batches import Batches
-from lora_diffusion.evaluation.images import grid
+from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.formats.detect import detect
 from lora_diffusion.runtime.device import process_group
 from lora_diffusion.workflows import _run_checkpoints
 
-_WORK = {ImageText: "draw pictures", AudioText: "listen to recordings", Chat: "talk about pictures"}
-"""Kind of samples -> what families of it do."""
 
-
-def find_family(model: ModelOptions, sample_type: type[Sample]) -> Family:
-    """Returns the family of a base that must work on one kind of samples.
+def find_family(model: ModelOptions, wanted: SampleType) -> Family:
+    """Returns the family of a base that must work on one type of samples.
 
     Raises:
         UnsupportedError: it works on another.
     """
     family: Family = registry.find("families", model.family)
-    if family.sample_type is not sample_type:
+    sample_type = sample_types.find(family.sample_type)
+    if sample_type is not wanted:
         raise UnsupportedError(
-            f"model.family={model.family} does not {_WORK[sample_type]}, its bases {_WORK[family.sample_type]}; take "
+            f"model.family={model.family} does not {wanted.task}, its bases {sample_type.task}; take "
             "another base, or the command for this kind."
         )
     return family
@@ -66,13 +64,6 @@ def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[flo
     for (name, weight), state in zip(named.items(), states, strict=True):
         load_state(loaded, state, name, weight)
     return named
-
-
-def prompt_grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Any:
-    """Returns outputs in a table: one row for each prompt, one column for each seed."""
-    rows = [outputs[start : start + len(seeds)] for start in range(0, len(outputs), len(seeds))]
-    labels = [row[0].request.prompt for row in rows]
-    return grid([[output.image for output in row] for row in rows], labels, [f"seed {seed}" for seed in seeds])
 
 
 def make_batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:

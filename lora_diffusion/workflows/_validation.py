@@ -21,7 +21,8 @@ from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import AudioText, Batch, Chat, Output, Prepared, Request, Sample
 from lora_diffusion.core.text import suggestion
-from lora_diffusion.data import cache
+from lora_diffusion.data import cache, sample_types
+from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.runtime.progress import watch
 from lora_diffusion.training.hooks import EarlyStop
 from lora_diffusion.training.run_folder import RunFolder
@@ -46,20 +47,20 @@ _COMPARE: Mapping[type[Sample], Callable[[Generate, Loaded, Any], Any]] = {
 """A family's `sample_type` -> what compares the texts of a base with those of samples."""
 
 
-def metrics(config: Config, family: Family) -> tuple[str, ...]:
+def metrics(config: Config, sample_type: SampleType) -> tuple[str, ...]:
     """Returns what is measured; the first one decides.
 
     Raises:
         ConfigError: `evaluate.metrics` names another score than these texts have.
     """
-    known = (LOSS, *family.metrics)
+    known = (LOSS, *sample_type.metrics)
     unknown = [name for name in config.evaluate.metrics if name not in known]
     if unknown:
         raise ConfigError(
             f"evaluate.metrics: {unknown[0]} is no score of data.validation{suggestion(unknown[0], known)}; use "
             f"{', '.join(known)}."
         )
-    return config.evaluate.metrics or (family.metrics[0], LOSS, *family.metrics[1:])
+    return config.evaluate.metrics or (sample_type.metrics[0], LOSS, *sample_type.metrics[1:])
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def prepare(
         scored,
         _batches(items, family, config.train.batch_size),
         losses,
-        metrics(config, family),
+        metrics(config, sample_types.find(family.sample_type)),
         run.path / PROGRESS_NAME,
     )
     own = config.evaluate

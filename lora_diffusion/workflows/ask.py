@@ -12,8 +12,10 @@ from lora_diffusion.core.base_model import ChatInfo, Loaded
 from lora_diffusion.core.errors import DataError, ModelError
 from lora_diffusion.core.samples import Chat, Request, Turn
 from lora_diffusion.core.text import name_some
-from lora_diffusion.data import chats, preflight, splits
-from lora_diffusion.data.images import PictureError
+from lora_diffusion.data import chats, preflight
+from lora_diffusion.data.images import ImageError
+from lora_diffusion.data.sample_types import CHATS
+from lora_diffusion.data.sources import ALL_SPLITS
 from lora_diffusion.evaluation.answers import Examination, judge
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device
@@ -21,7 +23,7 @@ from lora_diffusion.scoring.scorers import Scorers
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
-_EVERYTHING = ChatDataConfig(split=splits.ALL)
+_EVERYTHING = ChatDataConfig(split=ALL_SPLITS)
 """To score on, all of a folder is taken, since its user chose it for that."""
 
 
@@ -43,7 +45,7 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
     for file in files:
         try:
             requests.append(chats.ask(file, question))
-        except PictureError as error:
+        except ImageError as error:
             faults.append(str(error))
     if faults:
         raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
@@ -51,7 +53,7 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
 
 
 def _pictures(path: Path) -> Sequence[Path]:
-    return preflight.list_pictures(str(path), "PATH").files if path.is_dir() else (path,)
+    return preflight.list_images(str(path), "PATH").files if path.is_dir() else (path,)
 
 
 def examine(
@@ -74,7 +76,7 @@ def examine(
         InputError: the base, an adapter or the data cannot be used.
     """
     talker, scorers = Talker(model, adapters), Scorers({"clip": clip}) if clip else None
-    sets = [chats.KIND.read(replace(data, path=str(path)), talker.info) for path in data_paths]
+    sets = [CHATS.read(replace(data, path=str(path)), talker.info) for path in data_paths]
     if clip and (blind := [sample.key for samples in sets for sample in samples if not _is_shown(sample)]):
         raise DataError(
             f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
@@ -111,7 +113,7 @@ class Talker:
         Raises:
             InputError: one of them cannot be used.
         """
-        self._family = find_family(model, Chat)
+        self._family = find_family(model, CHATS)
         info = self._family.check(model)
         assert isinstance(info, ChatInfo), "a family of conversations describes its base so"
         self.info = info

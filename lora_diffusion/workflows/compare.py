@@ -11,7 +11,7 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import Request
-from lora_diffusion.data import sources
+from lora_diffusion.data import image_folder
 from lora_diffusion.data.captions import without_trigger, words_pattern
 from lora_diffusion.data.images import open_rgb
 from lora_diffusion.evaluation import before_after
@@ -42,7 +42,7 @@ def compare(
     """
     family: Family = registry.find("families", config.model.family)
     info = family.check(config.model)
-    references = sources.read(replace(config.data, path=str(references_path), trigger="", flip=False), info)
+    references = image_folder.read(replace(config.data, path=str(references_path), trigger="", flip=False), info)
     state = read_adapter(adapter_path, family, config.model)
     trigger = state.metadata.get("modelspec.trigger_phrase", "")
     cases = cases or [_case(sample.captions[0], trigger) for sample in references]

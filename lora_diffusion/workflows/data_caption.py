@@ -77,7 +77,7 @@ def caption(
     """
     _check_words(prompt, ending)
     talker = Talker(model, adapters)
-    folder = preflight.list_pictures(folder_path, "FOLDER")
+    folder = preflight.list_images(folder_path, "FOLDER")
     check_writable(folder.root, "FOLDER")
     faults: list[str] = []
     found = captions.collect(folder, faults)

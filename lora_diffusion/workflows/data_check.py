@@ -8,7 +8,8 @@ from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.protocols.family import Family
-from lora_diffusion.data.kinds import KINDS, Report
+from lora_diffusion.data import sample_types
+from lora_diffusion.data.sample_types import Report
 
 
 def check_data(config: Config, *, base_is_named: bool = True) -> Report:
@@ -22,8 +23,8 @@ def check_data(config: Config, *, base_is_named: bool = True) -> Report:
         InputError: the base or the data cannot be used; all faults of the data are listed at once.
     """
     family: Family = registry.find("families", config.model.family)
-    kind = KINDS[family.sample_type]
+    sample_type = sample_types.find(family.sample_type)
     info = family.check(config.model)
     if not base_is_named:
         info = replace(info, text_limit=ClipTextLimit())
-    return kind.describe(kind.read(config.data, info))
+    return sample_type.describe(sample_type.read(config.data, info))

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.config.schema import Config
-from lora_diffusion.data.kinds import Report
+from lora_diffusion.data.sample_types import Report
 from lora_diffusion.training import memory, run_folder
 from lora_diffusion.workflows._checks import check
 from lora_diffusion.workflows.estimate import step_memory
@@ -44,6 +44,6 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     """
     config = config if overwrite else run_folder.as_started(config)
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
-    largest = checked.kind.largest(checked.samples)
+    largest = checked.sample_type.largest(checked.samples)
     needed = step_memory(checked.config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
-    return Outlook(checked.kind.describe(checked.samples), checked.plan, needed, checked.num_steps)
+    return Outlook(checked.sample_type.describe(checked.samples), checked.plan, needed, checked.num_steps)

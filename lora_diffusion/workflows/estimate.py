@@ -12,12 +12,12 @@ from lora_diffusion.adapters import variants
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
 from lora_diffusion.adapters.shapes import inject_shapes
-from lora_diffusion.config.schema import REQUIRED, Config, PictureDataConfig
+from lora_diffusion.config.schema import REQUIRED, Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols.family import Family
-from lora_diffusion.data.kinds import KINDS
+from lora_diffusion.data import sample_types
 from lora_diffusion.quantize import chosen, weight_bytes
 from lora_diffusion.runtime.device import frozen_dtype, pick_device
 from lora_diffusion.training import memory, optim
@@ -92,10 +92,9 @@ def step_memory(
 
 
 def _size(config: Config, family: Family, info: BaseInfo) -> tuple[int, int]:
-    if isinstance(config.data, PictureDataConfig):
-        side = config.data.resolution or info.resolution
-        return side, side
+    sample_type = sample_types.find(family.sample_type)
+    if size := sample_type.assumed_size(config.data, info):
+        return size
     if config.data.path == REQUIRED:
         raise ConfigError("data.path: must be given, since the longest sample decides how much memory a step needs.")
-    kind = KINDS[family.sample_type]
-    return kind.largest(kind.read(config.data, info))
+    return sample_type.largest(sample_type.read(config.data, info))

@@ -18,9 +18,9 @@ from lora_diffusion.core.files import check_writable, sha256, user_path
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.metric import Metric
-from lora_diffusion.core.samples import ImageText
 from lora_diffusion.core.text import name_some, suggestion
-from lora_diffusion.data.preflight import find_pictures
+from lora_diffusion.data.preflight import find_images
+from lora_diffusion.data.sample_types import IMAGES
 from lora_diffusion.evaluation import gates, harness
 from lora_diffusion.evaluation.harness import Task
 from lora_diffusion.evaluation.results import BASE, Base, Candidate, Case, Evaluation, FileHash, Settings
@@ -122,7 +122,7 @@ def evaluate(question: Question) -> Evaluation:
     model = question.model or (config.model if config else None)
     if model is None:
         raise ConfigError("\n".join(faults or ["There is no base; give --model, --config or --run."]))
-    family = find_family(model, ImageText)
+    family = find_family(model, IMAGES)
     info = _info(family, model, question.size, faults)
     entries = _entries(question, run, config, family, model, faults) if info else []
     tried = _tried(entries, question.weights, faults)
@@ -257,7 +257,7 @@ def _pictures(folder: Path | None, option: str, faults: Faults) -> list[FileHash
     if folder is None:
         return []
     with faults.noted():
-        return [FileHash(str(path), sha256(path)) for path in find_pictures(str(folder), option)]
+        return [FileHash(str(path), sha256(path)) for path in find_images(str(folder), option)]
     return []
 
 

@@ -10,11 +10,13 @@ from lora_diffusion.config.rules import check_negative
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable
-from lora_diffusion.core.samples import ImageText, Request
-from lora_diffusion.evaluation.images import save_image, save_output
+from lora_diffusion.core.samples import Request
+from lora_diffusion.data.images import output_grid, save_image
+from lora_diffusion.data.sample_types import IMAGES
+from lora_diffusion.evaluation.images import save_output
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device
-from lora_diffusion.workflows._steps import attach, find_family, prompt_grid, read_adapter
+from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def generate(
     Raises:
         InputError: the base or an adapter file cannot be used.
     """
-    family = find_family(model, ImageText)
+    family = find_family(model, IMAGES)
     info = family.check(model)
     if size and (size[0] % info.size_step or size[1] % info.size_step):
         raise ConfigError(
@@ -69,5 +71,5 @@ def generate(
     outputs = family.generate(loaded, requests)
     files = tuple(save_output(output, output_path, index) for index, output in enumerate(outputs))
     grid_path = output_path / "grid.png"
-    save_image(prompt_grid(outputs, seeds), grid_path)
+    save_image(output_grid(outputs, seeds), grid_path)
     return Pictures(files, grid_path)

@@ -26,7 +26,7 @@ from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.core.protocols.metric import Metric
 from lora_diffusion.core.text import name_some, suggestion
-from lora_diffusion.data import sources
+from lora_diffusion.data import image_folder
 from lora_diffusion.data.captions import without_trigger, words_pattern
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Candidate, Case, Evaluation
@@ -238,7 +238,7 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
     family: Family = registry.find("families", config.model.family)
     data = replace(config.data, path=str(own.references), trigger="", captions="required", flip=False)
     try:
-        captions = [sample.captions[0] for sample in sources.read(data, family.check(config.model))]
+        captions = [sample.captions[0] for sample in image_folder.read(data, family.check(config.model))]
     except DataError as error:
         raise DataError(
             f"evaluate.references={own.references}: its captions would be the prompts; correct them, or name a suite "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,25 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.adapters.inject import inject
-from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
-from lora_diffusion.core.protocols.family import Family
-from lora_diffusion.core.samples import Request, Sample
 from lora_diffusion.data import cache
 from lora_diffusion.runtime.autotune import use_channels_last, use_threads
 from lora_diffusion.runtime.device import pick_device, process_group
 from lora_diffusion.training import checkpoint, memory, record, run_files, run_folder
 from lora_diffusion.training.hooks import Hook, IntervalHook
-from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.trainer import Trainer
 from lora_diffusion.workflows import _judging as judging
 from lora_diffusion.workflows import _validation as validation
 from lora_diffusion.workflows._adapter_writing import AdapterWriter
 from lora_diffusion.workflows._checks import Checked, check
-from lora_diffusion.workflows._previews import SAVERS
 from lora_diffusion.workflows._steps import make_batches
 from lora_diffusion.workflows.select import Selection, select
 
@@ -64,22 +59,25 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
     config = run_folder.as_started(config) if resume else config
     checked = check(config, resume=resume, overwrite=overwrite)
     config = checked.config
-    family, kind, run, samples, plan = checked.family, checked.kind, checked.run, checked.samples, checked.plan
-    _say_what_is_trained(plan, config, samples)
+    family, sample_type, run = checked.family, checked.sample_type, checked.run
+    samples, plan = checked.samples, checked.plan
+    for line in plan.lines():
+        logger.info(line)
+    sample_type.warn(samples, config.model)
 
     processes = process_group()
     processes.wait_for_everyone()
     with run_folder.alone(run) if processes.is_main_process else nullcontext():
         trained = frozenset(config.adapter.parts)
         base_key = family.cache_key(config.model, trained)
-        fingerprint = record.fingerprint(config, kind, base_key, checked.info.files, samples)
+        fingerprint = record.fingerprint(config, sample_type, base_key, checked.info.files, samples)
         latest = _begin(checked, fingerprint, resume=resume, overwrite=overwrite)
         use_threads(config.train.threads, run.path / "machine.json")
         loaded = family.load(config.model, pick_device())
         use_channels_last(loaded.parts.values(), loaded.device)
         with processes.main_process_first():
             items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
-        hooks = [*_prepare_previews(config, family, loaded, checked.previews, run)]
+        hooks = [*_prepare_previews(checked, loaded)]
         hooks += judging.prepare_early_stop(config, family, loaded, samples, run, checked.num_steps)
         validating = validation.prepare(
             config,
@@ -98,7 +96,7 @@ def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
             memory.checkpoint_activations(loaded.parts)
         batches = make_batches(items, family, config)
 
-        describe = partial(record.metadata, config, checked.info, kind, samples, batches)
+        describe = partial(record.metadata, config, checked.info, sample_type, samples, batches)
         writer = AdapterWriter(config, family, run, loaded, describe)
         hooks += writer.hooks(batches.num_steps_per_epoch, checked.num_steps)
         trainer = Trainer(
@@ -133,32 +131,19 @@ def _begin(checked: Checked, fingerprint: Mapping[str, Any], *, resume: bool, ov
     return latest
 
 
-def _say_what_is_trained(plan: InjectionPlan, config: Config, samples: Sequence[Sample]) -> None:
-    for line in plan.lines():
-        logger.info(line)
-    has_priors = any(getattr(sample, "prior_captions", ()) for sample in samples)
-    if getattr(config.model, "prior_weight", 0) and not has_priors:
-        logger.warning(
-            "model.prior_weight=%g does nothing, since no trigger words were found: give all captions the same made-up "
-            "words, or name them with data.trigger, so that the rest of the base stays as it is.",
-            config.model.prior_weight,
-        )
-
-
-def _prepare_previews(
-    config: Config, family: Family, loaded: Loaded, requests: Sequence[Request], run: RunFolder
-) -> list[Hook]:
+def _prepare_previews(checked: Checked, loaded: Loaded) -> list[Hook]:
     """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there.
 
     There are none in a run that is too short for a preview.
     """
-    if not requests:
+    if not checked.previews:
         return []
-    save = SAVERS[family.sample_type]
+    config, run = checked.config, checked.run
 
     def draw(step: int) -> None:
         run_files.add(run.path, [f"previews/step-{step:06d}{ending}" for ending in (".png", ".tsv")])
-        save(family.generate(loaded, requests), config.preview, run.previews_path / f"step-{step:06d}")
+        outputs = checked.family.generate(loaded, checked.previews)
+        checked.sample_type.save(outputs, config.preview, run.previews_path / f"step-{step:06d}")
 
     draw(0)
     if loaded.encoders & set(config.adapter.parts):

@@ -20,9 +20,9 @@ from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, write_text
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import AudioText, Output, Request
-from lora_diffusion.data.listening import list_named, list_requests
-from lora_diffusion.data.recordings import KIND
-from lora_diffusion.data.splits import ALL
+from lora_diffusion.data.sample_types import RECORDINGS
+from lora_diffusion.data.sources import ALL_SPLITS
+from lora_diffusion.data.speech_folder import list_named, list_requests
 from lora_diffusion.data.transcripts import Segment, cues, later, without_timestamps
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
 from lora_diffusion.runtime.autotune import use_threads
@@ -30,7 +30,7 @@ from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
-_EVERYTHING = RecordingDataConfig(split=ALL)
+_EVERYTHING = RecordingDataConfig(split=ALL_SPLITS)
 """To score on, all of a folder is taken, since its user chose it for that."""
 
 
@@ -90,7 +90,7 @@ def understand(
     """
     family, info, states = _open(model, adapters)
     plain = replace(data, speeds=RecordingDataConfig.speeds, noise_db=())
-    sets = [KIND.read(replace(plain, path=str(path)), info) for path in data_paths]
+    sets = [RECORDINGS.read(replace(plain, path=str(path)), info) for path in data_paths]
     loaded, weights = _load(family, model, states, adapters)
     generate = partial(family.generate, loaded)
     return [compare(generate, loaded, samples, weights or None) for samples in sets]
@@ -103,7 +103,7 @@ def compare(
     weights: Mapping[str, float] | None = None,
 ) -> Understanding:
     """Compares what a loaded base hears with the transcripts; without weights, adapters are as they are now."""
-    opened = [KIND.open(sample, RecordingDataConfig()) for sample in samples]
+    opened = [RECORDINGS.open(sample, RecordingDataConfig()) for sample in samples]
     outputs = generate([Request("", 0, weights=weights, sample=one) for one in opened])
     said = [without_timestamps(sample.transcript) for sample in samples]
     heard = [without_timestamps(output.text) for output in outputs]
@@ -120,7 +120,7 @@ def _written(sample: AudioText, options: Any) -> str:
 
 
 def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:
-    family = find_family(model, AudioText)
+    family = find_family(model, RECORDINGS)
     info = family.check(model)
     assert isinstance(info, SpeechInfo), "a family of recordings describes its base so"
     return family, info, [read_adapter(path, family, model) for path, _ in adapters]

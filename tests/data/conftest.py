@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_diffusion.config.schema import PictureDataConfig
+from lora_diffusion.config.schema import ImageDataConfig
 from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.samples import PIECES, ImageText, Prepared
-from lora_diffusion.data import sources
+from lora_diffusion.data import image_folder
 
 INFO = BaseInfo(resolution=64, size_step=8, architecture="tiny", prediction="epsilon", source="tiny base")
 
@@ -39,11 +39,11 @@ class Dataset:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
-    def config(self, **settings) -> PictureDataConfig:
-        return PictureDataConfig(path=str(self.root), **settings)
+    def config(self, **settings) -> ImageDataConfig:
+        return ImageDataConfig(path=str(self.root), **settings)
 
     def read(self, **settings) -> list[ImageText]:
-        return sources.read(self.config(**settings), INFO)
+        return image_folder.read(self.config(**settings), INFO)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from safetensors.torch import load
 
 from lora_diffusion.config.schema import CacheConfig
 from lora_diffusion.core.errors import ConfigError, RunError
-from lora_diffusion.data import cache, pictures
+from lora_diffusion.data import cache
+from lora_diffusion.data.sample_types import Images
 
 _UNET = frozenset({"unet"})
 
@@ -232,7 +233,7 @@ def test_a_cache_that_cannot_be_written(dataset, family, loaded, tmp_path):
 
 
 def test_batches_stay_below_the_pixel_limit(dataset, family, loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_BATCH_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(Images, "_BATCH_PIXELS", 2 * 64 * 64)
     for index in range(5):
         Image.new("RGB", (64, 64), (index, 0, 0)).save(dataset.root / f"{index}.png")
     samples = [replace(sample) for sample in dataset.read(captions="optional")]

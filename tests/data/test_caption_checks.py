@@ -7,7 +7,7 @@ import pytest
 from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import builtin_path
-from lora_diffusion.data import sources
+from lora_diffusion.data import image_folder
 from tests.data.conftest import INFO, Dataset
 
 LONG = ", ".join(f"tag number {index}" for index in range(60))
@@ -16,7 +16,7 @@ EMOJI = ClipTextLimit(builtin_path("emoji-sd") / "tokenizer")
 
 
 def _read(dataset: Dataset, limit: ClipTextLimit = CLIP, **settings: object) -> None:
-    sources.read(dataset.config(**settings), replace(INFO, text_limit=limit))
+    image_folder.read(dataset.config(**settings), replace(INFO, text_limit=limit))
 
 
 def test_what_is_beyond_the_text_encoder_is_told(dataset, caplog):

@@ -15,7 +15,8 @@ from lora_diffusion.config.schema import ChatDataConfig, PreviewConfig
 from lora_diffusion.core.base_model import ChatInfo
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.samples import Chat, Turn
-from lora_diffusion.data.chats import KIND, questions
+from lora_diffusion.data.chats import questions
+from lora_diffusion.data.sample_types import CHATS
 from tests.tiny_llava import entry, write_chats, write_picture
 
 _PICTURE_TOKENS = 4
@@ -46,7 +47,7 @@ LAYOUTS = {
 
 
 def _read(path: Path, **settings: Any) -> list[Chat]:
-    return KIND.read(ChatDataConfig(path=str(path), **settings), INFO)
+    return CHATS.read(ChatDataConfig(path=str(path), **settings), INFO)
 
 
 class TestLayouts:
@@ -86,8 +87,8 @@ class TestLayouts:
         samples = _read(tmp_path / "saved")
         assert [sample.key for sample in samples] == ["row 0", "row 1"]
         assert samples[0].turns == TURNS
-        assert KIND.open(samples[1], ChatDataConfig()).views[0][0].size == (30, 20)
-        assert KIND.identity(samples[0], ChatDataConfig()) == KIND.identity(samples[1], ChatDataConfig())
+        assert CHATS.open(samples[1], ChatDataConfig()).views[0][0].size == (30, 20)
+        assert CHATS.identity(samples[0], ChatDataConfig()) == CHATS.identity(samples[1], ChatDataConfig())
 
     def test_names_that_windows_wrote(self, tmp_path: Path) -> None:
         (tmp_path / "sub").mkdir()
@@ -237,7 +238,7 @@ class TestFaults:
         write_chats(folder, [LAYOUTS["LLaVA"]])
         info = ChatInfo(count_tokens=lambda samples: ["the chat template cannot render it."])
         with pytest.raises(DataError, match=r"entry 1: the chat template cannot render it\."):
-            KIND.read(ChatDataConfig(path=str(folder)), info)
+            CHATS.read(ChatDataConfig(path=str(folder)), info)
 
 
 class TestSamples:
@@ -245,42 +246,42 @@ class TestSamples:
         write_picture(tmp_path / "a.png", size=(40, 20))
         write_chats(tmp_path, [LAYOUTS["LLaVA"]])
         config = ChatDataConfig(path=str(tmp_path), zooms=(1.0, 2.0, 0.5))
-        (sample,) = KIND.read(config, INFO)
-        whole, near, far = (np.asarray(view) for (view,) in KIND.open(sample, config).views)
+        (sample,) = CHATS.read(config, INFO)
+        whole, near, far = (np.asarray(view) for (view,) in CHATS.open(sample, config).views)
         assert whole.shape == near.shape == far.shape == (20, 40, 3)
         assert (far[0] == 255).all() and (far[:, 0] == 255).all()
         middle = whole[5:15, 10:30]
         assert np.abs(near[::2, ::2].astype(int) - middle).mean() < 40
-        assert KIND.identity(sample, config) != KIND.identity(sample, ChatDataConfig())
+        assert CHATS.identity(sample, config) != CHATS.identity(sample, ChatDataConfig())
 
     @pytest.mark.parametrize("size", [(1, 9), (9, 1), (1, 1)])
     def test_narrowest_pictures_can_be_zoomed(self, tmp_path: Path, size: tuple[int, int]) -> None:
         write_picture(tmp_path / "a.png", size=size)
         write_chats(tmp_path, [LAYOUTS["LLaVA"]])
         (sample,) = _read(tmp_path)
-        assert [view.size for (view,) in KIND.open(sample, ChatDataConfig(zooms=(0.5, 2.0))).views] == [size, size]
+        assert [view.size for (view,) in CHATS.open(sample, ChatDataConfig(zooms=(0.5, 2.0))).views] == [size, size]
 
     def test_report_previews_and_questions(self, tmp_path: Path) -> None:
         for name in ("a.png", "b.png"):
             write_picture(tmp_path / name)
         write_chats(tmp_path, [entry("a.png", "What?", "red", "Why?", "so"), entry("b.png", "Which?", "red")])
         samples = _read(tmp_path)
-        report = KIND.describe(samples)
+        report = CHATS.describe(samples)
         assert (report.num_conversations, report.num_pictures, report.num_answers) == (2, 2, 3)
         assert report.commonest_answers[0] == ("red", 2)
         assert report.longest == ("chats.json, entry 1", _PICTURE_TOKENS + 4)
-        asked = KIND.previews(samples, PreviewConfig())
+        asked = CHATS.previews(samples, PreviewConfig())
         assert [(request.prompt, request.sample.path.name) for request in asked] == [  # type: ignore[union-attr]
             ("What?", "a.png"),
             ("Which?", "b.png"),
         ]
-        assert len(KIND.previews(samples, PreviewConfig(prompts=("x", "y"), seeds=(0, 1)))) == 8
-        assert {own.prompt for own in KIND.previews(samples, PreviewConfig(prompts=("<image>\nWhy?",)))} == {"Why?"}
+        assert len(CHATS.previews(samples, PreviewConfig(prompts=("x", "y"), seeds=(0, 1)))) == 8
+        assert {own.prompt for own in CHATS.previews(samples, PreviewConfig(prompts=("<image>\nWhy?",)))} == {"Why?"}
         assert [(request.prompt, answer) for request, answer in questions(samples)] == [
             ("What?", "red"),
             ("Which?", "red"),
         ]
-        assert KIND.largest(samples) == (_PICTURE_TOKENS + 4, 1)
+        assert CHATS.largest(samples) == (_PICTURE_TOKENS + 4, 1)
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
@@ -331,15 +332,15 @@ class TestPictures:
             [(20, 40)],
         ]
         config = ChatDataConfig(zooms=(1.0, 0.9))
-        views = [KIND.open(sample, config).views for sample in samples]
+        views = [CHATS.open(sample, config).views for sample in samples]
         assert [[len(view) for view in own] for own in views] == [[1, 1], [0, 0], [2, 2], [1, 1]]
-        names = [json.dumps(KIND.identity(sample, config)) for sample in samples]
+        names = [json.dumps(CHATS.identity(sample, config)) for sample in samples]
         assert len(set(names)) == 4
-        report = KIND.describe(samples)
+        report = CHATS.describe(samples)
         assert (report.num_pictures, report.num_without_picture) == (2, 1)
         assert "about 2 pictures (1 without a picture)" in report.lines()[0]
-        assert KIND.largest(samples)[1] == 2
-        asked = KIND.previews(samples, PreviewConfig())
+        assert CHATS.largest(samples)[1] == 2
+        asked = CHATS.previews(samples, PreviewConfig())
         assert [request.sample.key for request in asked] == ["chats.json, entry 1", "chats.json, entry 4"]  # type: ignore[union-attr]
         assert [request.prompt for request, _ in questions(samples)] == [
             "What is it?",
@@ -350,12 +351,12 @@ class TestPictures:
 
     def test_one_picture_in_the_first_question_keeps_its_name_in_caches(self, folder: Path) -> None:
         write_chats(folder, [LAYOUTS["LLaVA"]])
-        digest, zooms, said = KIND.identity(_read(folder)[0], ChatDataConfig())
+        digest, zooms, said = CHATS.identity(_read(folder)[0], ChatDataConfig())
         assert (len(digest), zooms, said) == (64, (1.0,), [["user", "What is it?"], ["assistant", "a cat"]])
 
     def test_texts_alone_are_previewed(self, folder: Path) -> None:
         write_chats(folder, [ALONE])
-        (request,) = KIND.previews(_read(folder), PreviewConfig())
+        (request,) = CHATS.previews(_read(folder), PreviewConfig())
         assert (request.prompt, request.sample.views) == ("Write a haiku", ((),))  # type: ignore[union-attr]
 
     def test_what_a_list_of_pictures_and_marks_must_be(self, folder: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lora_diffusion.core.errors import DataError
-from lora_diffusion.data.preflight import find_pictures
+from lora_diffusion.data.preflight import find_images
 from tests.data.conftest import Dataset
 
 SUBJECT = "10_sks dog"
@@ -99,7 +99,7 @@ def test_companions_are_no_training_pictures(dataset, caplog, name):
     dataset.picture(name, None)
     assert _kept(dataset) == ["0.png", "1.png"]
     assert any(record.getMessage().startswith("Left out ") for record in caplog.records)
-    assert [path.name for path in find_pictures(str(dataset.root), "evaluate.references")] == ["0.png", "1.png"]
+    assert [path.name for path in find_images(str(dataset.root), "evaluate.references")] == ["0.png", "1.png"]
 
 
 def test_masks_beside_the_folder_of_the_pictures(dataset):

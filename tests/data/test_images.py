@@ -150,16 +150,16 @@ def test_other_names_and_formats(tmp_path, ending):
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "p.png")
-    with pytest.raises(images.PictureError, match="is a pipe and no file"):
+    with pytest.raises(images.ImageError, match="is a pipe and no file"):
         images.measure(tmp_path / "p.png")
-    with pytest.raises(images.PictureError, match="is a device and no file"):
+    with pytest.raises(images.ImageError, match="is a device and no file"):
         images.open_rgb(Path("/dev/zero"))
     (tmp_path / "loop.png").symlink_to("loop.png")
     for name in ("loop.png", "gone.png"):
-        with pytest.raises(images.PictureError, match=r"cannot be read .*rights or link"):
+        with pytest.raises(images.ImageError, match=r"cannot be read .*rights or link"):
             images.open_rgb(tmp_path / name)
     Image.new("F", (4, 4)).save(tmp_path / "f.tif")
-    with pytest.raises(images.PictureError, match="holds fractions"):
+    with pytest.raises(images.ImageError, match="holds fractions"):
         images.measure(tmp_path / "f.tif")
 
 
@@ -236,7 +236,7 @@ def test_any_damage_is_a_picture_error(tmp_path):
             path.write_bytes(damaged[: rng.integers(1, len(whole))].tobytes())
             try:
                 images.open_rgb(path)
-            except images.PictureError as error:
+            except images.ImageError as error:
                 assert str(path) in str(error)
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from lora_diffusion.core.samples import Output, Request
+from lora_diffusion.data.images import grid
 from lora_diffusion.evaluation import before_after
 from lora_diffusion.evaluation.before_after import WITH_ADAPTER, WITH_BASE, WITHOUT_ADAPTER, Case
-from lora_diffusion.evaluation.images import grid, save_output
+from lora_diffusion.evaluation.images import save_output
 
 
 class ColourClip:

@@ -26,7 +26,7 @@ from lora_diffusion.config.schema import (
     CacheConfig,
     ChatDataConfig,
     DataConfig,
-    PictureDataConfig,
+    ImageDataConfig,
     RecordingDataConfig,
 )
 from lora_diffusion.core import registry
@@ -35,8 +35,7 @@ from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import AudioText, Batch, Chat, ImageText, Output, Request, Sample
-from lora_diffusion.data import cache
-from lora_diffusion.data.kinds import KINDS
+from lora_diffusion.data import cache, sample_types
 from lora_diffusion.formats.verified import write_verified
 from tests.tiny import save_tiny_pipeline, save_tiny_sd2_pipeline, save_tiny_sdxl_pipeline
 from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
@@ -110,7 +109,7 @@ def _write_recordings(folder: Path) -> None:
 
 
 def _ask_for_transcripts(samples: list[AudioText]) -> list[Request]:
-    kind = KINDS[AudioText]
+    kind = sample_types.find(AudioText)
     asked = [kind.open(sample, RecordingDataConfig(speeds=(speed,))) for sample in samples[:2] for speed in (1.0, 1.5)]
     return [Request("", 0, sample=sample) for sample in asked]
 
@@ -126,14 +125,14 @@ def _write_chats(folder: Path) -> None:
 
 
 def _ask_about_pictures(samples: list[Chat]) -> list[Request]:
-    asked = [KINDS[Chat].open(sample, ChatDataConfig()) for sample in samples[:2]]
+    asked = [sample_types.find(Chat).open(sample, ChatDataConfig()) for sample in samples[:2]]
     return [Request(prompt, 0, sample=sample) for sample in asked for prompt in ("What?", "Which colour is it?")]
 
 
 SAMPLES: Mapping[type[Sample], Kind] = {
     ImageText: Kind(
         _write_pictures,
-        PictureDataConfig(flip=True, caption_lines="each"),
+        ImageDataConfig(flip=True, caption_lines="each"),
         _ask_for_pictures,
         lambda output: np.asarray(output.image).astype(int),
     ),
@@ -193,7 +192,7 @@ class Setup:
         return plan(self.family.skeleton(self.options()), self.family.parts, config, unread=unread or {})
 
     def opened(self) -> list[Sample]:
-        kind = KINDS[self.family.sample_type]
+        kind = sample_types.find(self.family.sample_type)
         return [kind.open(sample, self.data) for sample in self.samples]
 
     def batch(self, loaded: Loaded, trained: frozenset[str] = frozenset()) -> Batch:
@@ -226,7 +225,7 @@ def _set_up(name: str, folder: Path) -> Setup:
         kind.write(files)
         data = replace(kind.settings, path=str(files))
         info = family.check(family.options_type(path=str(base)))
-        _SETUPS[name] = Setup(family, base, data, list(KINDS[family.sample_type].read(data, info)))
+        _SETUPS[name] = Setup(family, base, data, list(sample_types.find(family.sample_type).read(data, info)))
     return _SETUPS[name]
 
 
@@ -274,7 +273,7 @@ class TestBase:
     def test_example_runs_on_the_meta_device(self, setup: Setup) -> None:
         skeleton = setup.family.skeleton(setup.options())
         for trained in (frozenset[str](), frozenset(setup.family.parts)):
-            size = KINDS[setup.family.sample_type].largest(setup.samples)
+            size = sample_types.find(setup.family.sample_type).largest(setup.samples)
             example = setup.family.example(setup.options(), trained, 2, size)
             assert trained <= example.inputs.keys()
             for name, inputs in example.inputs.items():

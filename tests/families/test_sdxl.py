@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_diffusion.config.schema import PictureDataConfig
+from lora_diffusion.config.schema import ImageDataConfig
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import ImageText
-from lora_diffusion.data import images, sources
+from lora_diffusion.data import image_folder, images
 from lora_diffusion.diffusion.noise import draw_noise, draw_timesteps
 from lora_diffusion.families import sdxl
 from lora_diffusion.families.sdxl import FAMILY, SDXLOptions
@@ -73,8 +73,8 @@ def test_crop_is_that_of_the_pixels(
 def test_samples_know_their_size_and_crop(tmp_path: Path, base: Path) -> None:
     Image.new("RGB", (20, 40)).save(tmp_path / "tall.png")
     (tmp_path / "tall.txt").write_text("a cat")
-    config = PictureDataConfig(path=str(tmp_path), buckets=False)
-    (found,) = sources.read(config, FAMILY.check(SDXLOptions(path=str(base))))
+    config = ImageDataConfig(path=str(tmp_path), buckets=False)
+    (found,) = image_folder.read(config, FAMILY.check(SDXLOptions(path=str(base))))
     assert (found.size, found.original_size, found.crop) == ((16, 16), (20, 40), (0, 8, 0, 8))
 
 

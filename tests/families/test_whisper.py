@@ -33,7 +33,7 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import public_base
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import AudioText, Batch, Request
-from lora_diffusion.data.recordings import KIND
+from lora_diffusion.data.sample_types import RECORDINGS
 from lora_diffusion.families.language import speech
 from lora_diffusion.families.whisper import FAMILY, WhisperOptions
 from lora_diffusion.formats.verified import write_verified
@@ -67,7 +67,7 @@ class TestPreparing:
         write_recording(tmp_path / "a.wav", "one")
         config = RecordingDataConfig(path=str(tmp_path))
         loaded = load(base)
-        opened = [KIND.open(sample, config) for sample in KIND.read(config, loaded.info)]  # type: ignore[arg-type]
+        opened = [RECORDINGS.open(sample, config) for sample in RECORDINGS.read(config, loaded.info)]  # type: ignore[arg-type]
         (item,) = FAMILY.prepare(loaded, opened, frozenset())
         extractor = WhisperFeatureExtractor.from_pretrained(base)
         sound = opened[0].waveforms[0].numpy()

@@ -24,7 +24,6 @@ class Family(Protocol):
     """The dataclass of the `model:` section."""
     sample_type: type[Sample]
     parts: Mapping[str, Part]
-    metrics: tuple[str, ...]
 
     def check(self, options: Any) -> BaseInfo:
         """Looks at the base without loading weights; raises ModelError if it cannot be used."""

@@ -19,7 +19,7 @@ from lora_diffusion.core.base_model import SpeechInfo
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.samples import AudioText
 from lora_diffusion.data import audio, transcripts
-from lora_diffusion.data.recordings import KIND
+from lora_diffusion.data.sample_types import RECORDINGS
 from tests.tiny_whisper import RATE, chirp, write_recording
 
 INFO = SpeechInfo(
@@ -32,7 +32,7 @@ INFO = SpeechInfo(
 
 
 def _read(folder: Path, **settings: object) -> list[AudioText]:
-    return KIND.read(RecordingDataConfig(path=str(folder), **settings), INFO)  # type: ignore[arg-type]
+    return RECORDINGS.read(RecordingDataConfig(path=str(folder), **settings), INFO)  # type: ignore[arg-type]
 
 
 class TestLayouts:
@@ -79,13 +79,13 @@ class TestLayouts:
         table.save_to_disk(str(tmp_path / "saved"))
         samples = _read(tmp_path / "saved")
         assert [(sample.key, sample.transcript) for sample in samples] == [("row 0", "one"), ("row 1", "two")]
-        (view,) = KIND.open(samples[0], RecordingDataConfig()).waveforms
+        (view,) = RECORDINGS.open(samples[0], RecordingDataConfig()).waveforms
         np.testing.assert_allclose(view.numpy(), chirp(0.4), atol=1e-4)
 
     @pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "ogg"])
     def test_every_kind_of_file_sounds_alike(self, tmp_path: Path, ending: str) -> None:
         write_recording(tmp_path / f"a.{ending}", "one")
-        (view,) = KIND.open(_read(tmp_path)[0], RecordingDataConfig()).waveforms
+        (view,) = RECORDINGS.open(_read(tmp_path)[0], RecordingDataConfig()).waveforms
         expected = chirp()
         length = min(len(view), len(expected))
         assert abs(len(view) - len(expected)) < RATE // 10
@@ -99,7 +99,7 @@ class TestSound:
         caplog.set_level("INFO")
         write_recording(tmp_path / "both.wav", "one", rate=8000, channels=2)
         (sample,) = _read(tmp_path)
-        (view,) = KIND.open(sample, RecordingDataConfig()).waveforms
+        (view,) = RECORDINGS.open(sample, RecordingDataConfig()).waveforms
         assert view.shape == (RATE // 2,)
         expected = chirp()
         assert np.corrcoef(view.numpy()[500:-500], expected[500:-500])[0, 1] > 0.999
@@ -109,13 +109,13 @@ class TestSound:
     def test_views_of_speed_and_noise(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav", "one")
         config = RecordingDataConfig(path=str(tmp_path), speeds=(1.0, 2.0), noise_db=(10.0,))
-        (sample,) = KIND.read(config, INFO)
-        plain, noisy, fast, _ = KIND.open(sample, config).waveforms
+        (sample,) = RECORDINGS.read(config, INFO)
+        plain, noisy, fast, _ = RECORDINGS.open(sample, config).waveforms
         assert len(fast) == len(plain) // 2
         ratio = plain.square().mean() / (noisy - plain).square().mean()
         assert 10 * torch.log10(ratio) == pytest.approx(10.0, abs=0.2)
-        assert torch.equal(KIND.open(sample, config).waveforms[1], noisy)
-        assert KIND.identity(sample, config) != KIND.identity(sample, RecordingDataConfig())
+        assert torch.equal(RECORDINGS.open(sample, config).waveforms[1], noisy)
+        assert RECORDINGS.identity(sample, config) != RECORDINGS.identity(sample, RecordingDataConfig())
 
     def test_windows_are_cut_where_it_is_quiet(self) -> None:
         sound = np.concatenate([chirp(0.8), np.zeros(RATE // 5, np.float32), chirp(0.7)])
@@ -325,7 +325,7 @@ class TestLong:
         first, second = _read(tmp_path, long="split")
         assert (first.key, first.transcript) == ("a.wav@0.10", "<|0.00|> one<|0.50|><|0.60|> two<|0.90|>")
         assert (second.start_s, second.duration_s) == (1.1, pytest.approx(0.7))
-        (view,) = KIND.open(second, RecordingDataConfig()).waveforms
+        (view,) = RECORDINGS.open(second, RecordingDataConfig()).waveforms
         start = round(1.1 * RATE)
         np.testing.assert_allclose(view.numpy(), chirp(1.9)[start : start + len(view)], atol=1e-4)
 
@@ -358,13 +358,13 @@ def test_report_and_previews(tmp_path: Path) -> None:
     write_recording(tmp_path / "a.wav", "one two")
     write_recording(tmp_path / "b.wav", "one two", seconds=0.7)
     samples = _read(tmp_path)
-    report = KIND.describe(samples)
+    report = RECORDINGS.describe(samples)
     assert (report.num_words, report.longest, report.same_transcript) == (4, ("b.wav", 0.7), (("a.wav", "b.wav"),))
-    assert KIND.largest(samples) == (round(0.7 * RATE), 7)
-    (request,) = KIND.previews(samples, PreviewConfig(prompts=("b.wav",)))
+    assert RECORDINGS.largest(samples) == (round(0.7 * RATE), 7)
+    (request,) = RECORDINGS.previews(samples, PreviewConfig(prompts=("b.wav",)))
     assert request.sample and request.sample.key == "b.wav"
     with pytest.raises(ConfigError, match=r'no recording c.wav \(did you mean "[ab].wav"'):
-        KIND.previews(samples, PreviewConfig(prompts=("c.wav",)))
+        RECORDINGS.previews(samples, PreviewConfig(prompts=("c.wav",)))
 
 
 class TestCorpora:
@@ -445,11 +445,11 @@ class TestCorpora:
         info = replace(INFO, find_language=lambda name: {"English": "en", "de_DE": "de"}[name])
 
         def read(**settings: object) -> list[AudioText]:
-            return KIND.read(RecordingDataConfig(path=str(own), **settings), info)  # type: ignore[arg-type]
+            return RECORDINGS.read(RecordingDataConfig(path=str(own), **settings), info)  # type: ignore[arg-type]
 
         samples = read()
         assert [(sample.transcript, sample.language) for sample in samples] == [("one", "en"), ("two", "de")]
-        assert len(KIND.open(samples[1], RecordingDataConfig()).waveforms[0]) == RATE // 2
+        assert len(RECORDINGS.open(samples[1], RecordingDataConfig()).waveforms[0]) == RATE // 2
         assert [sample.transcript for sample in read(split="test")] == ["one"]
         with pytest.raises(DataError, match="has no split of this name"):
             read(split="other")
@@ -482,7 +482,7 @@ class TestContainers:
             container.mux([*stream.encode(frame), *stream.encode(None)])
         path.with_suffix(".txt").write_text("one")
         (sample,) = _read(tmp_path)
-        (view,) = KIND.open(sample, RecordingDataConfig()).waveforms
+        (view,) = RECORDINGS.open(sample, RecordingDataConfig()).waveforms
         expected = chirp(0.5)
         late = int(np.argmax(np.correlate(view.numpy()[:9000], expected[:6000], "valid")))
         length = min(len(view) - late, len(expected)) - 200

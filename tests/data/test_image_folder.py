@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_diffusion.config.schema import PictureDataConfig
+from lora_diffusion.config.schema import ImageDataConfig
 from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.data import sources
-from lora_diffusion.data.report import describe
+from lora_diffusion.data import image_folder
+from lora_diffusion.data.image_folder import describe
 from tests.data.conftest import INFO
 
 
@@ -182,7 +182,7 @@ def test_folders_that_cannot_be_used(tmp_path, path, reason):
     (tmp_path / "empty" / "a.heic").touch()
     (tmp_path / "empty" / "a.txt").touch()
     with pytest.raises(DataError, match=reason):
-        sources.read(PictureDataConfig(path=str(tmp_path / path)), INFO)
+        image_folder.read(ImageDataConfig(path=str(tmp_path / path)), INFO)
 
 
 def test_without_any_caption_one_fault_names_files_that_look_like_them(dataset):
@@ -291,11 +291,11 @@ def test_reading_does_not_import_torch(dataset):
     dataset.picture("a.png")
     code = (
         "import sys\n"
-        "from lora_diffusion.config.schema import PictureDataConfig\n"
-        "from lora_diffusion.core.types import BaseInfo\n"
-        "from lora_diffusion.data import batches, cache, report, sources\n"
-        "samples = sources.read(PictureDataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', 'epsilon', ''))\n"
-        "report.describe(samples)\n"
+        "from lora_diffusion.config.schema import ImageDataConfig\n"
+        "from lora_diffusion.core.base_model import BaseInfo\n"
+        "from lora_diffusion.data import batches, cache, image_folder\n"
+        "samples = image_folder.read(ImageDataConfig(path=sys.argv[1]), BaseInfo(64, 8, '', 'epsilon', ''))\n"
+        "image_folder.describe(samples)\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(dataset.root)], check=True)
@@ -403,7 +403,7 @@ def test_the_given_folder_counts_like_its_subfolders(dataset, monkeypatch, spell
     dataset.picture("10_sks dog/2_cat/c.png", None)
     monkeypatch.chdir(dataset.root / "10_sks dog")
     path = spelled.format(dataset.root / "10_sks dog")
-    samples = sources.read(PictureDataConfig(path=path), INFO)
+    samples = image_folder.read(ImageDataConfig(path=path), INFO)
     assert [sample.num_repeats for sample in samples] == [2, 10, 10]
     assert [sample.captions[0] for sample in samples] == ["cat", "sks dog", "sks dog in the rain"]
 
@@ -413,7 +413,7 @@ def test_links_to_folders_with_repeats(dataset, link, target):
     dataset.picture("a.png", None)
     dataset.root.rename(dataset.root.with_name(target))
     (path := dataset.root.with_name(link)).symlink_to(dataset.root.with_name(target))
-    (sample,) = sources.read(PictureDataConfig(path=str(path)), INFO)
+    (sample,) = image_folder.read(ImageDataConfig(path=str(path)), INFO)
     assert (sample.num_repeats, sample.captions) == (5, ("zwx cat",))
 
 

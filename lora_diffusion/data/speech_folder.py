@@ -1,30 +1,27 @@
-"""Recordings with transcripts, as a kind of samples."""
+"""Recordings: those of a folder with their transcripts, and those that are only transcribed."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from lora_diffusion.config.schema import PreviewConfig, RecordingDataConfig
+from lora_diffusion.config.schema import RecordingDataConfig
 from lora_diffusion.core.base_model import SpeechInfo
-from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import AudioText, Request
-from lora_diffusion.core.text import name_some, shown, suggestion
-from lora_diffusion.data import audio, preflight, rows, splits, transcripts
+from lora_diffusion.core.text import name_some, shown
+from lora_diffusion.data import audio, preflight, sources, transcripts
 from lora_diffusion.data.audio import Facts, RecordingError
 from lora_diffusion.data.folder import Folder, stop_or_leave_out
 from lora_diffusion.data.transcripts import Transcript
 from lora_diffusion.runtime.progress import watch
 
 _NUM_THREADS = 4
-_NUM_AT_ONCE = 8
-_NUM_PREVIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -61,109 +58,54 @@ class RecordingReport:
         return lines
 
 
-class _Recordings:
-    """See `data.kinds.Kind` for what each method must do."""
+def read(config: RecordingDataConfig, info: SpeechInfo) -> list[AudioText]:
+    """Returns the recordings of a folder, or of a data set of rows, with their transcripts; decodes each once.
 
-    noun = "recordings"
+    Raises:
+        DataError: the data cannot be used; all errors are listed at once.
+    """
+    faults: list[str] = []
+    folder, recordings = (_list_rows if sources.are_rows(config.path) else _list_files)(config, faults)
+    checked = _check_all(folder, recordings, config, info, faults)
+    samples = []
+    for recording, facts in checked:
+        samples += _samples(recording, facts, config, info, faults)
+    samples = _count_tokens(samples, info, faults)
+    stop_or_leave_out(folder, "transcripts", faults, len(samples), skip_bad=config.skip_bad)
+    _report(samples, checked, info)
+    return samples
 
-    def read(self, config: RecordingDataConfig, info: SpeechInfo) -> list[AudioText]:
-        """Reads a folder, or a data set of rows, and decodes every recording once."""
-        faults: list[str] = []
-        folder, recordings = (_list_rows if rows.are_rows(config.path) else _list_files)(config, faults)
-        checked = _check_all(folder, recordings, config, info, faults)
-        samples = []
-        for recording, facts in checked:
-            samples += _samples(recording, facts, config, info, faults)
-        samples = _count_tokens(samples, info, faults)
-        stop_or_leave_out(folder, "transcripts", faults, len(samples), skip_bad=config.skip_bad)
-        _tell(samples, checked, info)
-        return samples
 
-    def identity(self, sample: AudioText, config: RecordingDataConfig) -> list[Any]:
-        """Names the sound by its bytes and the views of it, and what is said."""
-        return [*self.view_identity(sample, config), *self.text_identity(sample)]
+def open_sample(sample: AudioText, config: RecordingDataConfig) -> AudioText:
+    """Returns the sample with its sound decoded at each speed, clean and with each noise."""
+    import torch
 
-    def view_identity(self, sample: AudioText, config: RecordingDataConfig) -> list[Any]:
-        """Names the sound by its bytes, and the views of it."""
-        data = sample.read_bytes() if sample.read_bytes else sample.path.read_bytes()
-        place = [sample.start_s, sample.duration_s, sample.sampling_rate, config.speeds, config.noise_db]
-        return [hashlib.sha256(data).hexdigest(), *place]
+    content = sample.read_bytes or sample.path
+    sound = audio.decode(content, sample.sampling_rate, sample.start_s, sample.duration_s)
+    views = []
+    for speed in config.speeds:
+        clean = audio.at_speed(sound, speed, sample.sampling_rate)
+        views += [clean, *(audio.with_noise(clean, ratio) for ratio in config.noise_db)]
+    return replace(sample, waveforms=tuple(torch.from_numpy(view).float() for view in views))
 
-    def text_identity(self, sample: AudioText) -> list[Any]:
-        """Names what is said, its language and the task."""
-        return [sample.transcript, sample.language, sample.task]
 
-    def open(self, sample: AudioText, config: RecordingDataConfig) -> AudioText:
-        """Decodes the recording at each speed, clean and with each noise."""
-        import torch
-
-        content = sample.read_bytes or sample.path
-        sound = audio.decode(content, sample.sampling_rate, sample.start_s, sample.duration_s)
-        views = []
-        for speed in config.speeds:
-            clean = audio.at_speed(sound, speed, sample.sampling_rate)
-            views += [clean, *(audio.with_noise(clean, ratio) for ratio in config.noise_db)]
-        return replace(sample, waveforms=tuple(torch.from_numpy(view).float() for view in views))
-
-    def group(self, sample: AudioText) -> str:
-        """Names none: the base pads every recording to the same length."""
-        del sample
-        return ""
-
-    def num_at_once(self, sample: AudioText, config: RecordingDataConfig) -> int:
-        """Limits the views of all samples together."""
-        del sample
-        return max(_NUM_AT_ONCE // (len(config.speeds) * (1 + len(config.noise_db))), 1)
-
-    def describe(self, samples: Sequence[AudioText]) -> RecordingReport:
-        """Counts seconds, words and languages."""
-        words = {sample.key: len(transcripts.without_timestamps(sample.transcript).split()) for sample in samples}
-        by_text: defaultdict[str, list[str]] = defaultdict(list)
-        for sample in samples:
-            by_text[sample.transcript].append(sample.key)
-        longest = max(samples, key=lambda sample: sample.duration_s)
-        return RecordingReport(
-            num_recordings=len(samples),
-            num_shown=sum(sample.num_repeats for sample in samples),
-            total_s=sum(sample.duration_s for sample in samples),
-            longest=(longest.key, longest.duration_s),
-            num_words=sum(words.values()),
-            longest_transcript=max(words.items(), key=lambda item: item[1]),
-            languages=dict(Counter(sample.language or "" for sample in samples).most_common()),
-            same_transcript=tuple(tuple(keys) for keys in by_text.values() if len(keys) > 1),
-        )
-
-    def largest(self, samples: Sequence[AudioText]) -> tuple[int, int]:
-        """Gives the longest recording in samples, and the longest transcript in tokens."""
-        longest_s = max(sample.duration_s for sample in samples)
-        return round(longest_s * samples[0].sampling_rate), max(sample.num_tokens for sample in samples)
-
-    def previews(self, samples: Sequence[AudioText], config: PreviewConfig) -> list[Request]:
-        """Asks for the recordings that `preview.prompts` names by their keys, or for the first."""
-        named = {sample.key: sample for sample in samples}
-        unknown = [key for key in config.prompts if key not in named]
-        if unknown:
-            raise ConfigError(
-                f"preview.prompts: the data has no recording {', '.join(unknown)}{suggestion(unknown[0], named)}; name "
-                "those to transcribe as they are called below data.path."
-            )
-        chosen = [named[key] for key in config.prompts] or list(samples[:_NUM_PREVIEWS])
-        return [Request("", 0, sample=self.open(sample, RecordingDataConfig())) for sample in chosen]
-
-    def metadata(self, samples: Sequence[AudioText], config: RecordingDataConfig) -> dict[str, Any]:
-        """Tells the seconds of sound and the views of it."""
-        seconds = round(sum(sample.duration_s for sample in samples), 1)
-        return {"audio_seconds": seconds, "audio_speeds": config.speeds, "audio_noise_db": config.noise_db or None}
-
-    def headline(self, samples: Sequence[AudioText]) -> dict[str, Any]:
-        """Gives nothing."""
-        del samples
-        return {}
-
-    def texts(self, sample: AudioText) -> tuple[str, ...]:
-        """Gives none: what people said is nobody else's business."""
-        del sample
-        return ()
+def describe(samples: Sequence[AudioText]) -> RecordingReport:
+    """Returns the facts of samples that `read` returned."""
+    words = {sample.key: len(transcripts.without_timestamps(sample.transcript).split()) for sample in samples}
+    by_text: defaultdict[str, list[str]] = defaultdict(list)
+    for sample in samples:
+        by_text[sample.transcript].append(sample.key)
+    longest = max(samples, key=lambda sample: sample.duration_s)
+    return RecordingReport(
+        num_recordings=len(samples),
+        num_shown=sum(sample.num_repeats for sample in samples),
+        total_s=sum(sample.duration_s for sample in samples),
+        longest=(longest.key, longest.duration_s),
+        num_words=sum(words.values()),
+        longest_transcript=max(words.items(), key=lambda item: item[1]),
+        languages=dict(Counter(sample.language or "" for sample in samples).most_common()),
+        same_transcript=tuple(tuple(keys) for keys in by_text.values() if len(keys) > 1),
+    )
 
 
 @dataclass(frozen=True)
@@ -176,7 +118,7 @@ class _Recording:
 
 
 def _list_files(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, list[_Recording]]:
-    folder = splits.choose(preflight.list_recordings(config.path), config.split)
+    folder = sources.choose_split(preflight.list_recordings(config.path), config.split)
     texts = transcripts.collect(folder, faults, config.split)
     plain = [file for file in folder.others if not file.name.lower().endswith(transcripts.OF_A_CHAPTER)]
     preflight.warn_of_orphans(replace(folder, others=tuple(plain)), "transcript", (transcripts.BESIDE,))
@@ -207,7 +149,7 @@ def _explain_no_transcript(folder: Folder, count: int) -> str:
 
 
 def _list_rows(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, list[_Recording]]:
-    table = rows.read(config.path, config.split, transcripts.FILE_KEYS, "Audio", "recordings")
+    table = sources.read_rows(config.path, config.split, transcripts.FILE_KEYS, "Audio", "recordings")
     named: dict[str, Transcript | None] = {}
     for index in range(len(table.files)):
         name = f"row {index}"
@@ -351,7 +293,7 @@ def _count_tokens(samples: list[AudioText], info: SpeechInfo, faults: list[str])
     return counted
 
 
-def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Facts]], info: SpeechInfo) -> None:
+def _report(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Facts]], info: SpeechInfo) -> None:
     seconds = sum(sample.duration_s for sample in samples)
     num_whole = len({sample.key.removesuffix(f"@{sample.start_s:.2f}") for sample in samples})
     logger.info("Read %d recordings with transcripts, %s in all.", num_whole, audio.clock(seconds))
@@ -369,4 +311,55 @@ def _tell(samples: Sequence[AudioText], checked: Sequence[tuple[_Recording, Fact
         logger.info("Resampled to %d Hz: %d (%s).", info.sampling_rate, len(resampled), name_some(resampled))
 
 
-KIND = _Recordings()
+def list_named(paths: Sequence[Path]) -> list[Path]:
+    """Returns recordings, and those in folders; what is named twice stands there once.
+
+    Raises:
+        DataError: a folder holds none.
+    """
+    named: dict[Path, Path] = {}
+    for path in paths:
+        listed = preflight.list_recordings(str(path), "PATH").files if path.is_dir() else (path,)
+        for file in listed:
+            named.setdefault(file.parent.resolve() / file.name, file)
+    return list(named.values())
+
+
+def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, Request]]:
+    """Returns recordings as requests to write down what is said; long ones become several requests, in order.
+
+    Args:
+        paths: recordings, and folders of them; what is named twice is heard once.
+        info: the base; how much it hears at once.
+
+    Raises:
+        DataError: lists all that cannot be heard.
+    """
+    files = list_named(paths)
+    found: list[tuple[Path, Request]] = []
+    faults = []
+    for file in files:
+        try:
+            found += [(file, Request("", 0, sample=piece)) for piece in _pieces(file, info)]
+        except RecordingError as error:
+            faults.append(f"{file}: {error.reason}")
+    if faults:
+        raise DataError(f"{len(faults)} of {len(files)} recordings cannot be heard; correct or leave them out.", faults)
+    return found
+
+
+def _pieces(file: Path, info: SpeechInfo) -> list[AudioText]:
+    import torch
+
+    if not file.is_file():
+        raise RecordingError(str(file), "there is no such file; correct the path.")
+    audio.check(file, audio.LONGEST_S)
+    sound = audio.decode(file, info.sampling_rate)
+    pieces = audio.windows(sound, info.sampling_rate, info.max_duration_s)
+    if len(pieces) > 1:
+        logger.info("%s: %s long, heard in %d pieces.", file, audio.clock(len(sound) / info.sampling_rate), len(pieces))
+    starts = accumulate((len(piece) / info.sampling_rate for piece in pieces[:-1]), initial=0.0)
+    return [
+        AudioText(str(file), file, start_s=start, waveforms=(torch.from_numpy(piece),))
+        for start, piece in zip(starts, pieces, strict=True)
+    ]
