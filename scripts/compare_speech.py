@@ -92,14 +92,14 @@ def _measure(program: str, data: Path, seed: int, output: Path) -> dict[str, flo
     import torch
 
     from lora_diffusion.families.whisper import WhisperOptions
-    from lora_diffusion.workflows.transcribe import understand
+    from lora_diffusion.workflows.transcribe import score_transcripts
 
     torch.set_num_threads(1)
     output.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     adapter = _PROGRAMS[program](data / "train", seed, output)
     cpu_s = time.process_time() - started
-    (result,) = understand(WhisperOptions(), [data / "new"], [(adapter, 1.0)])
+    (result,) = score_transcripts(WhisperOptions(), [data / "new"], [(adapter, 1.0)]).scores
     words = sum(len(one.said.split()) for one in result.recordings)
     return {"errors": result.wer * words, "words": words, "cpu_s": cpu_s}
 

@@ -112,7 +112,7 @@ def _make_configs(root: Path) -> None:
 def _read_config(folder: Path) -> None:
     from lora_diffusion.config.describe import explained_yaml
     from lora_diffusion.config.load import load
-    from lora_diffusion.workflows.config_check import check_config
+    from lora_diffusion.workflows.config import check_config
 
     path = folder / {"other-toml": "config.toml", "other-kohya": "config.json"}.get(folder.name, "config.yaml")
     config = load(path, _NEEDED[1:])

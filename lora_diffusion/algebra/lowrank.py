@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from lora_diffusion.core.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -103,10 +105,32 @@ class ByEnergy:
 
 
 def rank_rule(rank: int | None, energy: float | None) -> RankRule | None:
-    """Returns the rule that a rank or a share of the energy asks for, at most one of them given."""
+    """Returns the rule that a rank or a share of the energy asks for; None where neither is given.
+
+    Raises:
+        ConfigError: both are given, or one is out of range.
+    """
+    if rank is not None and energy is not None:
+        raise ConfigError(f"--rank {rank} and --energy {energy:g}: give one of the two.")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank {rank}: must be 1 or greater.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"--energy {energy:g}: must be greater than 0 and at most 1.")
     if rank is not None:
         return AtRank(rank)
     return ByEnergy(energy) if energy is not None else None
+
+
+def required_rank_rule(rank: int | None, energy: float | None) -> RankRule:
+    """Returns the rule as `rank_rule` does.
+
+    Raises:
+        ConfigError: neither is given, both are, or one is out of range.
+    """
+    rule = rank_rule(rank, energy)
+    if rule is None:
+        raise ConfigError("How much is kept must be given: --rank, or --energy, say 0.95.")
+    return rule
 
 
 def total(terms: Sequence[Factors]) -> Factors:

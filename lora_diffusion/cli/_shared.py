@@ -6,20 +6,20 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.launch import process_index
+from lora_diffusion.core.result import Result
 from lora_diffusion.core.text import printable, printable_json
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
-def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
-    """Prints the result on stdout, of several processes once: as JSON if asked, else as text.
+def print_result(args: argparse.Namespace, result: Result) -> None:
+    """Prints a result on stdout, of several processes once: as JSON where `--json` is given, else as text.
 
     Both are without control characters.
     """
@@ -27,27 +27,9 @@ def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) ->
         return
     if args.json:
         is_unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
-        print(printable_json(json.dumps(result, indent=2, ensure_ascii=not is_unicode)))
+        print(printable_json(json.dumps(result.to_json(), indent=2, ensure_ascii=not is_unicode)))
     else:
-        print(printable(text))
-
-
-def print_scores(args: argparse.Namespace, results: Mapping[str, Any], records: str) -> None:
-    """Prints the scores of each set, and writes those of its records into the table that `add_csv` asked for.
-
-    Args:
-        args: of the command.
-        results: set -> its scores.
-        records: the attribute with one record for each answer.
-    """
-    if args.csv:
-        from lora_diffusion.core.files import write_csv
-
-        write_csv(
-            args.csv, [{"set": name, **vars(one)} for name, own in results.items() for one in getattr(own, records)]
-        )
-    lines = [line for name, result in results.items() for line in (f"{name}:", *result.lines())]
-    print_result(args, {name: result.to_json() for name, result in results.items()}, "\n".join(lines))
+        print(printable(result.text()))
 
 
 def set_up_logs(args: argparse.Namespace) -> None:
@@ -125,18 +107,6 @@ def add_embeddings(parser: argparse.ArgumentParser) -> None:
         default="keep",
         help="text embeddings that come along in the file, bundle_emb (keep)",
     )
-
-
-def check_rank(args: argparse.Namespace) -> None:
-    """Checks the values of `add_rank`.
-
-    Raises:
-        ConfigError: out of range.
-    """
-    if args.rank is not None and args.rank < 1:
-        raise ConfigError(f"--rank {args.rank}: must be 1 or greater.")
-    if args.energy is not None and not 0 < args.energy <= 1:
-        raise ConfigError(f"--energy {args.energy:g}: must be greater than 0 and at most 1.")
 
 
 def weighted_parts(text: str) -> tuple[Path, float | dict[str, float]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.cli._shared import add_csv, check_csv, print_result, print_scores, set_up_logs
+from lora_diffusion.cli._shared import add_csv, check_csv, print_result, set_up_logs
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_diffusion.workflows._set_scores import SetScores
+    from lora_diffusion.workflows.ask import ImageAnswers
 
 
 def add_parser(commands: Any) -> None:
@@ -61,18 +65,16 @@ def run(args: argparse.Namespace) -> None:
     check_csv(args)
     model, adapters = read_base(args)
     set_up_logs(args)
-    from lora_diffusion.workflows.ask import ask, examine
+    from lora_diffusion.workflows.ask import ask, score_answers
 
+    result: SetScores[Any] | ImageAnswers
     if args.score:
-        found = examine(model, args.paths, adapters, args.clip, _data(args))
-        print_scores(args, dict(zip(map(str, args.paths), found, strict=True)), "answers")
-        return
-    answers = {str(path): text for path, text in ask(model, args.paths, args.question, adapters).items()}
+        result = score_answers(model, args.paths, adapters, args.clip, _data(args))
+    else:
+        result = ask(model, args.paths, args.question, adapters)
     if args.csv:
-        from lora_diffusion.core.files import write_csv
-
-        write_csv(args.csv, [{"picture": path, "question": args.question, "answer": answers[path]} for path in answers])
-    print_result(args, answers, "\n".join(f"{path}\t{text}" for path, text in answers.items()))
+        result.write_table(args.csv)
+    print_result(args, result)
 
 
 def _data(args: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_embeddings, add_rank, check_rank, print_result, set_up_logs, weighted_parts
+from lora_diffusion.cli._shared import add_embeddings, add_rank, print_result, set_up_logs, weighted_parts
 
 
 def add_parser(commands: Any) -> None:
@@ -29,19 +29,18 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    check_rank(args)
     adapters = [weighted_parts(text) for text in args.adapters]
     set_up_logs(args)
-    from lora_diffusion.algebra.lowrank import rank_rule
     from lora_diffusion.workflows.compose import compose
 
     result = compose(
         adapters,
         args.output,
-        rule=rank_rule(args.rank, args.energy),
+        rank=args.rank,
+        energy=args.energy,
         dtype=args.dtype or "auto",
         model_path=args.model,
         embeddings=args.embeddings,
         overwrite=args.overwrite,
     )
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result
-from lora_diffusion.core.errors import ConfigError
 
 
 def add_parser(commands: Any) -> None:
@@ -36,42 +35,31 @@ def add_parser(commands: Any) -> None:
 
 def list_shipped(args: argparse.Namespace) -> None:
     """Prints name and first line of each shipped config."""
-    from lora_diffusion.config.load import shipped
+    from lora_diffusion.workflows.config import list_configs
 
-    configs = shipped()
-    width = max(map(len, configs))
-    lines = [f"{name:<{width}}  {text}" for name, (_, text) in configs.items()]
-    print_result(args, {name: text for name, (_, text) in configs.items()}, "\n".join(lines))
+    print_result(args, list_configs())
 
 
 def copy(args: argparse.Namespace) -> None:
     """Copies a shipped config; never over a file."""
-    from lora_diffusion.config.load import find_shipped
-    from lora_diffusion.core.files import write_text
+    from lora_diffusion.workflows.config import copy_config
 
-    source = find_shipped(args.name)
-    target = args.target or Path(source.name)
-    if target.exists():
-        raise ConfigError(f"{target} exists; give another name: lora-diffusion config copy {args.name} NEW.yaml")
-    write_text(target, source.read_text(encoding="utf-8"))
-    print_result(args, {"file": str(target)}, f"Wrote {target}; run it with: lora-diffusion train --config {target}")
+    print_result(args, copy_config(args.name, args.target))
 
 
 def check(args: argparse.Namespace) -> None:
-    """Loads a config and says that it is right; faults are errors."""
+    """Loads a config and says that it is right; what is wrong is an error."""
     from lora_diffusion.config.load import load
-    from lora_diffusion.workflows.config_check import check_config
+    from lora_diffusion.workflows.config import check_config
 
     path, overrides = config_and_overrides(args)
-    check_config(load(path, overrides))
-    print_result(args, {"file": str(path), "ok": True}, f"{path or 'The config'} is right.")
+    print_result(args, check_config(load(path, overrides), path))
 
 
 def show(args: argparse.Namespace) -> None:
     """Prints the resolved config; without a file, the defaults."""
-    from lora_diffusion.config.describe import explained_yaml
-    from lora_diffusion.config.load import load, to_values
+    from lora_diffusion.config.load import load
+    from lora_diffusion.workflows.config import ShownConfig
 
     path, overrides = config_and_overrides(args)
-    config = load(path, overrides, required=False)
-    print_result(args, to_values(config), explained_yaml(config))
+    print_result(args, ShownConfig(load(path, overrides, required=False)))

@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
         embeddings=args.embeddings,
         overwrite=args.overwrite,
     )
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

@@ -68,9 +68,7 @@ def run_check(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion.workflows.data_check import check_data
 
-    report = check_data(config, base_is_named=names_base)
-    lines = [line.replace("\n", r"\n") for line in report.lines()]  # names of files may hold line breaks
-    print_result(args, vars(report), "\n".join([*lines, "No faults."]))
+    print_result(args, check_data(config, base_is_named=names_base))
 
 
 def run_caption(args: argparse.Namespace) -> None:
@@ -88,4 +86,4 @@ def run_caption(args: argparse.Namespace) -> None:
         ending=args.ending,
         overwrite=args.overwrite,
     )
-    print_result(args, done.to_json(), done.text())
+    print_result(args, done)

@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion.workflows.estimate import estimate
 
     result = estimate(config)
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

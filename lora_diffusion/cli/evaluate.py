@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     configured = base_of(args) if args.config or args.model is not None else None
     set_up_logs(args)
-    from lora_diffusion.workflows.evaluate import Question, evaluate, failed_gates
+    from lora_diffusion.workflows.evaluate import Question, check_gates, evaluate
     from lora_diffusion.workflows.merge import find_model
 
     question = Question(
@@ -90,12 +90,10 @@ def run(args: argparse.Namespace) -> None:
         cache_path=args.cache,
         gates=args.gates,
     )
-    evaluation = evaluate(question)
-    failed = failed_gates(evaluation, args.gates)
-    text = f"{evaluation.text()}\nScores and pictures are in {args.output}"
-    print_result(args, {**evaluation.to_json(), "failed": failed}, text)
-    if failed:
-        raise GateError(f"{len(failed)} condition(s) of --assert do not hold.", failed)
+    result = check_gates(evaluate(question), args.output, args.gates)
+    print_result(args, result)
+    if result.failed:
+        raise GateError(f"{len(result.failed)} condition(s) of --assert do not hold.", result.failed)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion.workflows.export import export
 
-    path = export(
+    result = export(
         args.run_path,
         args.to,
         args.output,
@@ -43,4 +43,4 @@ def run(args: argparse.Namespace) -> None:
         card=args.card,
         overwrite=args.overwrite,
     )
-    print_result(args, {"file": str(path), "format": args.to}, f"Wrote {path} and read it back: equal.")
+    print_result(args, result)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_rank, check_rank, print_result, set_up_logs
+from lora_diffusion.cli._shared import add_rank, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:
@@ -27,22 +27,19 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    check_rank(args)
     set_up_logs(args)
-    from lora_diffusion.algebra.lowrank import rank_rule
     from lora_diffusion.workflows.merge import extract, find_weights
 
-    rule = rank_rule(args.rank, args.energy)
-    assert rule is not None
     result = extract(
         find_weights(args.base, args.family),
         find_weights(args.tuned, args.family),
         args.output,
-        rule,
+        rank=args.rank,
+        energy=args.energy,
         parts=args.parts,
         targets=args.targets,
         format_name=args.to,
         dtype=args.dtype,
         overwrite=args.overwrite,
     )
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion.workflows.generate import generate
     from lora_diffusion.workflows.merge import find_model
 
-    pictures = generate(
+    result = generate(
         configured or find_model(args.model),
         prompts=args.prompt,
         seeds=args.seed or [0],
@@ -53,11 +53,7 @@ def run(args: argparse.Namespace) -> None:
         size=args.size,
         output_path=args.output,
     )
-    print_result(
-        args,
-        {"grid": str(pictures.grid), "pictures": list(map(str, pictures.files))},
-        f"{len(pictures.files)} picture(s) in {args.output}, all together in {pictures.grid}",
-    )
+    print_result(args, result)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -23,4 +23,4 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion.workflows.inspect import inspect
 
     report = inspect(args.path)
-    print_result(args, report.to_json(), report.text())
+    print_result(args, report)

@@ -41,4 +41,4 @@ def run(args: argparse.Namespace) -> None:
 
     model = find_weights(args.model, args.family)
     result = merge(model, adapters, args.output, dtype=args.dtype or "auto", overwrite=args.overwrite)
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

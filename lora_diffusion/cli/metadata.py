@@ -48,10 +48,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from lora_diffusion.workflows.metadata import metadata_lines, show_metadata
+    from lora_diffusion.workflows.metadata import show_metadata
 
-    metadata = show_metadata(args.path)
-    print_result(args, metadata, metadata_lines(metadata))
+    print_result(args, show_metadata(args.path))
 
 
 def _edit(args: argparse.Namespace) -> None:
@@ -69,11 +68,11 @@ def _edit(args: argparse.Namespace) -> None:
         output_path=args.output,
         overwrite=args.overwrite,
     )
-    print_result(args, change.to_json(), change.text())
+    print_result(args, change)
 
 
 def _strip(args: argparse.Namespace) -> None:
     from lora_diffusion.workflows.metadata import strip_metadata
 
     change = strip_metadata(args.path, args.keep, args.output, overwrite=args.overwrite)
-    print_result(args, change.to_json(), change.text())
+    print_result(args, change)

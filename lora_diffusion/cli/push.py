@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from lora_diffusion.workflows.push import push
 
     publication = push(args.source, args.repo, private=args.private, dry_run=args.dry_run)
-    print_result(args, publication.to_json(), publication.text())
+    print_result(args, publication)

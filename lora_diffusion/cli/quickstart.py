@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
     result = quickstart(args.what, args.output, resume=args.resume, overwrite=args.overwrite)
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

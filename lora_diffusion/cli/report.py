@@ -24,6 +24,4 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion.workflows.report import report
 
-    files = report(args.paths, args.output)
-    names = {"page": str(files[0]), "numbers": [str(file) for file in files[1:]]}
-    print_result(args, names, f"Open {files[0]} in a browser; its numbers are beside it.")
+    print_result(args, report(args.paths, args.output))

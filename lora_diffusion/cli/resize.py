@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_embeddings, add_rank, check_rank, print_result, set_up_logs
+from lora_diffusion.cli._shared import add_embeddings, add_rank, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:
@@ -24,20 +24,17 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    check_rank(args)
     set_up_logs(args)
-    from lora_diffusion.algebra.lowrank import rank_rule
     from lora_diffusion.workflows.compose import resize
 
-    rule = rank_rule(args.rank, args.energy)
-    assert rule is not None
     result = resize(
         args.input,
         args.output,
-        rule,
+        rank=args.rank,
+        energy=args.energy,
         dtype=args.dtype or "auto",
         model_path=args.model,
         embeddings=args.embeddings,
         overwrite=args.overwrite,
     )
-    print_result(args, result.to_json(), result.text())
+    print_result(args, result)

@@ -53,4 +53,4 @@ def run(args: argparse.Namespace) -> None:
     bounds = {name.removeprefix("max_"): getattr(args, name) for name in _LIMITS}
     preference = Preference(**bounds, likeness=args.likeness, text_weight=args.text_weight)
     selection = select(args.path, args.evaluation, preference, args.overrides)
-    print_result(args, selection.to_json(), selection.text())
+    print_result(args, selection)

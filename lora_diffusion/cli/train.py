@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result, set_up_logs
+from lora_diffusion.core.result import Result
 
 
 def add_parser(commands: Any) -> None:
@@ -24,23 +26,10 @@ def run(args: argparse.Namespace) -> None:
 
     config = load(*config_and_overrides(args))
     set_up_logs(args)
-    from lora_diffusion.workflows.dry_run import dry_run
-    from lora_diffusion.workflows.train import train
-
+    workflow: Callable[..., Result]
     if args.dry_run:
-        outlook = dry_run(config, resume=args.resume, overwrite=args.overwrite)
-        print_result(args, outlook.to_json(), outlook.text())
-        return
-    result = train(config, resume=args.resume, overwrite=args.overwrite)
-    lines = [f"Trained {result.num_steps} steps. The adapter:", *(f"  {path}" for path in result.files)]
-    lines += ["The best one on held-out samples:", *(f"  {path}" for path in result.best)] if result.best else []
-    lines += [result.selection.text()] if result.selection else []
-    values = {
-        "run": str(result.run_path),
-        "steps": result.num_steps,
-        "loss": result.loss,
-        "files": list(map(str, result.files)),
-        "best": list(map(str, result.best)),
-        "selection": result.selection.to_json() if result.selection else None,
-    }
-    print_result(args, values, "\n".join(lines))
+        from lora_diffusion.workflows.estimate import dry_run as workflow
+    else:
+        from lora_diffusion.workflows.train import train as workflow
+
+    print_result(args, workflow(config, resume=args.resume, overwrite=args.overwrite))

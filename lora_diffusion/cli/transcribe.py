@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_csv, check_csv, print_result, print_scores, set_up_logs
+from lora_diffusion.cli._shared import add_csv, check_csv, print_result, set_up_logs
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
 
@@ -46,23 +46,23 @@ def run(args: argparse.Namespace) -> None:
     config = _config(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
-    from lora_diffusion.workflows.transcribe import transcribe, understand, write_transcripts
+    from lora_diffusion.workflows.transcribe import score_transcripts, transcribe, write_transcripts
 
     if args.score:
-        found = understand(config.model, args.recordings, adapters, _data(args, config))
-        print_scores(args, dict(zip(map(str, args.recordings), found, strict=True)), "recordings")
+        scores = score_transcripts(config.model, args.recordings, adapters, _data(args, config))
+        if args.csv:
+            scores.write_table(args.csv)
+        print_result(args, scores)
     elif args.format:
-        done = write_transcripts(
+        written = write_transcripts(
             config.model, args.recordings, adapters, args.format, args.output, overwrite=args.overwrite
         )
-        if done.files:
-            print_result(args, {"files": [*map(str, done.files)]}, "\n".join(f"Wrote {file}." for file in done.files))
+        if written.files:
+            print_result(args, written)
         else:
-            print(done.text, end="")
+            print(written.document, end="")  # a file on stdout, byte for byte
     else:
-        heard = transcribe(config.model, args.recordings, adapters)
-        texts = {str(one.path): one.text for one in heard}
-        print_result(args, texts, "\n".join(f"{path}\t{text}" for path, text in texts.items()))
+        print_result(args, transcribe(config.model, args.recordings, adapters))
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if args.base:
         set_up_logs(args)
     verification = verify(args.path, args.client, args.base)
-    print_result(args, verification.to_json(), verification.text())
+    print_result(args, verification)
     if not verification.is_sound:
         bad = [verdict.title for verdict in verification.verdicts if not verdict.is_sound]
         raise VerificationError(f"{args.path} would not work as it is meant in {', '.join(bad)}.")

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+
+from lora_diffusion.core.result import Result
 
 _HOMES = {"style": "style", "whisper": "whisper", "llava": "llava"}
 """What is shown -> file of this room, imported only when it is asked for."""
 NAMES = tuple(_HOMES)
-
-
-class Result(Protocol):
-    """What a quickstart left."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
-
-    def text(self) -> str:
-        """Returns lines for people."""
 
 
 def quickstart(name: str, output_path: Path, *, resume: bool = False, overwrite: bool = False) -> Result:

@@ -12,6 +12,7 @@ from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.files import shipped_path, write_json
 from lora_diffusion.report.text_page import TextPage, write_text_page
+from lora_diffusion.workflows._set_scores import SetScores
 from lora_diffusion.workflows.report import read_training
 from lora_diffusion.workflows.train import train
 
@@ -32,7 +33,7 @@ class Show:
     """Sample set; its folder `train` is trained on."""
     tests: Mapping[str, str]
     """How a test set is called -> its folder in the sample set."""
-    examine: Callable[..., Sequence[Any]]
+    examine: Callable[..., SetScores[Any]]
     """(options of the base, folders, adapters) -> the scores of each folder."""
     score: str
     """Field of the scores that is told first."""
@@ -112,8 +113,8 @@ def config_of(show: Show, output_path: Path, changes: Sequence[str] = ()) -> Con
 def compare(show: Show, config: Config, adapter: Path) -> Scores:
     """Returns the scores of each test set without and with the adapter."""
     folders = [_data(show) / folder for folder in show.tests.values()]
-    before = show.examine(config.model, folders)
-    after = show.examine(config.model, folders, [(adapter, 1.0)])
+    before = show.examine(config.model, folders).scores
+    after = show.examine(config.model, folders, [(adapter, 1.0)]).scores
     return dict(zip(show.tests, zip(before, after, strict=True), strict=True))
 
 

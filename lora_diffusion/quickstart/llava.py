@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_diffusion.quickstart import _writing
 from lora_diffusion.report.text_page import TextPage
-from lora_diffusion.workflows.ask import examine
+from lora_diffusion.workflows.ask import score_answers
 
 
 def _page(scores: _writing.Scores) -> TextPage:
@@ -52,7 +52,7 @@ SHOW = _writing.Show(
     config="llava/emoji",
     data="emoji-questions",
     tests={"new style": "new", "known styles": "known"},
-    examine=examine,
+    examine=score_answers,
     score="exact_match",
     heading="Answers about pictures that were not trained on, right to the letter:",
     page=_page,

@@ -7,7 +7,7 @@ from functools import partial
 
 from lora_diffusion.quickstart import _writing
 from lora_diffusion.report.text_page import TextPage
-from lora_diffusion.workflows.transcribe import understand
+from lora_diffusion.workflows.transcribe import score_transcripts
 
 
 def _page(scores: _writing.Scores) -> TextPage:
@@ -44,7 +44,7 @@ SHOW = _writing.Show(
     config="whisper/digits",
     data="spoken-digits",
     tests={"new accent and words": "new", "old accents and words": "old"},
-    examine=understand,
+    examine=score_transcripts,
     score="wer",
     heading="Words that were misheard in recordings that were not trained on (WER):",
     page=_page,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.base_model import ChatInfo, Loaded
 from lora_diffusion.core.errors import DataError, ModelError
+from lora_diffusion.core.files import write_csv
 from lora_diffusion.core.samples import Chat, Request, Turn
 from lora_diffusion.core.text import name_some
 from lora_diffusion.data import chats, preflight
@@ -20,6 +22,7 @@ from lora_diffusion.evaluation.answers import Examination, judge
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.scoring.scorers import Scorers
+from lora_diffusion.workflows._set_scores import SetScores
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
@@ -27,7 +30,29 @@ _EVERYTHING = ChatDataConfig(split=ALL_SPLITS)
 """To score on, all of a folder is taken, since its user chose it for that."""
 
 
-def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> dict[Path, str]:
+@dataclass(frozen=True)
+class ImageAnswers:
+    """The answers to one question about several images."""
+
+    question: str
+    answers: Mapping[Path, str]
+    """Image -> answer."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns image -> answer."""
+        return {str(path): answer for path, answer in self.answers.items()}
+
+    def text(self) -> str:
+        """Returns one line for each image."""
+        return "\n".join(f"{path}\t{answer}" for path, answer in self.to_json().items())
+
+    def write_table(self, path: Path) -> None:
+        """Writes one line for each image."""
+        rows = self.to_json().items()
+        write_csv(path, [{"picture": name, "question": self.question, "answer": answer} for name, answer in rows])
+
+
+def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> ImageAnswers:
     """Returns the answer to a question about each picture.
 
     Args:
@@ -49,20 +74,20 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
             faults.append(str(error))
     if faults:
         raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
-    return dict(zip(files, talker.answer(requests), strict=True))
+    return ImageAnswers(question, dict(zip(files, talker.answer(requests), strict=True)))
 
 
 def _pictures(path: Path) -> Sequence[Path]:
     return preflight.list_images(str(path), "PATH").files if path.is_dir() else (path,)
 
 
-def examine(
+def score_answers(
     model: ModelOptions,
     data_paths: Sequence[Path],
     adapters: Adapters = (),
     clip: str | None = None,
     data: ChatDataConfig = _EVERYTHING,
-) -> list[Examination]:
+) -> SetScores[Examination]:
     """Compares the answers to the first question of each conversation with those that are right.
 
     Args:
@@ -82,7 +107,8 @@ def examine(
             f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
             f"({name_some(blind)}); leave those out, or --clip."
         )
-    return [compare(talker.answer, samples, scorers) for samples in sets]
+    scores = tuple(compare(talker.answer, samples, scorers) for samples in sets)
+    return SetScores(tuple(data_paths), scores, "answers")
 
 
 def compare(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.algebra.lowrank import RankRule
+from lora_diffusion.algebra.lowrank import RankRule, rank_rule, required_rank_rule
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compose import record
@@ -108,7 +108,8 @@ def compose(
     adapters: Sequence[tuple[Path, float | Mapping[str, float]]],
     output_path: Path,
     *,
-    rule: RankRule | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     dtype: str = "auto",
     model_path: str | None = None,
     embeddings: str = "keep",
@@ -119,7 +120,8 @@ def compose(
     Args:
         adapters: files or folders, each with one weight or one for each part.
         output_path: file, or folder where the spelling is one.
-        rule: rank of each module; None adds exactly, so that ranks add up.
+        rank: of each module; without it and `energy` the sum is exact, so that ranks add up.
+        energy: share of each module's squared norm to keep; given instead of a rank.
         dtype: fp32, fp16 or bf16; auto keeps that of the adapters, or fp32 where they differ.
         model_path: base whose modules give the names; needed only for networks of another build than the published.
         embeddings: keep or drop text embeddings that are packed into the files.
@@ -130,6 +132,7 @@ def compose(
         AdapterFileError: a file cannot be read, or the adapters are of different kinds of base.
         UnsupportedError: a kind of adapter that cannot be added like this.
     """
+    rule = rank_rule(rank, energy)
     with ExitStack() as opened:
         files = [(opened.enter_context(_run_checkpoints.as_file(path)), weights) for path, weights in adapters]
         return _compose(files, output_path, rule, dtype, find_base(model_path), embeddings, overwrite)
@@ -204,8 +207,9 @@ def _joined_embeddings(terms: Sequence[Term]) -> dict[str, Tensor]:
 def resize(
     input_path: Path,
     output_path: Path,
-    rule: RankRule,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
     dtype: str = "auto",
     model_path: str | None = None,
     embeddings: str = "keep",
@@ -216,17 +220,19 @@ def resize(
     Args:
         input_path: adapter file or folder.
         output_path: file or folder.
-        rule: rank of each module; no rank grows.
+        rank: of each module; no rank grows.
+        energy: share of each module's squared norm to keep; given instead of a rank.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
         model_path: base whose modules give the names; needed only for networks of another build than the published.
         embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.
 
     Raises:
-        ConfigError: the output exists.
+        ConfigError: the output exists, or neither or both of rank and energy are given.
         AdapterFileError: the file cannot be read.
         UnsupportedError: a kind of adapter that has no rank of its own.
     """
+    rule = required_rank_rule(rank, energy)
     with _run_checkpoints.as_file(input_path) as path:
         format_: Format = registry.find("formats", detect(path))
         check_target(output_path, format_, overwrite)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lora_diffusion.architectures.clip_tokenizer import ClipTextLimit
 from lora_diffusion.config.schema import Config
@@ -12,7 +13,23 @@ from lora_diffusion.data import sample_types
 from lora_diffusion.data.sample_types import Report
 
 
-def check_data(config: Config, *, base_is_named: bool = True) -> Report:
+@dataclass(frozen=True)
+class CheckedData:
+    """A data set without errors."""
+
+    report: Report
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return vars(self.report)
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        # Names of files may hold line breaks.
+        return "\n".join([*(line.replace("\n", r"\n") for line in self.report.lines()), "No faults."])
+
+
+def check_data(config: Config, *, base_is_named: bool = True) -> CheckedData:
     """Reads the data of a config as `train` does, and describes it; loads no weights, writes nothing.
 
     Args:
@@ -27,4 +44,4 @@ def check_data(config: Config, *, base_is_named: bool = True) -> Report:
     info = family.check(config.model)
     if not base_is_named:
         info = replace(info, text_limit=ClipTextLimit())
-    return sample_type.describe(sample_type.read(config.data, info))
+    return CheckedData(sample_type.describe(sample_type.read(config.data, info)))

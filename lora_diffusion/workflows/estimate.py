@@ -1,4 +1,4 @@
-"""How much memory a training run will need, before anything is loaded."""
+"""What a training run would need and do, told before anything is loaded: `estimate`, and `train --dry-run`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.data import sample_types
+from lora_diffusion.data.sample_types import Report
 from lora_diffusion.quantize import chosen, weight_bytes
 from lora_diffusion.runtime.device import frozen_dtype, pick_device
-from lora_diffusion.training import memory, optim
+from lora_diffusion.training import memory, optim, run_folder
 from lora_diffusion.training.fake_tensor_step import stand_in
+from lora_diffusion.workflows._checks import check
 from lora_diffusion.workflows._settled import settle_variant
 
 if TYPE_CHECKING:
@@ -65,6 +67,42 @@ def estimate(config: Config) -> Estimate:
     return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)
 
 
+@dataclass(frozen=True)
+class DryRunReport:
+    """What a training run would do."""
+
+    data: Report
+    plan: InjectionPlan
+    memory: memory.MemoryEstimate
+    num_steps: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "data": vars(self.data),
+            "plan": self.plan.to_json(),
+            "memory": vars(self.memory) | {"total_bytes": self.memory.total_bytes},
+            "steps": self.num_steps,
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        lines = [*self.data.lines(), *self.plan.lines(), *self.plan.module_lines(), self.memory.line()]
+        return "\n".join([*lines, f"steps   {self.num_steps}", "Nothing was trained: this was a dry run."])
+
+
+def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> DryRunReport:
+    """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing.
+
+    A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
+    """
+    config = config if overwrite else run_folder.as_started(config)
+    checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
+    largest = checked.sample_type.largest(checked.samples)
+    needed = step_memory(checked.config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
+    return DryRunReport(checked.sample_type.describe(checked.samples), checked.plan, needed, checked.num_steps)
+
+
 def step_memory(
     config: Config,
     family: Family,
@@ -73,7 +111,7 @@ def step_memory(
     plan: InjectionPlan,
     size: tuple[int, int],
 ) -> memory.MemoryEstimate:
-    """Rehearses a step on samples of a size; the skeleton cannot be used afterwards."""
+    """Takes a step with fake tensors on samples of a size; the skeleton cannot be used afterwards."""
     device, trained = pick_device(), frozenset(config.adapter.parts)
     dtype, kind = frozen_dtype(config.model.dtype, device), config.model.quantization
     example = family.example(config.model, trained, config.train.batch_size, size)

@@ -87,7 +87,7 @@ class Question:
     cache_path: Path | None = None
     """Folder of pictures that evaluations share."""
     gates: Sequence[str] = ()
-    """Conditions, see evaluation.gates. Their form is checked here; `failed_gates` says which do not hold."""
+    """Conditions, see evaluation.gates. Their form is checked here; `check_gates` says which do not hold."""
 
     def __post_init__(self) -> None:
         """Makes paths of texts, and texts of paths, as the fields say."""
@@ -160,10 +160,30 @@ def evaluate(question: Question) -> Evaluation:
     return harness.run(task, draw, scorers, question.output_path, question.cache_path)
 
 
-def failed_gates(evaluation: Evaluation, texts: Sequence[str]) -> list[str]:
-    """Returns one line for each condition and candidate that does not hold."""
+@dataclass(frozen=True)
+class GatedEvaluation:
+    """An evaluation, and which of the conditions of `--assert` do not hold."""
+
+    evaluation: Evaluation
+    path: Path
+    """Folder of the result."""
+    failed: tuple[str, ...]
+    """One line for each condition and candidate."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {**self.evaluation.to_json(), "failed": list(self.failed)}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return f"{self.evaluation.text()}\nScores and pictures are in {self.path}"
+
+
+def check_gates(evaluation: Evaluation, path: Path, texts: Sequence[str]) -> GatedEvaluation:
+    """Looks which conditions do not hold; `path` is the folder of the evaluation."""
     metrics, names = ([item.name for item in items] for items in (evaluation.metrics, evaluation.candidates))
-    return gates.failures([gates.parse(text, metrics, names) for text in texts], evaluation)
+    failed = gates.failures([gates.parse(text, metrics, names) for text in texts], evaluation)
+    return GatedEvaluation(evaluation, path, tuple(failed))
 
 
 def evaluate_as_table(model: str | Path | ModelOptions | None = None, **question: Any) -> pd.DataFrame:

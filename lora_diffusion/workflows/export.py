@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
@@ -18,6 +20,22 @@ from lora_diffusion.workflows._files import check_target
 from lora_diffusion.workflows._steps import read_adapter
 
 
+@dataclass(frozen=True)
+class Export:
+    """The adapter of a run in a file."""
+
+    path: Path
+    format: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"file": str(self.path), "format": self.format}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return f"Wrote {self.path} and read it back: equal."
+
+
 def export(
     run_path: Path,
     format_name: str,
@@ -27,7 +45,7 @@ def export(
     clients: Sequence[str] = (),
     card: bool = False,
     overwrite: bool = False,
-) -> Path:
+) -> Export:
     """Writes the adapter of a run in a format, if the clients of that format would apply all of it.
 
     Args:
@@ -66,4 +84,4 @@ def export(
     if card:
         package = model_card.collect_exported(output_path, format_name, run)
         write_text(card_path, model_card.write(package, "."))
-    return output_path
+    return Export(output_path, format_name)

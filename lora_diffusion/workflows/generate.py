@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.config.rules import check_negative
 from lora_diffusion.config.schema import ModelOptions
@@ -20,11 +21,19 @@ from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 
 @dataclass(frozen=True)
-class Pictures:
+class GeneratedImages:
     """Files that `generate` wrote."""
 
     files: tuple[Path, ...]
     grid: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"grid": str(self.grid), "pictures": list(map(str, self.files))}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return f"{len(self.files)} picture(s) in {self.grid.parent}, all together in {self.grid}"
 
 
 def generate(
@@ -38,7 +47,7 @@ def generate(
     num_steps: int = 25,
     guidance: float | None = None,
     size: tuple[int, int] | None = None,
-) -> Pictures:
+) -> GeneratedImages:
     """Draws each prompt with each seed and writes the pictures and one grid.
 
     Args:
@@ -72,4 +81,4 @@ def generate(
     files = tuple(save_output(output, output_path, index) for index, output in enumerate(outputs))
     grid_path = output_path / "grid.png"
     save_image(output_grid(outputs, seeds), grid_path)
-    return Pictures(files, grid_path)
+    return GeneratedImages(files, grid_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.adapters.plan import plan
-from lora_diffusion.algebra.lowrank import RankRule
+from lora_diffusion.algebra.lowrank import required_rank_rule
 from lora_diffusion.algebra.magnitude_limits import check_sizes
 from lora_diffusion.compose import extract as extracting
 from lora_diffusion.compose import merge as merging
@@ -193,8 +193,9 @@ def extract(
     base: ModelOptions,
     tuned: ModelOptions,
     output_path: Path,
-    rule: RankRule,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
     parts: Sequence[str] = (),
     targets: Sequence[str] = (),
     format_name: str = "kohya",
@@ -207,7 +208,8 @@ def extract(
         base: what the adapter is to be used with.
         tuned: a fine-tuned model of the same family; may be laid out differently.
         output_path: file, or folder for peft.
-        rule: rank of each module.
+        rank: of each module.
+        energy: share of each module's squared norm to keep; given instead of a rank.
         parts: networks to look at; none takes all that the base holds.
         targets: as `adapter.targets`; none takes every group of the family.
         format_name: spelling of the file.
@@ -217,6 +219,7 @@ def extract(
     Raises:
         InputError: a base or the output cannot be used, a target matches nothing, or nothing differs.
     """
+    rule = required_rank_rule(rank, energy)
     format_: Format = registry.find("formats", format_name)
     check_target(output_path, format_, overwrite)
     if base.family != tuned.family:

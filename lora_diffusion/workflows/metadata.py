@@ -44,18 +44,29 @@ class MetadataChange:
         return "\n".join(lines)
 
 
-def show_metadata(path: Path) -> dict[str, str]:
-    """Returns the metadata of a file, sorted by name.
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata of a file."""
+
+    values: Mapping[str, str]
+    """Sorted by name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return dict(self.values)
+
+    def text(self) -> str:
+        """Returns one line for each; long texts are shortened."""
+        return "\n".join(f"{shown(key)}: {shown(value, 400)}" for key, value in self.values.items()) or "no metadata"
+
+
+def show_metadata(path: Path) -> Metadata:
+    """Returns the metadata of a file.
 
     Raises:
         AdapterFileError: it is no safetensors file.
     """
-    return dict(sorted(read_header(_file(path)).metadata.items()))
-
-
-def metadata_lines(metadata: Mapping[str, str]) -> str:
-    """Returns metadata as lines for people; long texts are shortened."""
-    return "\n".join(f"{shown(key)}: {shown(value, 400)}" for key, value in metadata.items()) or "no metadata"
+    return Metadata(dict(sorted(read_header(_file(path)).metadata.items())))
 
 
 def edit_metadata(

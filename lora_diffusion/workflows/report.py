@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.config.describe import differences
 from lora_diffusion.config.load import load
@@ -24,8 +26,24 @@ from lora_diffusion.training.tracking import PROGRESS_NAME, read_held_out, read_
 from lora_diffusion.workflows.select import EVALUATION_NAME, Selection, read_selection
 
 
-def report(paths: list[Path], output_path: Path | None = None) -> tuple[Path, ...]:
-    """Writes a page about one run or evaluation, or one that compares several; returns its files, the page first.
+@dataclass(frozen=True)
+class Report:
+    """A page, and its numbers beside it."""
+
+    page: Path
+    numbers: tuple[Path, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"page": str(self.page), "numbers": list(map(str, self.numbers))}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return f"Open {self.page} in a browser; its numbers are beside it."
+
+
+def report(paths: Sequence[Path], output_path: Path | None = None) -> Report:
+    """Writes a page about one run or evaluation, or one that compares several.
 
     Args:
         paths: run folders, evaluation folders, or both.
@@ -43,18 +61,20 @@ def report(paths: list[Path], output_path: Path | None = None) -> tuple[Path, ..
         _check(path, selection)
     if len(paths) > 1:
         entries = [versus.Entry(_name(path), *_found(path, chosen[path])) for path in paths]
-        return versus.write_comparison(output, entries)
+        page, *numbers = versus.write_comparison(output, entries)
+        return Report(page, tuple(numbers))
     path = paths[0]
     findings, training = _found(path, chosen[path])
     if output.parent.resolve() == path.resolve():
         run_files.add(path, [output.with_suffix(ending).name for ending in (output.suffix, ".json", ".csv")])
-    return write_report(
+    page, *numbers = write_report(
         output,
         title=f"{'Evaluation of' if findings else 'Training of'} {_name(path)}",
         findings=findings,
         training=training,
         chosen_file=_chosen_file(chosen[path], findings),
     )
+    return Report(page, tuple(numbers))
 
 
 def _chosen_file(selection: Selection | None, findings: Findings | None) -> str | None:

@@ -42,6 +42,24 @@ class TrainResult:
     best: tuple[Path, ...] = ()
     """With data.validation: the adapter of the best step, where that is not the last."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "run": str(self.run_path),
+            "steps": self.num_steps,
+            "loss": self.loss,
+            "files": list(map(str, self.files)),
+            "best": list(map(str, self.best)),
+            "selection": self.selection.to_json() if self.selection else None,
+        }
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        lines = [f"Trained {self.num_steps} steps. The adapter:", *(f"  {path}" for path in self.files)]
+        lines += ["The best one on held-out samples:", *(f"  {path}" for path in self.best)] if self.best else []
+        lines += [self.selection.text()] if self.selection else []
+        return "\n".join(lines)
+
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
     """Trains an adapter, writes it in every asked format, and if the config says so, chooses the best checkpoint.

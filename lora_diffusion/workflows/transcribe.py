@@ -27,6 +27,7 @@ from lora_diffusion.data.transcripts import Segment, cues, later, without_timest
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device
+from lora_diffusion.workflows._set_scores import SetScores
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 
 Adapters = Sequence[tuple[Path, float]]
@@ -44,7 +45,22 @@ class Transcription:
     """The words with when they were said: as timestamps tell it, else for each piece in which they were heard."""
 
 
-def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = ()) -> list[Transcription]:
+@dataclass(frozen=True)
+class Transcripts:
+    """What was heard in several recordings."""
+
+    transcriptions: tuple[Transcription, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns recording -> text."""
+        return {str(one.path): one.text for one in self.transcriptions}
+
+    def text(self) -> str:
+        """Returns one line for each recording."""
+        return "\n".join(f"{path}\t{text}" for path, text in self.to_json().items())
+
+
+def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = ()) -> Transcripts:
     """Returns what is said in recordings; those that are too long to be heard at once are heard in pieces.
 
     Args:
@@ -68,15 +84,17 @@ def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = 
         texts.setdefault(path, []).append(text)
         end_s = sample.start_s + len(sample.waveforms[0]) / info.sampling_rate
         segments.setdefault(path, []).extend(cues(text, sample.start_s, end_s))
-    return [Transcription(path, " ".join(pieces), tuple(segments[path])) for path, pieces in texts.items()]
+    return Transcripts(
+        tuple(Transcription(path, " ".join(pieces), tuple(segments[path])) for path, pieces in texts.items())
+    )
 
 
-def understand(
+def score_transcripts(
     model: ModelOptions,
     data_paths: Sequence[Path],
     adapters: Adapters = (),
     data: RecordingDataConfig = _EVERYTHING,
-) -> list[Understanding]:
+) -> SetScores[Understanding]:
     """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
 
     Args:
@@ -93,7 +111,8 @@ def understand(
     sets = [RECORDINGS.read(replace(plain, path=str(path)), info) for path in data_paths]
     loaded, weights = _load(family, model, states, adapters)
     generate = partial(family.generate, loaded)
-    return [compare(generate, loaded, samples, weights or None) for samples in sets]
+    scores = tuple(compare(generate, loaded, samples, weights or None) for samples in sets)
+    return SetScores(tuple(data_paths), scores, "recordings")
 
 
 def compare(
@@ -134,12 +153,11 @@ def _load(
     return loaded, attach(loaded, states, [weight for _, weight in adapters])
 
 
-Transcriptions = Sequence[Transcription]
 _SHORTEST_S = 0.02
 """Of a subtitle, which must end after it begins."""
 
 
-def _txt(transcriptions: Transcriptions) -> str:
+def _txt(transcriptions: Sequence[Transcription]) -> str:
     return "".join(f"{line}\n" for one in transcriptions for line in _lines(one))
 
 
@@ -150,7 +168,7 @@ def _lines(one: Transcription) -> list[str]:
     return [f"[{_span(cue.start_s, cue.end_s, '.')}] {cue.text}" for cue in one.segments]
 
 
-def _srt(transcriptions: Transcriptions) -> str:
+def _srt(transcriptions: Sequence[Transcription]) -> str:
     return "\n".join(
         f"{number}\n{_span(cue.start_s, cue.end_s, ',')}\n{cue.text}\n"
         for one in transcriptions
@@ -158,7 +176,7 @@ def _srt(transcriptions: Transcriptions) -> str:
     )
 
 
-def _vtt(transcriptions: Transcriptions) -> str:
+def _vtt(transcriptions: Sequence[Transcription]) -> str:
     cues = (
         f"{_span(cue.start_s, cue.end_s, '.')}\n{html.escape(cue.text, quote=False)}\n"
         for one in transcriptions
@@ -167,7 +185,7 @@ def _vtt(transcriptions: Transcriptions) -> str:
     return "\n".join(["WEBVTT\n", *cues])
 
 
-def _csv(transcriptions: Transcriptions) -> str:
+def _csv(transcriptions: Sequence[Transcription]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(("file", "start_s", "end_s", "text"))
@@ -176,7 +194,7 @@ def _csv(transcriptions: Transcriptions) -> str:
     return stream.getvalue()
 
 
-def _json(transcriptions: Transcriptions) -> str:
+def _json(transcriptions: Sequence[Transcription]) -> str:
     values = [
         {"file": str(one.path), "text": without_timestamps(one.text), "segments": [vars(cue) for cue in one.segments]}
         for one in transcriptions
@@ -184,7 +202,7 @@ def _json(transcriptions: Transcriptions) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-FORMATS: Mapping[str, Callable[[Transcriptions], str]] = {
+FORMATS: Mapping[str, Callable[[Sequence[Transcription]], str]] = {
     "txt": _txt,
     "srt": _srt,
     "vtt": _vtt,
@@ -197,12 +215,20 @@ _OF_ONE = ("srt", "vtt")
 
 
 @dataclass(frozen=True)
-class Written:
-    """Transcripts as they were asked for."""
+class WrittenTranscripts:
+    """Transcripts in a format."""
 
-    text: str
-    """All of them, where no file was named."""
     files: tuple[Path, ...]
+    document: str
+    """All of them as the text of a file, where no file was named."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"files": [*map(str, self.files)]}
+
+    def text(self) -> str:
+        """Returns lines for people."""
+        return "\n".join(f"Wrote {file}." for file in self.files)
 
 
 def write_transcripts(
@@ -213,7 +239,7 @@ def write_transcripts(
     output: Path | None = None,
     *,
     overwrite: bool = False,
-) -> Written:
+) -> WrittenTranscripts:
     """Writes down what is said in recordings.
 
     Args:
@@ -228,10 +254,10 @@ def write_transcripts(
         InputError: as `transcribe` does; or a file cannot be written, which is told before anything is heard.
     """
     files = _plan(list_named(paths), form, output, overwrite=overwrite)
-    transcriptions = transcribe(model, paths, adapters)
+    transcriptions = transcribe(model, paths, adapters).transcriptions
     for file, own in files.items():
         write_text(file, FORMATS[form]([one for one in transcriptions if one.path in own]))
-    return Written("" if files else FORMATS[form](transcriptions), tuple(files))
+    return WrittenTranscripts(tuple(files), "" if files else FORMATS[form](transcriptions))
 
 
 def _plan(paths: Sequence[Path], form: str, output: Path | None, *, overwrite: bool) -> dict[Path, list[Path]]:

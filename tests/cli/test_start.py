@@ -276,8 +276,8 @@ def test_disk_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, ca
     ("command", "target", "resumes"),
     [
         (["config", "list"], "cli.config.print_result", ""),
-        (["train", "sd1/style"], "workflows.train", "with --resume to"),
-        (["train", "sd1/style", "--overwrite"], "workflows.train", "with --resume instead of --overwrite to"),
+        (["train", "sd1/style"], "workflows.train.train", "with --resume to"),
+        (["train", "sd1/style", "--overwrite"], "workflows.train.train", "with --resume instead of --overwrite to"),
     ],
 )
 def test_interrupt_says_how_to_go_on(

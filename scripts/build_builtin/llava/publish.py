@@ -10,7 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from lora_diffusion.config.load import load
-from lora_diffusion.workflows.ask import examine
+from lora_diffusion.workflows.ask import score_answers
 from scripts.build_builtin.cards import sources_table
 from scripts.build_builtin.llava.make_dataset import DEFAULT_OUTPUT as DATA
 from scripts.build_builtin.llava.make_dataset import items, write
@@ -113,7 +113,7 @@ def measure(folder: Path, work: Path) -> dict[str, Any]:
         if not files[-1].exists():
             write(files[-1], pictures, items(pictures, drawn), apart=True)
     config = load(None, ["model.family=llava", f"model.path={folder}"], required=False)
-    results = examine(config.model, files)
+    results = score_answers(config.model, files).scores
     return {
         name: {kind: result.by_question[ways[0]] for kind, ways in QUESTIONS.items()}
         | {"all": result.exact_match, "count": len(result.answers) // len(QUESTIONS)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_diffusion.config.load import load
-from lora_diffusion.workflows.transcribe import understand
+from lora_diffusion.workflows.transcribe import score_transcripts
 from scripts.build_builtin.publish import check_size
 from scripts.build_builtin.storage import load_checkpoint, replace_folder, write_json
 from scripts.build_builtin.whisper.make_dataset import DEFAULT_OUTPUT as DATA
@@ -83,7 +83,7 @@ def measure(folder: Path, work: Path) -> dict[str, Any]:
         write(spoken, utterances("validation"))
     config = load(None, ["model.family=whisper", f"model.path={folder}"], required=False)
     names = {"validation": spoken, "old": DATA / "old", "new": DATA / "new"}
-    results = understand(config.model, list(names.values()))
+    results = score_transcripts(config.model, list(names.values())).scores
     return {
         name: {"wer": result.wer, "cer": result.cer, "count": len(result.recordings)}
         for name, result in zip(names, results, strict=True)
