@@ -58,7 +58,7 @@ def delta_weight(adapter: ModuleAdapter, base_weight: Tensor | None = None) -> T
         AdapterFileError: the tensors do not fit each other or the base weight.
 
     >>> import torch
-    >>> from lora_diffusion.core.types import ModuleAdapter
+    >>> from lora_diffusion.core.adapter_state import ModuleAdapter
     >>> delta_weight(ModuleAdapter("lora", {"down": torch.ones(2, 3), "up": torch.ones(1, 2)}, alpha=1.0))
     tensor([[1., 1., 1.]])
     """

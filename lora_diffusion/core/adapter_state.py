@@ -20,7 +20,7 @@ class ModuleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class ModuleAdapter:
-    """The adapter of one module; `core.delta` says what it does to the weight."""
+    """The adapter of one module; `algebra.delta` says what it does to the weight."""
 
     variant: str
     """lora, dora, dora_out, loha, lokr, and of the last two with a magnitude loha+dora, loha+dora_out and so on; full,

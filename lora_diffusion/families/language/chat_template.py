@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_WORKER = Path(__file__).with_name("_template_worker.py")
+_WORKER = Path(__file__).with_name("template_worker.py")
 _TOO_MUCH = "it takes more than 3 seconds or 400 MB"
 
 
