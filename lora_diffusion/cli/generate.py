@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
 from lora_diffusion.compose.plan import weighted_file
-from lora_diffusion.config.rules import MAX_DRAWING_STEPS, check_negative
+from lora_diffusion.config.rules import check_negative
+from lora_diffusion.config.settings import MAX_DENOISING_STEPS
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import is_text
 
@@ -57,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not 1 <= args.steps <= MAX_DRAWING_STEPS:
-        raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
+    if not 1 <= args.steps <= MAX_DENOISING_STEPS:
+        raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
     if args.guidance is not None and not 1 <= args.guidance < math.inf:
         raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
     check_negative(args.negative, args.guidance)

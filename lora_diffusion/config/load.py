@@ -321,7 +321,7 @@ def _family(in_file: Mapping[str, Any], overrides: Sequence[str]) -> Family:
     model = in_file.get("model")
     name = model.get("family", ModelOptions.family) if isinstance(model, dict) else ModelOptions.family
     told = [match[3] for override in overrides if (match := _parts(override))[1] + match[2] == "model.family"]
-    return typing.cast(Family, registry.find("families", str(told[-1] if told else name)))
+    return typing.cast(Family, registry.find("families", str(told[-1] if told else name), "model.family"))
 
 
 def _typed_sections(family: Family) -> dict[str, type[Any]]:

@@ -3,112 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_diffusion.config.importers.other_trainers import value_hint
 from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
 from lora_diffusion.config.schema import DEFAULT_STEPS, REQUIRED, Contradiction, SplitDataConfig
+from lora_diffusion.config.settings import Choice, Rule, allowed_values
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.text import shown
 
-_POSITIVE = (lambda v: v > 0, "must be greater than 0")
-_NOT_NEGATIVE = (lambda v: v >= 0, "must be 0 or greater")
-_AT_LEAST_ONE = (lambda v: v >= 1, "must be 1 or greater")
-_SHARE = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
-_FILLED = (lambda v: len(v) > 0, "must not be empty")
-_SEEDS = (
-    lambda v: len(v) > 0 and all(0 <= seed < 2**63 for seed in v),
-    "must be one or more numbers, 0 or greater",
-)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Allows a text, or a list of texts, that are among these."""
-
-    choices: tuple[str, ...]
-
-    def __call__(self, value: Any) -> bool:
-        return value in self.choices if isinstance(value, str) else len(value) > 0 and set(value) <= set(self.choices)
-
-
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return _Choice(choices), f"must be one of {', '.join(choices)}"
-
-
-def _each_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return _Choice(choices), f"must name one or more of {', '.join(choices)}"
-
-
 _LARGEST, _LONGEST = 2**63 - 1, 20_000
-MAX_DRAWING_STEPS = 999
-"""Bases know 1000 noise levels, and samplers that look one step ahead need one more than their steps."""
-
-RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "model.path": _FILLED,
-    "model.quantization": _one_of("none", "8bit", "nf4"),
-    "model.dtype": _one_of("auto", "fp32", "bf16", "fp16"),
-    "data.path": _FILLED,
-    "adapter.rank": _AT_LEAST_ONE,
-    "adapter.alpha": _POSITIVE,
-    "adapter.conv_rank": _AT_LEAST_ONE,
-    "adapter.conv_alpha": _POSITIVE,
-    "adapter.lokr_factor": (lambda v: v == -1 or v >= 1, "must be 1 or greater, or -1"),
-    "adapter.dropout": _SHARE,
-    "adapter.parts": _FILLED,
-    "adapter.targets": _FILLED,
-    "train.seed": _NOT_NEGATIVE,
-    "train.max_steps": _AT_LEAST_ONE,
-    "train.epochs": _AT_LEAST_ONE,
-    "train.batch_size": _AT_LEAST_ONE,
-    "train.gradient_accumulation": _AT_LEAST_ONE,
-    "train.learning_rate": _POSITIVE,
-    "train.text_encoder_learning_rate": _POSITIVE,
-    "train.optimizer": _one_of("adamw", "adamw8bit", "paged_adamw8bit"),
-    "train.weight_decay": _NOT_NEGATIVE,
-    "train.schedule": _one_of("constant", "linear", "cosine"),
-    "train.warmup_steps": _NOT_NEGATIVE,
-    "train.max_grad_norm": _NOT_NEGATIVE,
-    "train.precision": _one_of("auto", "fp32", "bf16", "fp16"),
-    "train.threads": (
-        lambda v: v == "auto" or (v.isdecimal() and len(v) < 6 and int(v) > 0),
-        "must be auto or a number of threads",
-    ),
-    "train.save_every_steps": _NOT_NEGATIVE,
-    "train.keep_checkpoints": _NOT_NEGATIVE,
-    "train.save_adapter_every_steps": _NOT_NEGATIVE,
-    "train.save_adapter_every_epochs": _NOT_NEGATIVE,
-    "train.preview_every_steps": _NOT_NEGATIVE,
-    "train.tracker": _one_of("none", "tensorboard"),
-    "preview.seeds": _SEEDS,
-    "preview.num_steps": (lambda v: 1 <= v <= MAX_DRAWING_STEPS, f"must be from 1 to {MAX_DRAWING_STEPS}"),
-    "preview.guidance": _AT_LEAST_ONE,
-    "evaluate.weights": (
-        lambda v: len(v) > 0 and len(set(v)) == len(v) and all(weight > 0 and math.isfinite(weight) for weight in v),
-        "must be one or more different numbers greater than 0",
-    ),
-    "evaluate.seeds": _SEEDS,
-    "evaluate.every_steps": _NOT_NEGATIVE,
-    "evaluate.patience": _NOT_NEGATIVE,
-    "evaluate.picture_draws": _NOT_NEGATIVE,
-    "output.path": _FILLED,
-    "output.formats": _each_of("kohya", "diffusers", "peft"),
-    "output.dtype": _one_of("fp32", "fp16", "bf16"),
-}
 
 
 def out_of_range(sections: Mapping[str, Any]) -> Iterator[str]:
     """Yields one line for each value out of range."""
-    own = {name: getattr(type(section), "ranges", {}) for name, section in sections.items()}
-    rules = {**RANGES, **{f"{name}.{key}": rule for name, table in own.items() for key, rule in table.items()}}
     for name, section in sections.items():
         for key, value in vars(section).items():
             dotted = f"{name}.{key}"
-            allows, text = rules.get(dotted, (None, ""))
-            if allows and value not in (None, REQUIRED) and not allows(value):
-                yield f"{dotted}={shown(as_written(value))}: {text}{_hint(dotted, value, allows)}"
+            rule = allowed_values(type(section), key)
+            if rule and value not in (None, REQUIRED) and not rule.test(value):
+                yield f"{dotted}={shown(as_written(value))}: {rule.text}{_hint(dotted, value, rule)}"
             else:
                 yield from (f"{dotted}={fault}" for one in _items(value) if (fault := _too_large(one)))
 
@@ -127,11 +42,12 @@ def _too_large(value: Any) -> str | None:
     return None
 
 
-def _hint(dotted: str, value: Any, allows: Callable[[Any], bool]) -> str:
-    """Returns what to write instead of a value that others use."""
-    choices = getattr(allows, "choices", ())
-    wrong = [one for one in _items(value) if one not in choices]
-    return value_hint(dotted, wrong[0], choices) if choices and wrong and isinstance(wrong[0], str) else ""
+def _hint(dotted: str, value: Any, rule: Rule) -> str:
+    """Returns what to write instead of a value that others use, or that looks like one of the choices."""
+    if not isinstance(rule, Choice):
+        return ""
+    wrong = next((one for one in _items(value) if one not in rule.choices), None)
+    return value_hint(dotted, wrong, rule.choices) if isinstance(wrong, str) else ""
 
 
 def contradictions(sections: Mapping[str, Any]) -> Iterator[Contradiction]:

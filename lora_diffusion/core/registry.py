@@ -1,4 +1,4 @@
-"""Finds families, formats and metrics by name: a file of that name here, or an entry point of another package."""
+"""Finds families, formats, metrics and variants by name: objects of this package, or entry points of another one."""
 
 from __future__ import annotations
 
@@ -16,40 +16,53 @@ _PLACES = {
     "families": ("lora_diffusion.families", "FAMILY"),
     "formats": ("lora_diffusion.formats", "FORMAT"),
     "metrics": ("lora_diffusion.scoring.metrics", "METRIC"),
+    "variants": ("lora_diffusion.adapters.variants", "VARIANTS"),
 }
-"""Group -> the package whose files hold its objects, and the attribute by which a file offers one."""
+"""Group -> a package whose files each offer an object by this attribute, or a module with a table of them."""
 
 
 def available(group: str) -> list[str]:
-    """Returns the sorted names of a group: "families", "formats" or "metrics". Imports none of them."""
-    return sorted({*_files(group), *(point.name for point in _points(group))})
+    """Returns the sorted names of a group: "families", "formats", "metrics" or "variants"; of files imports none."""
+    return sorted({*_own(group), *(point.name for point in _points(group))})
 
 
 @cache
-def _files(group: str) -> frozenset[str]:
-    """Names the files of a package that assign the attribute, by their text alone."""
-    package, attribute = _PLACES[group]
+def _own(group: str) -> frozenset[str]:
+    """Names the rows of the table, or the files of the package that assign the attribute, by their text alone."""
+    place, attribute = _PLACES[group]
+    module = importlib.import_module(place)
+    if not hasattr(module, "__path__"):
+        return frozenset(getattr(module, attribute))
     offers = re.compile(rf"^{attribute}\b", re.MULTILINE)
-    folders = importlib.import_module(package).__path__
-    files = [path for folder in folders for path in Path(folder).glob("*.py")]
+    files = [path for folder in module.__path__ for path in Path(folder).glob("*.py")]
     return frozenset(path.stem for path in files if offers.search(path.read_text("utf-8")))
 
 
-def find(group: str, name: str) -> Any:
+def find(group: str, name: str, setting: str = "") -> Any:
     """Returns the object of that name, imported only now.
+
+    Args:
+        group: as for `available`.
+        name: a name of it.
+        setting: where the user gave the name, for the message, say "model.family".
 
     Raises:
         ConfigError: no such name; the message offers close ones.
     """
     names = available(group)
     if name not in names:
-        hint = suggestion(name, names)
-        raise ConfigError(f"There is no '{shown(name)}' among the {group}{hint}. Known: {', '.join(names)}.")
-    package, attribute = _PLACES[group]
+        given = f"{setting}={shown(name)}: there" if setting else "There"
+        raise ConfigError(
+            f"{given} is no '{shown(name)}' among the {group}{suggestion(name, names)}. Known: {', '.join(names)}."
+        )
     for point in _points(group):
         if point.name == name:
             return point.load()
-    return getattr(importlib.import_module(f"{package}.{name}"), attribute)
+    place, attribute = _PLACES[group]
+    module = importlib.import_module(place)
+    if not hasattr(module, "__path__"):
+        return getattr(module, attribute)[name]
+    return getattr(importlib.import_module(f"{place}.{name}"), attribute)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.architectures import llava
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.config.settings import AT_LEAST_ONE, NOT_NEGATIVE, free
 from lora_diffusion.core.base_model import ChatInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.samples import PIECES, Batch, Chat, Output, Prepared, Request
@@ -35,20 +36,15 @@ class LlavaOptions(ModelOptions):
     """builtin:emoji-llava, a folder of LLaVA as save_pretrained makes it, or a hub id."""
     chat_template: str | None = None
     """File with a Jinja chat template; null takes that of the base."""
-    max_new_tokens: int = 64
+    max_new_tokens: int = free(64, AT_LEAST_ONE)
     """Longest answer in tokens."""
-    temperature: float = 0.0
+    temperature: float = free(0.0, NOT_NEGATIVE)
     """0 always takes the likeliest token; above, tokens are drawn, decided by the seed of the request."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
         "adapter.parts": ("language_model",),
         "adapter.targets": ("all-linear",),
         "output.formats": ("peft",),
-    }
-    of_answers: ClassVar[frozenset[str]] = frozenset({"max_new_tokens", "temperature"})
-    ranges: ClassVar[Mapping[str, Any]] = {
-        "max_new_tokens": (lambda v: v >= 1, "must be 1 or greater"),
-        "temperature": (lambda v: v >= 0, "must be 0 or greater"),
     }
 
 

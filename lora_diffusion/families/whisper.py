@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_diffusion.architectures import whisper
 from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.config.settings import AT_LEAST_ONE, SHARE, fixed, free, one_of
 from lora_diffusion.core.base_model import Example, Loaded, LossOutput, Part, SpeechInfo
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.samples import PIECES, AudioText, Batch, Output, Prepared, Request
@@ -36,21 +37,21 @@ class WhisperOptions(ModelOptions):
     """builtin:digits, a folder of Whisper as save_pretrained makes it, or a hub id."""
     language: str = "en"
     """Code of the language that is spoken, for recordings whose table names none."""
-    task: str = "transcribe"
+    task: str = fixed("transcribe", one_of("transcribe", "translate"))
     """transcribe, or translate into English."""
     timestamps: bool = False
     """Keep timestamps such as <|0.00|> in transcripts and learn them; false drops them."""
-    num_beams: int = 1
+    num_beams: int = free(1, AT_LEAST_ONE)
     """Transcripts that are followed at once in search of the likeliest; 5 is usual, 1 takes the likeliest token."""
-    repetition_guard: bool = True
+    repetition_guard: bool = free(True)
     """Hear a recording again, with drawn tokens, where its transcript repeats itself, as Whisper's authors do."""
-    mask_time_prob: float = 0.0
+    mask_time_prob: float = fixed(0.0, SHARE)
     """SpecAugment: share of a recording's frames that are hidden in a training step; 0.05 is usual, 0 turns it off."""
-    mask_time_length: int = 10
+    mask_time_length: int = fixed(10, AT_LEAST_ONE)
     """Frames of 10 ms in each hidden stretch."""
-    mask_feature_prob: float = 0.0
+    mask_feature_prob: float = fixed(0.0, SHARE)
     """SpecAugment: share of the mel bands that are hidden in a training step."""
-    mask_feature_length: int = 10
+    mask_feature_length: int = fixed(10, AT_LEAST_ONE)
     """Mel bands in each hidden stripe."""
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -58,15 +59,6 @@ class WhisperOptions(ModelOptions):
         "output.formats": ("peft",),
     }
     augmentation: ClassVar[Mapping[str, Any]] = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
-    of_answers: ClassVar[frozenset[str]] = frozenset({"num_beams", "repetition_guard"})
-    ranges: ClassVar[Mapping[str, Any]] = {
-        "task": (lambda v: v in ("transcribe", "translate"), "must be one of transcribe, translate"),
-        "num_beams": (lambda v: v >= 1, "must be 1 or greater"),
-        "mask_time_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
-        "mask_time_length": (lambda v: v >= 1, "must be 1 or greater"),
-        "mask_feature_prob": (lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
-        "mask_feature_length": (lambda v: v >= 1, "must be 1 or greater"),
-    }
 
 
 class Whisper:

@@ -23,6 +23,8 @@ from lora_diffusion.training.optim import Params, named
 
 NETWORKS = "networks"
 """Key of the fingerprint that names the base's networks by content; checkpoints of version 0.1.0 lack it."""
+BASE_PATH = "model.path"
+"""Key of the fingerprint that tells the base of those apart; it may change where NETWORKS is compared."""
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 FILES = (_ADAPTER, _OPTIMIZER, _STATE)
 """What a checkpoint is made of."""
@@ -172,7 +174,7 @@ def check_length(path: Path, num_steps: int) -> None:
 
 
 def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
-    if key == "model.path" and NETWORKS in then:
+    if key == BASE_PATH and NETWORKS in then:
         # Where the base lies may change; what it is, NETWORKS and "base" tell.
         return True
     if key not in then:

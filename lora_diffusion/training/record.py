@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
+from lora_diffusion.config.settings import may_change
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.files import content_hash, public_base, user_path
@@ -53,9 +54,11 @@ def fingerprint(
         samples: the data; bytes, texts and repeats are hashed.
     """
     values = to_values(config)
-    settings = {f"{section}.{key}": value for section in ("model", "adapter") for key, value in values[section].items()}
     settings = {
-        key: value for key, value in settings.items() if key.removeprefix("model.") not in config.model.of_answers
+        f"{section}.{key}": value
+        for section in ("model", "adapter")
+        for key, value in values[section].items()
+        if not may_change(type(getattr(config, section)), key) or f"{section}.{key}" == checkpoint.BASE_PATH
     }
     listed = [(sample.key, sample.num_repeats, *sample_type.identity(sample, config.data)) for sample in samples]
     hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}

@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
 from lora_diffusion.config.schema import DEFAULT_STEPS, TrainConfig
+from lora_diffusion.config.settings import may_change
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.base_model import LossOutput
 from lora_diffusion.core.errors import ConfigError, NonFiniteError
@@ -82,7 +83,7 @@ class Trainer:
         self._resumed_length: int | None = None
         settings = dataclasses.asdict(config) | {"precision": str(self._dtype).removeprefix("torch.")}
         self._fingerprint = dict(fingerprint or {}) | {
-            f"train.{name}": value for name, value in settings.items() if name not in TrainConfig.free
+            f"train.{name}": value for name, value in settings.items() if not may_change(TrainConfig, name)
         }
         use_threads(config.threads, run_path / "machine.json")
 

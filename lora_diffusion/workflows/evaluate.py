@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.config.rules import MAX_DRAWING_STEPS, check_negative
+from lora_diffusion.config.rules import check_negative
 from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.config.settings import MAX_DENOISING_STEPS
 from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError
@@ -349,8 +350,8 @@ def _check_rest(question: Question, tried: Tried, metrics: Sequence[Metric], fau
     faults += [
         f"--seed {seed}: must be 0 or greater, and less than 2^63." for seed in question.seeds if not 0 <= seed < 2**63
     ]
-    if not 1 <= question.num_steps <= MAX_DRAWING_STEPS:
-        faults.append(f"--steps {question.num_steps}: must be from 1 to {MAX_DRAWING_STEPS}.")
+    if not 1 <= question.num_steps <= MAX_DENOISING_STEPS:
+        faults.append(f"--steps {question.num_steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
     if question.guidance is not None and not 1 <= question.guidance < math.inf:
         faults.append(f"--guidance {question.guidance:g}: must be 1 (off) or greater.")
     for text in question.gates:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from lora_diffusion.config.describe import differences, explained_yaml
 from lora_diffusion.config.load import load, shipped, to_values, to_yaml
-from lora_diffusion.config.rules import RANGES
 from lora_diffusion.config.schema import Config, field_docs
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
@@ -200,11 +199,6 @@ def test_values_out_of_range(override: str) -> None:
 )
 def test_values_that_do_not_go_together(overrides: tuple[str, ...]) -> None:
     assert len(_faults(*overrides)) == 1
-
-
-def test_every_range_is_of_a_key() -> None:
-    values = to_values(load(None, NEEDED))
-    assert [name for name in RANGES if name.split(".")[1] not in values[name.split(".")[0]]] == []
 
 
 @pytest.mark.parametrize("family", registry.available("families"))

@@ -12,8 +12,8 @@ import pytest
 from lora_diffusion.cli.main import main
 from lora_diffusion.config.importers import other_trainers
 from lora_diffusion.config.load import load
-from lora_diffusion.config.rules import RANGES
 from lora_diffusion.config.schema import DATA_SECTIONS, Config
+from lora_diffusion.config.settings import allowed_values
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 
@@ -168,13 +168,13 @@ def test_every_hint_names_a_key_that_there_is() -> None:
         first = [part.partition(",")[0] for part in ours.split(" or ")]
         assert " " in first[0] or any(part in known for part in first), foreign
         assert foreign == foreign.lower()
+    sections = {**hints, "model": registry.find("families", "sd1").options_type}
     for key, choices in other_trainers._CHOICES.items():
-        allows = (
-            RANGES[key][0]
-            if key in RANGES
-            else registry.find("families", "sd1").options_type.ranges[key.split(".")[1]][0]
-        )
-        assert all(allows((ours.split()[0],) if key == "output.formats" else ours.split()[0]) for ours in choices), key
+        section, name = key.split(".")
+        rule = allowed_values(sections[section], name)
+        assert rule is not None
+        written = [ours.split()[0] for ours in choices]
+        assert all(rule.test((ours,) if key == "output.formats" else ours) for ours in written), key
 
 
 def test_options_of_other_trainers(capsys: pytest.CaptureFixture[str]) -> None:
