@@ -249,7 +249,7 @@ def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"adapter.dropout={config.dropout:g} must be at least 0 and less than 1.")
     if config.dropout and not variant.has_dropout:
-        able = ", ".join(other.name for other in variants.VARIANTS.values() if other.has_dropout)
+        able = ", ".join(other.name for other in variants.every() if other.has_dropout)
         raise ConfigError(
             f"adapter.dropout={config.dropout:g} does not work with adapter.variant={config.variant}, which has no "
             f"input of its own to drop; set it to 0, or train one of {able}."
@@ -291,7 +291,7 @@ def _check_full(config: AdapterConfig, variant: Variant) -> None:
         if part not in config.parts:
             raise ConfigError(f"adapter.full asks for {part}, which is not trained; add it to adapter.parts.")
     if config.full and variant.stored != variants.FULL.stored:
-        able = ", ".join(other.name for other in variants.VARIANTS.values() if other.stored == variants.FULL.stored)
+        able = ", ".join(other.name for other in variants.every() if other.stored == variants.FULL.stored)
         raise ConfigError(
             f"adapter.full={_shown(config.full)} does not go with adapter.variant={variant.name}, since PEFT holds one "
             f"kind in a file; use one of {able}."

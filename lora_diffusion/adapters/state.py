@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_diffusion.adapters import variants
 from lora_diffusion.adapters._engines import ENGINES, LAYERS, engine_of
 from lora_diffusion.adapters.inject import Slot, add_adapter
 from lora_diffusion.adapters.switch import PeftSwitch
-from lora_diffusion.adapters.variants import VARIANTS
 from lora_diffusion.algebra.delta import fits, without_tucker
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
 from lora_diffusion.core.base_model import Loaded
@@ -82,7 +82,7 @@ def _check_kinds(state: AdapterState, name: str) -> None:
 
 def _check_quantization(state: AdapterState, quantization: str, name: str) -> None:
     found = {adapter.variant for _, adapter in state}
-    unable = [own.stored for own in VARIANTS.values() if own.stored in found and quantization not in own.quantizations]
+    unable = [own.stored for own in variants.every() if own.stored in found and quantization not in own.quantizations]
     if unable:
         raise UnsupportedError(
             f'The adapter "{name}": {" and ".join(unable)} cannot run on a {quantization} base; set '

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_diffusion.algebra.delta import kronecker_split
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.text import suggestion
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
@@ -152,6 +152,11 @@ FULL = Variant(
 """What the parts in `adapter.full` get. Its file is that of a lora, which every tool reads, merges and cuts down."""
 
 
+def every() -> list[Variant]:
+    """Returns all variants, those of other packages included."""
+    return [registry.find("variants", name) for name in registry.available("variants")]
+
+
 def find(name: str, quantization: str = "none") -> Variant:
     """Returns the variant of that name.
 
@@ -160,18 +165,15 @@ def find(name: str, quantization: str = "none") -> Variant:
         quantization: value of `model.quantization`.
 
     Raises:
-        UnsupportedError: no such variant, or it cannot train on so stored a base; the message says what can.
+        ConfigError: no such variant.
+        UnsupportedError: it cannot train on so stored a base; the message says what can.
 
     >>> find("dora").shapes((640, 320), 4, -1)["magnitude"]
     (1, 320)
     """
-    if name not in VARIANTS:
-        raise UnsupportedError(
-            f"adapter.variant={name} does not exist{suggestion(name, VARIANTS)}. Use one of {', '.join(VARIANTS)}."
-        )
-    variant = VARIANTS[name]
+    variant: Variant = registry.find("variants", name, "adapter.variant")
     if quantization not in variant.quantizations:
-        able = [other.name for other in VARIANTS.values() if quantization in other.quantizations]
+        able = [other.name for other in every() if quantization in other.quantizations]
         remedy = f"use one of {', '.join(able)} or " if able else ""
         raise UnsupportedError(
             f"adapter.variant={name} cannot train on a {quantization} base; {remedy}"

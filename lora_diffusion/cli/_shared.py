@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.compose.plan import weighted_file
+from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.launch import process_index
 from lora_diffusion.core.result import Result
@@ -89,6 +90,13 @@ def base_of(args: argparse.Namespace) -> Any:
     if model is None or model.path == REQUIRED:
         raise ConfigError(f"{args.config or '--model'} names no base; give model.path in it, or --model NAME.")
     return model
+
+
+def add_family(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Adds the option that names the family of the base; `otherwise` says what decides without it."""
+    parser.add_argument(
+        "--family", choices=registry.available("families"), help=f"family of the base; default: {otherwise}"
+    )
 
 
 def add_rank(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_embeddings, print_result, set_up_logs
+from lora_diffusion.cli._shared import add_embeddings, add_family, print_result, set_up_logs
+from lora_diffusion.core import registry
 
 
 def add_parser(commands: Any) -> None:
@@ -19,11 +20,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=["kohya", "diffusers", "peft", "comfyui", "a1111", "forge"],
+        choices=[*registry.available("formats"), "comfyui", "a1111", "forge"],
         help="spelling; comfyui, a1111 and forge read that of kohya",
     )
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
-    parser.add_argument("--family", help="kind of base, say sdxl; default: what the tensors tell")
+    add_family(parser, "what the tensors tell")
     parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
     parser.add_argument(
         "--from-pickle",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.core import registry
 
 
 def add_parser(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add_parser(commands: Any) -> None:
         "run_path", type=Path, metavar="RUN_DIR", help="folder of a training run, or a checkpoint in it"
     )
     parser.add_argument("--step", type=int, help="the checkpoint after this step instead of the finished adapter")
-    parser.add_argument("--to", required=True, choices=["kohya", "diffusers", "peft"], help="spelling of the file")
+    parser.add_argument("--to", required=True, choices=registry.available("formats"), help="spelling of the file")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder for peft")
     parser.add_argument(
         "--client",

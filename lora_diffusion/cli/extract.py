@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_rank, print_result, set_up_logs
+from lora_diffusion.cli._shared import add_family, add_rank, print_result, set_up_logs
+from lora_diffusion.core import registry
 
 
 def add_parser(commands: Any) -> None:
@@ -18,9 +19,9 @@ def add_parser(commands: Any) -> None:
     add_rank(parser, required=True)
     parser.add_argument("--parts", nargs="+", default=[], help="networks to look at, say unet; default: all")
     parser.add_argument("--targets", nargs="+", default=[], help="modules, as adapter.targets; default: all groups")
-    parser.add_argument("--to", choices=["kohya", "diffusers", "peft"], default="kohya", help="spelling (kohya)")
+    parser.add_argument("--to", choices=registry.available("formats"), default="kohya", help="spelling (kohya)")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16", help="number type (fp16)")
-    parser.add_argument("--family", help="kind of base model; default: found from its files")
+    add_family(parser, "what its files tell")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 

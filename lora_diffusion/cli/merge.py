@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs, weighted_parts
+from lora_diffusion.cli._shared import add_family, print_result, set_up_logs, weighted_parts
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         choices=["fp32", "fp16", "bf16"],
         help="number type of the networks' weights; default: as stored in the base, as all else in it stays",
     )
-    parser.add_argument("--family", help="kind of base model; default: found from its files")
+    add_family(parser, "what its files tell")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 

@@ -65,7 +65,12 @@ def find(group: str, name: str, setting: str = "") -> Any:
     return getattr(importlib.import_module(f"{place}.{name}"), attribute)
 
 
-@cache
 def _points(group: str) -> tuple[EntryPoint, ...]:
-    """Returns what other packages bring; looking through all that are installed takes a tenth of a second."""
-    return tuple(entry_points(group=f"lora_diffusion.{group}"))
+    """Returns what other packages bring."""
+    return tuple(_every_point().select(group=f"lora_diffusion.{group}"))
+
+
+@cache
+def _every_point() -> Any:
+    """Looks through all packages that are installed, which takes some hundredths of a second."""
+    return entry_points()

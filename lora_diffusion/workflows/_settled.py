@@ -18,9 +18,7 @@ _DECIDE_STEPS = (
 
 def settle_variant(config: Config) -> Config:
     """Returns the config without settings of a file that the variant on the command line does not have."""
-    adapter, variant = config.adapter, variants.VARIANTS.get(config.adapter.variant)
-    if variant is None:
-        return config
+    adapter, variant = config.adapter, variants.find(config.adapter.variant)
     if adapter.dropout and not variant.has_dropout:
         config = give_way(config, "adapter.dropout", 0.0, "adapter.variant")
     if adapter.full and variant.stored != variants.FULL.stored:

@@ -14,9 +14,11 @@ def test_every_file_of_a_room_is_found_and_fits_its_name() -> None:
     assert "sd1" in registry.available("families")
     assert {"kohya", "diffusers", "peft"} == set(registry.available("formats"))
     assert {"clip_text", "clip_image"} <= set(registry.available("metrics"))
-    for kind in ("families", "formats", "metrics"):
-        for name in registry.available(kind):
-            assert registry.find(kind, name).name == name
+    assert {"lora", "dora", "lokr"} <= set(registry.available("variants"))
+    for group in ("families", "formats", "metrics", "variants"):
+        for name in registry.available(group):
+            found = registry.find(group, name)
+            assert (found.architecture if group == "families" else found).name == name
 
 
 def test_unknown_name_offers_close_ones() -> None:
