@@ -51,10 +51,6 @@ class SampleType(ABC):
     """Scores of what the bases give, best first; the first one decides where none is named."""
     makes_images: ClassVar[bool] = False
     """Whether the bases give images; else texts."""
-    hub_task: ClassVar[str]
-    """What model sites call the task."""
-    auto_class: ClassVar[str] = ""
-    """The class of transformers that loads any base of the task; "" where diffusers loads them."""
 
     @abstractmethod
     def read(self, config: Any, info: Any) -> Sequence[Sample]:
@@ -147,7 +143,6 @@ class Images(SampleType):
     section = ImageDataConfig
     metrics = ("clip_text", "clip_image")
     makes_images = True
-    hub_task = "text-to-image"
 
     _BATCH_PIXELS = 1024**2
     _BATCH_SAMPLES = 16
@@ -254,8 +249,6 @@ class Recordings(SampleType):
     task = "listen to recordings"
     section = RecordingDataConfig
     metrics = ("wer", "cer")
-    hub_task = "automatic-speech-recognition"
-    auto_class = "AutoModelForSpeechSeq2Seq"
 
     _VIEWS_AT_ONCE = 8
 
@@ -320,8 +313,6 @@ class Chats(SampleType):
     task = "talk about pictures"
     section = ChatDataConfig
     metrics = ("exact_match", "token_f1")
-    hub_task = "image-text-to-text"
-    auto_class = "AutoModelForImageTextToText"
 
     _VIEWS_AT_ONCE = 8
 
