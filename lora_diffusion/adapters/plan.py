@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters._targets import SHOWN_FAULTS, Scope, fit_for_adapters, kind_of, read_ones, settle
+from lora_diffusion.adapters.targets import SHOWN_FAULTS, Scope, fit_for_adapters, kind_of, read_ones, settle
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 
+from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import Batch, Prepared
+from lora_diffusion.runtime.device import process_group
 
 
 class Batches:
@@ -103,3 +105,19 @@ class Batches:
             shuffled = [indices[place] for place in torch.randperm(len(indices), generator=rng).tolist()]
             batches += [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
         return [batches[place] for place in torch.randperm(len(batches), generator=rng).tolist()]
+
+
+def make_batches(
+    items: Sequence[Prepared], collate: Callable[[Sequence[Prepared]], Batch], train: TrainConfig
+) -> Batches:
+    """Returns the batches of a run, of which each process gets its share."""
+    processes = process_group()
+    return Batches(
+        items,
+        collate,
+        batch_size=train.batch_size,
+        gradient_accumulation=train.gradient_accumulation,
+        seed=train.seed,
+        process_index=processes.process_index,
+        num_processes=processes.num_processes,
+    )

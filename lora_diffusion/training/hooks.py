@@ -1,4 +1,4 @@
-"""What may happen between steps."""
+"""What may happen before the steps of a run, between them and after them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lora_diffusion.core.logs import logger
 
 
 class Hook:
-    """Called by the trainer on the main process; does nothing unless a subclass says so.
+    """Something that goes on beside the steps; does nothing unless a subclass says so.
 
-    A hook may draw random numbers: the trainer seeds torch anew before each step. It must leave the parameters, and the
-    train or eval mode of the networks, as it found them.
+    A hook may draw random numbers: the trainer seeds torch again before each step. It must leave the parameters, and
+    the train or eval mode of the networks, as it found them. All but `prepare` is called on the main process only.
     """
 
     name = ""
@@ -22,12 +22,25 @@ class Hook:
     """True once the run should end with the step that was just made."""
     kept_step: int | None = None
     """A step whose checkpoint must be written, if it was just made, and must stay."""
+    decides = False
+    """Whether it can ever end the run or keep a step, which all processes must learn after each step."""
+    generates = False
+    """Whether it generates with the base, which then keeps what only generating needs."""
+
+    def prepare(self) -> None:
+        """Comes before the adapter is injected, while the base still has all its encoders; on every process."""
+
+    def begin(self, step: int) -> None:
+        """Comes right before the first step, or where the run is continued; `step` of them are done."""
 
     def on_step(self, step: int) -> None:
         """Follows each optimizer step; `step` of them are done."""
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         """Follows each checkpoint, which is whole and has been read back."""
+
+    def finish(self, step: int) -> None:
+        """Comes after the last step; `step` of them are done."""
 
     def state(self) -> Mapping[str, Any]:
         """Returns JSON values that a resumed run needs."""
@@ -38,7 +51,7 @@ class Hook:
 
 
 class IntervalHook(Hook):
-    """Does something at every n-th step, such as drawing previews or writing an adapter file."""
+    """Does something at every n-th step, such as writing previews or an adapter file."""
 
     def __init__(self, every: int, act: Callable[[int], None]) -> None:
         """Keeps the interval in steps (0: never) and what is called with the step."""
@@ -55,6 +68,7 @@ class EarlyStop(Hook):
     """Scores the adapter at every n-th step, keeps the best, and ends the run once the score has stopped rising."""
 
     name = "early_stop"
+    decides = True
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.config.schema import TrainConfig
 from lora_diffusion.runtime.bf16_emulation import fast_products, product_dtype
-from lora_diffusion.runtime.device import compute_dtype
 from lora_diffusion.training.fake_tensor_step import take_step
 from lora_diffusion.training.optim import Params, state_bytes
+from lora_diffusion.training.trainer import forward_context
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,7 @@ def estimate(
         device: where the run will be.
     """
     counts = [parameter.numel() for own in params.values() for parameter in own.values()]
-    precision = compute_dtype(config.precision, device)
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        with fast_products(device), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            yield
-
+    context = partial(forward_context, config.precision, device)
     set_up = checkpoint_activations if config.gradient_checkpointing else None
     kernels = _kernel_bytes(parts.values(), dtype, device)
     peak = take_step(parts, examples, device, dtype, context, set_up) + kernels

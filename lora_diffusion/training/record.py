@@ -26,6 +26,7 @@ from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.formats.metadata import BASE, LEGACY_BYTES, LEGACY_START, build, count_tags, data_url, spec_date
 from lora_diffusion.runtime.device import compute_dtype, frozen_dtype, pick_device
 from lora_diffusion.training import checkpoint
+from lora_diffusion.training.checked_run import CheckedRun
 from lora_diffusion.training.optim import learning_rate
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import read_metrics
@@ -41,29 +42,23 @@ _OF_OBJECTIVE = {
 """Key of the `model:` section, where the family has it -> kohya's word for it."""
 
 
-def fingerprint(
-    config: Config, sample_type: SampleType, base: str, files: Sequence[Path], samples: Sequence[Sample]
-) -> dict[str, Any]:
+def fingerprint(run: CheckedRun) -> dict[str, Any]:
     """Returns setting -> value of all that changes the result besides the `train:` section.
 
-    Args:
-        config: the run's config.
-        sample_type: type of the samples.
-        base: names what prepares the data, as the family's `cache_key` gives it.
-        files: the rest of the base, see BaseInfo; their bytes are hashed.
-        samples: the data; bytes, texts and repeats are hashed.
+    Of the samples bytes, texts and repeats are hashed; of the base the bytes of `BaseInfo.files`, and what prepares the
+    samples stands as the family's `cache_key` names it.
     """
-    values = to_values(config)
+    config, values = run.config, to_values(run.config)
     settings = {
         f"{section}.{key}": value
         for section in ("model", "adapter")
         for key, value in values[section].items()
         if not may_change(type(getattr(config, section)), key) or f"{section}.{key}" == checkpoint.BASE_PATH
     }
-    listed = [(sample.key, sample.num_repeats, *sample_type.identity(sample, config.data)) for sample in samples]
-    hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, files))}
+    listed = [(one.key, one.num_repeats, *run.sample_type.identity(one, config.data)) for one in run.samples]
+    hashes = {"data": json.dumps(listed), checkpoint.NETWORKS: " ".join(map(content_hash, run.info.files))}
     digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in hashes.items()}
-    return settings | {"base": base} | digests
+    return settings | {"base": run.family.cache_key(config.model, run.trained)} | digests
 
 
 def final_loss(run: RunFolder) -> float | None:
@@ -75,53 +70,42 @@ def final_loss(run: RunFolder) -> float | None:
     return float(sum(last) / len(last))
 
 
-def metadata(
-    config: Config,
-    info: BaseInfo,
-    sample_type: SampleType,
-    samples: Sequence[Sample],
-    batches: Batches,
-    state: AdapterState,
-    step: int,
-) -> dict[str, str]:
+def metadata(run: CheckedRun, batches: Batches, state: AdapterState, step: int) -> dict[str, str]:
     """Returns the metadata of the adapter file.
 
     Args:
-        config: the run's config.
-        info: the base.
-        sample_type: type of the samples.
-        samples: the data.
-        batches: how the data was shown.
+        run: what was trained on what.
+        batches: how the samples were shown.
         state: the trained adapter.
         step: optimizer steps made.
     """
-    written_at, run = time.time(), RunFolder(user_path(config.output.path, "output.path"))
+    config, info, samples, written_at = run.config, run.info, run.samples, time.time()
     training = {
         **_training(config, batches, step),
         # The config is written when a run begins, or goes on.
-        "training_started_at": run.config_path.stat().st_mtime,
+        "training_started_at": run.folder.config_path.stat().st_mtime,
         "training_finished_at": written_at,
         "cache_latents": True if info.prediction else None,
         "zero_terminal_snr": info.zero_terminal_snr if info.prediction else None,
         "network_dropout": config.adapter.dropout or None,
         "network_args": _network_args(config),
         **{word: getattr(config.model, key, None) or None for key, word in _OF_OBJECTIVE.items()},
-        **sample_type.metadata(samples, config.data),
+        **run.sample_type.metadata(samples, config.data),
         "sd_model_name": Path(info.source).name,
         **_base_hashes(info),
-        **(_published(sample_type, samples) if config.output.publish_tags else {}),
+        **(_published(run.sample_type, samples) if config.output.publish_tags else {}),
     }
     base = public_base(info.source)
     named = {BASE: base} if base else {}
     return named | build(
         state,
         architecture=info.architecture,
-        name=run.name(config),
+        name=run.folder.name(config),
         written_at=written_at,
         prediction_type=info.prediction,
         training=training,
         about=_about(config, info),
-        **sample_type.headline(samples),
+        **run.sample_type.headline(samples),
     )
 
 

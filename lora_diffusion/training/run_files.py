@@ -18,7 +18,7 @@ CHOICE = ("selection.json", "best.safetensors")
 """What `select` writes, besides the file that it chose."""
 CHOSEN = re.compile(r".+-step-\d{6,}\.safetensors")
 """Name of a file that `select` chose, unless that is the finished adapter."""
-_ALWAYS = ("config.yaml", RECORD_NAME, "plan.json", "metadata.json", "metrics.jsonl", "progress.json")
+_ALWAYS: tuple[str, ...] = ("config.yaml", RECORD_NAME, "plan.json", "metadata.json", "metrics.jsonl", "progress.json")
 _ALWAYS += ("picture_losses.json", "machine.json", "selection.json", "tensorboard", "evaluation")
 """What every run may write, under names that are only a run's."""
 _PREVIEW = re.compile(r"step-\d{6,}\.(png|tsv)")

@@ -68,7 +68,7 @@ class _Screen:
         # Single losses jump with the noise level that was drawn.
         self._loss = values["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * values["loss"]
         speed = values["samples"] / max(values["seconds"], 1e-9)
-        numbers = f"loss {self._loss:.4f}  learning rate {values['lr']:.2e}  {speed:.3g} images/s"
+        numbers = f"loss {self._loss:.4f}  learning rate {values['lr']:.2e}  {speed:.3g} samples/s"
         self._bar.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
         if not self._bar.disable or (now < self._next_line and step < self._num_steps):

@@ -6,8 +6,8 @@ import dataclasses
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,30 @@ from lora_diffusion.training.tracking import check_tracker, open_trackers
 
 Loss = Callable[[Batch, torch.Generator], LossOutput]
 """Gives the loss of each sample of a batch, drawing only from the CPU generator that it is handed."""
+
+
+@contextmanager
+def forward_context(precision: str, device: torch.device) -> Iterator[None]:
+    """Within the context a loss is computed as a step computes it.
+
+    Args:
+        precision: value of `train.precision`.
+        device: of the base.
+    """
+    dtype = compute_dtype(precision, device)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    with fast_products(device), autocast:
+        yield
+
+
+def without_gradient(loss: Loss, precision: str, device: torch.device) -> Loss:
+    """Returns a loss that is computed as a step computes it, and records no gradient."""
+
+    def compute(batch: Batch, rng: torch.Generator) -> LossOutput:
+        with torch.no_grad(), forward_context(precision, device):
+            return loss(batch, rng)
+
+    return compute
 
 
 class Trainer:
@@ -73,7 +97,7 @@ class Trainer:
         self.config, self.params, self.loss, self.run_path = config, params, loss, run_path
         self.step = 0
         self.processes = PartialState()
-        self._is_watched = bool(hooks)
+        self._is_decided_by_hooks = any(hook.decides for hook in hooks)
         self.hooks = hooks if self.processes.is_main_process else ()
         self.optimizer = optim.build(config, params, module_rates or {})
         self._parameters = [parameter for _, parameter in optim.named(params)]
@@ -98,6 +122,8 @@ class Trainer:
         """
         num_steps = total_steps(self.config, batches.num_steps_per_epoch)
         self._warn_of_new_length(num_steps)
+        for hook in self.hooks:
+            hook.begin(self.step)
         if self._ask_hooks(self.step)[0]:
             logger.info("The run was ended early at step %d; without evaluate.patience it goes on.", self.step)
             return
@@ -164,12 +190,6 @@ class Trainer:
         self._resumed_length = state.num_steps
         return self.step
 
-    @torch.no_grad()
-    def losses(self, batch: Batch, rng: torch.Generator, loss: Loss | None = None) -> LossOutput:
-        """Returns the loss of a batch as a step would compute it, or another loss likewise, without gradient."""
-        with fast_products(self.device), self._autocast():
-            return (loss or self.loss)(batch, rng)
-
     def _add_gradients(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Adds up the gradients of the weighted mean over this process's samples.
 
@@ -184,7 +204,7 @@ class Trainer:
         metrics: defaultdict[str, float] = defaultdict(float)
         for batch, weight in zip(micro_batches, weights, strict=True):
             rng = derive(self.config.seed, "loss", *batch.position)
-            with fast_products(self.device), self._autocast():
+            with forward_context(self.config.precision, self.device):
                 output = self.loss(batch, rng)
             weighted = (output.per_sample * weight.to(output.per_sample.device)).sum()
             torch.autograd.backward(self._scaler.scale(weighted / total))
@@ -192,9 +212,6 @@ class Trainer:
             for name, value in output.metrics.items():
                 metrics[name] += value * len(batch) / num_samples
         return torch.cat(per_sample), each_weight.to(self.device), dict(metrics)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, self._dtype)
 
     def _average_processes(self, per_sample: Tensor, weights: Tensor) -> tuple[float, int]:
         """Makes gradients and loss the weighted means over all processes; returns loss and number of samples."""
@@ -245,7 +262,7 @@ class Trainer:
     def _ask_hooks(self, step: int) -> tuple[bool, bool]:
         """Says whether hooks of the main process end the run, and want this step's checkpoint; all processes agree."""
         asked = [(any(hook.should_stop for hook in self.hooks), any(hook.kept_step == step for hook in self.hooks))]
-        if self._is_watched and self.processes.num_processes > 1:
+        if self._is_decided_by_hooks and self.processes.num_processes > 1:
             broadcast_object_list(asked)
         return asked[0]
 

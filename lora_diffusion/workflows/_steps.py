@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diffusion.algebra.magnitude_limits import check_sizes
-from lora_diffusion.config.schema import Config, ModelOptions
+from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
-from lora_diffusion.core.samples import Prepared
 from lora_diffusion.data import sample_types
-from lora_diffusion.data.batches import Batches
 from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.formats.detect import detect
-from lora_diffusion.runtime.device import process_group
 from lora_diffusion.workflows import _run_checkpoints
 
 
@@ -64,17 +61,3 @@ def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[flo
     for (name, weight), state in zip(named.items(), states, strict=True):
         load_state(loaded, state, name, weight)
     return named
-
-
-def make_batches(items: Sequence[Prepared], family: Family, config: Config) -> Batches:
-    """Returns the batches of a run, of which each process gets its share."""
-    processes = process_group()
-    return Batches(
-        items,
-        family.collate,
-        batch_size=config.train.batch_size,
-        gradient_accumulation=config.train.gradient_accumulation,
-        seed=config.train.seed,
-        process_index=processes.process_index,
-        num_processes=processes.num_processes,
-    )

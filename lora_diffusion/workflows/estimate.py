@@ -23,8 +23,7 @@ from lora_diffusion.quantize import chosen, weight_bytes
 from lora_diffusion.runtime.device import frozen_dtype, pick_device
 from lora_diffusion.training import memory, optim, run_folder
 from lora_diffusion.training.fake_tensor_step import stand_in
-from lora_diffusion.workflows._checks import check
-from lora_diffusion.workflows._settled import settle_variant
+from lora_diffusion.workflows._run_checks import check, settle_variant
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,7 +98,7 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     config = config if overwrite else run_folder.as_started(config)
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
     largest = checked.sample_type.largest(checked.samples)
-    needed = step_memory(checked.config, checked.family, checked.info, checked.skeleton, checked.plan, largest)
+    needed = step_memory(checked.config, checked.family, checked.info, checked.meta_modules, checked.plan, largest)
     return DryRunReport(checked.sample_type.describe(checked.samples), checked.plan, needed, checked.num_steps)
 
 

@@ -20,7 +20,7 @@ from lora_diffusion.report import versus
 from lora_diffusion.report.pages import Training, write_report
 from lora_diffusion.report.sections import Findings
 from lora_diffusion.training import run_files
-from lora_diffusion.training.picture_losses import read_losses
+from lora_diffusion.training.image_losses import read_losses
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import PROGRESS_NAME, read_held_out, read_metrics
 from lora_diffusion.workflows.select import EVALUATION_NAME, Selection, read_selection

@@ -1,9 +1,9 @@
-"""Training, from config to files: read `train` first, every line of it is one step of the program."""
+"""Training, from a config to adapter files: set up, fit, export. Read `train` first, then `training/trainer.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,19 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
+from lora_diffusion.core.samples import Prepared
 from lora_diffusion.data import cache
+from lora_diffusion.data.batches import Batches, make_batches
 from lora_diffusion.runtime.autotune import use_channels_last, use_threads
 from lora_diffusion.runtime.device import pick_device, process_group
-from lora_diffusion.training import checkpoint, memory, record, run_files, run_folder
-from lora_diffusion.training.hooks import Hook, IntervalHook
+from lora_diffusion.training import checkpoint, image_losses, memory, previews, record, run_folder
+from lora_diffusion.training.checked_run import CheckedRun
+from lora_diffusion.training.hooks import Hook
+from lora_diffusion.training.optim import Params
 from lora_diffusion.training.trainer import Trainer
-from lora_diffusion.workflows import _judging as judging
-from lora_diffusion.workflows import _validation as validation
-from lora_diffusion.workflows._adapter_writing import AdapterWriter
-from lora_diffusion.workflows._checks import Checked, check
-from lora_diffusion.workflows._steps import make_batches
+from lora_diffusion.workflows._run_checks import check
+from lora_diffusion.workflows.hooks import held_out_scores, image_scores
+from lora_diffusion.workflows.hooks.adapter_files import AdapterFiles
 from lora_diffusion.workflows.select import Selection, select
 
 
@@ -62,113 +64,150 @@ class TrainResult:
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
-    """Trains an adapter, writes it in every asked format, and if the config says so, chooses the best checkpoint.
+    """Trains an adapter, writes it in every format of `output.formats`, and if the config says so, selects the best.
 
     Raises:
-        InputError: anything that the user can mend; raised before the base is loaded.
+        InputError: anything that the user can correct; raised before the base is loaded.
         RunError: the run failed; its folder can be continued with `resume`.
     """
-    result = _train(config, resume=resume, overwrite=overwrite)
-    # Only now, as nothing of the training is held in memory any more.
-    return replace(result, selection=select(result.run_path)) if config.evaluate.after_training else result
+    with setup(config, resume=resume, overwrite=overwrite) as run:
+        run.fit()
+        return run.export()
 
 
-def _train(config: Config, *, resume: bool, overwrite: bool) -> TrainResult:
-    config = run_folder.as_started(config) if resume else config
-    checked = check(config, resume=resume, overwrite=overwrite)
-    config = checked.config
-    family, sample_type, run = checked.family, checked.sample_type, checked.run
-    samples, plan = checked.samples, checked.plan
-    for line in plan.lines():
-        logger.info(line)
-    sample_type.warn(samples, config.model)
+class TrainingRun:
+    """A run that is ready to train. It keeps other processes out of its folder until it is closed."""
 
+    def __init__(
+        self, checked: CheckedRun, trainer: Trainer, batches: Batches, files: AdapterFiles, held: ExitStack
+    ) -> None:
+        """Takes what `setup` made; `held` is let go of when the run is closed."""
+        self.checked, self.trainer, self.batches, self.files, self._held = checked, trainer, batches, files, held
+
+    def fit(self) -> None:
+        """Makes the steps that are left, with all that goes on beside them."""
+        self.trainer.fit(self.batches)
+
+    def export(self) -> TrainResult:
+        """Writes and verifies the adapter files; then, if `evaluate.after_training` says so, selects the best.
+
+        The run is closed in between, so that nothing of the training is in memory while checkpoints are evaluated.
+        """
+        folder, num_steps = self.checked.folder, self.trainer.step
+        for hook in self.trainer.hooks:
+            hook.finish(num_steps)
+        result = TrainResult(folder.path, num_steps, record.final_loss(folder), self.files.final, best=self.files.best)
+        self.close()
+        return replace(result, selection=select(folder.path)) if self.checked.config.evaluate.after_training else result
+
+    def close(self) -> None:
+        """Lets go of the folder, and of all that takes memory; a second time does nothing."""
+        self._held.close()
+        for name in ("trainer", "batches", "files"):
+            vars(self).pop(name, None)
+
+    def __enter__(self) -> TrainingRun:
+        """Returns the run, which the end of the block closes, also where it fails."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes the run."""
+        self.close()
+
+
+def setup(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainingRun:
+    """Checks everything, takes the folder, loads the base, prepares the samples, and injects the adapter.
+
+    Raises:
+        InputError: anything that the user can correct; raised before the base is loaded.
+        RunError: the base cannot be loaded, or a checkpoint does not fit.
+    """
+    run = check(run_folder.as_started(config) if resume else config, resume=resume, overwrite=overwrite)
+    _log(run)
     processes = process_group()
     processes.wait_for_everyone()
-    with run_folder.alone(run) if processes.is_main_process else nullcontext():
-        trained = frozenset(config.adapter.parts)
-        base_key = family.cache_key(config.model, trained)
-        fingerprint = record.fingerprint(config, sample_type, base_key, checked.info.files, samples)
-        latest = _begin(checked, fingerprint, resume=resume, overwrite=overwrite)
-        use_threads(config.train.threads, run.path / "machine.json")
-        loaded = family.load(config.model, pick_device())
-        use_channels_last(loaded.parts.values(), loaded.device)
-        with processes.main_process_first():
-            items = cache.prepare(family, loaded, samples, trained, config.cache, config.data)
-        hooks = [*_prepare_previews(checked, loaded)]
-        hooks += judging.prepare_early_stop(config, family, loaded, samples, run, checked.num_steps)
-        validating = validation.prepare(
-            config,
-            family,
-            loaded,
-            checked.held_out,
-            run,
-            checked.num_steps,
-            lambda *given: trainer.losses(*given),  # noqa: PLW0108 - the trainer is made below, with these hooks
-        )
-        hooks += validating
-        loaded.release(*(loaded.encoders - trained - (_needed_to_show(loaded, trained) if hooks else frozenset())))
-
-        params = inject(loaded, plan, checked.variant, config.adapter.dropout, config.train.seed)
-        if config.train.gradient_checkpointing:
-            memory.checkpoint_activations(loaded.parts)
-        batches = make_batches(items, family, config)
-
-        describe = partial(record.metadata, config, checked.info, sample_type, samples, batches)
-        writer = AdapterWriter(config, family, run, loaded, describe)
-        hooks += writer.hooks(batches.num_steps_per_epoch, checked.num_steps)
-        trainer = Trainer(
-            config.train, params, partial(family.loss, loaded), run.path, hooks, fingerprint, plan.module_rates()
-        )
-        if resume:
-            step = trainer.resume(latest)
-            logger.info(f"Continuing after step {step}" if latest else f"No checkpoint in {run.path}; starting anew")
-            if step < checked.num_steps and processes.is_main_process:
-                run_folder.go_on(run)
-        writer.begin(trainer.step)
-        trainer.fit(batches)
-        files = writer.finish(trainer.step)
-        best = writer.finish_best(validating[0].kept_step, trainer.step) if validating else ()
+    with ExitStack() as held:
         if processes.is_main_process:
-            judging.write_picture_losses(config, samples, items, trainer, family, run)
-    return TrainResult(run.path, trainer.step, record.final_loss(run), files, best=best)
+            held.enter_context(run_folder.alone(run.folder))
+        fingerprint = record.fingerprint(run)
+        latest = _take_folder(run, fingerprint, resume=resume, overwrite=overwrite)
+        loaded = _load(run)
+        with processes.main_process_first():
+            items = cache.prepare(run.family, loaded, run.samples, run.trained, run.config.cache, run.config.data)
+        batches = make_batches(items, run.family.collate, run.config.train)
+        files = AdapterFiles(run, loaded, batches)
+        hooks = _hooks(run, loaded, items, files)
+        for hook in hooks:
+            hook.prepare()
+        _release_encoders(run, loaded, hooks)
+        params = _inject(run, loaded)
+        loss, rates = partial(run.family.loss, loaded), run.plan.module_rates()
+        trainer = Trainer(run.config.train, params, loss, run.folder.path, hooks, fingerprint, rates)
+        if resume:
+            _resume(run, trainer, latest)
+        return TrainingRun(run, trainer, batches, files, held.pop_all())
 
 
-def _begin(checked: Checked, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
+def _log(run: CheckedRun) -> None:
+    """Says what is trained, and which settings do nothing."""
+    for line in run.plan.lines():
+        logger.info(line)
+    run.sample_type.warn(run.samples, run.config.model)
+
+
+def _take_folder(run: CheckedRun, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
     """Makes the run folder ready, and returns the checkpoint with which the run goes on; None where it starts."""
-    run, processes = checked.run, process_group()
+    folder, processes = run.folder, process_group()
     with processes.main_process_first():  # which takes away what a killed process left
-        latest = checkpoint.find_latest(run.path) if resume else None
+        latest = checkpoint.find_latest(folder.path) if resume else None
     if latest:
         checkpoint.check_fingerprint(latest, fingerprint)
-        checkpoint.check_length(latest, checked.num_steps)
+        checkpoint.check_length(latest, run.num_steps)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        run_folder.prepare(run, checked.config, overwrite=overwrite)
-        write_json(run.plan_path, checked.plan.to_json())
+        run_folder.prepare(folder, run.config, overwrite=overwrite)
+        write_json(folder.plan_path, run.plan.to_json())
     return latest
 
 
-def _prepare_previews(checked: Checked, loaded: Loaded) -> list[Hook]:
-    """Shows what the base alone makes of the requests, which also encodes prompts while the text encoder is there.
-
-    There are none in a run that is too short for a preview.
-    """
-    if not checked.previews:
-        return []
-    config, run = checked.config, checked.run
-
-    def draw(step: int) -> None:
-        run_files.add(run.path, [f"previews/step-{step:06d}{ending}" for ending in (".png", ".tsv")])
-        outputs = checked.family.generate(loaded, checked.previews)
-        checked.sample_type.save(outputs, config.preview, run.previews_path / f"step-{step:06d}")
-
-    draw(0)
-    if loaded.encoders & set(config.adapter.parts):
-        loaded.text_cache.clear()
-    return [IntervalHook(config.train.preview_every_steps, draw)]
+def _load(run: CheckedRun) -> Loaded:
+    """Loads the base, frozen, with the threads and the memory format that suit this machine."""
+    use_threads(run.config.train.threads, run.folder.path / "machine.json")
+    loaded = run.family.load(run.config.model, pick_device())
+    use_channels_last(loaded.parts.values(), loaded.device)
+    return loaded
 
 
-def _needed_to_show(loaded: Loaded, trained: frozenset[str]) -> frozenset[str]:
-    """Names what previews need besides what is trained; if one encoder is trained, prompts are encoded anew by all."""
-    return loaded.encoders if loaded.encoders & trained else loaded.decoders
+def _hooks(run: CheckedRun, loaded: Loaded, items: Sequence[Prepared], files: AdapterFiles) -> list[Hook]:
+    """Returns all that goes on beside the steps, in the order in which it follows each of them."""
+    return [
+        *previews.hooks(run, loaded),
+        *image_scores.hooks(run, loaded),
+        files,
+        *held_out_scores.hooks(run, loaded, files),
+        *image_losses.hooks(run, loaded, items),
+    ]
+
+
+def _release_encoders(run: CheckedRun, loaded: Loaded, hooks: Sequence[Hook]) -> None:
+    """Frees encoders that are neither trained nor needed to generate."""
+    needed: frozenset[str] = frozenset()
+    if any(hook.generates for hook in hooks):
+        # Where one encoder is trained, prompts are encoded again by all.
+        needed = loaded.encoders if loaded.encoders & run.trained else loaded.decoders
+    loaded.release(*(loaded.encoders - run.trained - needed))
+
+
+def _inject(run: CheckedRun, loaded: Loaded) -> Params:
+    """Adds the adapter, which changes nothing yet, and returns what is trained of it."""
+    params = inject(loaded, run.plan, run.variant, run.config.adapter.dropout, run.config.train.seed)
+    if run.config.train.gradient_checkpointing:
+        memory.checkpoint_activations(loaded.parts)
+    return params
+
+
+def _resume(run: CheckedRun, trainer: Trainer, latest: Path | None) -> None:
+    step, path = trainer.resume(latest), run.folder.path
+    logger.info(f"Continuing after step {step}" if latest else f"No checkpoint in {path}; starting from the beginning")
+    if step < run.num_steps and trainer.processes.is_main_process:
+        run_folder.go_on(run.folder)

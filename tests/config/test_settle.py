@@ -10,7 +10,7 @@ import pytest
 from lora_diffusion.config.load import load, to_values, to_yaml
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.workflows._settled import settle_length, settle_variant
+from lora_diffusion.workflows._run_checks import settle_length, settle_variant
 
 GIVING_WAY: list[tuple[str, list[str], str, Any]] = [
     ("sd1/style", ["train.epochs=10"], "train.max_steps", None),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_diffusion.training import picture_losses
+from lora_diffusion.training import image_losses
 from lora_diffusion.training.tracking import METRICS_NAME, open_trackers, read_metrics
 
 GOOD = [{"step": step, "loss": 1 / step, "lr": 1e-4, "samples": 1, "seconds": 0.1} for step in range(1, 5)]
@@ -65,6 +65,6 @@ def test_infinite_norm_of_a_step_that_fp16_left_out_is_no_damage(tmp_path: Path)
 def test_damaged_losses_of_pictures_are_left_out(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / picture_losses.LOSSES_NAME).write_bytes(content)
-    assert picture_losses.read_losses(tmp_path) == []
+    (tmp_path / image_losses.LOSSES_NAME).write_bytes(content)
+    assert image_losses.read_losses(tmp_path) == []
     assert "damaged" in caplog.text

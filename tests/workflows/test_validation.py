@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_diffusion.workflows._validation import Validation
+from lora_diffusion.workflows.hooks.held_out_scores import HeldOutScores
 from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
 from tests.tiny_whisper import save_tiny_whisper, write_recording
 from tests.workflows.conftest import Commands, Outcome
@@ -64,7 +64,7 @@ def test_the_best_step_is_written_where_it_is_not_the_last(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(Validation, "measure", lambda _: {"loss": next(losses)})
+    monkeypatch.setattr(HeldOutScores, "measure", lambda _: {"loss": next(losses)})
     options = ("data.validation=0.25", "evaluate.every_steps=1", "evaluate.metrics=[loss]", "train.max_steps=4")
     assert train("run", *options).code == 0
     best = 2

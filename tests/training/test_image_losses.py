@@ -10,7 +10,7 @@ import torch
 
 from lora_diffusion.core.base_model import LossOutput
 from lora_diffusion.core.samples import Batch, ImageText, Prepared
-from lora_diffusion.training.picture_losses import (
+from lora_diffusion.training.image_losses import (
     Budget,
     budget,
     measure,
@@ -84,14 +84,14 @@ def test_measured_batches_have_one_caption_and_no_prior() -> None:
 
 def test_budget_is_3_percent_of_the_passes_of_training() -> None:
     numbers = itertools.product([1, 2, 7, 20, 500, 3000], [100, 133, 134, 300, 1000, 5000, 10**6], [1, 2, 3, 4, 16])
-    for num_pictures, num_passes, batch_size in numbers:
-        chosen = budget(num_pictures, num_passes, batch_size)
-        if chosen.num_pictures:
-            assert min(2, num_pictures) <= chosen.num_pictures <= min(num_pictures, 500) and 2 <= chosen.num_draws <= 8
+    for num_images, num_passes, batch_size in numbers:
+        chosen = budget(num_images, num_passes, batch_size)
+        if chosen.num_images:
+            assert min(2, num_images) <= chosen.num_images <= min(num_images, 500) and 2 <= chosen.num_draws <= 8
         else:
             assert num_passes < 270
-        assert 2 * chosen.num_pictures * math.ceil(chosen.num_draws / batch_size) <= 0.03 * num_passes
-        assert 2 * chosen.num_pictures * chosen.num_draws <= 0.03 * num_passes * batch_size
+        assert 2 * chosen.num_images * math.ceil(chosen.num_draws / batch_size) <= 0.03 * num_passes
+        assert 2 * chosen.num_images * chosen.num_draws <= 0.03 * num_passes * batch_size
 
 
 def test_fewer_draws_come_before_fewer_pictures() -> None:

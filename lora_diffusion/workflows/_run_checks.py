@@ -2,68 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.plan import plan as make_plan
-from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.rules import as_written
-from lora_diffusion.config.schema import Config, TrainConfig
+from lora_diffusion.config.schema import AdapterConfig, Config, TrainConfig
+from lora_diffusion.config.settle import give_way
 from lora_diffusion.core import launch, registry
-from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import read_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import Prepared, Request, Sample
 from lora_diffusion.data import cache, sample_types
+from lora_diffusion.data.batches import make_batches
 from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.data.validation import hold_out
 from lora_diffusion.formats.capabilities import check_output
 from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.training import optim, record, run_folder
+from lora_diffusion.training.checked_run import CheckedRun
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import check_tracker
 from lora_diffusion.training.trainer import total_steps
-from lora_diffusion.workflows import _judging as judging
-from lora_diffusion.workflows import _validation as validation
 from lora_diffusion.workflows._faults import Faults
-from lora_diffusion.workflows._settled import settle_length, settle_variant
-from lora_diffusion.workflows._steps import make_batches
+from lora_diffusion.workflows.hooks import held_out_scores, image_scores
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _FOR_ALL = ("preview.prompts", "preview.seeds", "evaluate.every_steps", "evaluate.patience", "evaluate.metrics")
 """What says something to bases that write, too; of those only that which samples its answers looks at seeds."""
+_DECIDE_STEPS = (
+    "train.epochs",
+    "train.max_steps",
+    "data.path",
+    "train.batch_size",
+    "train.gradient_accumulation",
+)
+"""Settings by which the command line decides how many steps there are."""
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a run will be made of; nothing of it is loaded yet."""
-
-    config: Config
-    """As it was given, but for what has given way to the command line."""
-    family: Family
-    sample_type: SampleType
-    variant: Variant
-    info: BaseInfo
-    skeleton: Mapping[str, nn.Module]
-    plan: InjectionPlan
-    run: RunFolder
-    samples: Sequence[Sample]
-    held_out: Sequence[Sample]
-    """What is scored and not trained on."""
-    num_steps: int
-    previews: Sequence[Request]
-    """What is asked of the model while it is trained."""
-
-
-def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
+def check(config: Config, *, resume: bool, overwrite: bool) -> CheckedRun:
     """Looks at config, base, data and folders; loads no weights and writes nothing.
 
     Raises:
@@ -90,31 +73,32 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> Checked:
         faults += _without_effect(config)
     if variant:
         look(lambda: check_output(config.output.formats, variant.stored))
-    skeleton = plan = samples = num_steps = previews = None
+    meta_modules: Any = None
+    plan = samples = num_steps = requests = meta_modules
     if info:
-        skeleton = family.skeleton(config.model)
+        meta_modules = family.skeleton(config.model)
         unread = {} if resume and _trains_unread(RunFolder(Path(config.output.path))) else info.unread
         rates = config.train.module_learning_rates
-        plan = look(lambda: make_plan(skeleton, family.parts, config.adapter, rates, unread))
+        plan = look(lambda: make_plan(meta_modules, family.parts, config.adapter, rates, unread))
         look(lambda: _check_spellings(family, config))
         samples = look(lambda: sample_type.read(config.data, info))
     held_out: Sequence[Sample] = ()
     if samples and config.data.held_out is not None:
-        look(lambda: validation.metrics(config, sample_type))
+        look(lambda: held_out_scores.metrics(config, sample_type))
         samples, held_out = look(lambda: hold_out(sample_type, config.data, info, samples)) or (None, ())
     if samples:
         num_steps = _num_steps(config, family, sample_type, samples)
         config = settle_length(config, num_steps)
         look(lambda: _check_warmup(config.train, num_steps))
     # Only now, since a run that is continued must have the very settings that are left.
-    run = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
+    folder = look(lambda: run_folder.check(config, resume=resume, overwrite=overwrite))
     if samples and sample_type.makes_images:
-        look(lambda: judging.check(config, samples))
+        look(lambda: image_scores.check(config, samples))
     if num_steps:
-        previews = look(lambda: _previews(config, sample_type, samples, num_steps))
+        requests = look(lambda: _preview_requests(config, sample_type, samples, num_steps))
     faults.stop("train")
-    return Checked(
-        config, family, sample_type, variant, info, skeleton, plan, run, samples, held_out, num_steps, previews
+    return CheckedRun(
+        config, family, sample_type, variant, info, meta_modules, plan, folder, samples, held_out, num_steps, requests
     )
 
 
@@ -144,7 +128,7 @@ def _check_spellings(family: Family, config: Config) -> None:
 
 def _num_steps(config: Config, family: Family, sample_type: SampleType, samples: Sequence[Sample]) -> int:
     stubs = [Prepared(sample.key, {}, sample_type.group(sample), sample.num_repeats) for sample in samples]
-    return total_steps(config.train, make_batches(stubs, family, config).num_steps_per_epoch)
+    return total_steps(config.train, make_batches(stubs, family.collate, config.train).num_steps_per_epoch)
 
 
 def _check_warmup(train: TrainConfig, num_steps: int) -> None:
@@ -155,15 +139,39 @@ def _check_warmup(train: TrainConfig, num_steps: int) -> None:
         )
 
 
-def _previews(config: Config, sample_type: SampleType, samples: Sequence[Sample], num_steps: int) -> Sequence[Request]:
+def _preview_requests(
+    config: Config, sample_type: SampleType, samples: Sequence[Sample], num_steps: int
+) -> Sequence[Request]:
     every = config.train.preview_every_steps
     if config.output.thumbnail == record.PREVIEW and every > num_steps:
         raise ConfigError(
             f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
             f"train.preview_every_steps={every}; lower it, or name a picture."
         )
-    previews = sample_type.previews(samples, config.preview) if every else []
+    requests = sample_type.previews(samples, config.preview) if every else []
     if every > num_steps:
         logger.info("No preview is made in %d steps with train.preview_every_steps=%d.", num_steps, every)
         return []
-    return previews
+    return requests
+
+
+def settle_variant(config: Config) -> Config:
+    """Returns the config without settings of a file that the variant on the command line does not have."""
+    adapter, variant = config.adapter, variants.find(config.adapter.variant)
+    if adapter.dropout and not variant.has_dropout:
+        config = give_way(config, "adapter.dropout", 0.0, "adapter.variant")
+    if adapter.full and variant.stored != variants.FULL.stored:
+        config = give_way(config, "adapter.full", (), "adapter.variant")
+    if adapter.lokr_factor != AdapterConfig.lokr_factor and variant.name != "lokr":
+        config = give_way(config, "adapter.lokr_factor", AdapterConfig.lokr_factor, "adapter.variant")
+    return config
+
+
+def settle_length(config: Config, num_steps: int) -> Config:
+    """Returns the config without settings of a file that are longer than the steps which the command line leads to."""
+    train = config.train
+    if train.epochs is not None and train.warmup_steps >= num_steps:
+        config = give_way(config, "train.warmup_steps", 0, *_DECIDE_STEPS)
+    if config.output.thumbnail == record.PREVIEW and train.preview_every_steps > num_steps:
+        config = give_way(config, "output.thumbnail", None, *_DECIDE_STEPS)
+    return config

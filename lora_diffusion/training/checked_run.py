@@ -1,0 +1,46 @@
+"""What a training run is made of, once all of it has been checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_diffusion.adapters.plan import InjectionPlan
+from lora_diffusion.adapters.variants import Variant
+from lora_diffusion.config.schema import Config
+from lora_diffusion.core.base_model import BaseInfo
+from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.samples import Request, Sample
+from lora_diffusion.data.sample_types import SampleType
+from lora_diffusion.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that can start; nothing of it is loaded yet."""
+
+    config: Config
+    """As it was given, but for what has given way to the command line."""
+    family: Family
+    sample_type: SampleType
+    variant: Variant
+    info: BaseInfo
+    meta_modules: Mapping[str, nn.Module]
+    """Part -> network without weights."""
+    plan: InjectionPlan
+    folder: RunFolder
+    samples: Sequence[Sample]
+    held_out: Sequence[Sample]
+    """What is scored and not trained on."""
+    num_steps: int
+    requests: Sequence[Request]
+    """What previews answer; none where no preview is due."""
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parts that are trained."""
+        return frozenset(self.config.adapter.parts)

@@ -1,0 +1,95 @@
+"""How good an adapter of images is while it is trained, scored as `evaluate` says: early stopping, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lora_diffusion.config.schema import Config
+from lora_diffusion.core.base_model import Loaded
+from lora_diffusion.core.files import write_json
+from lora_diffusion.core.logs import logger
+from lora_diffusion.core.samples import ImageText, Request
+from lora_diffusion.data.preflight import find_images
+from lora_diffusion.evaluation import progress
+from lora_diffusion.evaluation.progress import Progress
+from lora_diffusion.evaluation.select import check_metrics
+from lora_diffusion.scoring.clip import default_clip, load_clip
+from lora_diffusion.scoring.scorers import LOADERS, Scorers
+from lora_diffusion.training.checked_run import CheckedRun
+from lora_diffusion.training.hooks import EarlyStop
+from lora_diffusion.training.run_folder import RunFolder
+from lora_diffusion.training.tracking import PROGRESS_NAME
+from lora_diffusion.workflows import select
+
+
+def check(config: Config, samples: Sequence[ImageText]) -> None:
+    """Checks before anything is loaded that the run can be evaluated as `evaluate` says, while and after it trains.
+
+    Raises:
+        InputError: it cannot.
+    """
+    own = config.evaluate
+    if not (own.after_training or own.every_steps):
+        return
+    _references(config)
+    select.cases(config, samples[0].trigger)
+    models = Scorers({"clip": default_clip(config.model.path), **select.scorers(config)})
+    for kind in models.names.keys() & LOADERS.keys():
+        models.find(kind)
+    if own.after_training:
+        select.check_name(RunFolder(Path(config.output.path)).name(config))
+        check_metrics(own.metrics)
+    if own.after_training and config.train.keep_checkpoints:
+        logger.warning(
+            "evaluate.after_training compares the last %d checkpoints only; train.keep_checkpoints=0 keeps all.",
+            config.train.keep_checkpoints,
+        )
+
+
+class ImageScores(EarlyStop):
+    """Scores generated images at every n-th step, keeps the best checkpoint, and ends the run as patience says."""
+
+    generates = True
+
+    def __init__(self, run: CheckedRun, loaded: Loaded) -> None:
+        """Takes the base as it will be at each step."""
+        evaluate = run.config.evaluate
+        super().__init__(evaluate.every_steps, evaluate.patience, self._score_step, self._write)
+        self._run, self._loaded = run, loaded
+        self._generate = partial(run.family.generate, loaded)
+        self._progress: Progress | None = None
+
+    def prepare(self) -> None:
+        """Scores the base alone, which also encodes the prompts while the text encoder is there."""
+        config, info = self._run.config, self._loaded.info
+        evaluate, preview = config.evaluate, config.preview
+        guidance = info.guidance if preview.guidance is None else preview.guidance
+        self._progress = progress.start(
+            load_clip(evaluate.clip or default_clip(config.model.path), str(self._loaded.device)),
+            select.cases(config, getattr(self._run.samples[0], "trigger", "")),
+            evaluate.seeds,
+            _references(config),
+            Request("", 0, preview.negative, preview.num_steps, guidance),
+            self._generate,
+        )
+
+    def _score_step(self, step: int) -> float:
+        del step
+        assert self._progress is not None, "hooks are prepared before the first step"
+        return self._progress.score(self._generate)
+
+    def _write(self, scores: Sequence[tuple[int, float]]) -> None:
+        lines = [{"step": step, "score": score} for step, score in scores]
+        write_json(self._run.folder.path / PROGRESS_NAME, lines)
+
+
+def hooks(run: CheckedRun, loaded: Loaded) -> list[ImageScores]:
+    """Returns the hook, if its samples are images and a score is due in the run."""
+    is_due = 0 < run.config.evaluate.every_steps <= run.num_steps
+    return [ImageScores(run, loaded)] if run.sample_type.makes_images and is_due else []
+
+
+def _references(config: Config) -> list[Path]:
+    return find_images(str(config.evaluate.references), "evaluate.references")
