@@ -109,6 +109,11 @@ class Scope:
 
 
 def fit_for_adapters(scope: Scope, target: str, unread: Mapping[str, Sequence[str]]) -> list[ModuleKey]:
+    """Returns the modules that a target names, all of which can hold an adapter.
+
+    Raises:
+        TargetError: one cannot, or the base reads the output of none.
+    """
     found = scope.find(target)
     if not any(read_ones({path: scope.modules[part][path]}, unread.get(part, ())) for part, path in found):
         raise TargetError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ class ImageLosses(Hook):
     def __init__(self, run: CheckedRun, loaded: Loaded, items: Sequence[Prepared]) -> None:
         """Takes what training prepared of the samples, in their order."""
         self._run, self._items = run, items
-        loss = partial(run.family.loss, loaded)
-        self._losses = without_gradient(loss, run.config.train.precision, loaded.device)
+        self._losses = without_gradient(run.loss(loaded), run.config.train.precision, loaded.device)
 
     def finish(self, step: int) -> None:
         """Measures and writes."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +140,8 @@ def setup(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             hook.prepare()
         _release_encoders(run, loaded, hooks)
         params = _inject(run, loaded)
-        loss, rates = partial(run.family.loss, loaded), run.plan.module_rates()
-        trainer = Trainer(run.config.train, params, loss, run.folder.path, hooks, fingerprint, rates)
+        rates = run.plan.module_rates()
+        trainer = Trainer(run.config.train, params, run.loss(loaded), run.folder.path, hooks, fingerprint, rates)
         if resume:
             _resume(run, trainer, latest)
         return TrainingRun(run, trainer, batches, files, held.pop_all())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,8 +135,7 @@ class HeldOutScores(EarlyStop):
 
     def _mean_loss(self) -> float:
         loaded = replace(self._loaded, options=without_augmentation(self._loaded.options))
-        loss = partial(self._run.family.loss, loaded)
-        losses = without_gradient(loss, self._run.config.train.precision, loaded.device)
+        losses = without_gradient(self._run.loss(loaded), self._run.config.train.precision, loaded.device)
         total = weight = 0.0
         for index, batch in enumerate(watch(self._batches, len(self._batches), "Loss of held-out samples")):
             per_sample = losses(batch, derive(0, "validation", index)).per_sample.float().cpu()
