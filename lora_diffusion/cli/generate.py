@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
 from lora_diffusion.compose.plan import weighted_file
-from lora_diffusion.config.rules import check_negative
-from lora_diffusion.config.settings import MAX_DENOISING_STEPS
-from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import is_text
 
 
 def add_parser(commands: Any) -> None:
@@ -36,7 +31,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    _check(args)
     configured = base_of(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
@@ -55,17 +49,3 @@ def run(args: argparse.Namespace) -> None:
         output_path=args.output,
     )
     print_result(args, result)
-
-
-def _check(args: argparse.Namespace) -> None:
-    if not 1 <= args.steps <= MAX_DENOISING_STEPS:
-        raise ConfigError(f"--steps {args.steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
-    if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise ConfigError(f"--guidance {args.guidance:g}: must be 1 (off) or greater.")
-    check_negative(args.negative, args.guidance)
-    for text in (*args.prompt, args.negative):
-        if not is_text(text):
-            raise ConfigError(f"{text!r} is not UTF-8; type the prompt in a terminal that is set to UTF-8.")
-    for seed in args.seed or ():
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"--seed {seed}: must be 0 or greater, and less than 2^63.")

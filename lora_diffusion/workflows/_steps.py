@@ -19,20 +19,26 @@ from lora_diffusion.formats.detect import detect
 from lora_diffusion.workflows import _run_checkpoints
 
 
-def find_family(model: ModelOptions, wanted: SampleType) -> Family:
-    """Returns the family of a base that must work on one type of samples.
+def find_family(model: ModelOptions, wanted: SampleType | None) -> Family:
+    """Returns the family of a base that must work on one type of samples; None takes any.
 
     Raises:
         UnsupportedError: it works on another.
     """
     family: Family = registry.find("families", model.family)
+    if wanted:
+        check_family(family, model, wanted)
+    return family
+
+
+def check_family(family: Family, model: ModelOptions, wanted: SampleType) -> None:
+    """Checks that a family works on one type of samples; raises as `find_family`."""
     sample_type = sample_types.find(family.sample_type)
     if sample_type is not wanted:
         raise UnsupportedError(
             f"model.family={model.family} does not {wanted.task}, its bases {sample_type.task}; take "
             "another base, or the command for this kind."
         )
-    return family
 
 
 def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterState:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.schema import ChatDataConfig, ModelOptions
-from lora_diffusion.core.adapter_state import AdapterState
-from lora_diffusion.core.base_model import ChatInfo, Loaded
+from lora_diffusion.core.base_model import ChatInfo
 from lora_diffusion.core.errors import DataError, ModelError
 from lora_diffusion.core.files import write_csv
 from lora_diffusion.core.samples import Chat, Request, Turn
@@ -19,11 +18,9 @@ from lora_diffusion.data.images import ImageError
 from lora_diffusion.data.sample_types import CHATS
 from lora_diffusion.data.sources import ALL_SPLITS
 from lora_diffusion.evaluation.answers import Examination, judge
-from lora_diffusion.runtime.autotune import use_threads
-from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.scoring.scorers import Scorers
 from lora_diffusion.workflows._set_scores import SetScores
-from lora_diffusion.workflows._steps import attach, find_family, read_adapter
+from lora_diffusion.workflows.load import CheckedModel, Model, check_model
 
 Adapters = Sequence[tuple[Path, float]]
 _EVERYTHING = ChatDataConfig(split=ALL_SPLITS)
@@ -52,11 +49,11 @@ class ImageAnswers:
         write_csv(path, [{"picture": name, "question": self.question, "answer": answer} for name, answer in rows])
 
 
-def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> ImageAnswers:
+def ask(model: ModelOptions | Model, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> ImageAnswers:
     """Returns the answer to a question about each picture.
 
     Args:
-        model: a base that talks about pictures.
+        model: a base of visual question answering.
         paths: pictures, and folders of them.
         question: what is asked of each.
         adapters: files or folders with their weights; all are applied at once.
@@ -64,7 +61,7 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
     Raises:
         InputError: the base, an adapter or a picture cannot be used; all faults of pictures are listed at once.
     """
-    talker = Talker(model, adapters)
+    answerer = Answerer(model, adapters)
     files = [file for path in paths for file in _pictures(path)]
     requests, faults = [], []
     for file in files:
@@ -74,7 +71,7 @@ def ask(model: ModelOptions, paths: Sequence[Path], question: str, adapters: Ada
             faults.append(str(error))
     if faults:
         raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
-    return ImageAnswers(question, dict(zip(files, talker.answer(requests), strict=True)))
+    return ImageAnswers(question, dict(zip(files, answerer.answer(requests), strict=True)))
 
 
 def _pictures(path: Path) -> Sequence[Path]:
@@ -82,7 +79,7 @@ def _pictures(path: Path) -> Sequence[Path]:
 
 
 def score_answers(
-    model: ModelOptions,
+    model: ModelOptions | Model,
     data_paths: Sequence[Path],
     adapters: Adapters = (),
     clip: str | None = None,
@@ -91,7 +88,7 @@ def score_answers(
     """Compares the answers to the first question of each conversation with those that are right.
 
     Args:
-        model: a base that talks about pictures.
+        model: a base of visual question answering.
         data_paths: files and folders, as `data.path` takes them; one result for each.
         adapters: files or folders with their weights; all are applied at once.
         clip: CLIP that scores the answers as captions, such as builtin:emoji-clip; none leaves that out.
@@ -100,14 +97,14 @@ def score_answers(
     Raises:
         InputError: the base, an adapter or the data cannot be used.
     """
-    talker, scorers = Talker(model, adapters), Scorers({"clip": clip}) if clip else None
-    sets = [CHATS.read(replace(data, path=str(path)), talker.info) for path in data_paths]
+    answerer, scorers = Answerer(model, adapters), Scorers({"clip": clip}) if clip else None
+    sets = [CHATS.read(replace(data, path=str(path)), answerer.info) for path in data_paths]
     if clip and (blind := [sample.key for samples in sets for sample in samples if not _is_shown(sample)]):
         raise DataError(
             f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
             f"({name_some(blind)}); leave those out, or --clip."
         )
-    scores = tuple(compare(talker.answer, samples, scorers) for samples in sets)
+    scores = tuple(compare(answerer.answer, samples, scorers) for samples in sets)
     return SetScores(tuple(data_paths), scores, "answers")
 
 
@@ -121,7 +118,8 @@ def compare(
     answers = answer([request for request, _ in pairs])
     asked = [request.prompt for request, _ in pairs]
     keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
-    pictures = [request.sample.views[0][0] for request, _ in pairs] if scorers else []
+    questioned = [request.sample for request, _ in pairs if isinstance(request.sample, Chat)]
+    pictures = [chat.views[0][0] for chat in questioned] if scorers else []
     names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
     return judge(keys, asked, targets, answers, pictures, scorers, names)
 
@@ -130,24 +128,19 @@ def _is_shown(sample: Chat) -> bool:
     return sample.first_question().num_images > 0
 
 
-class Talker:
-    """A base that talks about pictures; it is checked at once, and loaded when it is first asked."""
+class Answerer:
+    """A base of visual question answering; it is checked at once, and loaded with the first question."""
 
-    def __init__(self, model: ModelOptions, adapters: Adapters = ()) -> None:
+    def __init__(self, model: ModelOptions | Model, adapters: Adapters = ()) -> None:
         """Checks base and adapters.
 
         Raises:
             InputError: one of them cannot be used.
         """
-        self._family = find_family(model, CHATS)
-        info = self._family.check(model)
+        self._model = check_model(model, adapters, CHATS)
+        info = self._model.info
         assert isinstance(info, ChatInfo), "a family of conversations describes its base so"
         self.info = info
-        self._model = model
-        self._states: list[AdapterState] = [read_adapter(path, self._family, model) for path, _ in adapters]
-        self._given = [weight for _, weight in adapters]
-        self._loaded: Loaded | None = None
-        self._weights: dict[str, float] = {}
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
         """Returns what it says.
@@ -155,13 +148,10 @@ class Talker:
         Raises:
             ModelError: the chat template of the base cannot render a question; raised before the base is loaded.
         """
-        if self._loaded is None:
+        if isinstance(self._model, CheckedModel):
             self._check(requests[:1])
-            use_threads("auto")
-            self._loaded = self._family.load(self._model, pick_device())
-            self._weights = attach(self._loaded, self._states, self._given)
-        asked = [replace(request, weights=self._weights or None) for request in requests]
-        return [output.text for output in self._family.generate(self._loaded, asked)]
+            self._model = self._model.load()
+        return [output.text for output in self._model.answer(requests)]
 
     def _check(self, requests: Sequence[Request]) -> None:
         assert self.info.count_tokens is not None, "a base that talks counts tokens"

@@ -1,4 +1,4 @@
-"""Captions for a training folder, written by a base that talks about pictures."""
+"""Captions for a training folder, written by a base of visual question answering."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some
 from lora_diffusion.data import captions, chats, preflight
 from lora_diffusion.data.folder import Folder
-from lora_diffusion.workflows.ask import Adapters, Talker
+from lora_diffusion.workflows.ask import Adapters, Answerer
 
 _AT_ONCE = 16
 _PLACEHOLDERS = ("name", "folder")
@@ -65,7 +65,7 @@ def caption(
 
     Args:
         folder_path: pictures, in subfolders too.
-        model: a base that talks about pictures.
+        model: a base of visual question answering.
         adapters: files or folders with their weights; all are applied at once.
         prompt: what is asked; {name} stands for the file's name in words, {folder} for that of its folder.
         trigger: words put before each caption that does not hold them.
@@ -76,7 +76,7 @@ def caption(
         InputError: the base, an adapter, the prompt or a picture cannot be used; nothing was written then.
     """
     _check_words(prompt, ending)
-    talker = Talker(model, adapters)
+    answerer = Answerer(model, adapters)
     folder = preflight.list_images(folder_path, "FOLDER")
     check_writable(folder.root, "FOLDER")
     faults: list[str] = []
@@ -94,7 +94,7 @@ def caption(
     for start in range(0, len(wanted), _AT_ONCE):
         batch = wanted[start : start + _AT_ONCE]
         requests = [chats.ask(path, _filled(prompt, path)) for path in batch]
-        for path, answer in zip(batch, talker.answer(requests), strict=True):
+        for path, answer in zip(batch, answerer.answer(requests), strict=True):
             file = files[path]
             if not answer:
                 silent.append(path)

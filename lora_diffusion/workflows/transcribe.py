@@ -9,26 +9,21 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_diffusion.config.schema import ModelOptions, RecordingDataConfig
-from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.base_model import Loaded, SpeechInfo
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, write_text
-from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import AudioText, Output, Request
 from lora_diffusion.data.sample_types import RECORDINGS
 from lora_diffusion.data.sources import ALL_SPLITS
 from lora_diffusion.data.speech_folder import list_named, list_requests
 from lora_diffusion.data.transcripts import Segment, cues, later, without_timestamps
 from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
-from lora_diffusion.runtime.autotune import use_threads
-from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.workflows._set_scores import SetScores
-from lora_diffusion.workflows._steps import attach, find_family, read_adapter
+from lora_diffusion.workflows.load import CheckedModel, Model, check_model
 
 Adapters = Sequence[tuple[Path, float]]
 _EVERYTHING = RecordingDataConfig(split=ALL_SPLITS)
@@ -60,24 +55,23 @@ class Transcripts:
         return "\n".join(f"{path}\t{text}" for path, text in self.to_json().items())
 
 
-def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = ()) -> Transcripts:
-    """Returns what is said in recordings; those that are too long to be heard at once are heard in pieces.
+def transcribe(model: ModelOptions | Model, paths: Sequence[Path], adapters: Adapters = ()) -> Transcripts:
+    """Returns what is said in recordings; those that are too long for the base are transcribed in pieces.
 
     Args:
-        model: a base that listens.
+        model: a base of speech recognition, or one that is loaded.
         paths: recordings, and folders of them.
         adapters: files or folders with their weights; all are applied at once.
 
     Raises:
         InputError: the base, an adapter or a recording cannot be used; all faults of recordings are listed at once.
     """
-    family, info, states = _open(model, adapters)
-    asked = list_requests(paths, info)
-    loaded, weights = _load(family, model, states, adapters)
-    requests = [replace(request, weights=weights or None) for _, request in asked]
+    checked, info = _check(model, adapters)
+    listed = list_requests(paths, info)
+    outputs = checked.load().answer([request for _, request in listed])
     texts: dict[Path, list[str]] = {}
     segments: dict[Path, list[Segment]] = {}
-    for (path, request), output in zip(asked, family.generate(loaded, requests), strict=True):
+    for (path, request), output in zip(listed, outputs, strict=True):
         sample = request.sample
         assert isinstance(sample, AudioText), "requests to transcribe hold a recording"
         text = later(output.text, sample.start_s)
@@ -90,7 +84,7 @@ def transcribe(model: ModelOptions, paths: Sequence[Path], adapters: Adapters = 
 
 
 def score_transcripts(
-    model: ModelOptions,
+    model: ModelOptions | Model,
     data_paths: Sequence[Path],
     adapters: Adapters = (),
     data: RecordingDataConfig = _EVERYTHING,
@@ -98,7 +92,7 @@ def score_transcripts(
     """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
 
     Args:
-        model: a base that listens.
+        model: a base of speech recognition, or one that is loaded.
         data_paths: folders, as `data.path` takes them.
         adapters: files or folders with their weights; all are applied at once.
         data: how they are read, all but their path and the views of the sound.
@@ -106,24 +100,20 @@ def score_transcripts(
     Raises:
         InputError: the base, an adapter or the data cannot be used.
     """
-    family, info, states = _open(model, adapters)
+    checked, info = _check(model, adapters)
     plain = replace(data, speeds=RecordingDataConfig.speeds, noise_db=())
     sets = [RECORDINGS.read(replace(plain, path=str(path)), info) for path in data_paths]
-    loaded, weights = _load(family, model, states, adapters)
-    generate = partial(family.generate, loaded)
-    scores = tuple(compare(generate, loaded, samples, weights or None) for samples in sets)
+    loaded = checked.load()
+    scores = tuple(compare(loaded.answer, loaded.loaded, samples) for samples in sets)
     return SetScores(tuple(data_paths), scores, "recordings")
 
 
 def compare(
-    generate: Callable[[Sequence[Request]], Sequence[Output]],
-    loaded: Loaded,
-    samples: Sequence[AudioText],
-    weights: Mapping[str, float] | None = None,
+    generate: Callable[[Sequence[Request]], Sequence[Output]], loaded: Loaded, samples: Sequence[AudioText]
 ) -> Understanding:
-    """Compares what a loaded base hears with the transcripts; without weights, adapters are as they are now."""
+    """Compares the transcripts of a loaded base with those of samples."""
     opened = [RECORDINGS.open(sample, RecordingDataConfig()) for sample in samples]
-    outputs = generate([Request("", 0, weights=weights, sample=one) for one in opened])
+    outputs = generate([Request("", 0, sample=one) for one in opened])
     said = [without_timestamps(sample.transcript) for sample in samples]
     heard = [without_timestamps(output.text) for output in outputs]
     languages = [_written(sample, loaded.options) for sample in samples]
@@ -138,19 +128,10 @@ def _written(sample: AudioText, options: Any) -> str:
     return "en" if task == "translate" else language
 
 
-def _open(model: ModelOptions, adapters: Adapters) -> tuple[Family, SpeechInfo, list[AdapterState]]:
-    family = find_family(model, RECORDINGS)
-    info = family.check(model)
-    assert isinstance(info, SpeechInfo), "a family of recordings describes its base so"
-    return family, info, [read_adapter(path, family, model) for path, _ in adapters]
-
-
-def _load(
-    family: Family, model: ModelOptions, states: Sequence[AdapterState], adapters: Adapters
-) -> tuple[Loaded, dict[str, float]]:
-    use_threads("auto")
-    loaded = family.load(model, pick_device())
-    return loaded, attach(loaded, states, [weight for _, weight in adapters])
+def _check(model: ModelOptions | Model, adapters: Adapters) -> tuple[CheckedModel | Model, SpeechInfo]:
+    checked = check_model(model, adapters, RECORDINGS)
+    assert isinstance(checked.info, SpeechInfo), "a family of recordings describes its base so"
+    return checked, checked.info
 
 
 _SHORTEST_S = 0.02
@@ -232,7 +213,7 @@ class WrittenTranscripts:
 
 
 def write_transcripts(
-    model: ModelOptions,
+    model: ModelOptions | Model,
     paths: Sequence[Path],
     adapters: Adapters,
     form: str,
@@ -243,7 +224,7 @@ def write_transcripts(
     """Writes down what is said in recordings.
 
     Args:
-        model: a base that listens; its `timestamps` decide whether subtitles follow sentences or whole pieces.
+        model: a base of speech recognition; its `timestamps` decide whether subtitles follow sentences or whole pieces.
         paths: recordings, and folders of them.
         adapters: files or folders with their weights; all are applied at once.
         form: one of FORMATS.

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import lora_diffusion as ld
 from lora_diffusion.cli.main import main
 from lora_diffusion.core.base_model import BaseInfo
-from lora_diffusion.evaluation import evaluate, results
+from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.scoring.scorers import Scorers
 from lora_diffusion.workflows import evaluate as workflow
@@ -183,7 +184,7 @@ class TestAsked:
         assert "clip_text@base<=-1: base has" in said
 
     def test_as_a_library(self, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> None:
-        scores = evaluate(
+        scores = ld.evaluate(
             str(tiny_base),
             adapters=[trained / "run.safetensors"],
             prompts=str(prompts),
