@@ -5,11 +5,9 @@ are imported when they are first used, so that `import lora_diffusion` takes no 
 """
 
 import sys
-from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # type checkers take it for true, and nothing is imported for it
     from lora_diffusion.api import LoraDiffusionError as LoraDiffusionError
     from lora_diffusion.api import ask as ask
     from lora_diffusion.api import compose as compose
@@ -58,16 +56,22 @@ class _Public(property):
     """A name of `api.py`. It wins over a package of the same name, such as compose/, whose import sets it, too."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(lambda _: getattr(import_module("lora_diffusion.api"), name))
+        super().__init__(lambda _: getattr(_api(), name))
 
-    def __set__(self, package: Any, value: Any) -> None:
-        if not isinstance(value, ModuleType):
+    def __set__(self, package: object, value: object) -> None:
+        if not isinstance(value, type(sys)):
             super().__set__(package, value)
 
 
-class _Package(ModuleType):
+class _Package(type(sys)):  # type: ignore[misc]  # the class of modules, without an import
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})
+
+
+def _api() -> object:
+    from lora_diffusion import api
+
+    return api
 
 
 for _name in __all__:

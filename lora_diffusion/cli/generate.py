@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
 from lora_diffusion.compose.plan import weighted_file
+from lora_diffusion.config.rules import check_generation
 
 
 def add_parser(commands: Any) -> None:
@@ -31,6 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
+    check_generation(args.prompt, args.seed or (), args.negative, args.steps, args.guidance)
     configured = base_of(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)

@@ -9,8 +9,9 @@ from typing import Any
 from lora_diffusion.config.importers.other_trainers import value_hint
 from lora_diffusion.config.per_module import PER_MODULE, read_entry, read_number
 from lora_diffusion.config.schema import DEFAULT_STEPS, REQUIRED, Contradiction, SplitDataConfig
-from lora_diffusion.config.settings import Choice, Rule, allowed_values
+from lora_diffusion.config.settings import MAX_DENOISING_STEPS, Choice, Rule, allowed_values
 from lora_diffusion.core.errors import ConfigError
+from lora_diffusion.core.files import is_text
 from lora_diffusion.core.text import shown
 
 _LARGEST, _LONGEST = 2**63 - 1, 20_000
@@ -171,6 +172,27 @@ def check_negative(negative: str, guidance: float | None) -> None:
     """
     if negative and guidance is not None and guidance <= 1:
         raise ConfigError("--negative does nothing at --guidance 1, which turns guidance off; drop one of the two.")
+
+
+def check_generation(
+    prompts: Sequence[str], seeds: Sequence[int], negative: str, num_steps: int, guidance: float | None
+) -> None:
+    """Checks what images are generated with, as far as it does not depend on the base.
+
+    Raises:
+        ConfigError: a value is out of range, or a prompt is no text.
+    """
+    if not 1 <= num_steps <= MAX_DENOISING_STEPS:
+        raise ConfigError(f"--steps {num_steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
+    if guidance is not None and not 1 <= guidance < math.inf:
+        raise ConfigError(f"--guidance {guidance:g}: must be 1 (off) or greater.")
+    check_negative(negative, guidance)
+    for text in (*prompts, negative):
+        if not is_text(text):
+            raise ConfigError(f"{text!r} is not UTF-8; type the prompt in a terminal that is set to UTF-8.")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"--seed {seed}: must be 0 or greater, and less than 2^63.")
 
 
 def as_written(value: Any) -> str:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.config.rules import check_negative
+from lora_diffusion.config.rules import check_generation, check_negative
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.core.samples import Request
 from lora_diffusion.data.images import output_grid, save_image
 from lora_diffusion.data.sample_types import IMAGES
 from lora_diffusion.evaluation.images import save_output
-from lora_diffusion.workflows.load import Model, check_model, check_settings, check_size
+from lora_diffusion.workflows.load import Model, check_model, check_size
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def generate(
     Raises:
         InputError: the base or an adapter file cannot be used.
     """
-    check_settings(prompts, seeds, negative, num_steps, guidance)
+    check_generation(prompts, seeds, negative, num_steps, guidance)
     checked = check_model(model, adapters, IMAGES)
     check_size(size, checked.info)
     check_negative(negative, checked.info.guidance if guidance is None else guidance)

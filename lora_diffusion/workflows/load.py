@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diffusion.config.rules import check_negative
+from lora_diffusion.config.rules import check_generation, check_negative
 from lora_diffusion.config.schema import ModelOptions
-from lora_diffusion.config.settings import MAX_DENOISING_STEPS
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.core.files import is_text
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.core.text import suggestion
@@ -94,7 +91,7 @@ class Model:
     ) -> list[Image]:
         """Returns an image of each prompt with each seed, the seeds of the first prompt first; see `generate`."""
         self.check(IMAGES)
-        check_settings(prompts, seeds, negative, num_steps, guidance)
+        check_generation(prompts, seeds, negative, num_steps, guidance)
         check_size(size, self.info)
         check_negative(negative, self.info.guidance if guidance is None else guidance)
         requests = [Request(text, seed, negative, num_steps, guidance, size) for text in prompts for seed in seeds]
@@ -158,27 +155,6 @@ def check_model(
     named = adapters if isinstance(adapters, Mapping) else {f"adapter{i}": one for i, one in enumerate(adapters)}
     states = {name: read_adapter(path, family, model) for name, (path, _) in named.items()}
     return CheckedModel(family, model, info, states, {name: weight for name, (_, weight) in named.items()})
-
-
-def check_settings(
-    prompts: Sequence[str], seeds: Sequence[int], negative: str, num_steps: int, guidance: float | None
-) -> None:
-    """Checks what images are generated with, as far as it does not depend on the base.
-
-    Raises:
-        ConfigError: a value is out of range, or a prompt is no text.
-    """
-    if not 1 <= num_steps <= MAX_DENOISING_STEPS:
-        raise ConfigError(f"--steps {num_steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
-    if guidance is not None and not 1 <= guidance < math.inf:
-        raise ConfigError(f"--guidance {guidance:g}: must be 1 (off) or greater.")
-    check_negative(negative, guidance)
-    for text in (*prompts, negative):
-        if not is_text(text):
-            raise ConfigError(f"{text!r} is not UTF-8; type the prompt in a terminal that is set to UTF-8.")
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"--seed {seed}: must be 0 or greater, and less than 2^63.")
 
 
 def check_size(size: tuple[int, int] | None, info: BaseInfo) -> None:
