@@ -1,4 +1,4 @@
-"""How PEFT holds each kind of adapter: which layer, which config, and where in the layer each tensor is."""
+"""How PEFT holds each variant of adapter: which layer, which config, and where in the layer each tensor is."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Magnitude(nn.Module):
 
 
 class Dora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
-    """Adds strength * (gain * (W + scale * up @ down) - W) x to the answer of the base.
+    """Adds strength * (gain * (W + scale * up @ down) - W) x to the output of the base.
 
     The gain is magnitude / |W + scale * up @ down|; like in the paper (section 4.3) no gradient goes through the norm.
     """
@@ -51,13 +51,13 @@ class Dora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
     def forward(  # type: ignore[override]  # PEFT calls it on the object
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **unused: Any
     ) -> Tensor:
-        """Returns the answer with the change.
+        """Returns the output with the change, in the shape of `result`.
 
         Args:
             module: PEFT's layer.
             active_adapter: name of the adapter.
-            x: input of the layer, in the number type of the factors.
-            result: answer of the base, and of the adapters before this one.
+            x: [..., in], or [batch, in, height, width]: input of the layer, in the dtype of the factors.
+            result: [..., out], or [batch, out, height, width]: output of the base, and of the adapters before this one.
             unused: options of other variants of PEFT.
         """
         del unused
@@ -70,8 +70,8 @@ class Dora(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
             change = _product(base, x * (gain - 1), weight) + magnitude.scale * up(down(dropped * gain))
         else:
             change = _product(base, x, weight) * (gain - 1) + magnitude.scale * up(down(dropped)) * gain
-        answer: Tensor = result + module.scaling[active_adapter] * change
-        return answer
+        output: Tensor = result + module.scaling[active_adapter] * change
+        return output
 
     def _gain(self, magnitude: Magnitude, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Returns the gain in the shape that multiplies inputs or outputs of the layer: [size] or [1, size, 1, 1]."""
@@ -96,27 +96,27 @@ class FusedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns [..., out] in the type of the base's answer."""
+        """Returns [..., out] of [..., in], in the dtype of the base's output."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
-        # The base can be wrapped in a layer of another kind of adapter.
+        # The base can be wrapped in a layer of another variant.
         if args or kwargs or len(active) != 1 or self.base_layer is not base or not self._is_plain(x, active[0]):
             return super().forward(x, *args, **kwargs)
         name = active[0]
-        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         tensors = (x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
-        answer: Tensor = FusedProduct.apply(*tensors, self.scaling[name], kind)
-        return answer
+        output: Tensor = FusedProduct.apply(*tensors, self.scaling[name], dtype)
+        return output
 
     def _is_plain(self, x: Tensor, name: str) -> bool:
         active_dropout = isinstance(self.lora_dropout[name], nn.Dropout) and torch.is_grad_enabled()
-        one_type = torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype
+        is_one_dtype = torch.is_autocast_enabled(x.device.type) or x.dtype == self.lora_A[name].weight.dtype
         special = self.disable_adapters or self.merged or self.lora_variant or active_dropout
-        return one_type and x.dim() > 1 and not special
+        return is_one_dtype and x.dim() > 1 and not special
 
 
 class Engine(ABC):
-    """One kind of PEFT layer. A layer holds any number of adapters by name, each with rank, alpha and tensors."""
+    """One class of PEFT layers. A layer holds any number of adapters by name, each with rank, alpha and tensors."""
 
     layer: type[Any]
     tensors: Mapping[str, str]
@@ -136,11 +136,11 @@ class Engine(ABC):
 
     def parameters(self, layer: Any, name: str) -> dict[str, nn.Parameter]:
         """Returns the parameters of an adapter in a layer, by tensor name."""
-        held = {tensor: getattr(layer, attribute) for tensor, attribute in self.tensors.items()}
+        holders = {tensor: getattr(layer, attribute) for tensor, attribute in self.tensors.items()}
         return {
-            tensor: own[name] if isinstance(own, nn.ParameterDict) else own[name].weight
-            for tensor, own in held.items()
-            if name in own
+            tensor: holder[name] if isinstance(holder, nn.ParameterDict) else holder[name].weight
+            for tensor, holder in holders.items()
+            if name in holder
         }
 
 
@@ -178,11 +178,11 @@ class _Lycoris(Engine):
     def fill(self, layer: Any, name: str, adapter: ModuleAdapter, dropout: float) -> None:
         assert not dropout, f"{self.variant} has no dropout"
         for tensor, attribute in self.tensors.items():
-            held = getattr(layer, attribute)
-            if name in held:
-                del held[name]
+            holder = getattr(layer, attribute)
+            if name in holder:
+                del holder[name]
             if tensor in adapter.tensors:
-                held[name] = _frozen(adapter.tensors[tensor])
+                holder[name] = _frozen(adapter.tensors[tensor])
         # Two whole factors of lokr have no rank to divide alpha by, but PEFT always divides.
         layer.r[name] = adapter.rank
         layer.alpha[name] = adapter.scale * adapter.rank
@@ -216,7 +216,7 @@ ENGINES: Mapping[str, Engine] = {
 }
 """`ModuleAdapter.variant` -> its engine."""
 LAYERS = (LoraLayer, LoHaLayer, LoKrLayer)
-"""All kinds of layer that can stand where a module of the base was."""
+"""All classes of layers that can stand where a module of the base was."""
 
 
 def engine_of(layer: Any) -> Engine:

@@ -16,7 +16,7 @@ class TrainingDropout(nn.Dropout):
     """Dropout wherever a gradient is recorded: the frozen base stays in eval mode, and previews need all inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x, with a share of its values 0 and the others scaled up while a gradient is recorded."""
+        """Returns x, of any shape, in which, while a gradient is recorded, a share of the values is 0."""
         return functional.dropout(x, self.p, training=torch.is_grad_enabled())
 
 
@@ -34,31 +34,42 @@ class FusedProduct(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Answers in `dtype`, the type of the products under autocast."""
-        wide = product_dtype(dtype, x.device)
+        """Returns [..., out] in `dtype`, that of matrix products under autocast.
+
+        Args:
+            ctx: keeps what the backward pass needs.
+            x: [..., in].
+            weight: [out, in], frozen.
+            bias: [out].
+            down: [rank, in].
+            up: [out, rank].
+            scale: alpha / rank.
+            dtype: of the output.
+        """
+        upcast = product_dtype(dtype, x.device)
         rows = x.to(dtype).flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
-            wide_rows = rows.to(wide)
-            small = (wide_rows @ down.to(wide).T).mul_(scale)
-            answer = functional.linear(wide_rows, weight.to(wide), None if bias is None else bias.to(wide))
-            answer = answer.addmm_(small, up.to(wide).T).to(dtype)
+            upcast_rows = rows.to(upcast)
+            small = (upcast_rows @ down.to(upcast).T).mul_(scale)
+            output = functional.linear(upcast_rows, weight.to(upcast), None if bias is None else bias.to(upcast))
+            output = output.addmm_(small, up.to(upcast).T).to(dtype)
         ctx.save_for_backward(rows, small, weight, down, up)
-        ctx.scale, ctx.shape, ctx.kind = scale, x.shape, x.dtype
-        return answer.view(*x.shape[:-1], -1)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gives the gradients of the input, of the two factors, and of nothing else."""
+        """Gives the gradients of x [..., in], down [rank, in] and up [out, rank], and of nothing else."""
         rows, small, weight, down, up = ctx.saved_tensors
-        wide = small.dtype
-        gradient = gradients[0].flatten(0, -2).to(wide)
-        small_gradient = (gradient @ up.to(wide)).mul_(ctx.scale)
+        upcast = small.dtype
+        gradient = gradients[0].flatten(0, -2).to(upcast)
+        small_gradient = (gradient @ up.to(upcast)).mul_(ctx.scale)
         for_x = for_down = for_up = None
         if ctx.needs_input_grad[0]:
-            for_x = (gradient @ weight.to(wide)).addmm_(small_gradient, down.to(wide)).view(ctx.shape).to(ctx.kind)
+            for_x = (gradient @ weight.to(upcast)).addmm_(small_gradient, down.to(upcast)).view(ctx.shape).to(ctx.dtype)
         if ctx.needs_input_grad[3]:
-            for_down = (small_gradient.T @ rows.to(wide)).float()
+            for_down = (small_gradient.T @ rows.to(upcast)).float()
         if ctx.needs_input_grad[4]:
             for_up = (gradient.T @ small).float()
         return for_x, None, None, for_down, for_up, None, None

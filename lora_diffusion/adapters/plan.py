@@ -57,7 +57,7 @@ class PlannedModule:
         return not {"w1", "w2"} <= self.tensors.keys()
 
     def fixed(self) -> dict[str, Tensor]:
-        """Returns the tensors that are not trained."""
+        """Returns the tensors that are not trained: the identity, [rank, in] or [out, rank], or none."""
         import torch
 
         if not self.identity:

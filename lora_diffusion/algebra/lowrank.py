@@ -65,7 +65,7 @@ class RankRule(Protocol):
         """Returns how many of the leading singular values to keep, or None if more must be known.
 
         Args:
-            values: largest first, float64.
+            values: [count], largest first, float64.
             energy: sum of the squares of all singular values, whether known or not.
         """
 
@@ -82,7 +82,7 @@ class AtRank:
         return self.rank
 
     def choose(self, values: Tensor, energy: float) -> int | None:
-        """Returns the rank, or all values if there are fewer."""
+        """Returns the rank, or the number of values [count] if that is less."""
         del energy
         return min(self.rank, len(values))
 
@@ -95,7 +95,7 @@ class ByEnergy:
     first_guess: int = 48
 
     def choose(self, values: Tensor, energy: float) -> int | None:
-        """Returns the smallest sufficient number, 0 where there is no energy."""
+        """Returns the smallest sufficient number of the values [count], 0 where there is no energy."""
         if energy == 0:
             return 0
         missing = energy * self.share - values.square().cumsum(0)
@@ -181,7 +181,7 @@ def spectrum(factors: Factors) -> Tensor:
 
 
 def energy_rank(values: Tensor, share: float) -> int:
-    """Returns how many leading singular values hold a share of the sum of their squares; 0 where all are zero.
+    """Returns how many leading singular values [count] hold a share of the sum of their squares; 0 where all are zero.
 
     >>> import torch
     >>> energy_rank(torch.tensor([3.0, 1.0, 1.0]).double(), 0.8)

@@ -252,7 +252,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file.
+    """Writes tensors of any shape as a safetensors file.
 
     Raises:
         OSError: the disk is full or failing, which the library reports by an error of its own.

@@ -208,7 +208,7 @@ def load_params(path: Path, params: Params) -> None:
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:
-    """Returns the adapter of a checkpoint, "part/path.tensor" -> value.
+    """Returns the adapter of a checkpoint, "part/path.tensor" -> value in any shape.
 
     Raises:
         CheckpointError: the checkpoint is not whole.

@@ -1,4 +1,4 @@
-"""A training step without numbers: tensors that have a shape, a type and a device, and no memory.
+"""A training step with fake tensors: they have a shape, a dtype and a device, and no memory.
 
 torch then makes the same choices as in the run, such as which attention kernel, and each tensor's life can be followed.
 """
@@ -21,17 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_diffusion.runtime.bf16_emulation import product_dtype
 
 
-def stand_in(network: nn.Module, quantized: Iterable[str], kind: str) -> None:
-    """Lets layers behave as their quantized forms will: each use of the weight makes a wide copy of it.
+def use_placeholders(network: nn.Module, quantized: Iterable[str], quantization: str) -> None:
+    """Lets layers behave as their quantized forms will: each use of the weight makes an upcast copy of it.
 
     Args:
         network: changed in place, before it gets an adapter.
         quantized: paths of plain layers.
-        kind: 8bit or nf4.
+        quantization: 8bit or nf4.
     """
     for path in quantized:
         layer = network.get_submodule(path)
-        layer.__class__ = _STAND_INS[kind, type(layer)]
+        layer.__class__ = _PLACEHOLDERS[quantization, type(layer)]
 
 
 def take_step(
@@ -48,39 +48,41 @@ def take_step(
         parts: networks with their adapters on the meta device; afterwards they cannot be used.
         examples: part -> keyword arguments of one call on the meta device, in the order of the calls.
         device: where the run will be.
-        dtype: number type of the frozen weights.
+        dtype: of the frozen weights.
         context: what the trainer computes the forward pass in.
         set_up: changes the networks once they are on the device.
     """
-    with _Lives() as lives:
+    with _Lifetimes() as lifetimes:
         inputs = {name: _on(kwargs, device, dtype) for name, kwargs in examples.items()}
         for name in examples:
             _move(parts[name], device, dtype)
         if set_up:
             set_up(parts)
-        lives.start()
+        lifetimes.start()
         outputs: list[Tensor] = []
         for name, kwargs in inputs.items():
-            if outputs:  # what an earlier part made carries its gradient
+            if outputs:  # what an earlier part gave carries its gradient
                 kwargs = {key: _with_gradient(value) for key, value in kwargs.items()}  # noqa: PLW2901
             with context():
-                answer = parts[name](**kwargs)[0]
-            if answer.requires_grad:
-                outputs.append(answer)
-            del answer
-        torch.autograd.backward(sum(output.float().square().mean() for output in outputs))
-        return lives.peak_bytes
+                output = parts[name](**kwargs)[0]
+            if output.requires_grad:
+                outputs.append(output)
+            del output
+        loss: Any = sum(one.float().square().mean() for one in outputs)
+        torch.autograd.backward(loss)
+        peak_bytes: int = lifetimes.peak_bytes
+        return peak_bytes
 
 
 def _move(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            kind = parameter.dtype if parameter.requires_grad else dtype
-            made = torch.empty(parameter.shape, dtype=kind, device=device)
-            setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
+            own_dtype = parameter.dtype if parameter.requires_grad else dtype
+            moved = torch.empty(parameter.shape, dtype=own_dtype, device=device)
+            setattr(module, name, nn.Parameter(moved, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
-            kind = dtype if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=kind, device=device))
+            own_dtype = dtype if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, torch.empty(buffer.shape, dtype=own_dtype, device=device))
 
 
 def _on(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -95,15 +97,15 @@ def _with_gradient(value: Any) -> Any:
     return value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-class _Shape(Tensor):
+class _FakeTensor(Tensor):
     """A tensor that has all but numbers. torch's own FakeTensor is the same, and imports the whole compiler."""
 
-    inner: Tensor
-    """Its shape, type and layout, on the meta device; the storage is shared by all views of one tensor."""
+    inner: Tensor  # type: ignore[assignment]
+    """Its shape, dtype and layout, on the meta device; the storage is shared by all views of one tensor."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device) -> _Shape:
-        made: _Shape = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, inner: Tensor, device: torch.device) -> _FakeTensor:
+        fake: _FakeTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -111,23 +113,23 @@ class _Shape(Tensor):
             dtype=inner.dtype,
             device=device,
         )
-        made.inner = inner
-        return made
+        fake.inner = inner
+        return fake
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        raise RuntimeError(f"{func} was called on a tensor without numbers outside of the rehearsal.")
+        raise RuntimeError(f"{func} was called on a fake tensor outside of its step.")
 
 
-class _Lives(TorchDispatchMode):
-    """Makes all tensors in the context without numbers, and adds up what they would take as long as each lives."""
+class _Lifetimes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Makes all tensors in the context fake, and adds up what they would take as long as each lives."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._bytes = 0
         self._known: set[int] = set()
@@ -144,31 +146,31 @@ class _Lives(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Calls on the meta device what is called on any; the answer is where it would be."""
-        inputs: list[_Shape] = []
-        given = dict(kwargs or {})
-        told = given.get("device")
-        bare = [_bare(value, inputs) for value in args]
-        given = {name: _bare(value, inputs) for name, value in given.items()}
-        if told is not None:
-            given["device"] = "meta"
+        """Calls on the meta device what is called on any; the output is where it would be."""
+        inputs: list[_FakeTensor] = []
+        options = dict(kwargs or {})
+        requested = options.get("device")
+        on_meta = [_on_meta(value, inputs) for value in args]
+        options = {name: _on_meta(value, inputs) for name, value in options.items()}
+        if requested is not None:
+            options["device"] = "meta"
         # A single number may lie on the CPU beside tensors of another device.
-        homes = [tensor.device for tensor in sorted(inputs, key=lambda tensor: not tensor.dim())]
-        device = torch.device(told) if told is not None else homes[0] if homes else torch.device("cpu")
+        devices = [tensor.device for tensor in sorted(inputs, key=lambda tensor: not tensor.dim())]
+        device = torch.device(requested) if requested is not None else devices[0] if devices else torch.device("cpu")
         known = {id(tensor.inner): tensor for tensor in inputs}
-        rule = None if given else _RULES.get(func)
-        made = rule(bare) if rule else None
-        return self._dressed(func(*bare, **given) if made is None else made, known, device)
+        rule = None if options else _RULES.get(func)
+        output = rule(on_meta) if rule else None
+        return self._fake(func(*on_meta, **options) if output is None else output, known, device)
 
-    def _dressed(self, made: Any, known: Mapping[int, _Shape], device: torch.device) -> Any:
-        if isinstance(made, Tensor):
-            if (same := known.get(id(made))) is not None:
+    def _fake(self, output: Any, known: Mapping[int, _FakeTensor], device: torch.device) -> Any:
+        if isinstance(output, Tensor):
+            if (same := known.get(id(output))) is not None:
                 return same
-            self._add(made)
-            return _Shape(made, device)
-        if isinstance(made, list | tuple):
-            return type(made)(self._dressed(own, known, device) for own in made)
-        return made
+            self._add(output)
+            return _FakeTensor(output, device)
+        if isinstance(output, list | tuple):
+            return type(output)(self._fake(one, known, device) for one in output)
+        return output
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -192,20 +194,20 @@ _POINTWISE = frozenset(
     | {_ATEN.tanh.default, _ATEN.tanh_backward.default, _ATEN.silu.default, _ATEN.silu_backward.default}
     | {_ATEN.gelu.default, _ATEN.gelu_backward.default, _ATEN.mul.Scalar, _ATEN.div.Scalar}
 )
-"""What gives, from fractions, fractions of the widest type among them; torch itself imports its compiler for that."""
+"""What gives, from floats, floats of the widest dtype among them; torch itself imports its compiler for that."""
 
 
 def _pointwise(args: Sequence[Any]) -> Tensor | None:
-    """Returns the answer of one of these, or None where types must be settled first."""
+    """Returns the output of one of these, or None where dtypes must be promoted first."""
     tensors = [value for value in args if isinstance(value, Tensor)]
-    kinds = {tensor.dtype for tensor in tensors}
-    # A single number does not widen the others.
-    if not all(tensor.is_floating_point() and (tensor.dim() or len(kinds) == 1) for tensor in tensors):
+    dtypes = {tensor.dtype for tensor in tensors}
+    # A single number does not upcast the others.
+    if not all(tensor.is_floating_point() and (tensor.dim() or len(dtypes) == 1) for tensor in tensors):
         return None
-    kind = reduce(torch.promote_types, kinds)
-    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    dtype = reduce(torch.promote_types, dtypes)
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))  # type: ignore[no-untyped-call]
     like = next((tensor for tensor in tensors if tensor.shape == shape), None)
-    return torch.empty(shape, dtype=kind, device="meta") if like is None else torch.empty_like(like, dtype=kind)
+    return torch.empty(shape, dtype=dtype, device="meta") if like is None else torch.empty_like(like, dtype=dtype)
 
 
 def _cat(args: Sequence[Any]) -> Tensor | None:
@@ -254,18 +256,18 @@ _RULES: Mapping[Any, Callable[[Sequence[Any]], Any]] = {
     _ATEN.native_group_norm.default: _group_norm,
     _ATEN.native_group_norm_backward.default: _norm_backward,
 }
-"""Operator -> what gives its answer on the meta device, or None where torch must be asked."""
+"""Operator -> what gives its output on the meta device, or None where torch itself must."""
 
 
-def _bare(value: Any, found: list[_Shape]) -> Any:
-    """Returns an argument with tensors on the meta device, and adds those without numbers to `found`."""
-    if isinstance(value, _Shape):
+def _on_meta(value: Any, found: list[_FakeTensor]) -> Any:
+    """Returns an argument with tensors on the meta device, and adds fake ones to `found`."""
+    if isinstance(value, _FakeTensor):
         found.append(value)
         return value.inner
     if isinstance(value, Tensor):
         return value.to("meta")
     if isinstance(value, list | tuple):
-        return [_bare(own, found) for own in value]
+        return [_on_meta(one, found) for one in value]
     return value
 
 
@@ -307,49 +309,49 @@ class _Linear8bitProduct(torch.autograd.Function):
 
 
 class _ConvProduct(torch.autograd.Function):
-    """Widens the weight for each use, in both passes to what the device computes in."""
+    """Upcasts the weight for each use, in both passes to what the device computes in."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> Tensor:
         ctx.weight, ctx.settings, ctx.shape = weight, settings, x.shape
-        wide = torch.empty_like(weight)
+        upcast = torch.empty_like(weight)
         # Activations are in channels_last, and torch lays the weight out like them beside the first copy.
-        return torch.conv2d(x, wide.clone(memory_format=torch.channels_last), bias, *settings)
+        return torch.conv2d(x, upcast.clone(memory_format=torch.channels_last), bias, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        kind = product_dtype(gradients[0].dtype, gradients[0].device)
-        wide, gradient = torch.empty_like(ctx.weight).to(kind), gradients[0].to(kind)
-        for_x: Tensor = conv2d_input(ctx.shape, wide, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
+        dtype = product_dtype(gradients[0].dtype, gradients[0].device)
+        upcast, gradient = torch.empty_like(ctx.weight).to(dtype), gradients[0].to(dtype)
+        for_x: Tensor = conv2d_input(ctx.shape, upcast, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
         return for_x.to(gradients[0].dtype), None, None, None
 
 
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        """Returns what the layer would."""
-        answer: Tensor = _LinearProduct.apply(input, self.weight, self.bias)
-        return answer
+        """Returns [..., out] of [..., in], or [batch, out, height, width], as the quantized layer does."""
+        output: Tensor = _LinearProduct.apply(input, self.weight, self.bias)
+        return output
 
 
 class _Linear8bit(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        """Returns what the layer would."""
-        answer: Tensor = _Linear8bitProduct.apply(input, self.weight)  # a bias is added in place
-        return answer
+        """Returns [..., out] of [..., in], or [batch, out, height, width], as the quantized layer does."""
+        output: Tensor = _Linear8bitProduct.apply(input, self.weight)  # a bias is added in place
+        return output
 
 
 class _Conv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        """Returns what the layer would."""
+        """Returns [..., out] of [..., in], or [batch, out, height, width], as the quantized layer does."""
         settings = (self.stride, self.padding, self.dilation, self.groups)
-        answer: Tensor = _ConvProduct.apply(input, self.weight, self.bias, settings)
-        return answer
+        output: Tensor = _ConvProduct.apply(input, self.weight, self.bias, settings)
+        return output
 
 
-_STAND_INS: Mapping[tuple[str, type[nn.Module]], type[nn.Module]] = {
+_PLACEHOLDERS: Mapping[tuple[str, type[nn.Module]], type[nn.Module]] = {
     ("8bit", nn.Linear): _Linear8bit,
     ("nf4", nn.Linear): _Linear,
     ("nf4", nn.Conv2d): _Conv2d,
 }
-"""(kind, class of a plain layer) -> what stands for its quantized form."""
+"""(quantization, class of a plain layer) -> the placeholder of its quantized form."""

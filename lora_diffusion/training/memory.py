@@ -63,7 +63,7 @@ def estimate(
     dtype: torch.dtype,
     device: torch.device,
 ) -> MemoryEstimate:
-    """Estimates the peak of a training step from shapes: the step is rehearsed without numbers.
+    """Estimates the peak of a training step from shapes: the step is taken with fake tensors.
 
     Args:
         parts: networks on the meta device with their adapters; afterwards they cannot be used.
@@ -71,7 +71,7 @@ def estimate(
         params: of the adapters.
         config: gives precision, checkpointing and optimizer.
         weights_bytes: of the frozen weights as they are stored.
-        dtype: number type of the frozen weights that are not quantized.
+        dtype: of the frozen weights that are not quantized.
         device: where the run will be.
     """
     counts = [parameter.numel() for own in params.values() for parameter in own.values()]

@@ -26,39 +26,37 @@ _Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _Optimizer:
     """One value of `train.optimizer`."""
 
     build: Callable[[_Groups, TrainConfig], torch.optim.Optimizer]
     devices: frozenset[str] | None = None
-    """Kinds of device it runs on; None means all."""
+    """Types of device that it runs on; None means all."""
     is_8bit: bool = False
 
 
 def _adamw(groups: _Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    kinds = {parameter.device.type for group in groups for parameter in group["params"]}
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
     # One fused kernel is the fastest form; torch has it for these devices.
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=kinds <= {"cpu", "cuda"})
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=devices <= {"cpu", "cuda"})
 
 
 def _adamw8bit(groups: _Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    import bitsandbytes as bnb
-
-    made: torch.optim.Optimizer = bnb.optim.AdamW8bit(groups, weight_decay=config.weight_decay)
-    return made
+    bnb: Any = require("bitsandbytes", "train.optimizer=adamw8bit")
+    optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(groups, weight_decay=config.weight_decay)
+    return optimizer
 
 
 def _paged_adamw8bit(groups: _Groups, config: TrainConfig) -> torch.optim.Optimizer:
-    import bitsandbytes as bnb
+    bnb: Any = require("bitsandbytes", "train.optimizer=paged_adamw8bit")
+    optimizer: torch.optim.Optimizer = bnb.optim.PagedAdamW8bit(groups, weight_decay=config.weight_decay)
+    return optimizer
 
-    made: torch.optim.Optimizer = bnb.optim.PagedAdamW8bit(groups, weight_decay=config.weight_decay)
-    return made
 
-
-OPTIMIZERS: Mapping[str, _Kind] = {
-    "adamw": _Kind(_adamw),
-    "adamw8bit": _Kind(_adamw8bit, frozenset({"cpu", "cuda", "xpu"}), is_8bit=True),
-    "paged_adamw8bit": _Kind(_paged_adamw8bit, frozenset({"cuda", "xpu"}), is_8bit=True),
+OPTIMIZERS: Mapping[str, _Optimizer] = {
+    "adamw": _Optimizer(_adamw),
+    "adamw8bit": _Optimizer(_adamw8bit, frozenset({"cpu", "cuda", "xpu"}), is_8bit=True),
+    "paged_adamw8bit": _Optimizer(_paged_adamw8bit, frozenset({"cuda", "xpu"}), is_8bit=True),
 }
 """`train.optimizer` -> how it is built (Dettmers et al. 2021, arXiv 2110.02861, for 8 bits)."""
 
@@ -72,14 +70,14 @@ def check(config: TrainConfig, device: torch.device) -> None:
     """
     if config.optimizer not in OPTIMIZERS:
         raise ConfigError(f"train.optimizer={config.optimizer} is unknown; use one of {', '.join(OPTIMIZERS)}.")
-    kind = OPTIMIZERS[config.optimizer]
-    if kind.is_8bit:
+    chosen = OPTIMIZERS[config.optimizer]
+    if chosen.is_8bit:
         require("bitsandbytes", f"train.optimizer={config.optimizer}")
-    if kind.devices is not None and device.type not in kind.devices:
+    if chosen.devices is not None and device.type not in chosen.devices:
         able = [name for name, other in OPTIMIZERS.items() if other.devices is None or device.type in other.devices]
         raise UnsupportedError(
             f"train.optimizer={config.optimizer} cannot run on the device {device.type}: bitsandbytes has it for "
-            f"{', '.join(sorted(kind.devices))}; use {' or '.join(able)}."
+            f"{', '.join(sorted(chosen.devices))}; use {' or '.join(able)}."
         )
 
 
@@ -127,7 +125,7 @@ def build(
         ConfigError: unknown optimizer, or nothing to train.
         UnsupportedError: the optimizer cannot run here.
     """
-    groups = [
+    groups: _Groups = [
         {"params": group, "lr": rate, "initial_lr": rate, "part": part}
         for part, own in params.items()
         for rate, group in _by_rate(part, own, learning_rate(config, part), module_rates).items()
@@ -158,7 +156,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def read_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Returns what the optimizer keeps for a parameter; tables that are the same for all are left out."""
+    """Returns what the optimizer keeps for a parameter, moments of its shape and counts; no tables."""
     kept = optimizer.state.get(parameter, {})
     return {name: torch.as_tensor(value) for name, value in kept.items() if not name.startswith("qmap")}
 
@@ -168,7 +166,7 @@ def load_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, M
 
     Args:
         optimizer: without state.
-        states: one for each parameter; empty where nothing was kept.
+        states: one for each parameter, moments of its shape and counts; empty where nothing was kept.
     """
     if not hasattr(optimizer, "init_state"):
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -22,7 +22,7 @@ from lora_diffusion.data.sample_types import Report
 from lora_diffusion.quantize import chosen, weight_bytes
 from lora_diffusion.runtime.device import frozen_dtype, pick_device
 from lora_diffusion.training import memory, optim, run_folder
-from lora_diffusion.training.fake_tensor_step import stand_in
+from lora_diffusion.training.fake_tensor_step import use_placeholders
 from lora_diffusion.workflows._run_checks import check, settle_variant
 
 if TYPE_CHECKING:
@@ -112,15 +112,15 @@ def step_memory(
 ) -> memory.MemoryEstimate:
     """Takes a step with fake tensors on samples of a size; the skeleton cannot be used afterwards."""
     device, trained = pick_device(), frozenset(config.adapter.parts)
-    dtype, kind = frozen_dtype(config.model.dtype, device), config.model.quantization
+    dtype, quantization = frozen_dtype(config.model.dtype, device), config.model.quantization
     example = family.example(config.model, trained, config.train.batch_size, size)
     called = {**skeleton, **example.heads}
     parts = {name: called[name] for name in example.inputs}
-    weights = sum(weight_bytes(network, kind, dtype) for network in parts.values())
+    weights = sum(weight_bytes(network, quantization, dtype) for network in parts.values())
     for network in parts.values():
         network.requires_grad_(False)
-        stand_in(network, [path for path, _ in chosen(network, kind)], kind)
-    variant = variants.find(config.adapter.variant, kind)
+        use_placeholders(network, [path for path, _ in chosen(network, quantization)], quantization)
+    variant = variants.find(config.adapter.variant, quantization)
     loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
     params = inject_shapes(loaded, plan, variant, config.adapter.dropout)
     return memory.estimate(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_diffusion.families.language.training_loss import Head
-from lora_diffusion.training.fake_tensor_step import stand_in, take_step
+from lora_diffusion.training.fake_tensor_step import take_step, use_placeholders
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_a_quantized_weight_is_wide_only_while_it_is_used() -> None:
     plain, quantized = network(1024, 3), network(1024, 3)
     for inner in (plain, quantized):
         inner[0].bias.requires_grad_()
-    stand_in(quantized, ["2", "4"], "nf4")
+    use_placeholders(quantized, ["2", "4"], "nf4")
     more = peak(quantized, 8, 1024) - peak(plain, 8, 1024)
     assert 4 * 1024**2 * 0.9 < more < 4 * 1024**2 * 1.5
 
@@ -87,7 +87,7 @@ def test_layers_in_8_bits_keep_their_inputs() -> None:
         with torch.device("meta"):
             inner = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).requires_grad_(False)
         inner[0].bias.requires_grad_()
-        stand_in(inner, [str(index) for index in range(1, 6)], kind)
+        use_placeholders(inner, [str(index) for index in range(1, 6)], kind)
         peaks[kind] = peak(inner)
     assert peaks["8bit"] - peaks["nf4"] >= 4 * (4 * 1024 * 64)
 
@@ -99,7 +99,7 @@ def test_layers_in_8_bits_scale_their_products_one_after_the_other() -> None:
         with torch.device("meta"):
             inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4096), nn.Linear(4096, 8)).requires_grad_(False)
         inner[0].bias.requires_grad_()
-        stand_in(inner, ["1"], kind)
+        use_placeholders(inner, ["1"], kind)
         sizes[kind] = peak(inner, 256, 8)
     assert 1 <= (sizes["8bit"] - sizes["nf4"]) / (4 * 256 * 4096) <= 3
 
