@@ -96,7 +96,7 @@ class FusedLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns [..., out] of [..., in], in the dtype of the base's output."""
+        """Returns [*, out] of [*, in], in the dtype of the base's output."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         base = self.get_base_layer()
         # The base can be wrapped in a layer of another variant.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_diffusion.adapters._engines import ENGINES, LAYERS, Engine
 from lora_diffusion.adapters._frozen import frozen_weight
@@ -204,7 +203,7 @@ def _check(layer: Any, key: ModuleKey, slot: Slot, name: str) -> None:
 
 def _new_adapter(module: PlannedModule, variant: Variant, base: Any, seed: int) -> ModuleAdapter:
     tensors = {
-        tensor: _first_values(module.key, tensor, shape, seed)
+        tensor: variant.first_values(shape, rng.derive(seed, "adapter", *_names(module.key, tensor)))
         for tensor, shape in module.tensors.items()
         if tensor != "magnitude" and tensor not in variant.zeros
     }
@@ -215,7 +214,7 @@ def _new_adapter(module: PlannedModule, variant: Variant, base: Any, seed: int) 
     return ModuleAdapter(variant.stored, tensors | module.fixed(), module.alpha)
 
 
-def _first_values(key: ModuleKey, tensor: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def _names(key: ModuleKey, tensor: str) -> tuple[str, ...]:
+    """Returns what the first values of a tensor depend on besides the seed."""
     # The name of the tensor came later: the values of "down" must stay what they were.
-    names = (key.part, key.path) if tensor == "down" else (key.part, key.path, tensor)
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=rng.derive(seed, "adapter", *names))
+    return (key.part, key.path) if tensor == "down" else (key.part, key.path, tensor)

@@ -1,22 +1,35 @@
-"""What each kind of adapter is made of and can do. Importing this file does not import torch."""
+"""What each variant of adapter is made of and can do. Importing this file does not import torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_diffusion.algebra.delta import kronecker_split
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import UnsupportedError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
 
 
+def kaiming_uniform(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Returns uniform values within 1 / sqrt(inputs), [rank, in] or of any shape, as PEFT and LyCORIS begin."""
+    import torch
+    from torch import nn
+
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=rng)
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One kind of adapter."""
+    """One variant of adapter."""
 
     name: str
     """Value of `adapter.variant`."""
@@ -35,6 +48,8 @@ class Variant:
     """Groups that are targets besides those of `adapter.targets`, in every part that has them."""
     has_dropout: bool = True
     """Whether `adapter.dropout` works."""
+    first_values: Callable[[tuple[int, ...], torch.Generator], Tensor] = kaiming_uniform
+    """(shape, CPU generator) -> what the others begin with, but for a magnitude, which begins as the weight has it."""
     has_largest_rank: bool = True
     """Whether a rank above the smaller side of the weight is a mistake."""
 

@@ -1,4 +1,4 @@
-"""Whether an adapter's numbers can be used at all."""
+"""Whether the change of an adapter is implausibly large, or so large that nothing of the base is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError
 
 ABSURD_RMS = 1.0
-"""Root mean square of a change above which it drowns the weight: those of trained networks have 0.01 to 0.2."""
+"""Root mean square of a change above which it overwhelms the weight: those of trained networks have 0.01 to 0.2."""
 HARMFUL_RMS = 100.0
 """Root mean square of a change that leaves nothing of a base; float16 overflows."""
 ABSURD = "module(s) whose change is larger than any weight, so that pictures fall to pieces"
@@ -35,7 +35,7 @@ def change_rms(adapter: ModuleAdapter, norm: float | None = None) -> float:
 
 
 def is_absurd(rms: float) -> bool:
-    """Says whether a change of this root mean square drowns what the base has learnt; NaN is absurd too."""
+    """Says whether a change of this root mean square is implausible, as it overwhelms the base; NaN is, too."""
     return not rms <= ABSURD_RMS
 
 

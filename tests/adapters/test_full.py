@@ -94,7 +94,7 @@ def test_file_is_a_lora_that_gives_the_same(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"parts": ("unet",)}, "adapter.full asks for text_encoder, which is not trained"),
-        ({"variant": "dora"}, "use one of lora, rslora, locon"),
+        ({"variant": "dora"}, "use one of locon, lora, rslora"),
     ],
 )
 def test_refused(settings: dict[str, object], message: str) -> None:

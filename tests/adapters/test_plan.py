@@ -102,7 +102,7 @@ def test_module_that_is_too_small_is_named(skeleton: dict[str, nn.Module]) -> No
 
 
 def test_unknown_variant_and_combination() -> None:
-    with pytest.raises(UnsupportedError, match='did you mean "lora"'):
+    with pytest.raises(ConfigError, match='did you mean "lora"'):
         variants.find("lorra")
     with pytest.raises(
         UnsupportedError, match=r"adapter.variant=lora cannot train on a int3 base; set .*=none or 8bit or nf4"

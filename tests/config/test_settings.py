@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,15 @@ def test_what_may_change_on_resume(config: Config) -> None:
 
 def test_the_config_and_the_checkpoint_refuse_the_same_changes(config: Config, tmp_path: Path) -> None:
     family = registry.find("families", config.model.family)
-    told = fingerprint(config, sample_types.find(family.sample_type), "", (), ())
+    run: Any = SimpleNamespace(
+        config=config,
+        family=SimpleNamespace(cache_key=lambda *_: ""),
+        sample_type=sample_types.find(family.sample_type),
+        trained=frozenset(),
+        info=SimpleNamespace(files=()),
+        samples=(),
+    )
+    told = fingerprint(run)
     weights = {"unet": {"a.down": torch.nn.Parameter(torch.zeros(1, 1))}}
     told |= vars(Trainer(config.train, weights, lambda *_: None, tmp_path))["_fingerprint"]  # type: ignore[arg-type, return-value]
     for name, values, key in settings(config):
