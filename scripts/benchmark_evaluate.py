@@ -5,7 +5,7 @@ python scripts/benchmark.py evaluate --num 500 --repeats 1
 
 Both arms read the same PNG files, score them with the same CLIP in batches of the same size, and take turns:
 
-    ours            evaluation.metrics.clip_text
+    ours            scoring.metrics.clip_text
     torchmetrics    CLIPScore, which gets the pictures as uint8 tensors
 
 Then an evaluation of one adapter on the built-in base, of which the time that is neither drawing nor CLIP is told.
@@ -31,7 +31,7 @@ from torch import Tensor
 from lora_diffusion.core.evidence import Evidence
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.scoring.clip import BUILTIN, Clip, load_clip
-from lora_diffusion.scoring.encoding import BATCH
+from lora_diffusion.scoring.image_encoding import BATCH
 from lora_diffusion.scoring.metrics.clip_text import METRIC as CLIP_TEXT
 from lora_diffusion.scoring.scorers import Scorers
 
@@ -171,12 +171,12 @@ def measure_overhead(num_seeds: int) -> dict[str, float]:
     """Returns the CPU seconds of an evaluation on the built-in base: drawing, CLIP, loading the base, and all else."""
     from lora_diffusion.config.load import load
     from lora_diffusion.families.sd1 import FAMILY
-    from lora_diffusion.workflows.evaluate import Question, evaluate
+    from lora_diffusion.workflows.evaluate import EvaluationRequest, evaluate
 
     spent = dict.fromkeys(("drawing", "CLIP", "loading"), 0.0)
     faces = shipped_path("datasets") / "blob-style"
     with tempfile.TemporaryDirectory() as folder:
-        question = Question(
+        request = EvaluationRequest(
             output_path=Path(folder) / "evaluation",
             prompts="emoji-style",
             model=load(None, ["model.path=builtin:emoji"], required=False).model,
@@ -194,9 +194,9 @@ def measure_overhead(num_seeds: int) -> dict[str, float]:
             _timed(clip, "encode_image", spent, "CLIP"),
             _timed(clip, "encode_text", spent, "CLIP"),
         ):
-            evaluation = evaluate(question)
+            evaluation = evaluate(request)
         total = time.process_time() - started
-    pictures = len({score.picture for score in evaluation.scores if score.picture})
+    pictures = len({score.image for score in evaluation.scores if score.image})
     rest = total - sum(spent.values())
     return {"pictures": pictures, **spent, "all else": rest, "total": total, "share outside": rest / total}
 

@@ -100,8 +100,8 @@ def _measure(program: str, data: Path, seed: int, output: Path) -> dict[str, flo
     adapter = _PROGRAMS[program](data / "train", seed, output)
     cpu_s = time.process_time() - started
     (result,) = score_transcripts(WhisperOptions(), [data / "new"], [(adapter, 1.0)]).scores
-    words = sum(len(one.said.split()) for one in result.recordings)
-    return {"errors": result.wer * words, "words": words, "cpu_s": cpu_s}
+    words = sum(len(own.target.split()) for own in result.texts)
+    return {"errors": result.scores["wer"] * words, "words": words, "cpu_s": cpu_s}
 
 
 def _train_ours(data: Path, seed: int, output: Path) -> Path:

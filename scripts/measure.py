@@ -25,24 +25,28 @@ from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.core import logs
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.samples import Request
-from lora_diffusion.data.images import grid, save_image
-from lora_diffusion.evaluation.before_after import WITHOUT_ADAPTER, WITHOUT_BASE, Case, Comparison
-from lora_diffusion.quickstart import _writing, llava, whisper
+from lora_diffusion.data.images import save_image
+from lora_diffusion.evaluation.harness import WITHOUT_ADAPTER, WITHOUT_BASE, Comparison
+from lora_diffusion.evaluation.results import Case
+from lora_diffusion.quickstart import _text_output, llava, whisper
 from lora_diffusion.scoring.clip import load_clip
-from lora_diffusion.workflows.compare import compare
+from lora_diffusion.workflows.evaluate import compare_with_base
 from lora_diffusion.workflows.train import train
 
 _RARE = "zwx"
-_CONCEPT = [
-    Case(f"an emoji of a {_RARE}, {style} style", f"an emoji of a {other}, {style} style", "an emoji of an octopus")
+_PAIRS = [
+    (f"an emoji of a {_RARE}, {style} style", f"an emoji of a {other}, {style} style")
     for style in ("noto", "twemoji", "fluent", "flat")
     for other in ("cat face", "red apple", "rose", "frog")
 ]
+_CONCEPT = [
+    Case(index, prompt, control, "an emoji of an octopus", "subject", "measure")
+    for index, (prompt, control) in enumerate(_PAIRS)
+]
 
-
-_WRITERS: Mapping[str, tuple[_writing.Show, Mapping[str, str]]] = {
-    "whisper": (whisper.SHOW, {"wer": "WER", "cer": "CER"}),
-    "llava": (llava.SHOW, {"exact_match": "exact match", "token_f1": "token F1"}),
+_WRITERS: Mapping[str, tuple[_text_output.TextQuickstart, Mapping[str, str]]] = {
+    "whisper": (whisper.TASK, {"wer": "WER", "cer": "CER"}),
+    "llava": (llava.TASK, {"exact_match": "exact match", "token_f1": "token F1"}),
 }
 """Task -> what is trained and scored, and each score's name in the table."""
 
@@ -77,7 +81,7 @@ def main() -> None:
         result = train(config, overwrite=True)
         cases = _CONCEPT if args.task == "concept" else ()
         draws = range(args.draws)
-        comparison = compare(config, result.files[0], references, Request("", 0), cases, draws)
+        comparison = compare_with_base(config, result.files[0], references, Request("", 0), cases, draws)
         _print_table(f"{args.task}, seed {seed}, {comparison.scorer}", comparison)
         _save_grid(comparison, output / "measured.png", args.draws)
 
@@ -88,18 +92,18 @@ def _measure_writer(task: str, seeds: Sequence[int], output: Path, changes: Sequ
     titles = [f"{name} {moment}" for name in names.values() for moment in ("before", "after")]
     print(f"\n| seed | test set | {' | '.join(titles)} |\n|{'---|' * (2 + len(titles))}")
     for seed in seeds:
-        config = _writing.config_of(show, output / f"{task}-seed{seed}", [f"train.seed={seed}", *changes])
+        config = _text_output.config_of(show, output / f"{task}-seed{seed}", [f"train.seed={seed}", *changes])
         result = train(config, overwrite=True)
-        for name, (before, after) in _writing.compare(show, config, result.files[0]).items():
-            rates = [f"{getattr(one, score):.1%}" for score in names for one in (before, after)]
+        for name, (before, after) in _text_output.compare(show, config, result.files[0]).items():
+            rates = [f"{one.scores[score]:.1%}" for score in names for one in (before, after)]
             print(f"| {seed} | {name} | {' | '.join(rates)} |", flush=True)
 
 
 def _print_table(title: str, comparison: Comparison) -> None:
     print(f"\n{title}\n\n| pictures | CLIP image | CLIP text |\n|---|---|---|")
-    for row in (*comparison.rows, comparison.real):
+    for row in (*comparison.conditions, comparison.references):
         print(f"| {row.label} | {row.scores['clip_image']} | {row.scores.get('clip_text', '')} |")
-    before, after = comparison.row(WITHOUT_BASE).images, comparison.row(WITHOUT_ADAPTER).images
+    before, after = (comparison.condition(label).images for label in (WITHOUT_BASE, WITHOUT_ADAPTER))
     print(f"\nWithout trigger, adapter against base, same seeds: cosine {_similarity(before, after):.3f}")
 
 
@@ -109,10 +113,7 @@ def _similarity(before: Sequence[Image], after: Sequence[Image]) -> float:
 
 
 def _save_grid(comparison: Comparison, path: Path, num_draws: int) -> None:
-    picked = range(0, len(comparison.prompts), num_draws)
-    rows = [[row.images[index] for row in comparison.rows] for index in picked]
-    labels = [f"{comparison.prompts[index]} / {comparison.plain_prompts[index]}" for index in picked]
-    save_image(grid(rows, labels, [row.label for row in comparison.rows]), path)
+    save_image(comparison.sheet(range(0, len(comparison.grid.places()), num_draws)), path)
     print(f"Pictures: {path}")
 
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.evaluation.results import BASE, Evaluation
-from lora_diffusion.evaluation.table import Table
-from lora_diffusion.workflows.evaluate import Question, evaluate
+from lora_diffusion.evaluation.results import BASE, Evaluation, Table
+from lora_diffusion.workflows.evaluate import EvaluationRequest, evaluate
 from lora_diffusion.workflows.report import report
 from lora_diffusion.workflows.select import Selection, select
 from lora_diffusion.workflows.train import train
@@ -56,7 +55,7 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
             for step in STEPS:
                 config = load(find_shipped(f"sd1/{name}"), [*own, *TOO_LONG, *changes, f"train.max_steps={step}"])
                 train(config, resume=step > STEPS[0], overwrite=step == STEPS[0])
-            question = Question(
+            request = EvaluationRequest(
                 output_path=run / "evaluation",
                 prompts=task.suite,
                 run=run,
@@ -64,7 +63,7 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
                 seeds=(0, 1),
                 classes=task.class_words,
             )
-            evaluation = evaluate(question)
+            evaluation = evaluate(request)
             selection = select(run)
             report([run])
             _print_table(f"{name}, seed {seed}", evaluation, selection)
@@ -77,6 +76,6 @@ def _print_table(title: str, evaluation: Evaluation, selection: Selection) -> No
         means = [table.mean(candidate.name, metric) for metric in METRICS]
         name = BASE if candidate.step is None else f"step {candidate.step}"
         print(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
-    real = [evaluation.real.get(metric) for metric in METRICS]
-    print(f"| real pictures | {' | '.join('' if value is None else f'{value:.3f}' for value in real)} |")
+    references = [evaluation.reference_scores.get(metric) for metric in METRICS]
+    print(f"| real pictures | {' | '.join('' if value is None else f'{value:.3f}' for value in references)} |")
     print(f"\n{selection.text()}", flush=True)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_diffusion.cli._shared import add_csv, check_csv, print_result, set_up_logs
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lora_diffusion.workflows._set_scores import SetScores
-    from lora_diffusion.workflows.ask import ImageAnswers
 
 
 def add_parser(commands: Any) -> None:
@@ -67,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     set_up_logs(args)
     from lora_diffusion.workflows.ask import ask, score_answers
 
-    result: SetScores[Any] | ImageAnswers
+    result: Any
     if args.score:
         result = score_answers(model, args.paths, adapters, args.clip, _data(args))
     else:

@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     configured = base_of(args) if args.config or args.model is not None else None
     set_up_logs(args)
-    from lora_diffusion.workflows.evaluate import Question, check_gates, evaluate
+    from lora_diffusion.workflows.evaluate import EvaluationRequest, check_gates, evaluate
     from lora_diffusion.workflows.merge import find_model
 
-    question = Question(
+    request = EvaluationRequest(
         output_path=args.output,
         prompts=args.prompts,
         model=find_model(args.model) if args.model else configured,
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         cache_path=args.cache,
         gates=args.gates,
     )
-    result = check_gates(evaluate(question), args.output, args.gates)
+    result = check_gates(evaluate(request), args.output, args.gates)
     print_result(args, result)
     if result.failed:
         raise GateError(f"{len(result.failed)} condition(s) of --assert do not hold.", result.failed)

@@ -14,36 +14,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """How well a trained adapter predicts one training picture."""
+    """How well a trained adapter predicts one training image."""
 
     key: str
     path: str
     caption: str
     loss: float
-    """As a share of the usual loss at the same noise levels: 1 is the usual picture."""
+    """As a share of the usual loss at the same noise levels: 1 is the usual image."""
     caption_help: float
     """How much lower the loss is with the caption than without any, in the same unit; below 0 the caption harms."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a metric judges: pictures of one candidate, or the answers of a model that writes.
+    """What a metric scores: images of one candidate, or texts of a text-output model.
 
-    `pictures`, `meanings`, `cases` and `base_pictures` run in step, and so do `answers` and `targets`.
+    `images`, `scoring_captions`, `cases` and `base_images` run in step, and so do `answers` and `targets`.
     """
 
-    pictures: Sequence[Path | Image] = ()
-    meanings: Sequence[str] = ()
-    """What each picture should show, in words that the scorer knows."""
+    images: Sequence[Path | Image] = ()
+    scoring_captions: Sequence[str] = ()
+    """What each image should show, in words that the scorer knows."""
     cases: Sequence[int] = ()
-    """Number of each picture's prompt."""
-    base_pictures: Sequence[Path | Image] = ()
-    """What the base alone drew for the same prompt from the same noise."""
+    """Number of each image's prompt."""
+    base_images: Sequence[Path | Image] = ()
+    """What the base alone generated for the same prompt from the same noise."""
     references: Sequence[Path | Image] = ()
-    """Real pictures of what was trained, other than those it was trained on."""
-    training_pictures: Sequence[Path | Image] = ()
+    """Real images of what was trained, other than those it was trained on."""
+    training_images: Sequence[Path | Image] = ()
     answers: Sequence[str] = ()
-    """What the model said or heard."""
+    """What the model wrote."""
     targets: Sequence[str] = ()
     """What it should have."""
     scorers: Any = None
@@ -52,10 +52,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a metric finds."""
+    """The values of a metric."""
 
     values: Tensor
-    """Float32 on the CPU: one for each picture or answer, or for each prompt if the metric is `per_prompt`."""
+    """Float32 on the CPU: one for each image or answer, or for each prompt if the metric is `per_prompt`."""
     details: Sequence[str] = ()
     """What there is to say of each value; none if there is nothing."""
     weights: Tensor | None = None

@@ -1,6 +1,8 @@
-"""An evaluation: pictures of all candidates from the same prompts and noise, what the metrics say, how sure that is.
+"""The one harness: images of all candidates from the same prompts and noise, what the metrics say, how sure that is.
 
-Read `run` first. It never sees a base model: pictures come from a function that draws.
+Read `run` first: it leaves an evaluation folder. `compare_conditions` is the short form, in memory, for
+the quickstart, and `ProgressScorer` is what early stopping asks. None of them sees a base model: images come from a
+function that generates. All take their requests from a `PromptGrid` and their scores from `measure`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import Tensor
 
 from lora_diffusion.core.evidence import Evidence, Scores
 from lora_diffusion.core.files import remove_leftovers
 from lora_diffusion.core.protocols.metric import Metric
-from lora_diffusion.core.samples import Request
+from lora_diffusion.core.samples import Output, Request
+from lora_diffusion.data.images import grid as image_table
 from lora_diffusion.evaluation import results, sampling
 from lora_diffusion.evaluation.results import (
     ALL,
@@ -38,56 +42,60 @@ from lora_diffusion.evaluation.results import (
     Settings,
     Summary,
 )
-from lora_diffusion.evaluation.sampling import Draw, Look
-from lora_diffusion.evaluation.statistics import Interval, interval
-from lora_diffusion.evaluation.suites import PLAIN_KINDS
+from lora_diffusion.evaluation.sampling import Generate, Look
+from lora_diffusion.evaluation.select import balance, share
+from lora_diffusion.evaluation.statistics import Interval, MeanWithError, interval, mean_with_error
 from lora_diffusion.runtime.device import process_group
-from lora_diffusion.scoring.encoding import BATCH
+from lora_diffusion.scoring.image_encoding import BATCH
+from lora_diffusion.scoring.metrics.clip_image import METRIC as CLIP_IMAGE
+from lora_diffusion.scoring.metrics.clip_text import METRIC as CLIP_TEXT
 from lora_diffusion.scoring.scorers import Scorers
 
+GenerateLoaded = Callable[[Sequence[Request]], Sequence[Output]]
+"""Generates requests with what the base carries."""
 _FEW_PROMPTS = 5
 """With fewer, resampling cannot know how much prompts differ."""
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The values of one metric."""
+class MetricValues:
+    """The values of one metric, of all candidates."""
 
     metric: Metric
     candidates: Sequence[str]
     """The base is the first."""
     cases: Sequence[Case]
-    """Those that the metric judges."""
+    """Those that the metric is about."""
     values: NDArray[np.float64]
     """[candidates, cases, seeds]; one seed if the metric gives one value for each prompt."""
     num_seeds: int
-    """Pictures behind each case."""
+    """Images behind each case."""
 
     def summaries(self) -> list[Summary]:
-        """Returns means, intervals and paired differences of each candidate, for each kind of case and for all."""
-        kinds = (*dict.fromkeys(case.kind for case in self.cases), ALL)
-        return [self._summary(index, kind) for kind in kinds for index in range(len(self.candidates))]
+        """Returns means, intervals and paired differences of each candidate, for each group of cases and for all."""
+        groups = (*dict.fromkeys(case.group for case in self.cases), ALL)
+        return [self._summary(index, group) for group in groups for index in range(len(self.candidates))]
 
-    def difference(self, index: int, other: int, kind: str = ALL) -> Interval:
+    def difference(self, index: int, other: int, group: str = ALL) -> Interval:
         """Returns how much more one candidate has than another with the same prompts and noise."""
-        rows = self._rows(kind)
+        rows = self._rows(group)
         return interval(rows[index] - rows[other])
 
-    def _rows(self, kind: str) -> NDArray[np.float64]:
-        return self.values[:, [kind in (case.kind, ALL) for case in self.cases]]
+    def _rows(self, group: str) -> NDArray[np.float64]:
+        return self.values[:, [group in (case.group, ALL) for case in self.cases]]
 
-    def _summary(self, index: int, kind: str) -> Summary:
-        own = interval(self._rows(kind)[index])
+    def _summary(self, index: int, group: str) -> Summary:
+        mean = interval(self._rows(group)[index])
         differences: list[float | None] = []
-        low, high = _bounds(own)
+        low, high = _bounds(mean)
         for other in (0, 1):
             if index == other or other >= len(self.candidates):
                 differences += [None] * 3
             else:
-                found = self.difference(index, other, kind)
-                differences += [found.mean, *_bounds(found)]
-        count = self._rows(kind)[index].size
-        return Summary(self.candidates[index], self.metric.name, kind, own.mean, low, high, count, *differences)
+                difference = self.difference(index, other, group)
+                differences += [difference.mean, *_bounds(difference)]
+        count = self._rows(group)[index].size
+        return Summary(self.candidates[index], self.metric.name, group, mean.mean, low, high, count, *differences)
 
     @cached_property
     def ranking(self) -> list[int]:
@@ -99,34 +107,35 @@ class Judgement:
         """Returns the differences that these images cannot decide, with the number of images that it would take."""
         after_base = range(1, len(self.candidates))
         against: list[tuple[int, Sequence[int]]] = [(0, after_base)]
-        # What has weight 0 draws what the base draws.
+        # What has weight 0 generates what the base does.
         if len(after_base) > 1 and (self.values[1] != self.values[0]).any():
             against.append((1, after_base[1:]))
         if len(after_base) > 2:
             best, second = self.ranking[:2]
             against.append((best, [second]))
         pairs = dict.fromkeys((index, other) for other, indices in against for index in indices)
-        return [found for index, other in pairs if (found := self._open_comparison(index, other))]
+        comparisons = (self._open_comparison(index, other) for index, other in pairs)
+        return [comparison for comparison in comparisons if comparison]
 
     def _open_comparison(self, index: int, other: int) -> OpenComparison | None:
         num_images = len(self.cases) * self.num_seeds
-        found = self.difference(index, other)
+        difference = self.difference(index, other)
         # Equal images, as those of weight 0 and of the base, are no question.
-        if not found.covers_zero or (self.values[index] == self.values[other]).all():
+        if not difference.covers_zero or (self.values[index] == self.values[other]).all():
             return None
         # The estimate takes an interval for symmetric, and can so come out below what has just not sufficed.
-        needed = max(found.num_needed(num_images), num_images + 1)
+        needed = max(difference.num_needed(num_images), num_images + 1)
         names = self.candidates[index], self.candidates[other]
         return OpenComparison(self.metric.name, *names, num_images, needed if math.isfinite(needed) else None)
 
 
-def _bounds(found: Interval) -> tuple[float | None, float | None]:
-    return (found.low, found.high) if found.has_bounds else (None, None)
+def _bounds(mean: Interval) -> tuple[float | None, float | None]:
+    return (mean.low, mean.high) if mean.has_bounds else (None, None)
 
 
-def few_prompts(judgements: Sequence[Judgement]) -> list[str]:
+def few_prompts(measured: Sequence[MetricValues]) -> list[str]:
     """Returns a warning if a metric has too few prompts for its intervals to be trusted."""
-    few = min((len(judgement.cases) for judgement in judgements), default=_FEW_PROMPTS)
+    few = min((len(values.cases) for values in measured), default=_FEW_PROMPTS)
     if few >= _FEW_PROMPTS:
         return []
     return [
@@ -134,14 +143,49 @@ def few_prompts(judgements: Sequence[Judgement]) -> list[str]:
     ]
 
 
-PICTURES = "pictures"
+IMAGES = "pictures"
+"""Folder of the images in that of an evaluation."""
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch")
-"""Packages whose version can change a picture or a score in its last digits."""
+"""Packages whose version can change an image or a score in its last digits."""
+
+
+@dataclass(frozen=True)
+class PromptGrid:
+    """What every candidate generates: each case with each seed, the seeds of the first case first."""
+
+    cases: Sequence[Case]
+    seeds: Sequence[int]
+    template: Request
+    """Steps, guidance, size and negative prompt; prompt and seed are filled in."""
+
+    def places(self) -> list[tuple[Case, int]]:
+        """Returns case and seed of each image."""
+        return [(case, seed) for case in self.cases for seed in self.seeds]
+
+    def prompts(self, *, control: bool = False) -> list[str]:
+        """Returns the prompt of each image, or its control prompt."""
+        return [case.control_prompt if control else case.prompt for case, _ in self.places()]
+
+    def requests(self, *, control: bool = False, weights: Mapping[str, float] | None = None) -> list[Request]:
+        """Returns what to generate, without adapter weights unless they are given."""
+        pairs = zip(self.prompts(control=control), self.places(), strict=True)
+        return [replace(self.template, prompt=prompt, seed=seed, weights=weights) for prompt, (_, seed) in pairs]
+
+    def evidence(self, images: Sequence[Path | Image], **more: Any) -> Evidence:
+        """Returns what metrics score of a candidate's images; `more` are other fields of Evidence."""
+        places = self.places()
+        captions, cases = [case.scoring_caption for case, _ in places], [case.index for case, _ in places]
+        return Evidence(images=images, scoring_captions=captions, cases=cases, **more)
+
+
+def measure(metrics: Sequence[Metric], evidence: Evidence) -> dict[str, Scores]:
+    """Returns metric -> its scores of one candidate."""
+    return {metric.name: metric.score(evidence) for metric in metrics}
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that decides what an evaluation finds."""
+    """All that decides the outcome of an evaluation."""
 
     base: Base
     candidates: Sequence[Candidate]
@@ -155,39 +199,47 @@ class Task:
     metrics: Sequence[Metric]
     scorers: Mapping[str, str]
     references: Sequence[FileHash] = ()
-    training_pictures: Sequence[FileHash] = ()
+    training_images: Sequence[FileHash] = ()
     warnings: Sequence[str] = ()
-    """What was seen before anything was drawn."""
+    """What was seen before anything was generated."""
 
-    def judged(self, metric: Metric) -> list[Case]:
+    def cases_of(self, metric: Metric) -> list[Case]:
         """Returns the cases that a metric is about."""
-        return [case for case in self.cases if (case.kind in PLAIN_KINDS) == (metric.judges == "plain")]
+        return [case for case in self.cases if case.is_control == (metric.outputs == "control")]
+
+    def grid(self, metric: Metric | None = None) -> PromptGrid:
+        """Returns what every candidate generates, or the part of it that a metric is about."""
+        settings = self.settings
+        template = Request("", 0, settings.negative, settings.num_steps, settings.guidance, settings.size)
+        return PromptGrid(self.cases if metric is None else self.cases_of(metric), self.seeds, template)
 
 
-def run(task: Task, draw: Draw, scorers: Scorers, folder: Path, cache: Path | None = None) -> Evaluation:
-    """Draws what is missing, scores all, and writes the evaluation.
+def run(task: Task, generate: Generate, scorers: Scorers, folder: Path, cache: Path | None = None) -> Evaluation:
+    """Generates what is missing, scores all, and writes the evaluation.
 
-    Under `accelerate launch` each process draws and encodes its share, and all return the same.
+    Under `accelerate launch` each process generates and encodes its share, and all return the same.
 
     Args:
         task: what is evaluated.
-        draw: draws requests with the adapters of a candidate.
+        generate: generates requests with the adapters of a candidate.
         scorers: the models that score, made with `encode_shared`.
-        folder: gets `pictures/`, `scores.csv` and `evaluation.json`; all processes must see it.
-        cache: folder of pictures that evaluations share.
+        folder: gets `images/`, `scores.csv` and `evaluation.json`; all processes must see it.
+        cache: folder of images that evaluations share.
     """
     group = process_group()
-    sheet = sampling.lay_out(task.base.base_key, task.looks, _requests(task))
+    grid = task.grid()
+    requests = dict(zip([(case.index, seed) for case, seed in grid.places()], grid.requests(), strict=True))
+    sheet = sampling.lay_out(task.base.base_key, task.looks, requests)
     group.wait_for_everyone()  # until then another process may be writing its machine.json
     if group.is_main_process:
         # Not those of the cache: another evaluation may be writing there.
         remove_leftovers(folder)
-        remove_leftovers(folder / PICTURES)
+        remove_leftovers(folder / IMAGES)
     group.wait_for_everyone()
     share = group.process_index, group.num_processes
-    sampling.draw_missing(sheet.chunks, folder / PICTURES, cache, draw, share)
+    sampling.generate_missing(sheet.chunks, folder / IMAGES, cache, generate, share)
     group.wait_for_everyone()
-    evaluation = _score(task, _Pictures(task, sheet.keys, folder, scorers))
+    evaluation = _score(task, _SampledImages(task, sheet.keys, folder, scorers))
     if group.is_main_process:
         results.write(evaluation, folder)
     group.wait_for_everyone()
@@ -204,19 +256,9 @@ def encode_shared(function: Callable[[Sequence[Any]], Tensor], items: Sequence[A
     return torch.cat([rows for _, rows in sorted(parts, key=lambda part: part[0])])
 
 
-def _requests(task: Task) -> dict[tuple[int, int], Request]:
-    settings = task.settings
-    template = Request("", 0, settings.negative, settings.num_steps, settings.guidance, settings.size)
-    return {
-        (case.index, seed): replace(template, prompt=case.prompt, seed=seed)
-        for case in task.cases
-        for seed in task.seeds
-    }
-
-
 @dataclass(frozen=True)
-class _Pictures:
-    """The drawn pictures as metrics want them."""
+class _SampledImages:
+    """The generated images as metrics want them."""
 
     task: Task
     keys: Mapping[sampling.Place, str]
@@ -224,39 +266,42 @@ class _Pictures:
     scorers: Scorers
 
     def evidence(self, candidate: str, metric: Metric) -> Evidence:
-        """Returns what a metric judges of a candidate: the seeds of the first case, then those of the second, ..."""
-        places = [(case, seed) for case in self.task.judged(metric) for seed in self.task.seeds]
-        return Evidence(
-            pictures=[self._path(candidate, case, seed) for case, seed in places],
-            meanings=[case.meaning for case, _ in places],
-            cases=[case.index for case, _ in places],
-            base_pictures=[self._path(BASE, case, seed) for case, seed in places],
+        """Returns what a metric scores of a candidate."""
+        grid = self.task.grid(metric)
+        return grid.evidence(
+            [self._path(candidate, case, seed) for case, seed in grid.places()],
+            base_images=[self._path(BASE, case, seed) for case, seed in grid.places()],
             references=[Path(reference.path) for reference in self.task.references],
-            training_pictures=[Path(picture.path) for picture in self.task.training_pictures],
+            training_images=[Path(image.path) for image in self.task.training_images],
             scorers=self.scorers,
         )
 
     def lines(self, candidate: Candidate, metric: Metric, scores: Scores) -> Iterator[Score]:
         """Yields the lines of scores.csv."""
         seeds: Sequence[int | None] = [None] if metric.per_prompt else self.task.seeds
-        places = [(case, seed) for case in self.task.judged(metric) for seed in seeds]
+        places = [(case, seed) for case in self.task.cases_of(metric) for seed in seeds]
         details = scores.details or [""] * len(places)
         for (case, seed), value, detail in zip(places, scores.values.tolist(), details, strict=True):
             path = "" if seed is None else self._path(candidate.name, case, seed).relative_to(self.folder).as_posix()
-            facts = candidate.name, candidate.step, candidate.weight, case.index, case.kind, case.prompt, seed
+            facts = candidate.name, candidate.step, candidate.weight, case.index, case.group, case.prompt, seed
             yield Score(*facts, metric.name, value, path, detail)
 
     def _path(self, candidate: str, case: Case, seed: int) -> Path:
-        return sampling.picture_path(self.folder / PICTURES, self.keys[candidate, case.index, seed])
+        return sampling.image_path(self.folder / IMAGES, self.keys[candidate, case.index, seed])
 
 
-def _score(task: Task, pictures: _Pictures) -> Evaluation:
-    """Lets the metrics judge pictures that are there."""
-    _encode_all(task, pictures)
+def _score(task: Task, images: _SampledImages) -> Evaluation:
+    """Lets the metrics score images that are there."""
+    _encode_all(task, images)
     metrics, names = task.metrics, [candidate.name for candidate in task.candidates]
-    found = {metric.name: [metric.score(pictures.evidence(name, metric)) for name in names] for metric in metrics}
-    judgements = [_judgement(task, metric, found[metric.name]) for metric in metrics]
-    base = {metric: pictures.evidence(BASE, metric) for metric in metrics}
+    scores = {
+        metric.name: [measure([metric], images.evidence(name, metric))[metric.name] for name in names]
+        for metric in metrics
+    }
+    measured = [_metric_values(task, metric, scores[metric.name]) for metric in metrics]
+    base = {metric.name: images.evidence(BASE, metric) for metric in metrics}
+    baselines = {metric.name: metric.random_baseline(base[metric.name]) for metric in metrics}
+    references = {metric.name: metric.reference_score(base[metric.name]) for metric in metrics}
     return Evaluation(
         base=task.base,
         scorer=task.scorers,
@@ -264,35 +309,190 @@ def _score(task: Task, pictures: _Pictures) -> Evaluation:
         candidates=task.candidates,
         cases=task.cases,
         seeds=task.seeds,
-        metrics=[MetricFacts(own.name, own.meaning, own.higher_is_better, own.judges) for own in metrics],
-        summary=[summary for judgement in judgements for summary in judgement.summaries()],
+        metrics=[_facts(metric) for metric in metrics],
+        summary=[summary for values in measured for summary in values.summaries()],
         adapters=task.adapters,
         references=task.references,
-        training_pictures=task.training_pictures,
-        warnings=[*task.warnings, *few_prompts(judgements)],
-        open_comparisons=[found for judgement in judgements for found in judgement.open_comparisons()],
-        chance={metric.name: value for metric in metrics if (value := metric.chance(base[metric])) is not None},
-        real={metric.name: value for metric in metrics if (value := metric.real(base[metric])) is not None},
+        training_images=task.training_images,
+        warnings=[*task.warnings, *few_prompts(measured)],
+        open_comparisons=[comparison for values in measured for comparison in values.open_comparisons()],
+        random_baseline={name: value for name, value in baselines.items() if value is not None},
+        reference_scores={name: value for name, value in references.items() if value is not None},
         versions={package: version(package) for package in _PACKAGES},
         scores=[
             line
             for index, candidate in enumerate(task.candidates)
             for metric in metrics
-            for line in pictures.lines(candidate, metric, found[metric.name][index])
+            for line in images.lines(candidate, metric, scores[metric.name][index])
         ],
     )
 
 
-def _encode_all(task: Task, pictures: _Pictures) -> None:
-    """Encodes all pictures at once, so that the batches are full."""
-    kinds = dict.fromkeys(kind for metric in task.metrics for kind in metric.scorers if kind in ("clip", "dino"))
-    paths = [sampling.picture_path(pictures.folder / PICTURES, key) for key in dict.fromkeys(pictures.keys.values())]
-    real = [Path(file.path) for file in (*task.references, *task.training_pictures)]
-    for kind in kinds:
-        pictures.scorers.see(kind, [*paths, *real])
+def _facts(metric: Metric) -> MetricFacts:
+    return MetricFacts(metric.name, metric.meaning, metric.higher_is_better, results.OUTPUTS[metric.outputs])
 
 
-def _judgement(task: Task, metric: Metric, found: Sequence[Scores]) -> Judgement:
-    cases = task.judged(metric)
-    values = torch.stack([scores.values for scores in found]).double().numpy().reshape(len(found), len(cases), -1)
-    return Judgement(metric, [candidate.name for candidate in task.candidates], cases, values, len(task.seeds))
+def _encode_all(task: Task, images: _SampledImages) -> None:
+    """Encodes all images at once, so that the batches are full."""
+    roles = dict.fromkeys(role for metric in task.metrics for role in metric.scorers if role in ("clip", "dino"))
+    paths = [sampling.image_path(images.folder / IMAGES, key) for key in dict.fromkeys(images.keys.values())]
+    others = [Path(file.path) for file in (*task.references, *task.training_images)]
+    for role in roles:
+        images.scorers.see(role, [*paths, *others])
+
+
+def _metric_values(task: Task, metric: Metric, scores: Sequence[Scores]) -> MetricValues:
+    cases = task.cases_of(metric)
+    values = torch.stack([own.values for own in scores]).double().numpy().reshape(len(scores), len(cases), -1)
+    return MetricValues(metric, [candidate.name for candidate in task.candidates], cases, values, len(task.seeds))
+
+
+WITH_BASE, WITH_ADAPTER = "base, with trigger", "adapter, with trigger"
+WITHOUT_BASE, WITHOUT_ADAPTER = "base, without trigger", "adapter, without trigger"
+REFERENCES = "real pictures"
+_CONDITIONS = (
+    (WITH_BASE, False, 0.0),
+    (WITH_ADAPTER, False, 1.0),
+    (WITHOUT_BASE, True, 0.0),
+    (WITHOUT_ADAPTER, True, 1.0),
+)
+"""Label, whether control prompts are taken, and the weight of the adapter."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Images of one condition and their mean scores."""
+
+    label: str
+    images: tuple[Image, ...]
+    scores: Mapping[str, MeanWithError]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One adapter against the base, on concept and on control prompts; equal positions share case and seed."""
+
+    grid: PromptGrid
+    conditions: tuple[Condition, ...]
+    references: Condition
+    """The references themselves: what a perfect adapter would score."""
+    scorer: str
+
+    def condition(self, label: str) -> Condition:
+        """Returns the condition of that label."""
+        return next(condition for condition in self.conditions if condition.label == label)
+
+    def sheet(self, indices: Sequence[int]) -> Image:
+        """Returns the images at these indices side by side: a row for each prompt, a column for each condition."""
+        rows = [[condition.images[index] for condition in self.conditions] for index in indices]
+        pairs = list(zip(self.grid.prompts(), self.grid.prompts(control=True), strict=True))
+        labels = [f"{prompt} / {control}" for prompt, control in (pairs[index] for index in indices)]
+        return image_table(rows, labels, [condition.label for condition in self.conditions])
+
+    def to_json(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Returns condition -> metric -> mean and half_width."""
+        return {
+            condition.label: {name: vars(mean) for name, mean in condition.scores.items()}
+            for condition in (*self.conditions, self.references)
+        }
+
+
+def compare_conditions(
+    grid: PromptGrid,
+    generate: GenerateLoaded,
+    adapter: str,
+    scorers: Scorers,
+    references: Sequence[Path | Image],
+) -> Comparison:
+    """Generates every case with and without trigger, with and without adapter, and scores the images.
+
+    The intervals are those of independent images, and not the resampled ones of `run`: each label of a page and of
+    scores.json is about so few prompts and seeds that resampling them could not tell more.
+
+    Args:
+        grid: at least one case.
+        generate: the family's generate on a base that carries the adapter.
+        adapter: name of the adapter on the base.
+        scorers: the CLIP, which is not the one that the base reads its prompts with.
+        references: images of what was trained, but not those that were trained on.
+    """
+    metrics = (CLIP_IMAGE, CLIP_TEXT)
+    conditions = []
+    for label, control, weight in _CONDITIONS:
+        outputs = generate(grid.requests(control=control, weights={adapter: weight}))
+        images = tuple(output.image for output in outputs)
+        scores = measure(metrics, grid.evidence(images, references=references, scorers=scorers))
+        means = {name: mean_with_error(own.values) for name, own in scores.items()}
+        conditions.append(Condition(label, images, means))
+    likeness = CLIP_IMAGE.of_references(Evidence(references=references, scorers=scorers))
+    goal = Condition(REFERENCES, (), {CLIP_IMAGE.name: mean_with_error(likeness.values)})
+    return Comparison(grid, tuple(conditions), goal, scorers.names["clip"])
+
+
+PROGRESS_CASES, PROGRESS_SEEDS = 8, 2
+"""How many cases and seeds early stopping looks at."""
+
+
+@dataclass(frozen=True)
+class ProgressScorer:
+    """Scores an adapter while it is trained, between what the base generates and what is wanted, as `select` does."""
+
+    grid: PromptGrid
+    scorers: Scorers
+    references: Sequence[Path | Image]
+    base_likeness: float
+    reference_likeness: float
+    base_text: float
+    """Text alignment of the base's images of the control prompts: it generates what it knows as well as it can."""
+
+    def score(self, generate: GenerateLoaded) -> float:
+        """Returns the balance of likeness and text alignment of what the adapter generates now, 0 to 1."""
+        likeness, text = _likeness_and_text(self.grid, generate(self.grid.requests()), self.scorers, self.references)
+        likeness_share = share(likeness, self.base_likeness, self.reference_likeness)
+        return balance(likeness_share, share(text, 0.0, self.base_text))
+
+
+def progress_scorer(
+    grid: PromptGrid, generate: GenerateLoaded, scorers: Scorers, references: Sequence[Path | Image]
+) -> ProgressScorer:
+    """Returns the scorer of early stopping, after looking at what the base generates.
+
+    Args:
+        grid: the first concept prompts of it, and its first seeds, are used.
+        generate: generates with the base alone.
+        scorers: the CLIP.
+        references: real images of what is trained; one by itself is taken as the goal.
+    """
+    cases = [case for case in grid.cases if not case.is_control][:PROGRESS_CASES]
+    grid = replace(grid, cases=cases, seeds=grid.seeds[:PROGRESS_SEEDS])
+    base_likeness, _ = _likeness_and_text(grid, generate(grid.requests()), scorers, references)
+    _, base_text = _likeness_and_text(grid, generate(grid.requests(control=True)), scorers, references)
+    goal = pooled_likeness(scorers.see("clip", references))
+    return ProgressScorer(grid, scorers, references, base_likeness, goal, base_text)
+
+
+def _likeness_and_text(
+    grid: PromptGrid, outputs: Sequence[Output], scorers: Scorers, references: Sequence[Path | Image]
+) -> tuple[float, float]:
+    """Returns mean likeness to the references and mean text alignment."""
+    evidence = grid.evidence([output.image for output in outputs], scorers=scorers)
+    likeness = pooled_likeness(scorers.see("clip", evidence.images), scorers.see("clip", references))
+    return likeness, measure([CLIP_TEXT], evidence)[CLIP_TEXT.name].mean()
+
+
+def pooled_likeness(vectors: Tensor, others: Tensor | None = None) -> float:
+    """Returns the mean cosine over all pairs at once; 1 for a single vector without others.
+
+    `clip_image` takes the mean of each image first, which differs in the last bits; runs that are stopped and continued
+    compare their scores with earlier ones, so early stopping stays with this.
+
+    Args:
+        vectors: [num, dim], unit vectors.
+        others: [num_others, dim], unit vectors; None takes the pairs of `vectors`, each without itself.
+    """
+    if others is not None:
+        return (vectors @ others.T).mean().item()
+    if len(vectors) == 1:
+        return 1.0
+    is_pair = ~torch.eye(len(vectors), dtype=torch.bool)
+    return (vectors @ vectors.T)[is_pair].mean().item()

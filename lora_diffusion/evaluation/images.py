@@ -13,16 +13,16 @@ from lora_diffusion.data.images import save_image
 
 
 def save_output(output: Output, folder: Path, index: int) -> Path:
-    """Writes one picture as PNG, its settings as the `parameters` text that other tools show; returns the file."""
+    """Writes one image as PNG, its settings as the `parameters` text that other tools show; returns the file."""
     request = output.request
     slug = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:48] or "empty"
     path = folder / f"{index:03d}-{slug}-seed{request.seed}.png"
-    save_drawn(output, path)
+    save_generated(output, path)
     return path
 
 
-def save_drawn(output: Output, path: Path) -> None:
-    """Writes a picture as PNG with its settings as the `parameters` text that other tools show."""
+def save_generated(output: Output, path: Path) -> None:
+    """Writes an image as PNG with its settings as the `parameters` text that other tools show."""
     request = output.request
     info = PngInfo()
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""

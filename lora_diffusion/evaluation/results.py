@@ -1,21 +1,26 @@
-"""The folder that an evaluation leaves: `evaluation.json`, `scores.csv` and `pictures/`."""
+"""The folder that an evaluation leaves: `evaluation.json`, `scores.csv` and `images/`."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
+import math
 import typing
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import read_json, read_whole, write_json, write_text
 from lora_diffusion.core.text import name_some, shown
+from lora_diffusion.evaluation.statistics import Interval, interval, nested_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,13 +30,31 @@ VERSION = 1
 BASE = "base"
 """Name of the candidate that has no adapter; it is always there, and first."""
 ALL = "all"
-"""Kind of the summary over all cases that a metric looks at."""
+"""Group of the summary over all cases that a metric looks at."""
+CONTROL_GROUPS = frozenset({"prior", "leak"})
+"""Groups of prompts that do not ask for what was trained: of its class (prior), and of other things (leak)."""
+OUTPUTS: Mapping[str, str] = {"concept": "asked", "control": "plain"}
+"""What a metric scores (`Metric.outputs`) -> how evaluation.json says it."""
+_KEYS: Mapping[str, str] = {
+    "control_prompt": "plain",
+    "scoring_caption": "meaning",
+    "group": "kind",
+    "image": "picture",
+    "training_images": "training_pictures",
+    "random_baseline": "chance",
+    "reference_scores": "real",
+}
+"""Field of a record -> its key in evaluation.json and its column in scores.csv, where they differ."""
 _NUM_DIGITS = 6
+_ABOUT_CONTROL = ("prior_drift", "prompt_leak")
+"""Metrics of control prompts, where an evaluation does not tell it."""
+Place = tuple[int | None, int | None]
+"""Index of the case, and seed; a seed of None stands for all images of the case."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model that drew the pictures."""
+    """The base model that generated the images."""
 
     source: str
     architecture: str
@@ -42,7 +65,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all pictures share."""
+    """What all images share."""
 
     num_steps: int
     guidance: float
@@ -71,7 +94,7 @@ class Candidate:
     step: int | None
     """Training step, of checkpoints."""
     weights: Mapping[str, float]
-    """Name of the adapter -> its weight in these pictures; `Evaluation.adapters` tells the files."""
+    """Name of the adapter -> its weight in these images; `Evaluation.adapters` tells the files."""
     weight: float
     """What the weights of the adapter or composition were multiplied with; 0 for the base."""
 
@@ -82,13 +105,18 @@ class Case:
 
     index: int
     prompt: str
-    plain: str
+    control_prompt: str
     """The prompt without the trigger words."""
-    meaning: str
-    """What the picture should show, in words that the scorer knows; a trigger means nothing to it."""
-    kind: str
+    scoring_caption: str
+    """What the image should show, in words that the scorer knows; a trigger means nothing to it."""
+    group: str
     """subject, style, composition, ...: the prompt asks for what was trained. prior, leak: it does not."""
     suite: str
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the prompt does not ask for what was trained."""
+        return self.group in CONTROL_GROUPS
 
 
 @dataclass(frozen=True)
@@ -99,7 +127,12 @@ class MetricFacts:
     meaning: str
     higher_is_better: bool
     judges: str = ""
-    """"asked": prompts that ask for what was trained, "plain": the others, "": an evaluation that does not tell it."""
+    """"asked": concept prompts, "plain": control prompts, "": an evaluation that does not tell it."""
+
+    @property
+    def is_about_control(self) -> bool:
+        """Whether it scores the images of control prompts."""
+        return self.judges == OUTPUTS["control"] if self.judges else self.name in _ABOUT_CONTROL
 
 
 @dataclass(frozen=True)
@@ -110,29 +143,29 @@ class Score:
     step: int | None
     weight: float
     case: int | None
-    kind: str
+    group: str
     prompt: str
     seed: int | None
-    """None where the number belongs to all pictures of a prompt."""
+    """None where the number belongs to all images of a prompt."""
     metric: str
     value: float
-    picture: str
-    """Path in the folder; "" where the number belongs to several pictures."""
+    image: str
+    """Path in the folder; "" where the number belongs to several images."""
     detail: str = ""
-    """What the metric has to say, for `copying` the nearest training picture."""
+    """What the metric has to say, for `copying` the nearest training image."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean of a metric over the cases of one kind, with 95 % intervals over prompts and seeds.
+    """Mean of a metric over the cases of one group, with 95 % intervals over prompts and seeds.
 
     The differences are paired: same prompt, same seed, same noise. They are None for the candidate itself.
     """
 
     candidate: str
     metric: str
-    kind: str
-    """A kind of case, or "all"."""
+    group: str
+    """A group of cases, or "all"."""
     mean: float
     low: float | None
     """None, as all other bounds, where a single score cannot tell how sure its mean is."""
@@ -173,7 +206,7 @@ class Evaluation:
 
     base: Base
     scorer: Mapping[str, str]
-    """Kind of scoring model -> its name; scores of two models do not compare."""
+    """Role of a scoring model -> its name; scores of two models do not compare."""
     settings: Settings
     candidates: Sequence[Candidate]
     cases: Sequence[Case]
@@ -182,15 +215,15 @@ class Evaluation:
     summary: Sequence[Summary]
     adapters: Mapping[str, FileHash] = field(default_factory=dict)
     references: Sequence[FileHash] = ()
-    training_pictures: Sequence[FileHash] = ()
+    training_images: Sequence[FileHash] = ()
     warnings: Sequence[str] = ()
     open_comparisons: Sequence[OpenComparison] = ()
     """Differences that cannot be told from chance; earlier versions told them in `warnings`."""
-    chance: Mapping[str, float] = field(default_factory=dict)
+    random_baseline: Mapping[str, float] = field(default_factory=dict)
     """Metric -> the score of what has nothing to do with the prompt or the references."""
-    real: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> the score of the reference pictures themselves: for likeness each against the others, for copying
-    against the training pictures. What an adapter can reach at best, and what is no copying."""
+    reference_scores: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> the score of the reference images themselves: for likeness each against the others, for copying
+    against the training images. What an adapter can reach at best, and what is no copying."""
     lora_diffusion: str = __version__
     versions: Mapping[str, str] = field(default_factory=dict)
     """Package that draws or scores -> its version."""
@@ -199,7 +232,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of evaluation.json."""
-        values = {name: _plain(value) for name, value in vars(self).items() if name != "scores"}
+        values = {key: _plain(value) for key, value in _keyed(self).items() if key != "scores"}
         return {"version": VERSION, **values}
 
     def text(self) -> str:
@@ -218,7 +251,7 @@ class Evaluation:
         """Returns the lines of scores.csv as a table."""
         import pandas as pd
 
-        return pd.DataFrame(map(vars, self.scores), columns=_COLUMNS).astype(
+        return pd.DataFrame(map(_keyed, self.scores), columns=_COLUMNS).astype(
             {"step": "Int64", "case": "Int64", "seed": "Int64"}
         )
 
@@ -226,16 +259,16 @@ class Evaluation:
         """Returns the candidate of that name."""
         return next(candidate for candidate in self.candidates if candidate.name == name)
 
-    def find(self, candidate: str, metric: str, kind: str = ALL) -> Summary:
+    def find(self, candidate: str, metric: str, group: str = ALL) -> Summary:
         """Returns one summary.
 
         Raises:
             KeyError: there is none.
         """
         for summary in self.summary:
-            if (summary.candidate, summary.metric, summary.kind) == (candidate, metric, kind):
+            if (summary.candidate, summary.metric, summary.group) == (candidate, metric, group):
                 return summary
-        raise KeyError(f"{metric} of {candidate} on {kind}")
+        raise KeyError(f"{metric} of {candidate} on {group}")
 
 
 def undecided_line(comparisons: Sequence[OpenComparison]) -> str:
@@ -281,21 +314,21 @@ def to_csv(scores: Iterable[Score]) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for score in scores:
-        row = {**vars(score), "value": f"{score.value:.{_NUM_DIGITS}f}"}
+        row = {**_keyed(score), "value": f"{score.value:.{_NUM_DIGITS}f}"}
         writer.writerow(["" if row[name] is None else row[name] for name in _COLUMNS])
     return stream.getvalue()
 
 
 def read_csv(text: str) -> tuple[Score, ...]:
     """Reads what `to_csv` wrote."""
-    hints = typing.get_type_hints(Score)
+    fields = {_KEYS.get(name, name): (name, hint) for name, hint in typing.get_type_hints(Score).items()}
     return tuple(
-        Score(**{name: _from_text(value, hints[name]) for name, value in row.items()})
+        Score(**{fields[key][0]: _from_text(value, fields[key][1]) for key, value in row.items()})
         for row in csv.DictReader(io.StringIO(text, newline=""))
     )
 
 
-_COLUMNS = tuple(column.name for column in dataclasses.fields(Score))
+_COLUMNS = tuple(_KEYS.get(column.name, column.name) for column in dataclasses.fields(Score))
 
 
 def _from_text(text: str, hint: Any) -> Any:
@@ -304,10 +337,15 @@ def _from_text(text: str, hint: Any) -> Any:
     return hint(text)
 
 
+def _keyed(record: Any) -> dict[str, Any]:
+    """Returns key or column -> value of a record."""
+    return {_KEYS.get(name, name): value for name, value in vars(record).items()}
+
+
 def _plain(value: Any) -> Any:
     """Returns records, mappings and sequences as JSON values; numbers that are no whole ones have six decimals."""
     if dataclasses.is_dataclass(value):
-        return _plain(vars(value))
+        return _plain(_keyed(value))
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float):
@@ -318,10 +356,82 @@ def _plain(value: Any) -> Any:
 def _typed(value: Any, hint: Any) -> Any:
     """Turns JSON values into the records that a type hint names."""
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        hints = typing.get_type_hints(hint)
-        return hint(**{name: _typed(item, hints[name]) for name, item in value.items()})  # type: ignore[operator]
+        fields = {_KEYS.get(name, name): (name, field) for name, field in typing.get_type_hints(hint).items()}
+        values = {fields[key][0]: _typed(item, fields[key][1]) for key, item in value.items()}
+        return hint(**values)  # type: ignore[operator]
     if isinstance(value, Mapping):
         return {key: _typed(item, typing.get_args(hint)[1]) for key, item in value.items()}
     if isinstance(value, list):
         return tuple(_typed(item, (typing.get_args(hint) or (None,))[0]) for item in value)
     return value
+
+
+class Table:
+    """The scores of an evaluation by candidate and metric, over the cases that the metric is about.
+
+    Metrics of control prompts, such as prior_drift, are about those that do not ask for what was trained, all others
+    about those that do.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        """Sorts the scores once."""
+        self._values: dict[tuple[str, str], dict[Place, float]] = defaultdict(dict)
+        control = {facts.name for facts in evaluation.metrics if facts.is_about_control}
+        for score in evaluation.scores:
+            if (score.group in CONTROL_GROUPS) == (score.metric in control):
+                self._values[score.candidate, score.metric][score.case, score.seed] = score.value
+
+    def has(self, metric: str) -> bool:
+        """Says whether the metric was measured on such cases."""
+        return any(metric == name for _, name in self._values)
+
+    def values(self, candidate: str, metric: str) -> Mapping[Place, float]:
+        """Returns the scores of a candidate; none where it was not measured."""
+        return self._values.get((candidate, metric), {})
+
+    def mean(self, candidate: str, metric: str) -> float:
+        """Returns the mean, NaN where there is no score."""
+        values = self.values(candidate, metric)
+        return sum(values.values()) / len(values) if values else math.nan
+
+    def interval(self, candidate: str, metric: str) -> Interval:
+        """Returns the mean with its 95 % interval."""
+        return _interval(self.values(candidate, metric))
+
+    def difference(self, one: str, other: str, metric: str) -> Interval:
+        """Returns the mean of `one` minus `other` over images of equal prompt and seed, with its 95 % interval."""
+        own, against = self.values(one, metric), self.values(other, metric)
+        return _interval({place: own[place] - against[place] for place in own if place in against})
+
+
+def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, cases: Mapping[int, int]) -> Interval:
+    """Returns the mean difference of a candidate of one evaluation from that of another, with its 95 % interval.
+
+    Args:
+        one: minuend.
+        other: subtrahend.
+        candidates: names in both.
+        metric: the same in both.
+        cases: index of a case in `one` -> index of the case with the same prompt in `other`.
+    """
+    own, against = one.values(candidates[0], metric), other.values(candidates[1], metric)
+    shared: dict[Place, float] = {
+        (case, seed): value - against[cases[case], seed]
+        for (case, seed), value in own.items()
+        if case is not None and case in cases and (cases[case], seed) in against
+    }
+    return _interval(shared)
+
+
+def _interval(values: Mapping[Place, float]) -> Interval:
+    """Returns the interval over the cases that have most seeds."""
+    cases: dict[int | None, dict[int | None, float]] = defaultdict(dict)
+    for (case, seed), value in values.items():
+        cases[case][seed] = value
+    longest = max(map(len, cases.values()), default=0)
+    rows = [row for row in cases.values() if len(row) == longest]
+    if not rows:
+        return Interval(math.nan, math.nan, math.nan)
+    if any(row.keys() != rows[0].keys() for row in rows):
+        return nested_interval(np.array([list(row.values()) for row in rows]))
+    return interval(np.array([[row[seed] for seed in rows[0]] for row in rows]))

@@ -1,8 +1,8 @@
 """Which candidate is the best: as like the references and as true to the prompts as the limits allow.
 
 Likeness and text alignment pull against each other, so no single score decides. What no other candidate beats in both
-is the frontier. On it, each candidate has two shares: how far it goes from the base to real pictures in likeness, and
-how far from unrelated pictures to the best of all in text alignment. Their harmonic mean (van Rijsbergen 1979,
+is the frontier. On it, each candidate has two shares: how far it goes from the base to real images in likeness, and
+how far from unrelated images to the best of all in text alignment. Their harmonic mean (van Rijsbergen 1979,
 "Information Retrieval", chapter 7) is maximized: it is 0 where either share is, so neither the base nor a copy that
 ignores its prompt can win. The next ones are tied with the best for as long as neither their likeness nor their text
 alignment can be told from its own; of those the earliest with the lowest weight is taken.
@@ -18,8 +18,7 @@ from typing import Any
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.evaluation.results import BASE, Candidate, Evaluation
-from lora_diffusion.evaluation.table import Table
+from lora_diffusion.evaluation.results import BASE, Candidate, Evaluation, Table
 
 LIKENESS = ("dino_image", "clip_image")
 """Metrics of likeness to the references, the better judge of a subject first (Ruiz et al. 2023, section 4.2)."""
@@ -47,14 +46,14 @@ class Limit:
     value: float
     reason: str
     is_given: bool
-    """True if the user asked for it; then a limit that no candidate keeps is an error."""
+    """True if the user set it; then a limit that no candidate keeps is an error."""
     lifted: bool = False
     """True if no candidate keeps it, so that it could not decide."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How one candidate stands."""
+class CandidateScore:
+    """How well one candidate does."""
 
     name: str
     step: int | None
@@ -62,9 +61,9 @@ class Standing:
     likeness: float
     text: float
     likeness_share: float
-    """0 at the base, 1 at real pictures."""
+    """0 at the base, 1 at real images."""
     text_share: float
-    """0 at unrelated pictures, 1 at the best text alignment of all."""
+    """0 at unrelated images, 1 at the best text alignment of all."""
     balance: float
     """Weighted harmonic mean of both shares."""
     on_frontier: bool
@@ -78,7 +77,7 @@ class Choice:
 
     candidate: Candidate
     likeness_metric: str
-    standings: tuple[Standing, ...]
+    scores: tuple[CandidateScore, ...]
     """All candidates but the base, in the order of the evaluation."""
     limits: tuple[Limit, ...]
     tied: tuple[str, ...]
@@ -88,13 +87,13 @@ class Choice:
     """What is to be minded of the choice; `Evaluation.warnings` tells what is to be minded of the numbers."""
 
     @property
-    def standing(self) -> Standing:
-        """How the chosen candidate stands."""
+    def score(self) -> CandidateScore:
+        """How well the chosen candidate does."""
         return self.find(self.candidate.name)
 
-    def find(self, name: str) -> Standing:
-        """Returns how a candidate stands."""
-        return next(standing for standing in self.standings if standing.name == name)
+    def find(self, name: str) -> CandidateScore:
+        """Returns how well a candidate does."""
+        return next(score for score in self.scores if score.name == name)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -106,7 +105,7 @@ class Choice:
             "likeness_metric": self.likeness_metric,
             "limits": [vars(limit) for limit in self.limits],
             "tied": list(self.tied),
-            "candidates": [vars(standing) for standing in self.standings],
+            "candidates": [vars(score) for score in self.scores],
             "warnings": list(self.warnings),
         }
 
@@ -129,25 +128,25 @@ def choose(evaluation: Evaluation, preference: Preference | None = None) -> Choi
     if not candidates:
         raise DataError("The evaluation holds the base alone; evaluate checkpoints, weights or files to choose from.")
     bounds = _applied(limits(evaluation, preference), table, candidates)
-    standings = _standings(evaluation, table, candidates, likeness, bounds, preference.text_weight)
-    allowed = [standing for standing in standings if not standing.breaks]
-    top = frontier([(standing.likeness, standing.text) for standing in allowed])
+    scores = _candidate_scores(evaluation, table, candidates, likeness, bounds, preference.text_weight)
+    allowed = [score for score in scores if not score.breaks]
+    top = frontier([(score.likeness, score.text) for score in allowed])
     names = {allowed[index].name for index in top}
-    standings = tuple(replace(standing, on_frontier=standing.name in names) for standing in standings)
+    scores = tuple(replace(score, on_frontier=score.name in names) for score in scores)
     best, *others = sorted(
-        (standing for standing in standings if standing.on_frontier),
-        key=lambda standing: (-standing.balance, -standing.likeness),
+        (score for score in scores if score.on_frontier),
+        key=lambda score: (-score.balance, -score.likeness),
     )
-    tied = [best, *takewhile(lambda other: not _told_apart(table, best.name, other.name, likeness), others)]
-    picked = min(tied, key=lambda standing: (standing.step or 0, standing.weight))
+    tied = [best, *takewhile(lambda other: not _are_distinct(table, best.name, other.name, likeness), others)]
+    picked = min(tied, key=lambda score: (score.step or 0, score.weight))
     choice = Choice(
         evaluation.candidate(picked.name),
         likeness,
-        standings,
+        scores,
         bounds,
-        tuple(standing.name for standing in tied),
+        tuple(score.name for score in tied),
         ("", ""),
-        _warnings(standings, picked, bounds) + _unlimited(bounds),
+        _warnings(scores, picked, bounds) + _unlimited(bounds),
     )
     return replace(choice, sentences=_explain(choice, evaluation, table))
 
@@ -183,14 +182,14 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
     """Returns a limit for each of copying, prior_drift and prompt_leak that was measured.
 
-    The defaults, each relative to the base or to real pictures:
+    The defaults, each relative to the base or to real images:
 
-    - copying: what the references score, since held-out pictures of the same thing are as near to the training pictures
+    - copying: what the references score, since held-out images of the same thing are as near to the training images
       as honest ones can be. Without their scores, or if some were trained on: half way from the base to a perfect copy.
-    - prior_drift: half of the distance between two of the base's own pictures of one prompt. At the whole of it another
-      picture altogether is drawn.
-    - prompt_leak: half of what real pictures exceed the base by in likeness. Beyond it the concept is drawn rather than
-      not where nobody asked for it.
+    - prior_drift: half of the distance between two of the base's own images of one prompt. At the whole of it another
+      image altogether is drawn.
+    - prompt_leak: half of what real images exceed the base by in likeness. Beyond it the concept is shown rather than
+      not where no prompt asks for it.
 
     Raises:
         ConfigError: the user gave a limit for a metric that was not measured.
@@ -211,24 +210,24 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
 
 
 def _copying_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
-    real = evaluation.real.get("copying")
-    trained = {file.sha256 for file in evaluation.training_pictures}
-    if real is not None and trained.isdisjoint(file.sha256 for file in evaluation.references):
-        return real, "what the references themselves score"
+    score = evaluation.reference_scores.get("copying")
+    trained = {file.sha256 for file in evaluation.training_images}
+    if score is not None and trained.isdisjoint(file.sha256 for file in evaluation.references):
+        return score, "what the references themselves score"
     return (table.mean(BASE, "copying") + 1) / 2, "half way from the base to a perfect copy"
 
 
 def _drift_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
     del table
-    apart = evaluation.chance.get("prior_drift")
-    return None if apart is None else (apart / 2, "half of the distance between two of the base's own pictures")
+    apart = evaluation.random_baseline.get("prior_drift")
+    return None if apart is None else (apart / 2, "half of the distance between two of the base's own images")
 
 
 def _leak_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
-    real = evaluation.real.get("clip_image")
-    if real is None:
+    score = evaluation.reference_scores.get("clip_image")
+    if score is None:
         return None
-    return (real - table.mean(BASE, "clip_image")) / 2, "half of the way from the base to real pictures"
+    return (score - table.mean(BASE, "clip_image")) / 2, "half of the way from the base to real images"
 
 
 _DEFAULTS = {"copying": _copying_limit, "prior_drift": _drift_limit, "prompt_leak": _leak_limit}
@@ -236,13 +235,13 @@ _DEFAULTS = {"copying": _copying_limit, "prior_drift": _drift_limit, "prompt_lea
 
 def _likeness_metric(table: Table, preference: Preference) -> str:
     wanted = (preference.likeness,) if preference.likeness else LIKENESS
-    found = [metric for metric in wanted if table.has(metric)]
-    if not found or not table.has(TEXT):
+    measured = [metric for metric in wanted if table.has(metric)]
+    if not measured or not table.has(TEXT):
         raise DataError(
-            f"The evaluation has no scores of {' or '.join(wanted) if not found else TEXT} for prompts that ask for "
+            f"The evaluation has no scores of {' or '.join(wanted) if not measured else TEXT} for prompts that ask for "
             "what was trained, so that nothing can be chosen; evaluate again with --references and such prompts."
         )
-    return found[0]
+    return measured[0]
 
 
 def _applied(bounds: Sequence[Limit], table: Table, candidates: Sequence[Candidate]) -> tuple[Limit, ...]:
@@ -262,39 +261,37 @@ def _applied(bounds: Sequence[Limit], table: Table, candidates: Sequence[Candida
     return tuple(applied)
 
 
-def _standings(
+def _candidate_scores(
     evaluation: Evaluation,
     table: Table,
     candidates: Sequence[Candidate],
     likeness: str,
     bounds: Sequence[Limit],
     text_weight: float,
-) -> tuple[Standing, ...]:
+) -> tuple[CandidateScore, ...]:
     low, high = _anchors(evaluation, table, candidates, likeness)
-    chance = evaluation.chance.get(TEXT, 0.0)
+    baseline = evaluation.random_baseline.get(TEXT, 0.0)
     most = max(table.mean(name, TEXT) for name in (BASE, *(candidate.name for candidate in candidates)))
-    found = []
+    scores = []
     for candidate in candidates:
-        own, text = table.mean(candidate.name, likeness), table.mean(candidate.name, TEXT)
-        shares = share(own, low, high), share(text, chance, most)
+        mean, text = table.mean(candidate.name, likeness), table.mean(candidate.name, TEXT)
+        shares = share(mean, low, high), share(text, baseline, most)
         broken = [
             limit.metric
             for limit in bounds
             if not limit.lifted and table.mean(candidate.name, limit.metric) > limit.value
         ]
-        mean = balance(*shares, text_weight)
-        found.append(
-            Standing(candidate.name, candidate.step, candidate.weight, own, text, *shares, mean, False, (*broken,))
-        )
-    return tuple(found)
+        facts = candidate.name, candidate.step, candidate.weight, mean, text
+        scores.append(CandidateScore(*facts, *shares, balance(*shares, text_weight), False, (*broken,)))
+    return tuple(scores)
 
 
 def _anchors(
     evaluation: Evaluation, table: Table, candidates: Sequence[Candidate], likeness: str
 ) -> tuple[float, float]:
-    """Returns the likeness of the base and that of real pictures, or where it is unknown, of the best candidate."""
+    """Returns the likeness of the base and that of real images, or where it is unknown, of the best candidate."""
     best = max(table.mean(candidate.name, likeness) for candidate in candidates)
-    return table.mean(BASE, likeness), evaluation.real.get(likeness, best)
+    return table.mean(BASE, likeness), evaluation.reference_scores.get(likeness, best)
 
 
 def share(value: float, low: float, high: float) -> float:
@@ -309,12 +306,12 @@ def balance(likeness: float, text: float, text_weight: float = 0.5) -> float:
     return 1 / ((1 - text_weight) / likeness + text_weight / text)
 
 
-def _told_apart(table: Table, one: str, other: str, likeness: str) -> bool:
+def _are_distinct(table: Table, one: str, other: str, likeness: str) -> bool:
     """Says whether likeness or text alignment of two candidates surely differ."""
     return not all(table.difference(one, other, metric).covers_zero for metric in (likeness, TEXT))
 
 
-def _warnings(standings: Sequence[Standing], picked: Standing, bounds: Sequence[Limit]) -> tuple[str, ...]:
+def _warnings(scores: Sequence[CandidateScore], picked: CandidateScore, bounds: Sequence[Limit]) -> tuple[str, ...]:
     found = [
         f"No candidate keeps {limit.metric} at or below {limit.value:.3f} ({limit.reason}), so it did not decide."
         for limit in bounds
@@ -322,7 +319,7 @@ def _warnings(standings: Sequence[Standing], picked: Standing, bounds: Sequence[
     ]
     if not picked.likeness_share:
         found.append("No candidate that keeps the limits looks more like the references than the base alone.")
-    steps = sorted({standing.step for standing in standings if standing.step is not None})
+    steps = sorted({score.step for score in scores if score.step is not None})
     if len(steps) > 1 and picked.step == steps[-1]:
         found.append("The last checkpoint was chosen: a longer run may be better still.")
     if len(steps) > 1 and picked.step == steps[0]:
@@ -338,34 +335,34 @@ def _unlimited(bounds: Sequence[Limit]) -> tuple[str, ...]:
 
 
 def _explain(choice: Choice, evaluation: Evaluation, table: Table) -> tuple[str, str]:
-    picked, likeness = choice.standing, choice.likeness_metric
-    real = evaluation.real.get(likeness)
-    goal = f"real pictures ({likeness} {real:.3f})" if real is not None else "the most alike candidate"
+    picked, likeness = choice.score, choice.likeness_metric
+    goal_score = evaluation.reference_scores.get(likeness)
+    goal = f"real images ({likeness} {goal_score:.3f})" if goal_score is not None else "the most alike candidate"
     first = (
         f"{picked.name} goes {picked.likeness_share:.0%} of the way from the base ({likeness} "
         f"{table.mean(BASE, likeness):.3f}) to {goal} with {picked.likeness:.3f}, and keeps {picked.text_share:.0%} of "
         f"the best text alignment with {TEXT} {picked.text:.3f}: a balance of {picked.balance:.2f}."
     )
-    return first, f"Of {len(choice.standings)} candidates {_others(choice)}."
+    return first, f"Of {len(choice.scores)} candidates {_others(choice)}."
 
 
 def _others(choice: Choice) -> str:
-    picked = choice.standing
-    broken = [standing for standing in choice.standings if standing.breaks]
-    rest = [standing for standing in choice.standings if standing.on_frontier and standing.name != picked.name]
+    picked = choice.score
+    broken = [score for score in choice.scores if score.breaks]
+    rest = [score for score in choice.scores if score.on_frontier and score.name != picked.name]
     clauses = []
     if broken:
-        counts = _count(metric for standing in broken for metric in standing.breaks)
+        counts = _count(metric for score in broken for metric in score.breaks)
         clauses.append(f"{len(broken)} {'break' if len(broken) > 1 else 'breaks'} a limit ({counts})")
-    beaten = len(choice.standings) - len(broken) - len(rest) - 1
+    beaten = len(choice.scores) - len(broken) - len(rest) - 1
     if beaten:
         clauses.append(f"{beaten} {'are' if beaten > 1 else 'is'} beaten in likeness and text by others")
     tied = [name for name in choice.tied if name != picked.name]
     if tied:
         clauses.append(f"{len(tied)} could not be told apart from it and came later or need more weight")
-    clear = [standing for standing in rest if standing.name not in tied]
+    clear = [score for score in rest if score.name not in tied]
     if clear:
-        rival = max(clear, key=lambda standing: standing.balance)
+        rival = max(clear, key=lambda score: score.balance)
         scores = f"{rival.likeness:.3f} and {rival.text:.3f}"
         clauses.append(f"the next best, {rival.name}, has {scores} (balance {rival.balance:.2f})")
     if not clauses:

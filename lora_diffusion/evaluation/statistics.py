@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NUM_SAMPLES = 2000
 _LEVEL = 0.95
@@ -43,8 +47,26 @@ class Interval:
         return num * (half / self.mean) ** 2 if self.mean else float("inf")
 
 
+@dataclass(frozen=True)
+class MeanWithError:
+    """A mean and how sure it is, for values that are taken to be independent."""
+
+    mean: float
+    half_width: float
+    """1.96 standard errors over the values; NaN where there is only one."""
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half_width:.3f}"
+
+
+def mean_with_error(values: Tensor) -> MeanWithError:
+    """Returns the mean of values [num] and 1.96 of its standard errors."""
+    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return MeanWithError(values.mean().item(), half)
+
+
 def interval(values: NDArray[np.float64]) -> Interval:
-    """Returns the bootstrap percentile interval of a mean over prompts that were all drawn with the same seeds.
+    """Returns the bootstrap percentile interval of a mean over prompts that were all generated with the same seeds.
 
     A seed is the same noise for all prompts, so prompts and seeds are drawn with replacement apart from each other, and
     a value counts as often as its prompt times as often as its seed (Owen 2007, "The pigeonhole bootstrap", arXiv

@@ -1,13 +1,14 @@
-"""Prompt suites: short YAML files that map a kind of prompt to its templates.
+"""Prompt suites: short YAML files that map a group of prompt to its templates.
 
     subject:
       - a {trigger} {class} in the jungle
-      - {prompt: "a picture of a {trigger}", plain: "a picture of a {class}", meaning: "a photo of a {class}"}
+      - {prompt: "an image of a {trigger}", plain: "an image of a {class}", meaning: "a photo of a {class}"}
     prior:
       - a {class}
 
 A template is a text, or a mapping with `prompt` and, where they do not follow from it, `plain` (the prompt without the
-trigger words) and `meaning` (what it shows, in words that the scorer knows; else the plain prompt).
+trigger words: the control prompt) and `meaning` (what it shows, in words that the scorer knows: the scoring caption;
+else the control prompt).
 
 Placeholders: {trigger}, the words that call the adapter up, and {class}, what is trained in words that everybody knows;
 {trigger2}, {class2}, ... are those of further adapters. "a" before a placeholder becomes "an" where that is right. All
@@ -27,17 +28,15 @@ from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some, shown, suggestion
-from lora_diffusion.data.captions import phrase_pattern, without_trigger
+from lora_diffusion.data.captions import phrase_pattern, without_trigger, words_pattern
 from lora_diffusion.evaluation.results import ALL, Case
 
-PLAIN_KINDS = frozenset({"prior", "leak"})
-"""Kinds of prompts that do not ask for what was trained: of its class (prior), and of other things (leak)."""
 _KEYS = ("prompt", "plain", "meaning")
 _PLACEHOLDER = re.compile(r"(?<!\$)\{(trigger|class)([2-9]?)\}")
 _ANY_BRACES = re.compile(r"(?P<text>\$\{[^{}]*\}?)|\{[^{}]*\}|[{}]")
 """`${` is text, here as in configs."""
 _LONGEST = 20_000
-_MOST_FAULTS = 30
+_MOST_ERRORS = 30
 _ARTICLE = r"\b([Aa])n?(?=\s+{word}(?!\w))"
 
 
@@ -49,7 +48,7 @@ def shipped_suites() -> dict[str, Path]:
 def read_cases(
     source: str | Path, triggers: Sequence[str] = (), classes: Sequence[str] = (), setting: str = "--prompts "
 ) -> tuple[Case, ...]:
-    """Returns the cases of a suite with its placeholders filled in; equal prompts of a kind are one case, the first.
+    """Returns the cases of a suite with its placeholders filled in; equal prompts of a group are one case, the first.
 
     Args:
         source: YAML file, or name of a shipped suite.
@@ -58,29 +57,35 @@ def read_cases(
         setting: how the user named the source, for messages.
 
     Raises:
-        ConfigError: no such suite, or it is wrong; all faults of the file are listed at once.
+        ConfigError: no such suite, or it is wrong; all errors of the file are listed at once.
     """
     path = _find(source, setting)
     values = {f"trigger{i or ''}": word for i, word in _numbered(triggers)}
     values |= {f"class{i or ''}": word for i, word in _numbered(classes)}
-    faults: list[str] = []
+    errors: list[str] = []
     cases: dict[tuple[str, str], Case] = {}
     repeated: list[str] = []
-    for kind, entry in _entries(path, faults):
-        own = [fault for text in entry.values() for fault in _faults(text, values)]
-        faults += own
+    for group, entry in _entries(path, errors):
+        own = [error for text in entry.values() for error in _placeholder_errors(text, values)]
+        errors += own
         if not own:
-            case = _case(len(cases), kind, entry, values, path.stem)
-            repeated += [case.prompt] if (case.kind, case.prompt) in cases else []
-            cases.setdefault((case.kind, case.prompt), case)
-    if faults:
-        distinct = list(dict.fromkeys(faults))
-        more = [f"and {len(distinct) - _MOST_FAULTS} more"] if len(distinct) > _MOST_FAULTS else []
-        raise ConfigError(f"{setting}{path} has {len(distinct)} fault(s).", distinct[:_MOST_FAULTS] + more)
+            case = _case(len(cases), group, entry, values, path.stem)
+            repeated += [case.prompt] if (case.group, case.prompt) in cases else []
+            cases.setdefault((case.group, case.prompt), case)
+    if errors:
+        distinct = list(dict.fromkeys(errors))
+        more = [f"and {len(distinct) - _MOST_ERRORS} more"] if len(distinct) > _MOST_ERRORS else []
+        raise ConfigError(f"{setting}{path} has {len(distinct)} error(s).", distinct[:_MOST_ERRORS] + more)
     if repeated:
-        # Drawn from the same noise, they would be the same pictures, and be counted as more.
+        # From the same noise they would be the same images, and be counted as more.
         logger.warning("%s repeats %d prompt(s), which count once: %s", path, len(repeated), name_some(repeated))
     return tuple(cases.values())
+
+
+def control_prompts(captions: Sequence[str], trigger: str) -> list[str]:
+    """Returns captions without the trigger words, which are their control prompts; "" for no trigger leaves them."""
+    pattern = words_pattern(trigger) if trigger else None
+    return [without_trigger(caption, pattern) if pattern else caption for caption in captions]
 
 
 def _find(source: str | Path, setting: str) -> Path:
@@ -121,37 +126,38 @@ def _numbered(words: Sequence[str]) -> Iterator[tuple[int, str]]:
     yield from ((index + 1 if index else 0, word) for index, word in enumerate(words))
 
 
-def _entries(path: Path, faults: list[str]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yields (kind, texts) of each template, or adds faults."""
+def _entries(path: Path, errors: list[str]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Yields (group, texts) of each template, or adds errors."""
     try:
         content = plain_yaml.parse(plain_yaml.read_text(path))
     except (plain_yaml.YamlError, OSError) as error:
-        faults.append(f"is not a YAML file: {error}")
+        errors.append(f"is not a YAML file: {error}")
         return
     if not isinstance(content, dict) or not content:
-        faults.append("must map kinds of prompts to lists of them, say 'subject:' and below it '- a {trigger} dog'")
+        errors.append("must map groups of prompts to lists of them, say 'subject:' and below it '- a {trigger} dog'")
         return
-    for kind, templates in content.items():
-        if not re.fullmatch(r"[a-z][a-z_]*", kind) or kind == ALL:
-            faults.append(f"{shown(kind)}: a kind is a word in small letters, and not '{ALL}'")
+    for group, templates in content.items():
+        if not re.fullmatch(r"[a-z][a-z_]*", group) or group == ALL:
+            errors.append(f"{shown(group)}: a group is a word in small letters, and not '{ALL}'")
         elif not isinstance(templates, list) or not templates:
-            faults.append(f"{kind}: must be a list of prompts, each behind a dash")
+            errors.append(f"{group}: must be a list of prompts, each behind a dash")
         else:
-            yield from ((kind, entry) for template in templates if (entry := _entry(kind, template, faults)))
+            yield from ((group, entry) for template in templates if (entry := _entry(group, template, errors)))
 
 
-def _entry(kind: str, template: Any, faults: list[str]) -> Mapping[str, str] | None:
+def _entry(group: str, template: Any, errors: list[str]) -> Mapping[str, str] | None:
     entry = {"prompt": template} if isinstance(template, str) else template
     if not isinstance(entry, dict) or "prompt" not in entry or not all(map(_is_text, entry.values())):
-        faults.append(
-            f"{kind}: {shown(_meant(template))} is no prompt; write a text, in quotes where YAML takes it for a "
+        errors.append(
+            f"{group}: {shown(_meant(template))} is no prompt; write a text, in quotes where YAML takes it for a "
             f"number, yes or no, with at most {_LONGEST} characters, or {{prompt: TEXT, plain: TEXT}}"
         )
         return None
     unknown = [str(key) for key in entry if key not in _KEYS]
     if unknown:
-        faults.append(
-            f"{kind}: {shown(entry['prompt'])!r} has the unknown key {shown(unknown[0])}{suggestion(unknown[0], _KEYS)}"
+        errors.append(
+            f"{group}: {shown(entry['prompt'])!r} has the unknown key {shown(unknown[0])}"
+            f"{suggestion(unknown[0], _KEYS)}"
         )
         return None
     return entry
@@ -165,10 +171,10 @@ def _meant(value: Any) -> str:
     return repr(getattr(value, "meaning", value))
 
 
-def _faults(template: str, values: Mapping[str, str]) -> list[str]:
+def _placeholder_errors(template: str, values: Mapping[str, str]) -> list[str]:
     """Returns what is wrong with the placeholders of a text."""
     found = []
-    for braces in islice((one[0] for one in _ANY_BRACES.finditer(template) if one["text"] is None), _MOST_FAULTS):
+    for braces in islice((one[0] for one in _ANY_BRACES.finditer(template) if one["text"] is None), _MOST_ERRORS):
         match = _PLACEHOLDER.fullmatch(braces)
         if not match:
             found.append(
@@ -184,11 +190,11 @@ def _faults(template: str, values: Mapping[str, str]) -> list[str]:
 _EXAMPLES = {"trigger": '--trigger "blob style"', "class": "--class dog"}
 
 
-def _case(index: int, kind: str, texts: Mapping[str, str], values: Mapping[str, str], suite: str) -> Case:
+def _case(index: int, group: str, texts: Mapping[str, str], values: Mapping[str, str], suite: str) -> Case:
     prompt = _filled(texts["prompt"], values)
-    plain = _filled(texts["plain"], values) if "plain" in texts else _without_triggers(texts["prompt"], values)
-    meaning = _filled(texts["meaning"], values) if "meaning" in texts else plain
-    return Case(index, prompt, plain, meaning, kind, suite)
+    control = _filled(texts["plain"], values) if "plain" in texts else _without_triggers(texts["prompt"], values)
+    caption = _filled(texts["meaning"], values) if "meaning" in texts else control
+    return Case(index, prompt, control, caption, group, suite)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

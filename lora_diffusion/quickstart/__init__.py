@@ -1,4 +1,4 @@
-"""The whole way on a built-in base, once for each kind of model: train, compare before and after, report."""
+"""The whole way on a built-in base, once for each task: train, compare before and after, report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 from lora_diffusion.core.result import Result
 
-_HOMES = {"style": "style", "whisper": "whisper", "llava": "llava"}
-"""What is shown -> file of this room, imported only when it is asked for."""
-NAMES = tuple(_HOMES)
+NAMES = ("style", "whisper", "llava")
+"""Each is a file here, imported only when it is run."""
 
 
 def quickstart(name: str, output_path: Path, *, resume: bool = False, overwrite: bool = False) -> Result:
@@ -24,6 +23,5 @@ def quickstart(name: str, output_path: Path, *, resume: bool = False, overwrite:
     Raises:
         ConfigError: the folder holds another run, and neither `resume` nor `overwrite` is set.
     """
-    home = import_module(f"{__name__}.{_HOMES[name]}")
-    result: Result = home.quickstart(output_path, resume=resume, overwrite=overwrite)
+    result: Result = import_module(f"{__name__}.{name}").quickstart(output_path, resume=resume, overwrite=overwrite)
     return result

@@ -7,24 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.quickstart import _writing
-from lora_diffusion.report.text_page import TextPage
+from lora_diffusion.quickstart import _text_output
+from lora_diffusion.report.quickstart_page import TextPage
 from lora_diffusion.workflows.ask import score_answers
 
 
-def _page(scores: _writing.Scores) -> TextPage:
+def _page(scores: _text_output.Scores) -> TextPage:
     rows: list[tuple[Any, ...]] = []
     for name, (before, after) in scores.items():
-        total = (name, "all", len(before.answers), before.exact_match, after.exact_match)
-        rows.append((*total, before.token_f1, after.token_f1))
-        for question, share in before.by_question.items():
-            count = sum(one.question == question for one in before.answers)
-            rows.append((name, question, count, share, after.by_question[question], "", ""))
-    examples, pictures = [], []
+        means = [own.scores[metric] for metric in ("exact_match", "token_f1") for own in (before, after)]
+        rows.append((name, "all", len(before.texts), *means))
+        shares = [own.rates()["by_question"] for own in (before, after)]
+        for question in shares[0]:
+            count = sum(own.question == question for own in before.texts)
+            rows.append((name, question, count, *(share[question] for share in shares), "", ""))
+    examples, images = [], []
     for before, after in scores.values():
-        said, worst = {one.key: one.answer for one in after.answers}, before.answers[: _writing.NUM_EXAMPLES]
-        examples += [(one.question, one.target, one.answer, said[one.key]) for one in worst]
-        pictures += [Path(one.picture) for one in worst]
+        adapted, worst = {own.key: own.text for own in after.texts}, before.texts[: _text_output.NUM_EXAMPLES]
+        examples += [(own.question, own.target, own.text, adapted[own.key]) for own in worst]
+        images += [Path(own.image) for own in worst]
     return TextPage(
         title="lora-diffusion quickstart: emoji questions",
         subtitle="The same questions about pictures that were not trained on, before and after training.",
@@ -35,7 +36,7 @@ def _page(scores: _writing.Scores) -> TextPage:
         example_names=("question", "right", "answer of the base", "answer with the adapter"),
         examples=examples,
         about_examples="Of each set those that the base answered worst.",
-        pictures=pictures,
+        images=images,
     )
 
 
@@ -48,14 +49,14 @@ def _next_commands(model: str, adapter: str) -> tuple[str, ...]:
     )
 
 
-SHOW = _writing.Show(
+TASK = _text_output.TextQuickstart(
     config="llava/emoji",
     data="emoji-questions",
     tests={"new style": "new", "known styles": "known"},
-    examine=score_answers,
-    score="exact_match",
+    score=score_answers,
+    metric="exact_match",
     heading="Answers about pictures that were not trained on, right to the letter:",
     page=_page,
     commands=_next_commands,
 )
-quickstart = partial(_writing.quickstart, SHOW)
+quickstart = partial(_text_output.quickstart, TASK)

@@ -1,4 +1,4 @@
-"""The whole way on the built-in Stable Diffusion: train a style, draw before and after, score, report."""
+"""The whole way on the built-in Stable Diffusion: train a style, generate before and after, score, report."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.files import shipped_path, write_json
 from lora_diffusion.core.samples import Request
-from lora_diffusion.data.images import grid, save_image
-from lora_diffusion.report.pages import write_before_after
-from lora_diffusion.workflows.compare import compare
+from lora_diffusion.data.images import save_image
+from lora_diffusion.report.quickstart_page import write_quickstart_page
+from lora_diffusion.workflows.evaluate import compare_with_base
 from lora_diffusion.workflows.report import read_training
 from lora_diffusion.workflows.train import TrainResult, train
 
@@ -63,17 +63,14 @@ def quickstart(output_path: Path, *, resume: bool = False, overwrite: bool = Fal
     data = shipped_path("datasets") / "blob-style"
     config = load(find_shipped("sd1/style"), [f"data.path={data / 'train'}", f"output.path={output_path}"])
     trained = train(config, resume=resume, overwrite=overwrite)
-    comparison = compare(config, trained.files[0], data / "references", Request("", 0))
+    comparison = compare_with_base(config, trained.files[0], data / "references", Request("", 0))
     grid_path = output_path / "before-after.png"
-    rows = [[row.images[index] for row in comparison.rows] for index in range(_NUM_GRID_ROWS)]
-    labels = [f"{prompt} / {plain}" for prompt, plain in zip(comparison.prompts, comparison.plain_prompts, strict=True)]
-    picture = grid(rows, labels[:_NUM_GRID_ROWS], [row.label for row in comparison.rows])
-    save_image(picture, grid_path)
+    save_image(comparison.sheet(range(_NUM_GRID_ROWS)), grid_path)
     write_json(output_path / "scores.json", {"scorer": comparison.scorer, "scores": comparison.to_json()})
     report_path = output_path / "report.html"
     commands = _next_commands(config, trained.files[0])
     seconds = time.perf_counter() - started
-    write_before_after(
+    write_quickstart_page(
         report_path,
         title="lora-diffusion quickstart: blob style",
         comparison=comparison,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import shlex
 from functools import partial
 
-from lora_diffusion.quickstart import _writing
-from lora_diffusion.report.text_page import TextPage
+from lora_diffusion.quickstart import _text_output
+from lora_diffusion.report.quickstart_page import TextPage
 from lora_diffusion.workflows.transcribe import score_transcripts
 
 
-def _page(scores: _writing.Scores) -> TextPage:
+def _page(scores: _text_output.Scores) -> TextPage:
     rows = [
-        (name, len(before.recordings), before.wer, after.wer, before.cer, after.cer)
+        (name, len(before.texts), *(own.scores[metric] for metric in ("wer", "cer") for own in (before, after)))
         for name, (before, after) in scores.items()
     ]
     examples = []
     for before, after in scores.values():
-        heard, worst = {one.key: one.heard for one in after.recordings}, before.recordings[: _writing.NUM_EXAMPLES]
-        examples += [(one.said, one.heard, heard[one.key]) for one in worst]
+        adapted, worst = {own.key: own.text for own in after.texts}, before.texts[: _text_output.NUM_EXAMPLES]
+        examples += [(own.target, own.text, adapted[own.key]) for own in worst]
     return TextPage(
         title="lora-diffusion quickstart: spoken digits",
         subtitle="The same recordings, transcribed before and after training; none of them was trained on.",
@@ -40,14 +40,14 @@ def _next_commands(model: str, adapter: str) -> tuple[str, ...]:
     )
 
 
-SHOW = _writing.Show(
+TASK = _text_output.TextQuickstart(
     config="whisper/digits",
     data="spoken-digits",
     tests={"new accent and words": "new", "old accents and words": "old"},
-    examine=score_transcripts,
-    score="wer",
+    score=score_transcripts,
+    metric="wer",
     heading="Words that were misheard in recordings that were not trained on (WER):",
     page=_page,
     commands=_next_commands,
 )
-quickstart = partial(_writing.quickstart, SHOW)
+quickstart = partial(_text_output.quickstart, TASK)

@@ -17,7 +17,7 @@ _MAX_POINTS = 400
 _SMOOTHING = 0.95
 _LABEL_WIDTH, _LABEL_HEIGHT = 0.17, 0.055
 """Room of a label in the frontier plot, as shares of its sides."""
-# Stand-ins that matplotlib writes as they are, and that the page's style sheet then gives a meaning.
+# Placeholders that matplotlib writes as they are, and that the page's style sheet then gives a meaning.
 _INK, _MUTED, _LINE, _GROUND = "#010101", "#020202", "#030303", "#040404"
 _COLOURS = tuple(f"#0a0a{index:02x}" for index in range(1, SERIES + 1))
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _GROUND: "--ground"} | {
@@ -43,7 +43,7 @@ class Point:
     name: str
     text: float
     likeness: float
-    kind: str
+    rank: str
     """chosen, frontier, beaten, broken or base."""
     label: str = ""
 
@@ -55,7 +55,7 @@ _MARKERS: Mapping[str, Mapping[str, Any]] = {
     "base": {"marker": "D", "color": _INK, "s": 34},
     "chosen": {"marker": "*", "color": _COLOURS[1], "s": 210, "edgecolors": _GROUND, "linewidths": 0.8},
 }
-"""Kind of point -> its marker, drawn in this order, the most important on top."""
+"""Rank of a point -> its marker, put on in this order, the most important on top."""
 
 
 def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | None) -> str:
@@ -64,16 +64,16 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
     Args:
         points: candidates and the base.
         labels: of the two axes, across and up.
-        real: likeness of the real pictures, drawn as a line.
+        real: likeness of the real images, shown as a line.
     """
     figure, axes = _figure(5.2, 3.9)
-    top = sorted((point.text, point.likeness) for point in points if point.kind in ("frontier", "chosen"))
+    top = sorted((point.text, point.likeness) for point in points if point.rank in ("frontier", "chosen"))
     axes.plot(*zip(*top, strict=True), color=_COLOURS[0], linewidth=1.2, alpha=0.7)
     if real is not None:
         axes.axhline(real, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("real pictures", (0.01, real), xycoords=("axes fraction", "data"), **_note(3, 3))
-    for kind, marker in _MARKERS.items():
-        own = [point for point in points if point.kind == kind]
+    for rank, marker in _MARKERS.items():
+        own = [point for point in points if point.rank == rank]
         if own:
             axes.scatter([p.text for p in own], [p.likeness for p in own], **marker, zorder=3)
     right = max(point.text for point in points)
@@ -93,7 +93,7 @@ def _spaced(points: Sequence[Point], real: float | None) -> list[Point]:
     levels = [*(p.likeness for p in points), *([] if real is None else [real])]
     height = max(levels) - min(levels) or 1
     kept: list[Point] = []
-    for point in sorted(points, key=lambda p: p.kind not in ("chosen", "base")):
+    for point in sorted(points, key=lambda p: p.rank not in ("chosen", "base")):
         near = (
             abs(point.text - other.text) / width < _LABEL_WIDTH
             and abs(point.likeness - other.likeness) / height < _LABEL_HEIGHT
@@ -162,8 +162,8 @@ def held_out(scores: Sequence[Mapping[str, float]]) -> str:
     axes.axvline(best["step"], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
     axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
     axes.set(xlabel="step", ylabel="share of the largest")
-    told = ", ".join(f"{name} {best[name]:.4f}" for name in names if name in best)
-    return _svg(figure, "held out", f"Scores of held-out samples; the best step is {best['step']} with {told}.")
+    best_scores = ", ".join(f"{name} {best[name]:.4f}" for name in names if name in best)
+    return _svg(figure, "held out", f"Scores of held-out samples; the best step is {best['step']} with {best_scores}.")
 
 
 def _note(right: float, up: float) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _figure(width: float, height: float, *, has_label: bool = True) -> tuple[Any
     return figure, axes
 
 
-def _svg(figure: Any, name: str, told: str) -> str:
+def _svg(figure: Any, name: str, description: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -208,4 +208,4 @@ def _svg(figure: Any, name: str, told: str) -> str:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r'(<svg[^>]*?) width="[\d.]+pt" height="[\d.]+pt"', r"\1", svg, count=1)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(told)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)

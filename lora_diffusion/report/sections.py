@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.evaluation.results import BASE, Candidate, Case, Evaluation
-from lora_diffusion.evaluation.select import TEXT, Choice, Standing
+from lora_diffusion.evaluation.results import BASE, Candidate, Case, Evaluation, Table
+from lora_diffusion.evaluation.select import TEXT, CandidateScore, Choice
 from lora_diffusion.evaluation.statistics import Interval
-from lora_diffusion.evaluation.suites import PLAIN_KINDS
-from lora_diffusion.evaluation.table import Table
 from lora_diffusion.report import plots
-from lora_diffusion.report.page import Album, Shot, number
+from lora_diffusion.report.rendering import Album, Shot, number
 
-_MAX_ASKED, _MAX_PLAIN = 12, 6
-"""Prompts whose pictures a page shows; all others lie in the evaluation's folder."""
+_MAX_CONCEPT, _MAX_CONTROL = 12, 6
+"""Prompts whose images a page shows; all others lie in the evaluation's folder."""
 _NUM_HERO = 4
 _MANY_IMAGES = 10_000
 """From here on, a guess of how many images it takes says no more."""
@@ -43,7 +41,7 @@ class Findings:
 
     evaluation: Evaluation
     folder: Path
-    """Where its pictures are."""
+    """Where its images are."""
     choice: Choice | None
     """None where the evaluation does not allow one."""
     table: Table
@@ -57,44 +55,44 @@ class Findings:
 
     @property
     def seed(self) -> int:
-        """The seed of the picture grids."""
+        """The seed of the image grids."""
         return self.evaluation.seeds[0]
 
-    def asked(self) -> list[Case]:
+    def concept_cases(self) -> list[Case]:
         """Returns the cases that ask for what was trained."""
-        return [case for case in self.evaluation.cases if case.kind not in PLAIN_KINDS]
+        return [case for case in self.evaluation.cases if not case.is_control]
 
-    def pictures(self) -> dict[tuple[str, int | None, int | None], str]:
+    def images(self) -> dict[tuple[str, int | None, int | None], str]:
         """Returns (candidate, case, seed) -> path in the folder."""
-        return {(s.candidate, s.case, s.seed): s.picture for s in self.evaluation.scores if s.picture}
+        return {(s.candidate, s.case, s.seed): s.image for s in self.evaluation.scores if s.image}
 
 
 class Shots:
-    """Makes the shots of an evaluation's pictures."""
+    """Makes the shots of an evaluation's images."""
 
     def __init__(self, findings: Findings, album: Album) -> None:
-        """Looks the pictures up once."""
-        self._findings, self._album, self._pictures = findings, album, findings.pictures()
+        """Looks the images up once."""
+        self._findings, self._album, self._images = findings, album, findings.images()
 
     def find(self, candidate: str, case: Case, seed: int | None, text: str) -> Shot | None:
-        """Returns the shot of a picture, or None if it is not there."""
-        name = self._pictures.get((candidate, case.index, seed))
+        """Returns the shot of an image, or None if it is not there."""
+        name = self._images.get((candidate, case.index, seed))
         path = self._findings.folder / name if name else None
         if path is None or not path.is_file():
             return None
         role = {BASE: "base", self._findings.shown.name: "chosen"}.get(candidate, "")
         shown = "base alone" if candidate == BASE else candidate
-        alt = f"{case.prompt}, drawn by {shown}, seed {seed}"
+        alt = f"{case.prompt}, by {shown}, seed {seed}"
         return Shot(self._album.add(str(path), path), text, alt, f"{case.index}:{seed}", role)
 
     def pair(self, case: Case, seed: int | None, about: str = "") -> dict[str, Any] | None:
-        """Returns the base's picture and that of the candidate which the page is about."""
+        """Returns the base's image and that of the candidate which the page is about."""
         found = [self.find(BASE, case, seed, "base"), self.find(self._findings.shown.name, case, seed, "adapter")]
         shots = [shot for shot in found if shot]
-        return {"shots": shots, "prompt": case.prompt, "kind": about} if len(shots) == 2 else None
+        return {"shots": shots, "prompt": case.prompt, "about": about} if len(shots) == 2 else None
 
-    def training_picture(self, path: str) -> Shot | None:
-        """Returns the shot of a training picture, or None if it is not there any more."""
+    def training_image(self, path: str) -> Shot | None:
+        """Returns the shot of a training image, or None if it is not there any more."""
         if not path or not Path(path).is_file():
             return None
         return Shot(self._album.add(path, Path(path)), "training", f"Training picture {Path(path).name}")
@@ -122,14 +120,14 @@ def choice(findings: Findings, shots: Shots, file: str | None) -> dict[str, Any]
     chosen = findings.choice
     if chosen is None:
         return None
-    real, table = findings.evaluation.real, findings.table
+    reference_scores, table = findings.evaluation.reference_scores, findings.table
     tiles = []
     for metric in dict.fromkeys([chosen.likeness_metric, TEXT, *(limit.metric for limit in chosen.limits)]):
         note = f"base {number(table.mean(BASE, metric))}"
-        if metric in real:
-            note += f", real {number(real[metric])}"
+        if metric in reference_scores:
+            note += f", real {number(reference_scores[metric])}"
         tiles.append({"name": label(metric), "value": number(table.mean(chosen.candidate.name, metric)), "note": note})
-    pairs = (shots.pair(case, findings.seed) for case in findings.asked()[:_NUM_HERO])
+    pairs = (shots.pair(case, findings.seed) for case in findings.concept_cases()[:_NUM_HERO])
     what = _stem_label(chosen.candidate) + (f", weight {chosen.candidate.weight:g}")
     return {
         "heading": f"Recommended: {what}",
@@ -148,12 +146,12 @@ def candidates(findings: Findings) -> dict[str, Any]:
     names = columns("candidate", *(["remark", "balance#"] if chosen else []), *(f"{label(name)}#" for name in metrics))
     rows = []
     for candidate in evaluation.candidates:
-        standing = chosen.find(candidate.name) if chosen and candidate.name != BASE and candidate.weight else None
+        score = chosen.find(candidate.name) if chosen and candidate.name != BASE and candidate.weight else None
         cells: list[Any] = [candidate.name]
         if chosen:
-            cells += [_remark(standing, chosen), standing.balance] if standing else ["no adapter", ""]
+            cells += [_remark(score, chosen), score.balance] if score else ["no adapter", ""]
         cells += [table.mean(candidate.name, metric) for metric in metrics]
-        mark = "chosen" if candidate.name == findings.shown.name else "off" if standing and standing.breaks else ""
+        mark = "chosen" if candidate.name == findings.shown.name else "off" if score and score.breaks else ""
         rows.append(row(cells, mark))
     return {
         "note": "Likeness and text alignment pull against each other: a candidate is on the frontier if no other that "
@@ -200,32 +198,30 @@ def _arrows(evaluation: Evaluation) -> str:
     return f"Lower is better for {', '.join(lower)}; higher for all else." if lower else ""
 
 
-def _remark(standing: Standing, chosen: Choice) -> str:
-    if standing.name == chosen.candidate.name:
+def _remark(score: CandidateScore, chosen: Choice) -> str:
+    if score.name == chosen.candidate.name:
         return "chosen"
-    if standing.breaks:
-        return "breaks " + ", ".join(label(metric) for metric in standing.breaks)
-    if standing.name in chosen.tied:
+    if score.breaks:
+        return "breaks " + ", ".join(label(metric) for metric in score.breaks)
+    if score.name in chosen.tied:
         return "tied"
-    return "frontier" if standing.on_frontier else ""
+    return "frontier" if score.on_frontier else ""
 
 
 def _frontier(findings: Findings) -> str:
     chosen, table = findings.choice, findings.table
     assert chosen
-    points = [plots.Point(BASE, table.mean(BASE, TEXT), table.mean(BASE, chosen.likeness_metric), "base", "base")]
-    for standing in chosen.standings:
-        is_top = standing.on_frontier or standing.name == chosen.candidate.name
-        kind = "frontier" if standing.on_frontier else "broken" if standing.breaks else "beaten"
-        if standing.name == chosen.candidate.name:
-            kind = "chosen"
-        short = (
-            f"{standing.step if standing.step is not None else standing.name.rsplit('@', 1)[0]} @ {standing.weight:g}"
-        )
-        points.append(plots.Point(standing.name, standing.text, standing.likeness, kind, short if is_top else ""))
-    return plots.frontier(
-        points, (label(TEXT), label(chosen.likeness_metric)), findings.evaluation.real.get(chosen.likeness_metric)
-    )
+    likeness = chosen.likeness_metric
+    points = [plots.Point(BASE, table.mean(BASE, TEXT), table.mean(BASE, likeness), "base", "base")]
+    for score in chosen.scores:
+        rank = "frontier" if score.on_frontier else "broken" if score.breaks else "beaten"
+        if score.name == chosen.candidate.name:
+            rank = "chosen"
+        short = f"{score.step if score.step is not None else score.name.rsplit('@', 1)[0]} @ {score.weight:g}"
+        is_top = rank in ("frontier", "chosen")
+        points.append(plots.Point(score.name, score.text, score.likeness, rank, short if is_top else ""))
+    reference = findings.evaluation.reference_scores.get(likeness)
+    return plots.frontier(points, (label(TEXT), label(likeness)), reference)
 
 
 def curves(findings: Findings) -> list[dict[str, Any]]:
@@ -264,8 +260,8 @@ def _curve_group(
             means, lows, highs = ([getattr(value, end) for value in found] for end in ("mean", "low", "high"))
             lines.append(plots.Curve(text, [place(candidate) for candidate in line], means, lows, highs))
         marks = {"base": findings.table.mean(BASE, facts.name)}
-        if facts.name in findings.evaluation.real:
-            marks["real"] = findings.evaluation.real[facts.name]
+        if facts.name in findings.evaluation.reference_scores:
+            marks["real"] = findings.evaluation.reference_scores[facts.name]
         drawn.append(plots.curves(label(facts.name), across, lines, marks))
     return {"title": title, "labels": labels, "plots": drawn}
 
@@ -291,7 +287,7 @@ def _stem_label(candidate: Candidate) -> str:
 
 
 def grids(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
-    """Returns picture grids: every prompt at all weights of the shown candidate, and at its weight of all others."""
+    """Returns image grids: every prompt at all weights of the shown candidate, and at its weight of all others."""
     shown = findings.shown
     own = [candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight]
     over_weights = sorted((c for c in own if _stem(c) == _stem(shown)), key=lambda c: c.weight)
@@ -309,16 +305,16 @@ def grids(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
 def _grid(
     findings: Findings, shots: Shots, title: str, own: Sequence[Candidate], name: Callable[[Candidate], str]
 ) -> dict[str, Any]:
-    asked = findings.asked()
-    plain = [case for case in findings.evaluation.cases if case.kind in PLAIN_KINDS]
-    shown = [*asked[:_MAX_ASKED], *plain[:_MAX_PLAIN]]
+    concept = findings.concept_cases()
+    control = [case for case in findings.evaluation.cases if case.is_control]
+    shown = [*concept[:_MAX_CONCEPT], *control[:_MAX_CONTROL]]
     rows = []
     for case in shown:
         found = [shots.find(BASE, case, findings.seed, "base")]
         found += [shots.find(candidate.name, case, findings.seed, name(candidate)) for candidate in own]
-        kind = "does not ask for what was trained" if case.kind in PLAIN_KINDS else ""
+        about = "does not ask for what was trained" if case.is_control else ""
         if any(found):
-            rows.append({"prompt": case.prompt, "kind": kind, "shots": [shot for shot in found if shot]})
+            rows.append({"prompt": case.prompt, "about": about, "shots": [shot for shot in found if shot]})
     left_out = len(findings.evaluation.cases) - len(shown)
     more = f" {left_out} more prompts are in {findings.folder.name}/pictures." if left_out else ""
     note = f"Each row is one prompt, drawn from the same noise (seed {findings.seed}).{more}"
@@ -326,14 +322,14 @@ def _grid(
 
 
 def prompts(findings: Findings, shots: Shots) -> dict[str, Any] | None:
-    """Returns the scores of each prompt, and the best and the worst pictures of the shown candidate."""
+    """Returns the scores of each prompt, and the best and the worst images of the shown candidate."""
     table, name = findings.table, findings.shown.name
     likeness = findings.choice.likeness_metric if findings.choice else "clip_image"
     metrics = [metric for metric in (likeness, TEXT) if table.has(metric)]
     if not metrics:
         return None
     rows = []
-    for case in findings.asked():
+    for case in findings.concept_cases():
         cells: list[Any] = [case.prompt]
         for metric in metrics:
             own, base = (_case_mean(table, candidate, metric, case.index) for candidate in (name, BASE))
@@ -361,7 +357,7 @@ def _case_mean(table: Table, candidate: str, metric: str, case: int) -> float:
 
 
 def _ranked(findings: Findings, metrics: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns (case, seed) of the shown candidate's pictures, best first by the sum of their ranks in all metrics."""
+    """Returns (case, seed) of the shown candidate's images, best first by the sum of their ranks in all metrics."""
     ranks: dict[tuple[int, int], int] = {}
     for metric in metrics:
         values = findings.table.values(findings.shown.name, metric)
@@ -384,14 +380,14 @@ def _extremes(
 
 
 def _copies(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
-    """Returns the shown candidate's pictures that are nearest to a training picture, beside it."""
+    """Returns the shown candidate's images that are nearest to a training image, beside it."""
     cases = {case.index: case for case in findings.evaluation.cases}
     own = [s for s in findings.evaluation.scores if (s.candidate, s.metric) == (findings.shown.name, "copying")]
     made = []
     for score in sorted(own, key=lambda score: -score.value)[:_NUM_EXTREME]:
-        picture = shots.find(score.candidate, cases[score.case or 0], score.seed, "drawn")
-        original = shots.training_picture(score.detail)
-        if picture and original:
+        image = shots.find(score.candidate, cases[score.case or 0], score.seed, "generated")
+        original = shots.training_image(score.detail)
+        if image and original:
             about = f"{label('copying')} {number(score.value)}"
-            made.append({"shots": [picture, original], "prompt": score.prompt, "kind": about})
+            made.append({"shots": [image, original], "prompt": score.prompt, "about": about})
     return made

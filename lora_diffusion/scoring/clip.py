@@ -1,4 +1,4 @@
-"""The CLIP that scores pictures. It is never the one that the base model reads its prompts with."""
+"""The CLIP that scores images. It is never the one that the base model reads its prompts with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path, user_path
 from lora_diffusion.core.model_folder import check_model_folder, check_sizes
 from lora_diffusion.core.text import shown
-from lora_diffusion.scoring.encoding import CentreCrop, Preprocessing, encode_pictures
+from lora_diffusion.scoring.image_encoding import CentreCrop, Preprocessing, encode_images
 
 BUILTIN = "builtin:emoji-clip"
 DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
@@ -37,7 +37,7 @@ _OWN_ENCODERS = {
     "stable-diffusion-v2": _VIT_H,
     "stable-diffusion-xl-v1": _VIT_L + _VIT_G,
 }
-"""Start of an architecture's name -> the CLIPs, as open_clip and the hub call them, whose text towers it reads with."""
+"""Start of an architecture's name -> the CLIPs, as open_clip and the hub call them, that read its prompts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Clip:
 
     def encode_images(self, images: Sequence[Path | Image]) -> Tensor:
         """Returns unit vectors, [num_images, dim] float32 on the CPU."""
-        return encode_pictures(self.model.encode_image, self.preprocessing, images, self._device)
+        return encode_images(self.model.encode_image, self.preprocessing, images, self._device)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -126,7 +126,7 @@ def _check_config(name: str, config: Any) -> dict[str, bool]:
     faults = []
     for section, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
         if inner := config[section].get(key):
-            known = {open_clip.get_model_config(own)[section].get(key) for own in open_clip.list_models()}
+            known = {open_clip.get_model_config(model)[section].get(key) for model in open_clip.list_models()}
             if str(inner) not in known or Path(str(inner)).exists():
                 faults.append(f"{section}.{key}={shown(str(inner))} is no model that open_clip publishes one with")
     arguments = set(config["text_cfg"].get("tokenizer_kwargs", {})) - _TOKENIZER_ARGUMENTS
@@ -143,7 +143,7 @@ def default_clip(model_path: str) -> str:
 
 
 def is_own_encoder(name: str, architecture: str) -> bool:
-    """Says whether a base of this architecture reads its prompts with the text tower of this CLIP."""
+    """Says whether a base of this architecture reads its prompts with the text encoder of this CLIP."""
     plain = name.removeprefix("hf-hub:")
     return any(architecture.startswith(start) and plain in clips for start, clips in _OWN_ENCODERS.items())
 
@@ -176,11 +176,11 @@ def _source(name: str, known: Sequence[str]) -> tuple[str, str | None]:
 
 
 def _preprocessing(transform: Any) -> Preprocessing:
-    """Takes open_clip's transform apart: what Pillow does to each picture, and what can be done in batches."""
+    """Takes open_clip's transform apart: what Pillow does to each image, and what can be done in batches."""
     steps = list(transform.transforms)
     names = [type(step).__name__ for step in steps]
     if names[-2:] != ["MaybeToTensor", "Normalize"]:
-        raise ValueError(f"it prepares pictures by {', '.join(names)}")
+        raise ValueError(f"it prepares images by {', '.join(names)}")
 
     def resize(image: Image) -> Image:
         for step in steps[:-2]:
@@ -216,24 +216,25 @@ def load(name: str, device: str | torch.device) -> tuple[TransformersClip, Prepr
 
     Raises:
         OSError: there is no such model, or its files are missing and cannot be fetched.
-        ModelError: it is another kind of model.
+        ModelError: it is a model of another type.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    if kind != "clip":
-        raise ModelError(f"{name} is a model of the kind {kind}, not clip; scores need a CLIPModel of transformers.")
-    model = CLIPModel.from_pretrained(
+    model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    if model_type != "clip":
+        raise ModelError(f"{name} is a model of type {model_type}, not clip; scores need a CLIPModel of transformers.")
+    model: Any = CLIPModel.from_pretrained(
         name, dtype=torch.float32, trust_remote_code=False, weights_only=True, attn_implementation="sdpa"
     )
     model.to(device).eval()
-    images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    processor_class: Any = AutoImageProcessor
+    images = processor_class.from_pretrained(name, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(texts: Sequence[str]) -> Tensor:
-        found = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return found.input_ids  # type: ignore[no-any-return]
+        batch = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return batch.input_ids  # type: ignore[no-any-return]
 
     resize = CentreCrop(images.crop_size["height"], images.size["shortest_edge"])
     return TransformersClip(model), Preprocessing(resize, images.image_mean, images.image_std), tokenize

@@ -15,7 +15,7 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import user_path
 from lora_diffusion.core.model_folder import check_model_folder
 from lora_diffusion.core.text import shown
-from lora_diffusion.scoring.encoding import CentreCrop, Preprocessing, encode_pictures
+from lora_diffusion.scoring.image_encoding import CentreCrop, Preprocessing, encode_images
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, as in preprocessor_config.json of facebook/dinov2-base."""
@@ -31,7 +31,7 @@ class Dino:
 
     def encode_images(self, images: Sequence[Path | Image]) -> Tensor:
         """Returns the class tokens as unit vectors, [num_images, dim] float32 on the CPU."""
-        return encode_pictures(
+        return encode_images(
             lambda pixels: self.model(pixels).last_hidden_state[:, 0], self.preprocessing, images, self.model.device
         )
 
@@ -44,10 +44,12 @@ def load_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     """
     from transformers import Dinov2Model
 
+    model_class: Any = Dinov2Model
+
     folder = user_path(name, "--scorer dino")
     check_model_folder(folder, f"--scorer dino={name}")
     try:
-        model, report = Dinov2Model.from_pretrained(
+        model, report = model_class.from_pretrained(
             folder if folder.is_dir() else name,
             trust_remote_code=False,
             weights_only=True,

@@ -1,4 +1,4 @@
-"""A linear function of a picture's vector, from a file that the user has."""
+"""A linear function of an image's vector, from a file that the user has."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def load_probe(name: str, device: str | torch.device = "cpu") -> Probe:
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"--scorer probe={name}: its layers do not fit together ({error}).") from error
     if weight.shape[0] != 1:
-        raise ModelError(f"--scorer probe={name} gives {weight.shape[0]} numbers for a picture; it must give one.")
+        raise ModelError(f"--scorer probe={name} gives {weight.shape[0]} numbers for an image; it must give one.")
     return Probe(name, weight[0], bias.item())
 
 

@@ -1,4 +1,4 @@
-"""The models that score. Each is loaded once, and each picture and each text goes through each of them once."""
+"""The models that score. Each is loaded once, and each image and each text goes through each of them once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOADERS: Mapping[str, Callable[..., Any]] = {
     "preference": load_clip,
     "probe": load_probe,
 }
-"""Kind of scorer -> function (name, device) -> model. Metrics of other packages load other kinds themselves."""
+"""Role of a scorer -> function (name, device) -> model. Metrics of other packages load their own themselves."""
 
 Encode = Callable[[Callable[[Sequence[Any]], Tensor], Sequence[Any]], Tensor]
 """Encodes a sequence with a function; processes can share the work so."""
 
 
 class Scorers:
-    """Scoring models by their kind, and what they made of pictures and texts."""
+    """Scoring models by their role, and the vectors of images and texts that they gave."""
 
     def __init__(
         self,
@@ -40,42 +40,45 @@ class Scorers:
         """Loads nothing yet.
 
         Args:
-            names: kind -> name of the model, say "clip" -> "builtin:emoji-clip".
+            names: role -> name of the model, say "clip" -> "builtin:emoji-clip".
             device: where the models compute.
-            models: kind -> model, of those that are loaded already.
-            encode: calls a model's function on pictures or texts.
+            models: role -> model, of those that are loaded already.
+            encode: calls a model's function on images or texts.
         """
         self.names = dict(names)
         self._device, self._encode = device, encode
         self._models = dict(models or {})
         self._known: dict[tuple[str, Hashable], Tensor] = {}
+        self._latest: Sequence[Any] = ()
 
-    def find(self, kind: str) -> Any:
+    def find(self, role: str) -> Any:
         """Returns a model, loaded on first use.
 
         Raises:
-            ConfigError: no model of this kind was named.
+            ConfigError: no model of this role was named.
             ModelError: it cannot be loaded.
         """
-        if kind not in self._models:
-            if kind not in self.names or kind not in LOADERS:
-                raise ConfigError(f"No scorer {kind} was named; give --scorer {kind}=NAME.")
-            self._models[kind] = LOADERS[kind](self.names[kind], self._device)
-        return self._models[kind]
+        if role not in self._models:
+            if role not in self.names or role not in LOADERS:
+                raise ConfigError(f"No scorer {role} was named; give --scorer {role}=NAME.")
+            self._models[role] = LOADERS[role](self.names[role], self._device)
+        return self._models[role]
 
-    def see(self, kind: str, pictures: Sequence[Path | Image]) -> Tensor:
-        """Returns the unit vectors of pictures, [num_pictures, dim] float32 on the CPU; those of files are kept."""
-        return self._vectors(kind, self.find(kind).encode_images, pictures)
+    def see(self, role: str, images: Sequence[Path | Image]) -> Tensor:
+        """Returns the unit vectors of images, [num_images, dim] float32 on the CPU; of files they are kept."""
+        return self._vectors(role, self.find(role).encode_images, images)
 
-    def read(self, kind: str, texts: Sequence[str]) -> Tensor:
+    def read(self, role: str, texts: Sequence[str]) -> Tensor:
         """Returns the unit vectors of texts, [num_texts, dim] float32 on the CPU; they are kept."""
-        return self._vectors(kind, self.find(kind).encode_texts, texts)
+        return self._vectors(role, self.find(role).encode_texts, texts)
 
-    def _vectors(self, kind: str, function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
-        keys = [(kind, item if isinstance(item, str | Path) else id(item)) for item in items]
-        fresh = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
-        vectors = dict(zip(fresh, self._encode(function, list(fresh.values())), strict=True)) if fresh else {}
-        # The id of a picture in memory may become another's, so only names are kept.
-        self._known.update({key: row for key, row in vectors.items() if isinstance(key[1], str | Path)})
-        rows = [vectors[key] if key in vectors else self._known[key] for key in keys]
-        return torch.stack(rows) if rows else torch.empty(0, 0)
+    def _vectors(self, role: str, function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
+        keys = [(role, item if isinstance(item, str | Path) else id(item)) for item in items]
+        if any(isinstance(key[1], int) and key not in self._known for key in keys):
+            # The id of an image that is gone may become another's: only the latest are kept, and held.
+            self._latest = items
+            self._known = {key: row for key, row in self._known.items() if not isinstance(key[1], int)}
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        if missing:
+            self._known |= zip(missing, self._encode(function, list(missing.values())), strict=True)
+        return torch.stack([self._known[key] for key in keys]) if keys else torch.empty(0, 0)

@@ -40,7 +40,7 @@ class Source:
     name: str
     file: FileHash
     content: str
-    """Hash of what it does to the base, whatever the spelling of its file."""
+    """Hash of what it does to the base, whatever the format of its file."""
     trigger: str
     read: Callable[[], AdapterState]
     step: int | None = None
@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is tried at each weight: one adapter, or several together."""
+    """What is evaluated at each weight: one adapter, or several together."""
 
     parts: tuple[tuple[Source, float], ...]
 
@@ -64,58 +64,58 @@ class Entry:
         return Candidate(f"{source.name}@{float(weight)}", file.path, file.sha256, source.step, weights, weight)
 
 
-def from_files(texts: Sequence[str], family: Family, model: ModelOptions, faults: Faults) -> list[Entry]:
-    """Returns an entry for each FILE, FILE:WEIGHT or FILE:WEIGHT+FILE:WEIGHT; files that do not fit are faults."""
-    asked = []
+def from_files(texts: Sequence[str], family: Family, model: ModelOptions, errors: Faults) -> list[Entry]:
+    """Returns an entry for each FILE, FILE:WEIGHT or FILE:WEIGHT+FILE:WEIGHT; files that do not fit are errors."""
+    groups = []
     for text in texts:
-        with faults.noted():
+        with errors.noted():
             parts = weighted_files(text)
             if len({path.resolve() for path, _ in parts}) < len(parts):
                 raise ConfigError(f"--adapter {text} names a file twice; name it once, with the sum of its weights.")
-            asked.append(parts)
-    paths = list(dict.fromkeys(path for parts in asked for path, _ in parts))
-    found = {path: _run_checkpoints.find(path) for path in paths}
-    stems = {path: own.folder.name if own else path.stem for path, own in found.items()}
+            groups.append(parts)
+    paths = list(dict.fromkeys(path for parts in groups for path, _ in parts))
+    checkpoints = {path: _run_checkpoints.find(path) for path in paths}
+    stems = {path: own.folder.name if own else path.stem for path, own in checkpoints.items()}
     sources = {}
-    for path, own in found.items():
-        with faults.noted():
+    for path, own in checkpoints.items():
+        with errors.noted():
             twins = [twin for twin, stem in stems.items() if stem == stems[path]]
-            name = stems[path] if len(twins) == 1 else _told_apart(path, twins)
+            name = stems[path] if len(twins) == 1 else _distinct_name(path, twins)
             sources[path] = _source(name, path, own.file if own else path, partial(read_adapter, path, family, model))
     return [
         Entry(tuple((sources[path], weight) for path, weight in parts))
-        for parts in asked
+        for parts in groups
         if all(path in sources for path, _ in parts)
     ]
 
 
-def _told_apart(path: Path, twins: Sequence[Path]) -> str:
+def _distinct_name(path: Path, twins: Sequence[Path]) -> str:
     """Returns a name of a file among others of its name; where paths are absolute, without what all have in common."""
     if not all(twin.is_absolute() for twin in twins):
         return str(path)
     return os.path.relpath(path, os.path.commonpath(twins))
 
 
-def from_run(run: RunFolder, faults: Faults) -> list[Entry]:
-    """Returns an entry for each whole checkpoint of a run, oldest first; where none is, the damaged ones are faults."""
+def from_run(run: RunFolder, errors: Faults) -> list[Entry]:
+    """Returns an entry for each whole checkpoint of a run, oldest first; where none is, the damaged ones are errors."""
     entries, damaged = [], Faults()
     saved = checkpoint.saved_steps(run.path)
     if not saved:
-        faults.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
+        errors.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
     for step, path in saved.items():
         with damaged.noted():
-            found = RunCheckpoint(path)
-            source = _source(path.name, path, found.file, partial(_read_checkpoint, found))
+            saved_files = RunCheckpoint(path)
+            source = _source(path.name, path, saved_files.file, partial(_read_checkpoint, saved_files))
             entries.append(Entry(((replace(source, step=step), 1.0),)))
     if entries and damaged:
         logger.warning("%d damaged checkpoints are left out: %s", len(damaged), name_some(damaged))
     else:
-        faults += damaged
+        errors += damaged
     return entries
 
 
-def _read_checkpoint(found: RunCheckpoint) -> AdapterState:
-    return _run_checkpoints.read(found)[1]
+def _read_checkpoint(saved: RunCheckpoint) -> AdapterState:
+    return _run_checkpoints.read(saved)[1]
 
 
 def _source(name: str, path: Path, hashed: Path, read: Callable[[], AdapterState]) -> Source:
@@ -148,14 +148,14 @@ def _add_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def triggers(entries: Sequence[Entry], run: RunFolder | None, config: Config | None, family: Family) -> list[str]:
-    """Returns the words that call the adapters up, as their files or their run tell them, each once."""
-    found = [source.trigger for entry in entries for source, _ in entry.parts]
+    """Returns the words that call the adapters up, as their files or their run name them, each once."""
+    words = [source.trigger for entry in entries for source, _ in entry.parts]
     if run and config:
-        told = str(getattr(config.data, "trigger", "auto"))
-        found.append("" if told == "auto" else told)
+        configured = str(getattr(config.data, "trigger", "auto"))
+        words.append("" if configured == "auto" else configured)
         with Faults().noted():  # a run that has not finished has no adapter file yet
-            found.append(_trigger(read_adapter(run.find_adapter(config), family, config.model)))
-    return list(dict.fromkeys(filter(None, found)))
+            words.append(_trigger(read_adapter(run.find_adapter(config), family, config.model)))
+    return list(dict.fromkeys(filter(None, words)))
 
 
 def _trigger(state: AdapterState) -> str:
@@ -163,10 +163,10 @@ def _trigger(state: AdapterState) -> str:
 
 
 def base_key(loaded: Loaded) -> str:
-    """Returns a hash of all of a base that decides what it draws.
+    """Returns a hash of all of a base that decides what it generates.
 
-    That is its weights, scheduler, number types and device, the layer of the text encoder that is read, and the
-    resolution, which pictures have that are asked for without a size.
+    That is its weights, scheduler, dtypes and device, the layer of the text encoder that is read, and the
+    resolution, which images have that are requested without a size.
     """
     skip = getattr(loaded.options, "clip_skip", None)
     digest = hashlib.sha256(f"{loaded.device.type} {loaded.info.prediction} {skip} {loaded.info.resolution}".encode())
@@ -182,8 +182,8 @@ def base_key(loaded: Loaded) -> str:
 
 
 @dataclass
-class Studio:
-    """Draws with one candidate's adapters at a time."""
+class CandidateSampler:
+    """Generates with one candidate's adapters at a time."""
 
     family: Family
     loaded: Loaded
@@ -192,14 +192,14 @@ class Studio:
     attached: tuple[str, ...] = ()
     """Names of the adapters that the base carries now."""
 
-    def draw(self, candidate: str, requests: Sequence[Request]) -> list[Output]:
-        """Draws requests as a candidate does."""
+    def generate(self, candidate: str, requests: Sequence[Request]) -> list[Output]:
+        """Generates requests as a candidate does."""
         if candidate == BASE:
             self._carry(())
             return self.family.generate(self.loaded, requests)
-        entry, asked = self.entries[candidate]
+        entry, weighted = self.entries[candidate]
         names = self._carry(entry.parts)
-        weights = {names[source]: weight for source, weight in asked.weights.items()}
+        weights = {names[source]: weight for source, weight in weighted.weights.items()}
         return self.family.generate(self.loaded, [replace(request, weights=weights) for request in requests])
 
     def _carry(self, parts: Sequence[tuple[Source, float]]) -> dict[str, str]:
@@ -217,8 +217,8 @@ class Studio:
 
 
 def looks(entries: Mapping[str, tuple[Entry, Candidate]]) -> dict[str, Look]:
-    """Returns candidate -> what makes its pictures; the base comes first."""
-    found: dict[str, Look] = {BASE: ()}
+    """Returns candidate -> what makes its images; the base comes first."""
+    by_name: dict[str, Look] = {BASE: ()}
     for name, (entry, candidate) in entries.items():
-        found[name] = look((source.content, candidate.weights[source.name]) for source, _ in entry.parts)
-    return found
+        by_name[name] = look((source.content, candidate.weights[source.name]) for source, _ in entry.parts)
+    return by_name

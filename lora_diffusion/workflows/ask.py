@@ -17,9 +17,8 @@ from lora_diffusion.data import chats, preflight
 from lora_diffusion.data.images import ImageError
 from lora_diffusion.data.sample_types import CHATS
 from lora_diffusion.data.sources import ALL_SPLITS
-from lora_diffusion.evaluation.answers import Examination, judge
+from lora_diffusion.evaluation.texts import AnswerEvaluation, SetScores, evaluate_answers
 from lora_diffusion.scoring.scorers import Scorers
-from lora_diffusion.workflows._set_scores import SetScores
 from lora_diffusion.workflows.load import CheckedModel, Model, check_model
 
 Adapters = Sequence[tuple[Path, float]]
@@ -84,7 +83,7 @@ def score_answers(
     adapters: Adapters = (),
     clip: str | None = None,
     data: ChatDataConfig = _EVERYTHING,
-) -> SetScores[Examination]:
+) -> SetScores[AnswerEvaluation]:
     """Compares the answers to the first question of each conversation with those that are right.
 
     Args:
@@ -105,14 +104,14 @@ def score_answers(
             f"({name_some(blind)}); leave those out, or --clip."
         )
     scores = tuple(compare(answerer.answer, samples, scorers) for samples in sets)
-    return SetScores(tuple(data_paths), scores, "answers")
+    return SetScores(tuple(data_paths), scores)
 
 
 def compare(
     answer: Callable[[Sequence[Request]], Sequence[str]],
     samples: Sequence[Chat],
     scorers: Scorers | None = None,
-) -> Examination:
+) -> AnswerEvaluation:
     """Compares the answers to the first question of each conversation with those that are right."""
     pairs = chats.questions(samples)
     answers = answer([request for request, _ in pairs])
@@ -121,7 +120,7 @@ def compare(
     questioned = [request.sample for request, _ in pairs if isinstance(request.sample, Chat)]
     pictures = [chat.views[0][0] for chat in questioned] if scorers else []
     names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
-    return judge(keys, asked, targets, answers, pictures, scorers, names)
+    return evaluate_answers(keys, asked, targets, answers, pictures, scorers, names)
 
 
 def _is_shown(sample: Chat) -> bool:

@@ -1,11 +1,12 @@
-"""Which checkpoint, which weight, and is it any good: pictures and scores of adapters against the base alone."""
+"""Which checkpoint, which weight, and is it any good: images and scores of adapters against the base alone."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,40 +20,52 @@ from lora_diffusion.core.files import check_writable, sha256, user_path
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.metric import Metric
+from lora_diffusion.core.samples import Request
 from lora_diffusion.core.text import name_some, suggestion
+from lora_diffusion.data import image_folder
+from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.preflight import find_images
 from lora_diffusion.data.sample_types import IMAGES
 from lora_diffusion.evaluation import gates, harness
-from lora_diffusion.evaluation.harness import Task
-from lora_diffusion.evaluation.results import BASE, Base, Candidate, Case, Evaluation, FileHash, Settings
-from lora_diffusion.evaluation.suites import PLAIN_KINDS, check_used, read_cases
+from lora_diffusion.evaluation.harness import Comparison, PromptGrid, Task
+from lora_diffusion.evaluation.results import (
+    BASE,
+    CONTROL_GROUPS,
+    Base,
+    Candidate,
+    Case,
+    Evaluation,
+    FileHash,
+    Settings,
+)
+from lora_diffusion.evaluation.suites import check_used, control_prompts, read_cases
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device, process_group
-from lora_diffusion.scoring.clip import default_clip, is_own_encoder
+from lora_diffusion.scoring.clip import BUILTIN, default_clip, is_own_encoder
 from lora_diffusion.scoring.scorers import LOADERS, Scorers
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _candidates
-from lora_diffusion.workflows._candidates import Entry, Studio
+from lora_diffusion.workflows._candidates import CandidateSampler, Entry
 from lora_diffusion.workflows._faults import Faults
-from lora_diffusion.workflows._steps import find_family
+from lora_diffusion.workflows._steps import attach, find_family, read_adapter
 from lora_diffusion.workflows.merge import find_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Tried = Mapping[str, tuple[Entry, Candidate]]
+Candidates = Mapping[str, tuple[Entry, Candidate]]
 """Candidate, without the base -> what it is made of."""
 
-_OPTIONS = {"references": "--references DIR", "training_pictures": "--training DIR"}
+_OPTIONS = {"references": "--references DIR", "training_images": "--training DIR"}
 """Field of Evidence -> the option that gives it."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What an evaluation is asked. A path may be given as a text, and a text of several as itself."""
+class EvaluationRequest:
+    """What to evaluate, and how. A path may be given as a text, and a text of several as itself."""
 
     output_path: Path
-    """Folder of the result. Pictures that are there are not drawn again."""
+    """Folder of the result. Images that are there are not generated again."""
     prompts: str | Path | Sequence[Case]
     """YAML file, name of a shipped suite, or cases."""
     model: ModelOptions | None = None
@@ -62,17 +75,17 @@ class Question:
     run: Path | None = None
     """Folder of a training run, whose checkpoints are compared."""
     weights: Sequence[float] = (1.0,)
-    """Each adapter, checkpoint and composition is tried with its weights times each of these."""
+    """Each adapter, checkpoint and composition is candidates with its weights times each of these."""
     references: Path | None = None
-    """Folder of real pictures of what was trained, other than those it was trained on."""
+    """Folder of real images of what was trained, other than those it was trained on."""
     training: Path | None = None
-    """Folder of the training pictures; None takes that of the run, if it is there."""
+    """Folder of the training images; None takes that of the run, if it is there."""
     metrics: Sequence[str] = ()
     """Without any, all that can be computed from what is given."""
     scorers: Mapping[str, str] = field(default_factory=dict)
-    """Kind -> model: "clip", "dino", "probe", and what metrics of other packages ask for."""
+    """Role -> model: "clip", "dino", "probe", and what metrics of other packages ask for."""
     seeds: Sequence[int] = (0, 1, 2, 3)
-    """Each prompt is drawn once with each seed, with the same noise for all candidates."""
+    """Each prompt is generated once with each seed, from the same noise for all candidates."""
     triggers: Sequence[str] = ()
     """{trigger}, {trigger2}, ... of the prompts; without any, what the adapters say of themselves."""
     classes: Sequence[str] = ()
@@ -84,18 +97,18 @@ class Question:
     size: tuple[int, int] | None = None
     """Width and height in pixels; None takes the base's own resolution."""
     negative: str = ""
-    """What the pictures should not show."""
+    """What the images should not show."""
     cache_path: Path | None = None
-    """Folder of pictures that evaluations share."""
+    """Folder of images that evaluations share."""
     gates: Sequence[str] = ()
     """Conditions, see evaluation.gates. Their form is checked here; `check_gates` says which do not hold."""
 
     def __post_init__(self) -> None:
         """Makes paths of texts, and texts of paths, as the fields say."""
-        own = {name: _path(getattr(self, name)) for name in _PATHS}
-        own |= {name: _texts(getattr(self, name)) for name in _TEXTS}
-        own["scorers"] = {kind: str(name) for kind, name in self.scorers.items()}
-        for name, value in own.items():
+        values: dict[str, Any] = {name: _path(getattr(self, name)) for name in _PATHS}
+        values |= {name: _texts(getattr(self, name)) for name in _TEXTS}
+        values["scorers"] = {role: str(name) for role, name in self.scorers.items()}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
@@ -111,54 +124,88 @@ def _texts(values: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
     return tuple(map(str, [values] if isinstance(values, str | Path) else values))
 
 
-def evaluate(question: Question) -> Evaluation:
-    """Draws what is missing, scores all, and writes the evaluation folder.
+def evaluate(request: EvaluationRequest) -> Evaluation:
+    """Generates what is missing, scores all, and writes the evaluation folder.
 
     Raises:
         InputError: anything that the user can mend, all of it at once; raised before the base is loaded.
     """
-    faults, device = Faults(), pick_device()
-    run = RunFolder(question.run) if question.run else None
-    config = _config_of(run, faults)
-    model = question.model or (config.model if config else None)
+    errors, device = Faults(), pick_device()
+    run = RunFolder(request.run) if request.run else None
+    config = _config_of(run, errors)
+    model = request.model or (config.model if config else None)
     if model is None:
-        raise ConfigError("\n".join(faults or ["There is no base; give --model, --config or --run."]))
+        raise ConfigError("\n".join(errors or ["There is no base; give --model, --config or --run."]))
     family = find_family(model, IMAGES)
-    info = _info(family, model, question.size, faults)
-    entries = _entries(question, run, config, family, model, faults) if info else []
-    tried = _tried(entries, question.weights, faults)
-    told = [] if faults else _candidates.triggers(entries, run, config, family)
-    cases = _cases(question, told, faults)
-    references = _pictures(question.references, "--references", faults)
-    training = _pictures(_training_folder(question, config), "--training", faults)
-    scorers = Scorers({"clip": default_clip(model.path), **question.scorers}, device, encode=harness.encode_shared)
-    given = {"base_pictures", *(["references"] if references else []), *(["training_pictures"] if training else [])}
-    metrics = _metrics(question, cases, given, scorers, faults)
-    _check_rest(question, tried, metrics, faults)
-    faults += _unused_scorers(question, metrics)
-    with faults.noted():
-        check_negative(question.negative, _guidance(question, info) if info else None)
-    faults.stop("evaluate")
+    info = _info(family, model, request.size, errors)
+    entries = _entries(request, run, config, family, model, errors) if info else []
+    candidates = _weighted(entries, request.weights, errors)
+    triggers = [] if errors else _candidates.triggers(entries, run, config, family)
+    cases = _cases(request, triggers, errors)
+    references = _images(request.references, "--references", errors)
+    training = _images(_training_folder(request, config), "--training", errors)
+    scorers = Scorers({"clip": default_clip(model.path), **request.scorers}, device, encode=harness.encode_shared)
+    given = {"base_images", *(["references"] if references else []), *(["training_images"] if training else [])}
+    metrics = _metrics(request, cases, given, scorers, errors)
+    _check_rest(request, candidates, metrics, errors)
+    errors += _unused_scorers(request, metrics)
+    with errors.noted():
+        check_negative(request.negative, _guidance(request, info) if info else None)
+    errors.stop("evaluate")
 
     process_group().wait_for_everyone()  # all have looked into the folder before one writes into it
-    use_threads("auto", question.output_path / "machine.json")
+    use_threads("auto", request.output_path / "machine.json")
     loaded = family.load(model, device)
     task = Task(
         base=Base(info.source, info.architecture, family.architecture.name, _candidates.base_key(loaded)),
-        candidates=[Candidate(BASE, None, None, None, {}, 0.0), *(candidate for _, candidate in tried.values())],
-        looks=_candidates.looks(tried),
+        candidates=[Candidate(BASE, None, None, None, {}, 0.0), *(candidate for _, candidate in candidates.values())],
+        looks=_candidates.looks(candidates),
         adapters={source.name: source.file for entry in entries for source, _ in entry.parts},
         cases=cases,
-        seeds=question.seeds,
-        settings=Settings(question.num_steps, _guidance(question, info), question.size, question.negative),
+        seeds=request.seeds,
+        settings=Settings(request.num_steps, _guidance(request, info), request.size, request.negative),
         metrics=metrics,
-        scorers={kind: scorers.names[kind] for metric in metrics for kind in metric.scorers},
+        scorers={role: scorers.names[role] for metric in metrics for role in metric.scorers},
         references=references,
-        training_pictures=training,
+        training_images=training,
         warnings=_warnings(references, training, scorers, info),
     )
-    draw = Studio(family, loaded, tried).draw
-    return harness.run(task, draw, scorers, question.output_path, question.cache_path)
+    sampler = CandidateSampler(family, loaded, candidates)
+    return harness.run(task, sampler.generate, scorers, request.output_path, request.cache_path)
+
+
+def compare_with_base(
+    config: Config,
+    adapter_path: Path,
+    references_path: Path,
+    template: Request,
+    cases: Sequence[Case] = (),
+    seeds: Sequence[int] = (0,),
+) -> Comparison:
+    """Generates and scores with one adapter file and without it, and leaves nothing on the disk.
+
+    Args:
+        config: gives the base, and how captions are read.
+        adapter_path: adapter file.
+        references_path: folder of captioned images that were not trained on.
+        template: steps, guidance, size and negative prompt of every image.
+        cases: what to generate; without any, the captions of the references.
+        seeds: each case is generated once with each seed.
+    """
+    family: Family = registry.find("families", config.model.family)
+    info = family.check(config.model)
+    samples = image_folder.read(replace(config.data, path=str(references_path), trigger="", flip=False), info)
+    state = read_adapter(adapter_path, family, config.model)
+    captions = [sample.captions[0] for sample in samples]
+    controls = control_prompts(captions, state.metadata.get("modelspec.trigger_phrase", ""))
+    pairs = zip(captions, controls, strict=True)
+    cases = cases or [Case(i, text, plain, plain, "subject", "references") for i, (text, plain) in enumerate(pairs)]
+    use_threads(config.train.threads)
+    loaded = family.load(config.model, pick_device())
+    (name,) = attach(loaded, [state], [1.0])
+    generate, scorers = partial(family.generate, loaded), Scorers({"clip": BUILTIN})
+    references = [open_rgb(sample.path) for sample in samples]
+    return harness.compare_conditions(PromptGrid(cases, seeds, template), generate, name, scorers, references)
 
 
 @dataclass(frozen=True)
@@ -187,183 +234,186 @@ def check_gates(evaluation: Evaluation, path: Path, texts: Sequence[str]) -> Gat
     return GatedEvaluation(evaluation, path, tuple(failed))
 
 
-def evaluate_as_table(model: str | Path | ModelOptions | None = None, **question: Any) -> pd.DataFrame:
+def evaluate_as_table(model: str | Path | ModelOptions | None = None, **request: Any) -> pd.DataFrame:
     """Evaluates, and returns the lines of scores.csv as a table.
 
     Args:
         model: the base, by its path or as options; None takes that of `run`.
-        question: fields of Question.
+        request: fields of EvaluationRequest.
     """
     options = find_model(str(model)) if isinstance(model, str | Path) else model
-    return evaluate(Question(model=options, **question)).table()
+    return evaluate(EvaluationRequest(model=options, **request)).table()
 
 
-def _config_of(run: RunFolder | None, faults: Faults) -> Config | None:
-    with faults.noted():
+def _config_of(run: RunFolder | None, errors: Faults) -> Config | None:
+    with errors.noted():
         return run.config() if run else None
     return None
 
 
-def _info(family: Family, model: ModelOptions, size: tuple[int, int] | None, faults: Faults) -> BaseInfo:
+def _info(family: Family, model: ModelOptions, size: tuple[int, int] | None, errors: Faults) -> BaseInfo:
     """Looks at the base; where there is a fault, what is returned is never used."""
     info: Any = None
-    with faults.noted():
+    with errors.noted():
         info = family.check(model)
     if info and size and (size[0] % info.size_step or size[1] % info.size_step):
-        faults.append(f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base.")
+        errors.append(f"--size {size[0]}x{size[1]}: both sides must be multiples of {info.size_step} for this base.")
     return info  # type: ignore[no-any-return]
 
 
 def _entries(
-    question: Question,
+    request: EvaluationRequest,
     run: RunFolder | None,
     config: Config | None,
     family: Family,
     model: ModelOptions,
-    faults: Faults,
+    errors: Faults,
 ) -> list[Entry]:
-    num_faults = len(faults)
-    entries = _candidates.from_files(question.adapters, family, model, faults)
+    num_errors = len(errors)
+    entries = _candidates.from_files(request.adapters, family, model, errors)
     if run and config:
-        entries += _candidates.from_run(run, faults)
-    if not entries and len(faults) == num_faults:
-        faults.append("There is nothing to evaluate: give --adapter FILE or --run RUN_DIR.")
+        entries += _candidates.from_run(run, errors)
+    if not entries and len(errors) == num_errors:
+        errors.append("There is nothing to evaluate: give --adapter FILE or --run RUN_DIR.")
     return entries
 
 
-def _tried(entries: Sequence[Entry], weights: Sequence[float], faults: Faults) -> Tried:
+def _weighted(entries: Sequence[Entry], weights: Sequence[float], errors: Faults) -> Candidates:
     """Returns each entry at each weight."""
     bad = [weight for weight in weights if not math.isfinite(weight)]
     if bad or not weights:
-        faults.append(f"--weights {','.join(map(str, weights))}: must be numbers, say 0,0.5,1.")
+        errors.append(f"--weights {','.join(map(str, weights))}: must be numbers, say 0,0.5,1.")
         return {}
-    tried: dict[str, tuple[Entry, Candidate]] = {}
+    candidates: dict[str, tuple[Entry, Candidate]] = {}
     for entry in entries:
         for weight in weights:
             candidate = entry.candidate(weight)
-            if candidate.name in tried:
-                faults.append(f"{candidate.name} is asked for twice; give each adapter, and each weight, once.")
-            tried[candidate.name] = entry, candidate
-    return tried
+            if candidate.name in candidates:
+                errors.append(f"{candidate.name} is asked for twice; give each adapter, and each weight, once.")
+            candidates[candidate.name] = entry, candidate
+    return candidates
 
 
-def _cases(question: Question, told: Sequence[str], faults: Faults) -> Sequence[Case]:
-    """Returns the cases; `told` are the triggers that the adapters tell."""
-    if not isinstance(question.prompts, str | Path):
-        return question.prompts
-    triggers = question.triggers or told
-    is_plain = not any("+" in text for text in question.adapters)
-    if len(triggers) > 1 and is_plain and not question.triggers:
-        faults.append(f"The adapters have different triggers ({', '.join(triggers)}); give --trigger WORDS.")
-    with faults.noted():
-        # Where there are faults, that no adapter told its trigger may follow from them.
-        cases = read_cases(question.prompts, triggers or (["trigger"] if faults else []), question.classes)
-        faults += check_used(question.prompts, question.triggers, question.classes)
+def _cases(request: EvaluationRequest, recorded: Sequence[str], errors: Faults) -> Sequence[Case]:
+    """Returns the cases; `recorded` are the triggers that the adapters' files name."""
+    if not isinstance(request.prompts, str | Path):
+        return request.prompts
+    triggers = request.triggers or recorded
+    is_plain = not any("+" in text for text in request.adapters)
+    if len(triggers) > 1 and is_plain and not request.triggers:
+        errors.append(f"The adapters have different triggers ({', '.join(triggers)}); give --trigger WORDS.")
+    with errors.noted():
+        # Where there are errors, that no adapter named its trigger may follow from them.
+        cases = read_cases(request.prompts, triggers or (["trigger"] if errors else []), request.classes)
+        errors += check_used(request.prompts, request.triggers, request.classes)
         return cases
     return ()
 
 
-def _training_folder(question: Question, config: Config | None) -> Path | None:
-    if question.training or not config:
-        return question.training
+def _training_folder(request: EvaluationRequest, config: Config | None) -> Path | None:
+    if request.training or not config:
+        return request.training
     folder = user_path(config.data.path, "data.path")
     if folder.is_dir():
         return folder
-    logger.warning("The training pictures of the run are not at %s any more; give --training DIR.", folder)
+    logger.warning("The training images of the run are not at %s any more; give --training DIR.", folder)
     return None
 
 
-def _pictures(folder: Path | None, option: str, faults: Faults) -> list[FileHash]:
-    """Returns the pictures of a folder and its subfolders, all of which can be read."""
+def _images(folder: Path | None, option: str, errors: Faults) -> list[FileHash]:
+    """Returns the images of a folder and its subfolders, all of which can be read."""
     if folder is None:
         return []
-    with faults.noted():
+    with errors.noted():
         return [FileHash(str(path), sha256(path)) for path in find_images(str(folder), option)]
     return []
 
 
 def _metrics(
-    question: Question, cases: Sequence[Case], given: set[str], scorers: Scorers, faults: Faults
+    request: EvaluationRequest, cases: Sequence[Case], given: set[str], scorers: Scorers, errors: Faults
 ) -> list[Metric]:
     """Returns the metrics that were asked for, or all that can be computed, with their models loaded."""
     metrics = []
     left_out = []
-    for name in dict.fromkeys(question.metrics or registry.available("metrics")):
-        with faults.noted():
+    for name in dict.fromkeys(request.metrics or registry.available("metrics")):
+        with errors.noted():
             metric: Metric = registry.find("metrics", name)
-            lack = _lack(metric, question, cases, given, scorers)
-            if lack and question.metrics:
+            lack = _lack(metric, request, cases, given, scorers)
+            if lack and request.metrics:
                 raise ConfigError(f"--metrics {name} {lack}.")
-            left_out += [f"{name} ({lack})"] if lack and metric.judges != "answers" else []
+            left_out += [f"{name} ({lack})"] if lack and metric.outputs != "texts" else []
             metrics += [] if lack else [metric]
     if left_out:
         logger.info("Metrics that are left out: %s", ", ".join(left_out))
-    for kind in dict.fromkeys(kind for metric in metrics for kind in metric.scorers if kind in LOADERS):
-        with faults.noted():
-            scorers.find(kind)
+    for role in dict.fromkeys(role for metric in metrics for role in metric.scorers if role in LOADERS):
+        with errors.noted():
+            scorers.find(role)
     return metrics
 
 
-def _lack(metric: Metric, question: Question, cases: Sequence[Case], given: set[str], scorers: Scorers) -> str | None:
+def _lack(
+    metric: Metric, request: EvaluationRequest, cases: Sequence[Case], given: set[str], scorers: Scorers
+) -> str | None:
     """Says why a metric cannot be computed, or None."""
-    if metric.judges == "answers":
-        return "judges texts, not pictures"
+    if metric.outputs == "texts":
+        return "scores texts, not images"
     missing = [_OPTIONS.get(name, name) for name in sorted(metric.needs - given)]
-    missing += [f"--scorer {kind}=NAME" for kind in metric.scorers if kind not in scorers.names]
+    missing += [f"--scorer {role}=NAME" for role in metric.scorers if role not in scorers.names]
     if missing:
         return f"needs {' and '.join(missing)}"
-    if metric.per_prompt and len(question.seeds) < 2:
+    if metric.per_prompt and len(request.seeds) < 2:
         return "needs two seeds or more"
-    wants_plain = metric.judges == "plain"
-    if cases and not any((case.kind in PLAIN_KINDS) == wants_plain for case in cases):
-        return f"needs prompts of kind {' or '.join(sorted(PLAIN_KINDS)) if wants_plain else 'subject, style, ...'}"
+    wants_control = metric.outputs == "control"
+    if cases and not any(case.is_control == wants_control for case in cases):
+        groups = " or ".join(sorted(CONTROL_GROUPS)) if wants_control else "subject, style, ..."
+        return f"needs prompts of group {groups}"
     return None
 
 
-def _unused_scorers(question: Question, metrics: Sequence[Metric]) -> list[str]:
+def _unused_scorers(request: EvaluationRequest, metrics: Sequence[Metric]) -> list[str]:
     """Returns an error for each scoring model of the user that no metric asks for."""
     known: dict[str, list[str]] = defaultdict(list)
     for name in registry.available("metrics"):
-        for kind in registry.find("metrics", name).scorers:
-            known[kind].append(name)
-    used = {kind for metric in metrics for kind in metric.scorers}
+        for role in registry.find("metrics", name).scorers:
+            known[role].append(name)
+    used = {role for metric in metrics for role in metric.scorers}
     errors = []
-    for kind, model in question.scorers.items():
-        if kind not in known:
+    for role, model in request.scorers.items():
+        if role not in known:
             errors.append(
-                f"--scorer {kind}={model}: no metric asks for such a model; use one of {', '.join(sorted(known))}"
-                f"{suggestion(kind, list(known))}."
+                f"--scorer {role}={model}: no metric asks for such a model; use one of {', '.join(sorted(known))}"
+                f"{suggestion(role, list(known))}."
             )
-        elif kind not in used:
-            option = f"--clip {model}" if kind == "clip" else f"--scorer {kind}={model}"
-            errors.append(f"{option} does nothing: none of its metrics is computed ({', '.join(known[kind])}).")
+        elif role not in used:
+            option = f"--clip {model}" if role == "clip" else f"--scorer {role}={model}"
+            errors.append(f"{option} does nothing: none of its metrics is computed ({', '.join(known[role])}).")
     return errors
 
 
-def _guidance(question: Question, info: BaseInfo) -> float:
-    return info.guidance if question.guidance is None else question.guidance
+def _guidance(request: EvaluationRequest, info: BaseInfo) -> float:
+    return info.guidance if request.guidance is None else request.guidance
 
 
-def _check_rest(question: Question, tried: Tried, metrics: Sequence[Metric], faults: Faults) -> None:
-    if not question.seeds or len(set(question.seeds)) < len(question.seeds):
-        faults.append(f"--seed {' '.join(map(str, question.seeds))}: give each seed once, and at least one.")
-    faults += [
-        f"--seed {seed}: must be 0 or greater, and less than 2^63." for seed in question.seeds if not 0 <= seed < 2**63
+def _check_rest(request: EvaluationRequest, candidates: Candidates, metrics: Sequence[Metric], errors: Faults) -> None:
+    if not request.seeds or len(set(request.seeds)) < len(request.seeds):
+        errors.append(f"--seed {' '.join(map(str, request.seeds))}: give each seed once, and at least one.")
+    errors += [
+        f"--seed {seed}: must be 0 or greater, and less than 2^63." for seed in request.seeds if not 0 <= seed < 2**63
     ]
-    if not 1 <= question.num_steps <= MAX_DENOISING_STEPS:
-        faults.append(f"--steps {question.num_steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
-    if question.guidance is not None and not 1 <= question.guidance < math.inf:
-        faults.append(f"--guidance {question.guidance:g}: must be 1 (off) or greater.")
-    for text in question.gates:
-        with faults.noted():
-            gates.parse(text, [metric.name for metric in metrics], [BASE, *tried])
-    for folder, option in ((question.output_path, "--output"), (question.cache_path, "--cache")):
-        with faults.noted():
+    if not 1 <= request.num_steps <= MAX_DENOISING_STEPS:
+        errors.append(f"--steps {request.num_steps}: must be from 1 to {MAX_DENOISING_STEPS}.")
+    if request.guidance is not None and not 1 <= request.guidance < math.inf:
+        errors.append(f"--guidance {request.guidance:g}: must be 1 (off) or greater.")
+    for text in request.gates:
+        with errors.noted():
+            gates.parse(text, [metric.name for metric in metrics], [BASE, *candidates])
+    for folder, option in ((request.output_path, "--output"), (request.cache_path, "--cache")):
+        with errors.noted():
             if folder is not None:
                 check_writable(folder, option)
-    others = [path.name for path in question.output_path.iterdir()] if question.output_path.is_dir() else []
-    if others and not {"evaluation.json", harness.PICTURES, "machine.json"} & {*others}:
-        faults.append(f"--output {question.output_path} holds other files; give a new folder, or one of an evaluation.")
+    others = [path.name for path in request.output_path.iterdir()] if request.output_path.is_dir() else []
+    if others and not {"evaluation.json", harness.IMAGES, "machine.json"} & {*others}:
+        errors.append(f"--output {request.output_path} holds other files; give a new folder, or one of an evaluation.")
 
 
 def _warnings(
@@ -374,12 +424,12 @@ def _warnings(
     shared = [Path(file.path).name for file in references if file.sha256 in trained]
     if shared:
         found.append(
-            f"{len(shared)} of {len(references)} references are training pictures ({name_some(shared)}), so likeness "
-            "to them rewards copying; give pictures that were not trained on."
+            f"{len(shared)} of {len(references)} references are training images ({name_some(shared)}), so likeness "
+            "to them rewards copying; give images that were not trained on."
         )
     if is_own_encoder(scorers.names["clip"], info.architecture):
         found.append(
-            f"The base reads its prompts with the very CLIP that scores its pictures ({scorers.names['clip']}), so "
+            f"The base reads its prompts with the very CLIP that scores its images ({scorers.names['clip']}), so "
             "clip_text flatters it; give another --clip."
         )
     return found

@@ -13,11 +13,10 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core.errors import ConfigError, DataError, RunError
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.results import Evaluation
+from lora_diffusion.evaluation.results import Evaluation, Table
 from lora_diffusion.evaluation.select import Preference, choose
-from lora_diffusion.evaluation.table import Table
-from lora_diffusion.report import versus
-from lora_diffusion.report.pages import Training, write_report
+from lora_diffusion.report import comparison_page
+from lora_diffusion.report.report_page import Training, write_report
 from lora_diffusion.report.sections import Findings
 from lora_diffusion.training import run_files
 from lora_diffusion.training.image_losses import read_losses
@@ -60,8 +59,8 @@ def report(paths: Sequence[Path], output_path: Path | None = None) -> Report:
     for path, selection in chosen.items():
         _check(path, selection)
     if len(paths) > 1:
-        entries = [versus.Entry(_name(path), *_found(path, chosen[path])) for path in paths]
-        page, *numbers = versus.write_comparison(output, entries)
+        entries = [comparison_page.Entry(_name(path), *_found(path, chosen[path])) for path in paths]
+        page, *numbers = comparison_page.write_comparison(output, entries)
         return Report(page, tuple(numbers))
     path = paths[0]
     findings, training = _found(path, chosen[path])
@@ -125,15 +124,15 @@ def _evaluation_folder(path: Path, selection: Selection | None) -> Path | None:
 
 
 def _located(evaluation: Evaluation, run: RunFolder) -> Evaluation:
-    """Returns an evaluation of a run whose pictures are found from here, too."""
+    """Returns an evaluation of a run whose images are found from here, too."""
     if not run.config_path.is_file():
         return evaluation
-    files = {file.path for file in (*evaluation.references, *evaluation.training_pictures)}
+    files = {file.path for file in (*evaluation.references, *evaluation.training_images)}
     places = {text: run.find(text) for text in {*files, *(score.detail for score in evaluation.scores if score.detail)}}
     return replace(
         evaluation,
         references=[replace(file, path=places[file.path]) for file in evaluation.references],
-        training_pictures=[replace(file, path=places[file.path]) for file in evaluation.training_pictures],
+        training_images=[replace(file, path=places[file.path]) for file in evaluation.training_images],
         scores=[replace(score, detail=places.get(score.detail, "")) for score in evaluation.scores],
     )
 

@@ -27,12 +27,10 @@ from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.core.protocols.metric import Metric
 from lora_diffusion.core.text import name_some, suggestion
 from lora_diffusion.data import image_folder
-from lora_diffusion.data.captions import without_trigger, words_pattern
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.results import Candidate, Case, Evaluation
+from lora_diffusion.evaluation.results import Candidate, Case, Evaluation, Table
 from lora_diffusion.evaluation.select import Choice, Preference, choose
-from lora_diffusion.evaluation.suites import check_used, read_cases
-from lora_diffusion.evaluation.table import Table
+from lora_diffusion.evaluation.suites import check_used, control_prompts, read_cases
 from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
@@ -43,11 +41,11 @@ from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
 from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
 from lora_diffusion.workflows._steps import read_adapter
-from lora_diffusion.workflows.evaluate import Question, evaluate
+from lora_diffusion.workflows.evaluate import EvaluationRequest, evaluate
 
 EVALUATION_NAME = "evaluation"
 SELECTION_NAME, BEST_NAME = run_files.CHOICE
-_MAX_ASKED, _MAX_PLAIN = 12, 4
+_MAX_CONCEPT, _MAX_CONTROL = 12, 4
 """Prompts that are made from the captions of references."""
 
 
@@ -93,7 +91,7 @@ def select(
     Args:
         run_path: a finished run.
         evaluation_path: evaluation of its checkpoints; None makes that in the run folder anew, as the run's `evaluate`
-            section says, with the pictures that are there. If the section names no references, one that is there is
+            section says, with the images that are there. If the section names no references, one that is there is
             taken as it is.
         preference: limits and weighting that differ from the defaults.
         overrides: "evaluate.key=value" for this evaluation.
@@ -113,7 +111,7 @@ def select(
     folder = evaluation_path or run.path / EVALUATION_NAME
     has_evaluation = (folder / "evaluation.json").is_file()
     if evaluation_path is None and (config.evaluate.references or overrides or not has_evaluation):
-        evaluate(question(run, config, folder))
+        evaluate(evaluation_request(run, config, folder))
     evaluation = results.read(folder)
     choice = choose(evaluation, preference)
     undecided = filter(None, [results.undecided_line(evaluation.open_comparisons)])
@@ -166,7 +164,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"output.name={name}: {BEST_NAME} is the link to the chosen file; give another output.name.")
 
 
-def question(run: RunFolder, config: Config, folder: Path) -> Question:
+def evaluation_request(run: RunFolder, config: Config, folder: Path) -> EvaluationRequest:
     """Returns how a run's checkpoints are evaluated, as its `evaluate` section says.
 
     Raises:
@@ -181,7 +179,7 @@ def question(run: RunFolder, config: Config, folder: Path) -> Question:
         )
     family: Family = registry.find("families", config.model.family)
     trigger = read_adapter(run.find_adapter(config), family, config.model).metadata.get("modelspec.trigger_phrase", "")
-    return Question(
+    return EvaluationRequest(
         output_path=folder,
         prompts=cases(config, trigger),
         run=run.path,
@@ -197,26 +195,26 @@ def question(run: RunFolder, config: Config, folder: Path) -> Question:
 
 
 def scorers(config: Config) -> dict[str, str]:
-    """Returns the models that `evaluate.clip` and `evaluate.scorers` name, by their kind.
+    """Returns the models that `evaluate.clip` and `evaluate.scorers` name, by their role.
 
     Raises:
-        ConfigError: an entry names no model, or a kind that no metric asks for; or a metric of `evaluate.metrics` asks
+        ConfigError: an entry names no model, or a role that no metric asks for; or a metric of `evaluate.metrics` asks
             for one that is not named.
     """
     own = config.evaluate
     metrics: dict[str, Metric] = {name: registry.find("metrics", name) for name in registry.available("metrics")}
-    kinds = sorted({kind for metric in metrics.values() for kind in metric.scorers} - {"clip"})
+    roles = sorted({role for metric in metrics.values() for role in metric.scorers} - {"clip"})
     named = {"clip": own.clip} if own.clip else {}
     for text in own.scorers:
-        kind, _, name = text.partition("=")
-        if kind not in kinds or not name:
+        role, _, name = text.partition("=")
+        if role not in roles or not name:
             raise ConfigError(
-                f"evaluate.scorers: {text!r} does not give a model to one of {', '.join(kinds)}"
-                f"{suggestion(kind, kinds)}, as in dino=FOLDER; the CLIP is evaluate.clip."
+                f"evaluate.scorers: {text!r} does not give a model to one of {', '.join(roles)}"
+                f"{suggestion(role, roles)}, as in dino=FOLDER; the CLIP is evaluate.clip."
             )
-        named[kind] = name
+        named[role] = name
     for metric in own.metrics:
-        lacking = [kind for kind in registry.find("metrics", metric).scorers if kind not in {"clip", *named}]
+        lacking = [role for role in registry.find("metrics", metric).scorers if role not in {"clip", *named}]
         if lacking:
             raise ConfigError(f"evaluate.metrics: {metric} needs a model; add evaluate.scorers=[{lacking[0]}=NAME].")
     return named
@@ -245,19 +243,17 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
             "with evaluate.prompts (configs/evaluate).",
             error.faults,
         ) from error
-    pattern = words_pattern(trigger) if trigger else None
-    plains = [without_trigger(caption, pattern) if pattern else caption for caption in captions]
-    both = dict.fromkeys(zip(captions, plains, strict=True))
-    pairs = [(caption, plain) for caption, plain in both if caption != plain or not trigger]
+    both = dict.fromkeys(zip(captions, control_prompts(captions, trigger), strict=True))
+    pairs = [(caption, control) for caption, control in both if caption != control or not trigger]
     if not pairs:
         raise ConfigError(
             f"evaluate.references={own.references}: none of the captions holds the trigger words {trigger!r}, so they "
             "are no prompts for what is trained; name a suite with evaluate.prompts (configs/evaluate)."
         )
-    asked = [(caption, plain, "subject") for caption, plain in pairs[:_MAX_ASKED]]
+    texts = [(caption, control, "subject") for caption, control in pairs[:_MAX_CONCEPT]]
     if trigger:
-        asked += [(plain, plain, "prior") for plain in [*dict.fromkeys(plain for _, plain in pairs)][:_MAX_PLAIN]]
-    return tuple(Case(i, text, plain, plain, kind, "references") for i, (text, plain, kind) in enumerate(asked))
+        texts += [(control, control, "prior") for control in [*dict.fromkeys(text for _, text in pairs)][:_MAX_CONTROL]]
+    return tuple(Case(i, text, control, control, group, "references") for i, (text, control, group) in enumerate(texts))
 
 
 def _checkpoint(run: RunFolder, candidate: Candidate, folder: Path) -> Path:
@@ -285,15 +281,15 @@ def _write(
     is_final = final.is_file() and finished.metadata.get("ss_steps") == str(choice.candidate.step)
     name = final.name if is_final else f"{run.name(config)}-{checkpoint.name}.safetensors"
     state = finished if is_final else _run_checkpoints.read(RunCheckpoint(checkpoint))[1]
-    told = dict(finished.metadata)
+    metadata = dict(finished.metadata)
     if not is_final:
-        told = at_step(told, int(str(choice.candidate.step)), Path(name).stem, time.time())
-        told["modelspec.title"] = Path(name).stem
-    told |= marks(choice, evaluation)
+        metadata = at_step(metadata, int(str(choice.candidate.step)), Path(name).stem, time.time())
+        metadata["modelspec.title"] = Path(name).stem
+    metadata |= marks(choice, evaluation)
     path = run.path / name
     run_files.claim(run.path, [*run_files.CHOICE, *([] if is_final else [name])], f"select {run.path}")
-    spelling = detect(final) if is_final else _spelling(config)
-    _write_adapter(AdapterState(state.modules, told), family, config, path, spelling)
+    format_name = detect(final) if is_final else _format_name(config)
+    _write_adapter(AdapterState(state.modules, metadata), family, config, path, format_name)
     chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
     run_files.discard(run.path, chosen - {name})
     return path
@@ -318,11 +314,11 @@ def _record(run: RunFolder, file: Path, folder: Path, choice: Choice, preference
             shutil.copyfile(file, temporary)
 
 
-def _spelling(config: Config) -> str:
-    """Names the first spelling in one file that can hold what was trained, of those that the run was to write first."""
+def _format_name(config: Config) -> str:
+    """Names the first format of one file that can hold what was trained; those that the run was to write come first."""
     stored = variants.find(config.adapter.variant, config.model.quantization).stored
     formats = [registry.find("formats", name) for name in (*config.output.formats, *registry.available("formats"))]
-    return next(format_.name for format_ in formats if not format_.is_folder and stored not in format_.refused)
+    return next(str(format_.name) for format_ in formats if not format_.is_folder and stored not in format_.refused)
 
 
 def marks(choice: Choice, evaluation: Evaluation) -> dict[str, str]:
@@ -335,7 +331,7 @@ def marks(choice: Choice, evaluation: Evaluation) -> dict[str, str]:
         "lora_diffusion.scores": json.dumps(
             {metric: round(table.mean(choice.candidate.name, metric), 4) for metric in metrics}
         ),
-        "lora_diffusion.scorer": json.dumps({kind: public_path(name) for kind, name in evaluation.scorer.items()}),
+        "lora_diffusion.scorer": json.dumps({role: public_path(name) for role, name in evaluation.scorer.items()}),
         "lora_diffusion.evaluated_with": evaluation.lora_diffusion,
     }
 

@@ -21,8 +21,12 @@ from lora_diffusion.data.sample_types import RECORDINGS
 from lora_diffusion.data.sources import ALL_SPLITS
 from lora_diffusion.data.speech_folder import list_named, list_requests
 from lora_diffusion.data.transcripts import Segment, cues, later, without_timestamps
-from lora_diffusion.evaluation.transcripts import Understanding, judge, normaliser
-from lora_diffusion.workflows._set_scores import SetScores
+from lora_diffusion.evaluation.texts import (
+    SetScores,
+    TranscriptEvaluation,
+    evaluate_transcripts,
+    whisper_normalizer,
+)
 from lora_diffusion.workflows.load import CheckedModel, Model, check_model
 
 Adapters = Sequence[tuple[Path, float]]
@@ -88,7 +92,7 @@ def score_transcripts(
     data_paths: Sequence[Path],
     adapters: Adapters = (),
     data: RecordingDataConfig = _EVERYTHING,
-) -> SetScores[Understanding]:
+) -> SetScores[TranscriptEvaluation]:
     """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
 
     Args:
@@ -105,21 +109,21 @@ def score_transcripts(
     sets = [RECORDINGS.read(replace(plain, path=str(path)), info) for path in data_paths]
     loaded = checked.load()
     scores = tuple(compare(loaded.answer, loaded.loaded, samples) for samples in sets)
-    return SetScores(tuple(data_paths), scores, "recordings")
+    return SetScores(tuple(data_paths), scores)
 
 
 def compare(
     generate: Callable[[Sequence[Request]], Sequence[Output]], loaded: Loaded, samples: Sequence[AudioText]
-) -> Understanding:
+) -> TranscriptEvaluation:
     """Compares the transcripts of a loaded base with those of samples."""
     opened = [RECORDINGS.open(sample, RecordingDataConfig()) for sample in samples]
     outputs = generate([Request("", 0, sample=one) for one in opened])
     said = [without_timestamps(sample.transcript) for sample in samples]
     heard = [without_timestamps(output.text) for output in outputs]
     languages = [_written(sample, loaded.options) for sample in samples]
-    normalisers = {language: normaliser(language, loaded.info.path) for language in set(languages)}
-    normalise = [normalisers[language] for language in languages]
-    return judge([sample.key for sample in samples], said, heard, normalise)
+    normalizers = {language: whisper_normalizer(language, loaded.info.path) for language in set(languages)}
+    keys = [sample.key for sample in samples]
+    return evaluate_transcripts(keys, said, heard, [normalizers[language] for language in languages])
 
 
 def _written(sample: AudioText, options: Any) -> str:

@@ -67,10 +67,10 @@ def make_sample(folder: Path, seed: int = 0) -> Evaluation:
         summary=_summaries(candidates, scores),
         adapters={f"step-{step:06d}": FileHash(f"run/checkpoints/step-{step:06d}", "0" * 64) for step in STEPS},
         references=_save_pictures(folder / "references", 2, rng),
-        training_pictures=files,
+        training_images=files,
         warnings=("clip_image: 2 candidates cannot be told apart from the base with 6 pictures each.",),
         open_comparisons=(OpenComparison("clip_image", "step-000100@0.5", "base", 6, 4321.0),),
-        chance={"clip_text": 0.05},
+        random_baseline={"clip_text": 0.05},
         scores=scores,
     )
     results.write(evaluation, folder)
@@ -113,7 +113,7 @@ def _scores(candidate: Candidate, folder: Path, training: list[FileHash], rng: n
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
             _random_picture(rng).save(folder / names[seed])
         for metric in METRICS:
-            if (metric.name == "prior_drift") != (case.kind == "prior"):
+            if (metric.name == "prior_drift") != (case.group == "prior"):
                 continue
             for seed in (None,) if metric.name in _SET_METRICS else SEEDS:
                 found.append(
@@ -122,7 +122,7 @@ def _scores(candidate: Candidate, folder: Path, training: list[FileHash], rng: n
                         candidate.step,
                         candidate.weight,
                         case.index,
-                        case.kind,
+                        case.group,
                         case.prompt,
                         seed,
                         metric.name,
@@ -137,14 +137,14 @@ def _scores(candidate: Candidate, folder: Path, training: list[FileHash], rng: n
 def _summaries(candidates: list[Candidate], scores: list[Score]) -> list[Summary]:
     found = []
     for metric in METRICS:
-        for kind in (*dict.fromkeys(case.kind for case in CASES), ALL):
+        for kind in (*dict.fromkeys(case.group for case in CASES), ALL):
             values = {
                 candidate.name: np.array(
                     [
                         score.value
                         for score in scores
                         if (score.candidate, score.metric) == (candidate.name, metric.name)
-                        and kind in (ALL, score.kind)
+                        and kind in (ALL, score.group)
                     ]
                 )
                 for candidate in candidates

@@ -13,8 +13,7 @@ from PIL import Image
 from lora_diffusion.core.evidence import Evidence, Scores
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.evaluation import harness, results
-from lora_diffusion.evaluation.results import Base, Candidate, Case, Settings
-from lora_diffusion.evaluation.table import Table
+from lora_diffusion.evaluation.results import Base, Candidate, Case, Settings, Table
 from lora_diffusion.scoring.scorers import Scorers
 
 
@@ -22,20 +21,20 @@ class Redness:
     """A metric of another package."""
 
     name, meaning, higher_is_better = "redness", "how red pictures are that nobody asked to be", False
-    judges, needs, scorers, per_prompt = "plain", frozenset[str](), (), False
+    outputs, needs, scorers, per_prompt = "control", frozenset[str](), (), False
 
     def score(self, evidence: Evidence) -> Scores:
-        reds = [Image.open(str(path)).getpixel((0, 0))[0] for path in evidence.pictures]  # type: ignore[index]
+        reds = [Image.open(str(path)).getpixel((0, 0))[0] for path in evidence.images]  # type: ignore[index]
         return Scores(torch.tensor(reds, dtype=torch.float32))
 
-    def chance(self, evidence: Evidence) -> None:
+    def random_baseline(self, evidence: Evidence) -> None:
         del evidence
 
-    def real(self, evidence: Evidence) -> None:
+    def reference_score(self, evidence: Evidence) -> None:
         del evidence
 
 
-def _draw(candidate: str, requests: Sequence[Request]) -> list[Output]:
+def _generate(candidate: str, requests: Sequence[Request]) -> list[Output]:
     return [Output(request, Image.new("RGB", (8, 8), (len(candidate), 0, 0))) for request in requests]
 
 
@@ -58,7 +57,7 @@ def test_tells_what_it_was_made_with_and_leaves_nothing_behind(tmp_path: Path) -
     for folder in (tmp_path, tmp_path / "pictures"):
         folder.mkdir(exist_ok=True)
         (folder / ".part-0000-left.png").touch()
-    found = harness.run(_task(), _draw, Scorers({}), tmp_path)
+    found = harness.run(_task(), _generate, Scorers({}), tmp_path)
     assert not list(tmp_path.rglob(".part-*"))
     assert len(list((tmp_path / "pictures").iterdir())) == 2 * 3 * 2
     assert found.base.base_key == "key"
@@ -80,5 +79,5 @@ def test_files_that_another_process_is_writing_are_no_leftovers(
 
     alone = SimpleNamespace(is_main_process=True, process_index=0, num_processes=1, wait_for_everyone=wait)
     monkeypatch.setattr(harness, "process_group", lambda: alone)
-    harness.run(_task(), _draw, Scorers({}), tmp_path)
+    harness.run(_task(), _generate, Scorers({}), tmp_path)
     assert written.exists()

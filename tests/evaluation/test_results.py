@@ -8,8 +8,7 @@ import pytest
 
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.results import MetricFacts
-from lora_diffusion.evaluation.table import Table
+from lora_diffusion.evaluation.results import MetricFacts, Table
 from tests.evaluation.sample import CASES, SEEDS, STEPS, WEIGHTS, make_sample
 
 
@@ -30,10 +29,10 @@ def test_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_every_picture_of_the_scores_is_there(tmp_path: Path) -> None:
     made = make_sample(tmp_path)
-    named = [score for score in made.scores if score.picture]
-    assert len({score.picture for score in named}) == len(made.candidates) * len(CASES) * len(SEEDS)
-    assert all((tmp_path / score.picture).is_file() for score in named)
-    assert {score.seed for score in made.scores if not score.picture} == {None}
+    named = [score for score in made.scores if score.image]
+    assert len({score.image for score in named}) == len(made.candidates) * len(CASES) * len(SEEDS)
+    assert all((tmp_path / score.image).is_file() for score in named)
+    assert {score.seed for score in made.scores if not score.image} == {None}
 
 
 def test_evaluations_that_tell_less_are_read(tmp_path: Path) -> None:

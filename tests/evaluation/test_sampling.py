@@ -11,7 +11,7 @@ from PIL import Image
 
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.evaluation import sampling
-from lora_diffusion.evaluation.sampling import CHUNK, Chunk, draw_missing, lay_out, look, picture_key
+from lora_diffusion.evaluation.sampling import CHUNK, Chunk, generate_missing, image_key, lay_out, look
 
 REQUEST = Request("a cat", 3, "blur", 20, 5.0, (64, 64))
 LOOKS = {"base": (), "a@0.0": look([("x", 0.0)]), "a@1.0": look([("x", 1.0)])}
@@ -47,15 +47,15 @@ def chunks() -> Sequence[Chunk]:
 
 
 def test_the_name_covers_all_that_a_picture_depends_on() -> None:
-    name = picture_key("base key", (("x", 0.5),), REQUEST)
+    name = image_key("base key", (("x", 0.5),), REQUEST)
     changes = [{"prompt": "a dog"}, {"seed": 4}, {"negative": ""}, {"num_steps": 21}, {"guidance": 4.0}, {"size": None}]
-    others = [picture_key("base key", (("x", 0.5),), replace(REQUEST, **change)) for change in changes]
-    others += [picture_key("other", (("x", 0.5),), REQUEST), picture_key("base key", (("x", 0.6),), REQUEST)]
-    others += [picture_key("base key", (("y", 0.5),), REQUEST), picture_key("base key", (), REQUEST)]
+    others = [image_key("base key", (("x", 0.5),), replace(REQUEST, **change)) for change in changes]
+    others += [image_key("other", (("x", 0.5),), REQUEST), image_key("base key", (("x", 0.6),), REQUEST)]
+    others += [image_key("base key", (("y", 0.5),), REQUEST), image_key("base key", (), REQUEST)]
     assert len({name, *others}) == 1 + len(others)
-    assert name == picture_key("base key", (("x", 0.5),), replace(REQUEST, guidance=5))  # type: ignore[arg-type]
+    assert name == image_key("base key", (("x", 0.5),), replace(REQUEST, guidance=5))  # type: ignore[arg-type]
     unguided = replace(REQUEST, guidance=1.0)
-    assert picture_key("k", (), unguided) == picture_key("k", (), replace(unguided, negative=""))
+    assert image_key("k", (), unguided) == image_key("k", (), replace(unguided, negative=""))
     assert look([("x", 0.5), ("y", 0.0), ("a", 1)]) == look([("a", 1), ("x", 0.5)]) == (("a", 1), ("x", 0.5))
     assert len(look([("x", 0.5), ("x", 0.5)])) == 2
 
@@ -74,12 +74,12 @@ def test_places_that_look_alike_share_a_picture() -> None:
 def test_another_seed_draws_its_own_pictures_only(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     first = {place: request for place, request in REQUESTS.items() if place[1] != 2}
-    draw_missing(lay_out("base key", LOOKS, first).chunks, one, None, Pen())
+    generate_missing(lay_out("base key", LOOKS, first).chunks, one, None, Pen())
     pen = Pen()
-    draw_missing(lay_out("base key", LOOKS, REQUESTS).chunks, one, None, pen)
+    generate_missing(lay_out("base key", LOOKS, REQUESTS).chunks, one, None, pen)
     assert {seed for _, _, seed in pen.drawn} == {2}
     assert len(pen.drawn) == 2 * 5
-    draw_missing(lay_out("base key", LOOKS, REQUESTS).chunks, two, None, Pen())
+    generate_missing(lay_out("base key", LOOKS, REQUESTS).chunks, two, None, Pen())
     assert _content(one) == _content(two)
 
 
@@ -88,39 +88,39 @@ def test_damaged_pictures_are_drawn_again(
     chunks: Sequence[Chunk], tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
-    draw_missing(chunks, one, cache, Pen())
+    generate_missing(chunks, one, cache, Pen())
     whole = _content(one)
-    name = sampling.picture_path(one, next(iter(chunks[0].requests))).name
+    name = sampling.image_path(one, next(iter(chunks[0].requests))).name
     (one / name).write_bytes(damage(whole[name]))
-    assert draw_missing(chunks, one, cache, Pen(0)) == 0  # the cache has it
+    assert generate_missing(chunks, one, cache, Pen(0)) == 0  # the cache has it
     assert _content(one) == whole
     (cache / name).write_bytes(damage(whole[name]))
     pen = Pen()
-    assert draw_missing(chunks, two, cache, pen) == 1
+    assert generate_missing(chunks, two, cache, pen) == 1
     assert len(pen.drawn) == len(chunks[0].requests)
     assert _content(two) == _content(cache) == whole
 
 
 def test_stopped_and_continued_equals_uninterrupted(chunks: Sequence[Chunk], tmp_path: Path) -> None:
     calm = Pen()
-    assert draw_missing(chunks, tmp_path / "calm", None, calm) == len(calm.drawn) == 40
+    assert generate_missing(chunks, tmp_path / "calm", None, calm) == len(calm.drawn) == 40
     first, second = Pen(2), Pen()
     with pytest.raises(KeyboardInterrupt):
-        draw_missing(chunks, tmp_path / "stopped", None, first)
-    assert draw_missing(chunks, tmp_path / "stopped", None, second) == 40 - len(first.drawn)
+        generate_missing(chunks, tmp_path / "stopped", None, first)
+    assert generate_missing(chunks, tmp_path / "stopped", None, second) == 40 - len(first.drawn)
     assert set(first.drawn).isdisjoint(second.drawn)
     assert _content(tmp_path / "stopped") == _content(tmp_path / "calm")
-    assert draw_missing(chunks, tmp_path / "stopped", None, Pen(0)) == 0
+    assert generate_missing(chunks, tmp_path / "stopped", None, Pen(0)) == 0
 
 
 def test_a_chunk_is_drawn_as_a_whole_and_what_is_there_is_kept(chunks: Sequence[Chunk], tmp_path: Path) -> None:
-    draw_missing(chunks, tmp_path, None, Pen())
+    generate_missing(chunks, tmp_path, None, Pen())
     before = _content(tmp_path)
-    lost = sampling.picture_path(tmp_path, next(iter(chunks[1].requests)))
+    lost = sampling.image_path(tmp_path, next(iter(chunks[1].requests)))
     lost.unlink()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
     pen = Pen()
-    assert draw_missing(chunks, tmp_path, None, pen) == 1
+    assert generate_missing(chunks, tmp_path, None, pen) == 1
     assert [(prompt, seed) for _, prompt, seed in pen.drawn] == [
         (request.prompt, request.seed) for request in chunks[1].requests.values()
     ]
@@ -129,24 +129,24 @@ def test_a_chunk_is_drawn_as_a_whole_and_what_is_there_is_kept(chunks: Sequence[
 
 
 def test_processes_share_the_chunks(chunks: Sequence[Chunk], tmp_path: Path) -> None:
-    draw_missing(chunks, tmp_path / "one", None, Pen())
+    generate_missing(chunks, tmp_path / "one", None, Pen())
     pens = [Pen(), Pen()]
     for index, pen in enumerate(pens):
-        draw_missing(chunks, tmp_path / "two", None, pen, (index, 2))
+        generate_missing(chunks, tmp_path / "two", None, pen, (index, 2))
     assert set(pens[0].drawn).isdisjoint(pens[1].drawn)
     assert _content(tmp_path / "one") == _content(tmp_path / "two")
 
 
 def test_evaluations_share_a_cache(chunks: Sequence[Chunk], tmp_path: Path) -> None:
-    draw_missing(chunks[:2], tmp_path / "one", tmp_path / "cache", Pen())
+    generate_missing(chunks[:2], tmp_path / "one", tmp_path / "cache", Pen())
     pen = Pen()
-    draw_missing(chunks, tmp_path / "two", tmp_path / "cache", pen)
+    generate_missing(chunks, tmp_path / "two", tmp_path / "cache", pen)
     assert len(pen.drawn) == 40 - sum(len(chunk.requests) for chunk in chunks[:2])
     assert _content(tmp_path / "cache") == _content(tmp_path / "two")
 
 
 def test_pictures_tell_their_settings(tmp_path: Path) -> None:
     (chunk,) = lay_out("k", {"base": ()}, {(0, 7): Request("prompt 0", 7, guidance=5.0)}).chunks
-    draw_missing([chunk], tmp_path, None, Pen())
+    generate_missing([chunk], tmp_path, None, Pen())
     (path,) = tmp_path.iterdir()
     assert Image.open(path).text["parameters"].startswith("prompt 0\nSteps: 25")  # type: ignore[attr-defined]

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.core.errors import ConfigError, DataError
-from lora_diffusion.evaluation.results import Base, Candidate, Case, Evaluation, FileHash, MetricFacts, Score, Settings
+from lora_diffusion.evaluation.results import (
+    Base,
+    Candidate,
+    Case,
+    Evaluation,
+    FileHash,
+    MetricFacts,
+    Score,
+    Settings,
+    Table,
+)
 from lora_diffusion.evaluation.select import Preference, check_metrics, choose, frontier, limits
-from lora_diffusion.evaluation.table import Table
 from tests.evaluation.sample import make_sample
 
 CASES = tuple(Case(i, f"a zwx cat {i}", f"a cat {i}", f"a cat {i}", "subject", "s") for i in range(8))
@@ -41,7 +50,7 @@ def evaluation(
             cases = (PLAIN,) if metric.startswith("pr") else CASES
             scores += [
                 Score(
-                    candidate.name, candidate.step, candidate.weight, c.index, c.kind, c.prompt, seed, metric, own, ""
+                    candidate.name, candidate.step, candidate.weight, c.index, c.group, c.prompt, seed, metric, own, ""
                 )
                 for c in cases
                 for seed in (0, 1)
@@ -56,27 +65,27 @@ def evaluation(
         seeds=(0, 1),
         metrics=[MetricFacts(name, name, name != "copying") for name in BASE_SCORES],
         summary=(),
-        chance={"clip_text": 0.0, "prior_drift": 0.4},
-        real={"clip_image": 0.7, "copying": 0.6},
+        random_baseline={"clip_text": 0.0, "prior_drift": 0.4},
+        reference_scores={"clip_image": 0.7, "copying": 0.6},
         scores=scores,
     )
 
 
 def test_shares_and_balance_equal_a_computation_by_hand() -> None:
     choice = choose(evaluation((100, 1.0, 0.45, 0.63)))
-    standing = choice.standing
+    standing = choice.score
     assert standing.likeness_share == pytest.approx((0.45 - 0.2) / (0.7 - 0.2))
     assert standing.text_share == pytest.approx(0.63 / 0.7)
     assert standing.balance == pytest.approx(2 / (1 / 0.5 + 1 / 0.9))
     leaning = choose(evaluation((100, 1.0, 0.45, 0.63)), Preference(text_weight=0.2))
-    assert leaning.standing.balance == pytest.approx(1 / (0.8 / 0.5 + 0.2 / 0.9))
+    assert leaning.score.balance == pytest.approx(1 / (0.8 / 0.5 + 0.2 / 0.9))
 
 
 def test_overtrained_and_undertrained_lose_to_the_middle() -> None:
     made = evaluation((100, 1.0, 0.3, 0.7), (200, 1.0, 0.55, 0.65), (300, 1.0, 0.65, 0.5), (400, 1.0, 0.69, 0.3))
     choice = choose(made)
     assert choice.candidate.name == "step-000200@1"
-    assert all(standing.on_frontier for standing in choice.standings)
+    assert all(standing.on_frontier for standing in choice.scores)
     assert "70% of the way" in choice.sentences[0]
     assert "0.550" in choice.sentences[0]
     assert "step-000300@1, has 0.650 and 0.500" in choice.sentences[1]
@@ -91,7 +100,7 @@ def test_weights_of_the_user_move_the_choice() -> None:
 
 def test_beaten_candidates_are_off_the_frontier() -> None:
     choice = choose(evaluation((100, 1.0, 0.5, 0.6), (200, 1.0, 0.45, 0.55), (300, 1.0, 0.55, 0.5)))
-    assert [standing.on_frontier for standing in choice.standings] == [True, False, True]
+    assert [standing.on_frontier for standing in choice.scores] == [True, False, True]
     assert "1 is beaten" in choice.sentences[1]
 
 
@@ -112,7 +121,7 @@ def test_default_limits_come_from_base_and_real_pictures() -> None:
     made = evaluation((100, 1.0, 0.5, 0.6))
     found = {limit.metric: limit.value for limit in limits(made, Preference())}
     assert found == {"copying": 0.6, "prior_drift": pytest.approx(0.2), "prompt_leak": pytest.approx(0.25)}
-    without = limits(dataclasses.replace(made, real={}), Preference(prior_drift=0.05))
+    without = limits(dataclasses.replace(made, reference_scores={}), Preference(prior_drift=0.05))
     unmeasured = [score for score in made.scores if score.metric != "prior_drift"]
     with pytest.raises(ConfigError, match="no scores of prior_drift"):
         limits(dataclasses.replace(made, scores=unmeasured), Preference(prior_drift=0.05))
@@ -124,7 +133,7 @@ def test_references_that_were_trained_on_say_nothing_about_copies() -> None:
     own, other = FileHash("a.png", "1"), FileHash("b.png", "2")
     found = {}
     for references in ([other], [own, other]):
-        known = dataclasses.replace(made, training_pictures=[own], references=references)
+        known = dataclasses.replace(made, training_images=[own], references=references)
         found[len(references)] = {limit.metric: limit.value for limit in limits(known, Preference())}["copying"]
     assert found == {1: 0.6, 2: pytest.approx((0.4 + 1) / 2)}
 
@@ -202,4 +211,4 @@ def test_choice_of_the_sample_is_the_same_each_time(tmp_path: Path) -> None:
     made = make_sample(tmp_path)
     assert choose(made).to_json() == choose(made).to_json()
     assert choose(made).candidate.name == "step-000100@1.5"
-    assert {"step-000300@1.0", "step-000300@1.5"} <= {s.name for s in choose(made).standings if s.breaks}
+    assert {"step-000300@1.0", "step-000300@1.5"} <= {s.name for s in choose(made).scores if s.breaks}

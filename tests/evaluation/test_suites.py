@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_diffusion.core.errors import ConfigError
-from lora_diffusion.evaluation.suites import PLAIN_KINDS, read_cases, shipped_suites
+from lora_diffusion.evaluation.results import CONTROL_GROUPS
+from lora_diffusion.evaluation.suites import read_cases, shipped_suites
 
 TRIGGERS, CLASSES = ("sks", "blob style"), ("octopus", "dog")
 
@@ -17,13 +18,13 @@ class TestShipped:
     def test_reads(self, name: str) -> None:
         cases = read_cases(name, TRIGGERS, CLASSES)
         assert [case.index for case in cases] == list(range(len(cases)))
-        assert len({case.prompt for case in cases if case.kind not in PLAIN_KINDS}) >= 8
-        assert any(case.kind in PLAIN_KINDS for case in cases)
+        assert len({case.prompt for case in cases if case.group not in CONTROL_GROUPS}) >= 8
+        assert any(case.group in CONTROL_GROUPS for case in cases)
         for case in cases:
-            assert (case.prompt != case.plain) == (case.kind not in PLAIN_KINDS)
-            assert not any(word in case.meaning + case.plain for word in TRIGGERS)
-            assert "{" not in case.prompt + case.plain + case.meaning
-            assert " a octopus" not in f" {case.prompt} {case.plain}"
+            assert (case.prompt != case.control_prompt) == (case.group not in CONTROL_GROUPS)
+            assert not any(word in case.scoring_caption + case.control_prompt for word in TRIGGERS)
+            assert "{" not in case.prompt + case.control_prompt + case.scoring_caption
+            assert " a octopus" not in f" {case.prompt} {case.control_prompt}"
 
     def test_says_how_it_is_run(self, name: str) -> None:
         first, second = shipped_suites()[name].read_text("utf-8").splitlines()[:2]
@@ -33,11 +34,11 @@ class TestShipped:
 
 @pytest.mark.parametrize("name", ["dreambooth-object", "dreambooth-live"])
 def test_dreambooth_has_its_25_prompts(name: str) -> None:
-    cases = [case for case in read_cases(name, ["sks"], ["dog"]) if case.kind == "subject"]
+    cases = [case for case in read_cases(name, ["sks"], ["dog"]) if case.group == "subject"]
     assert len({case.prompt for case in cases}) == 25
     assert cases[0].prompt == "a sks dog in the jungle"
     assert cases[-1].prompt == "a cube shaped sks dog"
-    assert cases[-1].plain == cases[-1].meaning == "a cube shaped dog"
+    assert cases[-1].control_prompt == cases[-1].scoring_caption == "a cube shaped dog"
 
 
 def _write(path: Path, text: str) -> Path:
@@ -56,9 +57,13 @@ leak: [a unicorn]
 """,
     )
     first, second, third = read_cases(path, ["zwx"], ["otter"])
-    assert (first.prompt, first.plain, first.meaning) == ("a zwx otter", "an otter", "an otter")
-    assert (second.prompt, second.plain, second.meaning) == ("zwx at night", "an otter at night", "a dark otter")
-    assert (third.prompt, third.kind, third.suite) == ("a unicorn", "leak", "mine")
+    assert (first.prompt, first.control_prompt, first.scoring_caption) == ("a zwx otter", "an otter", "an otter")
+    assert (second.prompt, second.control_prompt, second.scoring_caption) == (
+        "zwx at night",
+        "an otter at night",
+        "a dark otter",
+    )
+    assert (third.prompt, third.group, third.suite) == ("a unicorn", "leak", "mine")
 
 
 def test_equal_prompts_of_a_kind_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,7 +75,7 @@ def test_equal_prompts_of_a_kind_are_one(tmp_path: Path, caplog: pytest.LogCaptu
     )
     with caplog.at_level("WARNING", logger="lora_diffusion"):
         cases = read_cases(path, ["zwx"], ["dog"])
-    assert [(case.index, case.prompt, case.kind) for case in cases] == [
+    assert [(case.index, case.prompt, case.group) for case in cases] == [
         (0, "a zwx dog", "subject"),
         (1, "a red zwx", "subject"),
         (2, "a zwx at night", "subject"),
@@ -85,10 +90,10 @@ def test_equal_prompts_of_a_kind_are_one(tmp_path: Path, caplog: pytest.LogCaptu
     [
         ("subject: ['a {trigger2}', 'a {class}']", ["the 2. --trigger", "give --class"]),
         ("subject: ['a {name}', 'a {class']", ["{name} is no placeholder", "{ is no placeholder"]),
-        ("subject: []\nStyle: [a]\nall: [b]", ["subject: must be a list", "Style: a kind is", "all: a kind is"]),
+        ("subject: []\nStyle: [a]\nall: [b]", ["subject: must be a list", "Style: a group is", "all: a group is"]),
         ("subject: [3, {plain: a}, {prompt: a, meening: b}]", ["3 is no prompt", "is no prompt", 'mean "meaning"']),
-        ("- a\n- b", ["must map kinds"]),
-        ("", ["must map kinds"]),
+        ("- a\n- b", ["must map groups"]),
+        ("", ["must map groups"]),
         ("subject: [", ["is not a YAML file"]),
         ("subject: " + "[" * 5000 + "]" * 5000, ["is not a YAML file", "nest"]),
         ("subject: " + "9" * 5000, ["subject: must be a list"]),

@@ -13,13 +13,15 @@ from PIL import Image
 
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.core.evidence import SampleLoss
-from lora_diffusion.evaluation.before_after import Comparison, Interval, Row
-from lora_diffusion.evaluation.results import BASE, Evaluation, to_csv
+from lora_diffusion.core.samples import Request
+from lora_diffusion.evaluation.harness import Comparison, Condition, PromptGrid
+from lora_diffusion.evaluation.results import BASE, Case, Evaluation, Table, to_csv
 from lora_diffusion.evaluation.select import choose
-from lora_diffusion.evaluation.table import Table
-from lora_diffusion.report import page, plots, versus
-from lora_diffusion.report.page import Album, number
-from lora_diffusion.report.pages import Training, write_before_after, write_report
+from lora_diffusion.evaluation.statistics import MeanWithError
+from lora_diffusion.report import comparison_page, plots, rendering
+from lora_diffusion.report.quickstart_page import write_quickstart_page
+from lora_diffusion.report.rendering import Album, number
+from lora_diffusion.report.report_page import Training, write_report
 from lora_diffusion.report.sections import Findings, Shots
 from tests.evaluation.sample import STEPS, WEIGHTS, make_sample
 
@@ -118,7 +120,7 @@ def test_page_shows_choice_scores_and_warnings(written: tuple[Path, ...], sample
     assert all(warning in html for warning in (*choice.warnings, *sample[1].warnings))
     assert "1 comparison that these images cannot decide" in html
     assert "about 4,300" in html
-    assert number(choice.standing.likeness) in html
+    assert number(choice.score.likeness) in html
     assert "<code>x.safetensors</code>" in html
     assert sample[1].candidates[1].sha256 not in html  # hashes are those of the adapters, told below
     assert all(file.sha256 in html for file in sample[1].references)
@@ -187,7 +189,7 @@ def test_pictures_shrink_until_the_page_is_small(monkeypatch: pytest.MonkeyPatch
     for index in range(4):
         album.add(str(index), noise)
     album.add("0", noise)
-    monkeypatch.setattr(page, "_PAGE_BYTES", 60_000)
+    monkeypatch.setattr(rendering, "_PAGE_BYTES", 60_000)
     album.develop()
     total = sum(len(album.url(str(index))) for index in range(4)) + len(album.url("0"))
     assert 20_000 < total < 60_000 * 1.4
@@ -215,13 +217,14 @@ def test_numbers_are_written_for_people() -> None:
 def test_quickstart_page_is_of_the_same_design(tmp_path: Path) -> None:
     images = (Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue"))
     conditions = ("base, with trigger", "adapter, with trigger", "base, without trigger", "adapter, without trigger")
-    score = {"clip_image": Interval(0.5, 0.1), "clip_text": Interval(0.25, 0.05)}
-    rows = tuple(Row(condition, images, score) for condition in conditions)
-    real = Row("real pictures", images, {"clip_image": Interval(0.9, 0.0)})
-    comparison = Comparison(("zwx cat", "zwx dog"), ("cat", "dog"), rows, real, "builtin:emoji-clip")
+    scores = {"clip_image": MeanWithError(0.5, 0.1), "clip_text": MeanWithError(0.25, 0.05)}
+    rows = tuple(Condition(label, images, scores) for label in conditions)
+    references = Condition("real pictures", (), {"clip_image": MeanWithError(0.9, 0.0)})
+    cases = [Case(i, f"zwx {name}", name, name, "subject", "s") for i, name in enumerate(("cat", "dog"))]
+    comparison = Comparison(PromptGrid(cases, (0,), Request("", 0)), rows, references, "builtin:emoji-clip")
     path = tmp_path / "r.html"
     training = Training(LOSSES, facts={"base": "x"})
-    write_before_after(
+    write_quickstart_page(
         path, title="Quick", comparison=comparison, num_rows=1, training=training, next_commands=["lora-diffusion x"]
     )
     html = path.read_text()
@@ -241,10 +244,10 @@ def compared(
     other = tmp_path_factory.mktemp("other")
     second = make_sample(other, seed=1)
     entries = [
-        versus.Entry("one", findings(sample), Training(LOSSES, facts={"adapter.rank": "8", "same": "1"})),
-        versus.Entry("two", findings((other, second)), Training(facts={"adapter.rank": "16", "same": "1"})),
+        comparison_page.Entry("one", findings(sample), Training(LOSSES, facts={"adapter.rank": "8", "same": "1"})),
+        comparison_page.Entry("two", findings((other, second)), Training(facts={"adapter.rank": "16", "same": "1"})),
     ]
-    return versus.write_comparison(tmp_path_factory.mktemp("page") / "c.html", entries), second
+    return comparison_page.write_comparison(tmp_path_factory.mktemp("page") / "c.html", entries), second
 
 
 def test_comparison_pairs_prompts_and_seeds(
@@ -257,7 +260,7 @@ def test_comparison_pairs_prompts_and_seeds(
     assert [path.name for path in files[1:]] == ["c.json", "c-one.csv", "c-two.csv"] == shown.links
     one, two = findings(sample), findings((files[0].parent, second))
     names = one.shown.name, two.shown.name
-    draws = [(c.index, s) for c in sample[1].cases if c.kind != "prior" for s in sample[1].seeds]
+    draws = [(c.index, s) for c in sample[1].cases if c.group != "prior" for s in sample[1].seeds]
     by_hand = [
         two.table.values(names[1], "clip_image")[draw] - one.table.values(names[0], "clip_image")[draw]
         for draw in draws
@@ -283,24 +286,26 @@ def test_comparison_says_what_cannot_be_compared(sample: tuple[Path, Evaluation]
         cases=[dataclasses.replace(case, prompt=f"other {case.prompt}") for case in evaluation.cases],
     )
     sides = [findings(sample), Findings(other, folder, None, Table(other))]
-    entries = [versus.Entry(name, side, Training()) for name, side in zip("ab", sides, strict=True)]
-    html = versus.write_comparison(tmp_path / "c.html", [*entries, versus.Entry("c", None, Training())])[0].read_text()
+    entries = [comparison_page.Entry(name, side, Training()) for name, side in zip("ab", sides, strict=True)]
+    html = comparison_page.write_comparison(
+        tmp_path / "c.html", [*entries, comparison_page.Entry("c", None, Training())]
+    )[0].read_text()
     for text in ("different scorers", "share no prompt", "c was not evaluated"):
         assert text in html
     with pytest.raises(DataError, match="Two of the folders are called a"):
-        versus.write_comparison(tmp_path / "d.html", [entries[0], entries[0]])
+        comparison_page.write_comparison(tmp_path / "d.html", [entries[0], entries[0]])
 
 
-def _other(evaluation: Evaluation, folder: Path, **changes: object) -> versus.Entry:
+def _other(evaluation: Evaluation, folder: Path, **changes: object) -> comparison_page.Entry:
     own = dataclasses.replace(evaluation, **changes)  # type: ignore[arg-type]
-    return versus.Entry("other", Findings(own, folder, None, Table(own)), Training())
+    return comparison_page.Entry("other", Findings(own, folder, None, Table(own)), Training())
 
 
 def _compared(sample: tuple[Path, Evaluation], path: Path, **changes: object) -> tuple[str, list[list[str]]]:
     """Returns the page that compares the sample with a changed one, and its table of differences."""
     folder, evaluation = sample
-    one = versus.Entry("one", Findings(evaluation, folder, None, Table(evaluation)), Training())
-    files = versus.write_comparison(path / "c.html", [one, _other(evaluation, folder, **changes)])
+    one = comparison_page.Entry("one", Findings(evaluation, folder, None, Table(evaluation)), Training())
+    files = comparison_page.write_comparison(path / "c.html", [one, _other(evaluation, folder, **changes)])
     return files[0].read_text(), json.loads(files[1].read_text())["differences"]
 
 
@@ -362,10 +367,10 @@ def test_numbers_are_not_written_over_other_files(sample: tuple[Path, Evaluation
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"would be written over .*{name}"):
         write_report(tmp_path / f"{name}.html", title="x", findings=findings(sample))
-    entries = [versus.Entry(side, None, Training()) for side in "ab"]
+    entries = [comparison_page.Entry(side, None, Training()) for side in "ab"]
     if name != "scores":
         with pytest.raises(ConfigError, match=f"would be written over .*{name}.json"):
-            versus.write_comparison(tmp_path / f"{name}.html", entries)
+            comparison_page.write_comparison(tmp_path / f"{name}.html", entries)
     assert {path: path.read_text() for path in tmp_path.iterdir()} == others
 
 
@@ -385,8 +390,8 @@ def test_a_single_picture_has_a_page_without_intervals(sample: tuple[Path, Evalu
     )
     files = write_report(tmp_path / "r.html", title="x", findings=Findings(few, folder, None, Table(few)))
     assert "nan" not in re.sub(r"base64,[^\"]*", "", files[0].read_text())
-    entries = [versus.Entry(name, Findings(few, folder, None, Table(few)), Training()) for name in "ab"]
-    cells = json.loads(versus.write_comparison(tmp_path / "c.html", entries)[1].read_text())["differences"][0]
+    entries = [comparison_page.Entry(name, Findings(few, folder, None, Table(few)), Training()) for name in "ab"]
+    cells = json.loads(comparison_page.write_comparison(tmp_path / "c.html", entries)[1].read_text())["differences"][0]
     assert cells[-2:] == ["+0.000 (\N{EN DASH} to \N{EN DASH})", "cannot tell"]
 
 

@@ -90,13 +90,13 @@ def test_shuffled_captions_score_at_chance(pictures: tuple[list[Path], list[str]
     paths, texts = pictures
     metric = registry.find("metrics", "clip_text")
     evidence = Evidence(paths, texts, scorers=scorers)
-    right, chance = metric.score(evidence).values, metric.chance(evidence)
+    right, chance = metric.score(evidence).values, metric.random_baseline(evidence)
     shift = next(n for n in range(50, 200) if all(a != b for a, b in zip(texts, texts[n:] + texts[:n], strict=True)))
     shuffled = metric.score(Evidence(paths, texts[shift:] + texts[:shift], scorers=scorers)).values
     error = shuffled.std().item() / len(shuffled) ** 0.5
     assert shuffled.mean().item() == pytest.approx(chance, abs=3 * error)
     assert right.mean().item() > chance + 10 * error
-    assert metric.chance(Evidence(paths[:2], texts[:1] * 2, scorers=scorers)) is None
+    assert metric.random_baseline(Evidence(paths[:2], texts[:1] * 2, scorers=scorers)) is None
 
 
 def test_a_training_picture_among_the_samples_is_found(
@@ -106,28 +106,28 @@ def test_a_training_picture_among_the_samples_is_found(
     planted = Path(shutil.copy(training[7], tmp_path / "sample.png"))
     samples = [*sorted((shipped_path("datasets") / "blob-style" / "references").glob("*.png")), planted]
     metric = registry.find("metrics", "copying")
-    evidence = Evidence(samples, references=samples[:-1], training_pictures=training, scorers=scorers)
+    evidence = Evidence(samples, references=samples[:-1], training_images=training, scorers=scorers)
     scores = metric.score(evidence)
     assert scores.values.argmax().item() == len(samples) - 1
     assert scores.values[-1].item() == pytest.approx(1, abs=1e-4)
     assert scores.details[-1] == str(training[7])
-    assert metric.real(evidence) < 0.97
+    assert metric.reference_score(evidence) < 0.97
     assert not metric.higher_is_better
 
 
 def test_drift_and_leak_compare_with_the_base(pictures: tuple[list[Path], list[str]], scorers: Scorers) -> None:
     paths = pictures[0][:6]
     cases = [0, 0, 0, 1, 1, 1]
-    still = Evidence(paths, cases=cases, base_pictures=paths, references=paths[:2], scorers=scorers)
-    moved = Evidence(paths, cases=cases, base_pictures=[*paths[1:], paths[0]], references=paths[:2], scorers=scorers)
+    still = Evidence(paths, cases=cases, base_images=paths, references=paths[:2], scorers=scorers)
+    moved = Evidence(paths, cases=cases, base_images=[*paths[1:], paths[0]], references=paths[:2], scorers=scorers)
     for name in ("prior_drift", "prompt_leak"):
         assert judge(name, still).values.abs().max() < 1e-5
         assert judge(name, moved).values.abs().max() > 0.1
     vectors = scorers.see("clip", paths)
     pairs = [1 - vectors[a] @ vectors[b] for a, b in ((0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5))]
     metric = registry.find("metrics", "prior_drift")
-    assert metric.chance(still) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
-    assert metric.chance(Evidence(paths[:1], cases=[0], scorers=scorers)) is None
+    assert metric.random_baseline(still) == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
+    assert metric.random_baseline(Evidence(paths[:1], cases=[0], scorers=scorers)) is None
 
 
 def test_diversity_counts_different_pictures(pictures: tuple[list[Path], list[str]], scorers: Scorers) -> None:
@@ -159,11 +159,13 @@ def test_likeness_of_real_pictures_leaves_themselves_out(
     evidence = Evidence(references=references, scorers=scorers)
     vectors = scorers.see("clip", references)
     others = [float(vectors[a] @ vectors[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert registry.find("metrics", "clip_image").real(evidence) == pytest.approx(np.mean(others), abs=1e-5)
+    assert registry.find("metrics", "clip_image").reference_score(evidence) == pytest.approx(np.mean(others), abs=1e-5)
     nearest = [max(others[0], others[1]), max(others[0], others[2]), max(others[1], others[2])]
-    assert registry.find("metrics", "clip_image_max").real(evidence) == pytest.approx(np.mean(nearest), abs=1e-5)
+    assert registry.find("metrics", "clip_image_max").reference_score(evidence) == pytest.approx(
+        np.mean(nearest), abs=1e-5
+    )
     alone = Evidence(references=references[:1], scorers=scorers)
-    assert registry.find("metrics", "clip_image").real(alone) is None
+    assert registry.find("metrics", "clip_image").reference_score(alone) is None
 
 
 def test_dino_from_a_folder(pictures: tuple[list[Path], list[str]], tmp_path: Path) -> None:
@@ -236,17 +238,17 @@ def test_preference_is_scored_by_its_own_model(
     own = Scorers({"clip": "builtin:emoji-clip", "preference": str(clip_of_transformers)})
     clip = load_clip(str(clip_of_transformers))
     expected = 100 * (clip.encode_images(paths) * clip.encode_texts(texts)).sum(dim=1)
-    values = judge("preference", Evidence(paths, meanings=texts, scorers=own)).values
+    values = judge("preference", Evidence(paths, scoring_captions=texts, scorers=own)).values
     torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)
     with pytest.raises(ConfigError, match="give --scorer preference=NAME"):
-        judge("preference", Evidence(paths, meanings=texts, scorers=scorers))
+        judge("preference", Evidence(paths, scoring_captions=texts, scorers=scorers))
 
 
 def test_other_models_are_no_clip(tmp_path: Path) -> None:
     from transformers import Dinov2Config
 
     Dinov2Config().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="of the kind dinov2, not clip"):
+    with pytest.raises(ModelError, match="of type dinov2, not clip"):
         load_clip(str(tmp_path))
 
 
@@ -318,7 +320,7 @@ def test_every_metric_says_what_it_is(name: str) -> None:
     metric = registry.find("metrics", name)
     assert metric.name == name
     assert len(metric.meaning) > 10
-    assert metric.judges in ("asked", "plain", "answers")
+    assert metric.outputs in ("concept", "control", "texts")
     assert isinstance(metric.higher_is_better, bool)
     assert metric.needs <= set(Evidence.__dataclass_fields__)
 

@@ -16,7 +16,7 @@ from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.scoring.scorers import Scorers
 from lora_diffusion.workflows import evaluate as workflow
-from lora_diffusion.workflows.evaluate import Question
+from lora_diffusion.workflows.evaluate import EvaluationRequest
 from tests.workflows.conftest import Commands, Killer
 
 PROMPTS = """
@@ -69,11 +69,11 @@ def test_compares_checkpoints_files_and_weights_with_the_base(done: Path, traine
         "the cat of sks style",
         "a blue heart",
     ]
-    assert [case.meaning for case in found.cases][:2] == ["a cat", "a red cat"]
+    assert [case.scoring_caption for case in found.cases][:2] == ["a cat", "a red cat"]
     measured = {metric.name for metric in found.metrics}
     assert measured >= {"clip_text", "clip_image", "prior_drift", "prompt_leak", "diversity", "copying"}
     assert measured.isdisjoint({"dino_image", "aesthetic", "wer"})
-    assert any("references are training pictures" in warning for warning in found.warnings)
+    assert any("references are training images" in warning for warning in found.warnings)
     assert found.find("run@1.0", "prior_drift", "leak").mean > 0
     assert found.find("base", "prior_drift").mean == pytest.approx(0, abs=1e-6)
     assert found.find("run@1.0", "clip_text").count == 6
@@ -83,7 +83,7 @@ def test_pictures_depend_on_what_an_adapter_does_not_on_its_file(done: Path) -> 
     """Weight 0 is the base; the last checkpoint is the adapter file that was written in float32."""
     found = results.read(done)
     by_candidate = {
-        name: {score.picture for score in found.scores if score.candidate == name and score.picture}
+        name: {score.image for score in found.scores if score.candidate == name and score.image}
         for name in (candidate.name for candidate in found.candidates)
     }
     assert by_candidate["run@0.0"] == by_candidate["step-000008@0.0"] == by_candidate["base"]
@@ -109,15 +109,16 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert not list(pictures.glob(".*"))
     assert killer.run(shared, num_processes=2) == 0, log.read_text()
-    assert "Drawing 8 of 8 pictures" in log.read_text()
+    assert "Generating 8 of 8 images" in log.read_text()
     for name in ("stopped", "shared"):
         for file in ("evaluation.json", "scores.csv"):
             assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
 
 
-def test_a_question_takes_texts_and_paths() -> None:
-    texts = Question("out", "suite", adapters="a.safetensors", run="run", references="r", training="t", cache_path="c")  # type: ignore[arg-type]
-    paths = Question(
+def test_a_request_takes_texts_and_paths() -> None:
+    folders = {"run": "run", "references": "r", "training": "t", "cache_path": "c"}
+    texts = EvaluationRequest("out", "suite", adapters="a.safetensors", **folders)  # type: ignore[arg-type]
+    paths = EvaluationRequest(
         Path("out"),
         "suite",
         adapters=[Path("a.safetensors")],  # type: ignore[list-item]
@@ -131,7 +132,7 @@ def test_a_question_takes_texts_and_paths() -> None:
     assert texts.output_path == Path("out")
     assert texts.adapters == ("a.safetensors",)
     assert paths.scorers == {"dino": "d"}
-    assert Question(Path("out"), ()).references is None
+    assert EvaluationRequest(Path("out"), ()).references is None
     assert replace(texts, metrics="clip_text", triggers="sks").triggers == ("sks",)
 
 
@@ -242,7 +243,7 @@ def test_all_faults_are_told_before_the_base_is_loaded(
         'clip_imag\' among the metrics (did you mean "clip_image"',
         "--metrics dino_image needs",
         "--scorer dino=NAME",
-        "--metrics wer judges texts",
+        "--metrics wer scores texts",
         "The CLIP /no/such/clip cannot be loaded",
         "--seed -1",
         "--steps 1000",

@@ -12,7 +12,7 @@ from lora_diffusion.config.load import find_shipped
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.quickstart import NAMES, _writing, llava, style, whisper
+from lora_diffusion.quickstart import NAMES, _text_output, llava, style, whisper
 from tests.workflows.conftest import Commands
 
 
@@ -56,31 +56,31 @@ def test_quickstart_leaves_adapter_grid_and_report(
     assert scores["real pictures"] > scores["base, with trigger"]
 
 
-@pytest.mark.parametrize(("show", "copy"), [(llava.SHOW, few_chats), (whisper.SHOW, few_recordings)])
+@pytest.mark.parametrize(("task", "copy"), [(llava.TASK, few_chats), (whisper.TASK, few_recordings)])
 def test_quickstart_of_models_that_write_scores_before_and_after(
-    show: _writing.Show,
+    task: _text_output.TextQuickstart,
     copy: Callable[[Path, Path], None],
     command: Commands,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shipped, short = shipped_path("datasets") / show.data, shortened(show.config, 2, tmp_path)
-    for folder in ("train", *show.tests.values()):
-        copy(shipped / folder, tmp_path / "datasets" / show.data / folder)
-    monkeypatch.setattr(_writing, "find_shipped", lambda name: short)
-    monkeypatch.setattr(_writing, "shipped_path", lambda name: tmp_path / name)
-    name = show.config.split("/")[0]
+    shipped, short = shipped_path("datasets") / task.data, shortened(task.config, 2, tmp_path)
+    for folder in ("train", *task.tests.values()):
+        copy(shipped / folder, tmp_path / "datasets" / task.data / folder)
+    monkeypatch.setattr(_text_output, "find_shipped", lambda name: short)
+    monkeypatch.setattr(_text_output, "shipped_path", lambda name: tmp_path / name)
+    name = task.config.split("/")[0]
     result = json.loads(command.good("quickstart", name, "--output", tmp_path / "run", "--json").out)
     assert Path(result["adapter"]).is_dir()
     assert len(result["next"]) == 3
-    assert set(result["scores"]) == set(show.tests)
+    assert set(result["scores"]) == set(task.tests)
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == result["scores"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for title, moments in result["scores"].items():
         assert title in page
-        assert moments["before"][show.score] >= 0
-        assert moments["after"][show.score] >= 0
-    assert page.count("data:image/webp;base64,") == 2 * 3 * (show is llava.SHOW)
+        assert moments["before"][task.metric] >= 0
+        assert moments["after"][task.metric] >= 0
+    assert page.count("data:image/webp;base64,") == 2 * 3 * (task is llava.TASK)
     assert all(f'data-label="{name}"' in page for name in ("number", "exact after", "WER after") if name in page)
 
 
@@ -92,7 +92,7 @@ def test_an_earlier_quickstart_is_continued_or_replaced_as_a_run_is(
     def train(config: Config, **options: bool) -> None:
         raise ConfigError(str(sorted(key for key, value in options.items() if value)))
 
-    for module in (style, _writing):
+    for module in (style, _text_output):
         monkeypatch.setattr(module, "train", train)
     outcome = command("quickstart", name, "--output", tmp_path / "run", f"--{option}")
     assert outcome.code == 2

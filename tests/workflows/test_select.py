@@ -65,7 +65,7 @@ def test_training_chooses_marks_and_links_at_its_end(selected: Path) -> None:
     evaluation = results.read(selected / "evaluation")
     assert {candidate.step for candidate in evaluation.candidates} == {None, 2, 4}
     assert {candidate.weight for candidate in evaluation.candidates} == {0.0, 0.5, 1.0}
-    assert {(case.kind) for case in evaluation.cases} == {"subject", "prior"}
+    assert {(case.group) for case in evaluation.cases} == {"subject", "prior"}
     assert values["candidate"] in {candidate.name for candidate in evaluation.candidates[1:]}
     printed = json.loads((selected.parent / "printed.json").read_text())["selection"]
     assert {key: printed[key] for key in ("weight", "why")} == {key: values[key] for key in ("weight", "why")}
@@ -179,7 +179,10 @@ def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path
     for path in pictures.glob("*.txt"):
         path.write_text("a sks dog")
     config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
-    assert [(case.kind, case.prompt) for case in cases(config, "sks")] == [("subject", "a sks dog"), ("prior", "a dog")]
+    assert [(case.group, case.prompt) for case in cases(config, "sks")] == [
+        ("subject", "a sks dog"),
+        ("prior", "a dog"),
+    ]
 
 
 def test_captions_that_differ_in_the_trigger_only_have_one_plain_prompt(
@@ -188,8 +191,8 @@ def test_captions_that_differ_in_the_trigger_only_have_one_plain_prompt(
     for index, path in enumerate(sorted(pictures.glob("*.txt"))):
         path.write_text(("a sks dog", "a dog, sks", "sks a dog")[index % 3])
     config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
-    assert [case.prompt for case in cases(config, "sks") if case.kind == "prior"] == ["a dog"]
-    assert len([case for case in cases(config, "sks") if case.kind == "subject"]) == 3
+    assert [case.prompt for case in cases(config, "sks") if case.group == "prior"] == ["a dog"]
+    assert len([case for case in cases(config, "sks") if case.group == "subject"]) == 3
 
 
 def test_choice_of_another_run_is_refused(command: Commands, selected: Path, tmp_path: Path) -> None:

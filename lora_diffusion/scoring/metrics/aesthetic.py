@@ -1,9 +1,9 @@
-"""What a linear probe on CLIP makes of pictures: how much people like them, or whatever else it was fitted to."""
+"""What a linear probe on CLIP makes of images: how much people like them, or whatever else it was fitted to."""
 
 from __future__ import annotations
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._defaults import Defaults
+from lora_diffusion.scoring.metrics._shared import Defaults
 
 
 class Aesthetic(Defaults):
@@ -17,10 +17,10 @@ class Aesthetic(Defaults):
     scorers = ("clip", "probe")
 
     def score(self, evidence: Evidence) -> Scores:
-        """Returns one score for each picture, on the scale of the probe."""
-        return Scores(evidence.scorers.find("probe").apply(evidence.scorers.see("clip", evidence.pictures)))
+        """Returns one score for each image, on the scale of the probe."""
+        return Scores(evidence.scorers.find("probe").apply(evidence.scorers.see("clip", evidence.images)))
 
-    def real(self, evidence: Evidence) -> float | None:
+    def reference_score(self, evidence: Evidence) -> float | None:
         """Returns the mean score of the references, or None without any."""
         references = Evidence(evidence.references, scorers=evidence.scorers)
         return self.score(references).values.mean().item() if evidence.references else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_diffusion.scoring.metrics._error_rate import ErrorRate
+from lora_diffusion.scoring.metrics._shared import ErrorRate
 
 
 class CharacterErrorRate(ErrorRate):

@@ -1,24 +1,24 @@
-"""How much pictures look like the nearest reference."""
+"""How much images look like the nearest reference."""
 
 from __future__ import annotations
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._defaults import Defaults
+from lora_diffusion.scoring.metrics._shared import Defaults
 
 
 class ClipImageMax(Defaults):
-    """Cosine of each picture with the reference that is nearest to it."""
+    """Cosine of each image with the reference that is nearest to it."""
 
     name = "clip_image_max"
-    meaning = "how much the picture looks like the nearest reference: cosine in CLIP space"
+    meaning = "how much the image looks like the nearest reference: cosine in CLIP space"
     needs = frozenset({"references"})
 
     def score(self, evidence: Evidence) -> Scores:
-        """Returns one cosine for each picture."""
+        """Returns one cosine for each image."""
         references = evidence.scorers.see("clip", evidence.references)
-        return Scores((evidence.scorers.see("clip", evidence.pictures) @ references.T).amax(dim=1))
+        return Scores((evidence.scorers.see("clip", evidence.images) @ references.T).amax(dim=1))
 
-    def real(self, evidence: Evidence) -> float | None:
+    def reference_score(self, evidence: Evidence) -> float | None:
         """Returns the mean over the references of the cosine with the nearest other, or None if there is but one."""
         references = evidence.scorers.see("clip", evidence.references)
         if len(references) < 2:

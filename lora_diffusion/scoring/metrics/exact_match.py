@@ -5,17 +5,14 @@ from __future__ import annotations
 import torch
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._defaults import Defaults
+from lora_diffusion.scoring.metrics._shared import TextDefaults
 
 
-class ExactMatch(Defaults):
+class ExactMatch(TextDefaults):
     """1 where the answer is the target, else 0; white space at the ends does not count, case does."""
 
     name = "exact_match"
     meaning = "share of answers that are right to the letter"
-    judges = "answers"
-    needs = frozenset({"answers", "targets"})
-    scorers = ()
 
     def score(self, evidence: Evidence) -> Scores:
         """Returns 0 or 1 for each answer."""

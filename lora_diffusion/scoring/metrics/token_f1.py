@@ -9,13 +9,13 @@ from collections import Counter
 import torch
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._defaults import Defaults
+from lora_diffusion.scoring.metrics._shared import TextDefaults
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class TokenF1(Defaults):
+class TokenF1(TextDefaults):
     """F1 of the words of answer and target, without case, punctuation and articles.
 
     Source: Rajpurkar et al. 2016, arXiv 1606.05250, section 5, and the script that the SQuAD pages publish.
@@ -23,9 +23,6 @@ class TokenF1(Defaults):
 
     name = "token_f1"
     meaning = "words that answer and target share (F1, 0 to 1)"
-    judges = "answers"
-    needs = frozenset({"answers", "targets"})
-    scorers = ()
 
     def score(self, evidence: Evidence) -> Scores:
         """Returns 0 to 1 for each answer."""

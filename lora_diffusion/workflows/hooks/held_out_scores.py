@@ -100,7 +100,7 @@ class HeldOutScores(EarlyStop):
         values = {LOSS: self._mean_loss()} if LOSS in self._metrics else {}
         if of_texts := [name for name in self._metrics if name != LOSS]:
             result = _COMPARE[self._run.family.sample_type](self._generate, self._loaded, self._samples)
-            values |= {name: float(getattr(result, name)) for name in of_texts}
+            values |= {name: result.scores[name] for name in of_texts}
         return {name: values[name] for name in self._metrics}
 
     @property

@@ -12,10 +12,9 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import ImageText, Request
 from lora_diffusion.data.preflight import find_images
-from lora_diffusion.evaluation import progress
-from lora_diffusion.evaluation.progress import Progress
+from lora_diffusion.evaluation.harness import ProgressScorer, PromptGrid, progress_scorer
 from lora_diffusion.evaluation.select import check_metrics
-from lora_diffusion.scoring.clip import default_clip, load_clip
+from lora_diffusion.scoring.clip import default_clip
 from lora_diffusion.scoring.scorers import LOADERS, Scorers
 from lora_diffusion.training.checked_run import CheckedRun
 from lora_diffusion.training.hooks import EarlyStop
@@ -36,8 +35,8 @@ def check(config: Config, samples: Sequence[ImageText]) -> None:
     _references(config)
     select.cases(config, samples[0].trigger)
     models = Scorers({"clip": default_clip(config.model.path), **select.scorers(config)})
-    for kind in models.names.keys() & LOADERS.keys():
-        models.find(kind)
+    for role in models.names.keys() & LOADERS.keys():
+        models.find(role)
     if own.after_training:
         select.check_name(RunFolder(Path(config.output.path)).name(config))
         check_metrics(own.metrics)
@@ -59,26 +58,23 @@ class ImageScores(EarlyStop):
         super().__init__(evaluate.every_steps, evaluate.patience, self._score_step, self._write)
         self._run, self._loaded = run, loaded
         self._generate = partial(run.family.generate, loaded)
-        self._progress: Progress | None = None
+        self._scorer: ProgressScorer | None = None
 
     def prepare(self) -> None:
         """Scores the base alone, which also encodes the prompts while the text encoder is there."""
         config, info = self._run.config, self._loaded.info
         evaluate, preview = config.evaluate, config.preview
         guidance = info.guidance if preview.guidance is None else preview.guidance
-        self._progress = progress.start(
-            load_clip(evaluate.clip or default_clip(config.model.path), str(self._loaded.device)),
-            select.cases(config, getattr(self._run.samples[0], "trigger", "")),
-            evaluate.seeds,
-            _references(config),
-            Request("", 0, preview.negative, preview.num_steps, guidance),
-            self._generate,
-        )
+        scorers = Scorers({"clip": evaluate.clip or default_clip(config.model.path)}, str(self._loaded.device))
+        scorers.find("clip")
+        cases = select.cases(config, getattr(self._run.samples[0], "trigger", ""))
+        grid = PromptGrid(cases, evaluate.seeds, Request("", 0, preview.negative, preview.num_steps, guidance))
+        self._scorer = progress_scorer(grid, self._generate, scorers, _references(config))
 
     def _score_step(self, step: int) -> float:
         del step
-        assert self._progress is not None, "hooks are prepared before the first step"
-        return self._progress.score(self._generate)
+        assert self._scorer is not None, "hooks are prepared before the first step"
+        return self._scorer.score(self._generate)
 
     def _write(self, scores: Sequence[tuple[int, float]]) -> None:
         lines = [{"step": step, "score": score} for step, score in scores]

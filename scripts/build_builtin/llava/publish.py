@@ -116,7 +116,7 @@ def measure(folder: Path, work: Path) -> dict[str, Any]:
     results = score_answers(config.model, files).scores
     return {
         name: {kind: result.by_question[ways[0]] for kind, ways in QUESTIONS.items()}
-        | {"all": result.exact_match, "count": len(result.answers) // len(QUESTIONS)}
+        | {"all": result.scores["exact_match"], "count": len(result.texts) // len(QUESTIONS)}
         for name, result in zip(chosen, results, strict=True)
     }
 

@@ -84,10 +84,7 @@ def measure(folder: Path, work: Path) -> dict[str, Any]:
     config = load(None, ["model.family=whisper", f"model.path={folder}"], required=False)
     names = {"validation": spoken, "old": DATA / "old", "new": DATA / "new"}
     results = score_transcripts(config.model, list(names.values())).scores
-    return {
-        name: {"wer": result.wer, "cer": result.cer, "count": len(result.recordings)}
-        for name, result in zip(names, results, strict=True)
-    }
+    return {name: {**result.scores, "count": len(result.texts)} for name, result in zip(names, results, strict=True)}
 
 
 def card(measures: dict[str, Any], size: int, state: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures through a network, in batches: decoded in parallel while the network computes, normalised all at once."""
+"""Images through a network, in batches: decoded in parallel while the network computes, normalised all at once."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch import Tensor
 from lora_diffusion.data.images import open_rgb
 
 BATCH = 64
-"""Pictures in one forward pass. The results depend on it in their last bits, so it is not a setting."""
+"""Images in one forward pass. The results depend on it in their last bits, so it is not a setting."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a network wants its pictures: resized and cropped by Pillow, then scaled and normalised in batches."""
+    """How a network wants its images: resized and cropped by Pillow, then scaled and normalised in batches."""
 
     resize: Callable[[Image], Image]
     mean: Sequence[float]
     std: Sequence[float]
 
-    def decode(self, picture: Path | Image) -> np.ndarray[Any, Any]:
-        """Returns one picture, [height, width, 3] uint8."""
-        image = open_rgb(picture) if isinstance(picture, Path) else picture.convert("RGB")
+    def decode(self, source: Path | Image) -> np.ndarray[Any, Any]:
+        """Returns one image, [height, width, 3] uint8."""
+        image = open_rgb(source) if isinstance(source, Path) else source.convert("RGB")
         return np.asarray(self.resize(image))
 
     def normalise(self, pixels: Sequence[np.ndarray[Any, Any]], device: torch.device) -> Tensor:
@@ -42,7 +42,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Scales a picture until its shorter side is `shortest`, and cuts a square out of its centre."""
+    """Scales an image until its shorter side is `shortest`, and cuts a square out of its centre."""
 
     side: int
     shortest: int
@@ -57,26 +57,26 @@ class CentreCrop:
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     forward: Callable[[Tensor], Tensor],
     preprocessing: Preprocessing,
-    pictures: Sequence[Path | Image],
+    images: Sequence[Path | Image],
     device: torch.device,
 ) -> Tensor:
-    """Returns what a network gives for each picture as unit vectors, [num_pictures, dim] float32 on the CPU.
+    """Returns what a network gives for each image as unit vectors, [num_images, dim] float32 on the CPU.
 
     Args:
         forward: normalised pixels [batch, 3, height, width] -> [batch, dim].
         preprocessing: what the network wants.
-        pictures: files or pictures; while a batch is in the network, the next one is decoded.
+        images: files or images; while a batch is in the network, the next one is decoded.
         device: where the network is.
     """
-    batches = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+    batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
     rows = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def start(index: int) -> list[Future[np.ndarray[Any, Any]]]:
-            return [pool.submit(preprocessing.decode, picture) for picture in batches[index]]
+            return [pool.submit(preprocessing.decode, image) for image in batches[index]]
 
         ahead = start(0) if batches else []
         for index in range(len(batches)):

@@ -1,4 +1,4 @@
-"""One HTML file that needs no other file and no network: its style, its script and its pictures are in it."""
+"""One HTML file that needs no other file and no network: its style, its script and its images are in it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lora_diffusion.core.files import write_text
 from lora_diffusion.core.logs import logger
 
 _SIDES = (512, 384, 288, 224, 160, 112)
-"""Longest sides in pixels that pictures of a page may have; the largest that fits is taken."""
+"""Longest sides in pixels that images of a page may have; the largest that fits is taken."""
 _PAGE_BYTES = 10_000_000
-"""Pictures of a page, before base64 makes a third more of them: pages stay below 15 MB."""
+"""Images of a page, before base64 makes a third more of them: pages stay below 15 MB."""
 _LOSSLESS_SIDE = 160
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture on a page and what stands below it."""
+    """An image on a page and what stands below it."""
 
     source: str
     """Key in the album."""
@@ -38,7 +38,7 @@ class Shot:
 
 
 class Album:
-    """The pictures of a page, each stored once for every size, as data URLs."""
+    """The images of a page, each stored once for every size, as data URLs."""
 
     def __init__(self) -> None:
         """Holds nothing yet."""
@@ -47,13 +47,13 @@ class Album:
         self._urls: dict[str, str] = {}
 
     def add(self, key: str, image: Image.Image | Path) -> str:
-        """Takes a picture that the page shows, once for each time it is shown, and returns its key."""
+        """Takes an image that the page shows, once for each time it is shown, and returns its key."""
         self._images.setdefault(key, image)
         self._uses[key] = self._uses.get(key, 0) + 1
         return key
 
     def develop(self) -> None:
-        """Encodes all pictures at the largest size with which the page stays small."""
+        """Encodes all images at the largest size with which the page stays small."""
         for side in _SIDES:
             encoded = {key: _encode(_open(image), side) for key, image in self._images.items()}
             total = sum(len(content) * self._uses[key] for key, content in encoded.items())
@@ -66,7 +66,7 @@ class Album:
         }
 
     def url(self, key: str) -> str:
-        """Returns the data URL of a picture."""
+        """Returns the data URL of an image."""
         return self._urls[key]
 
 
@@ -111,6 +111,6 @@ def _encode(image: Image.Image, side: int) -> bytes:
         image = image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    # Lossy compression of small pictures shows once they are enlarged, and saves little.
+    # Lossy compression of small images shows once they are enlarged, and saves little.
     image.save(buffer, "WEBP", lossless=max(image.size) <= _LOSSLESS_SIDE, quality=82, method=4)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The pages that show a run, an evaluation, or the quickstart: one design, one template."""
+"""The report page: what a run or an evaluation came to; `write_run_page` also serves the quickstart."""
 
 from __future__ import annotations
 
@@ -13,25 +13,19 @@ from PIL import UnidentifiedImageError
 from lora_diffusion import __version__
 from lora_diffusion.core.evidence import SampleLoss
 from lora_diffusion.core.privacy import public, public_path, public_text
-from lora_diffusion.evaluation.before_after import WITH_ADAPTER, Comparison
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.report import plots, sections
-from lora_diffusion.report.numbers import write_beside
-from lora_diffusion.report.page import Album, Shot, number, write_page
-from lora_diffusion.report.sections import Findings, Shots, columns, row
+from lora_diffusion.report.page_data import write_beside
+from lora_diffusion.report.rendering import Album, number, write_page
+from lora_diffusion.report.sections import Findings, Shots
 
-_MAX_TRAINING_PICTURES = 60
+_MAX_TRAINING_IMAGES = 60
 _ABOUT_LOSSES = (
     "The trained model predicted the noise in each picture at the same noise levels, with its caption and "
     "without. Help is how much lower the loss is with the caption, as a share of the usual loss at that noise "
     "level: a caption that says what the picture shows helps, one that is wrong does harm (below 0, marked), and "
     "a picture that does not belong is helped little. Loss is 1 for the usual picture; complex or odd ones are "
     "higher. Worst first: the order is by the worse of a picture's two ranks, in help and in loss."
-)
-_ABOUT_SCORES = (
-    "Means over {} pictures with 95 % intervals. Likeness is the mean cosine with held-out pictures, text "
-    "alignment the cosine with the subject's words. The scorer is {}, which is not the text encoder of the base: "
-    "a model must not mark its own work. Scores of different scorers cannot be compared."
 )
 
 
@@ -42,7 +36,7 @@ class Training:
     metrics: Sequence[Mapping[str, float]] = ()
     """Lines of metrics.jsonl."""
     losses: Sequence[SampleLoss] = ()
-    """Losses of the training pictures."""
+    """Losses of the training images."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Setting -> value."""
     held_out: Sequence[Mapping[str, float]] = ()
@@ -79,63 +73,36 @@ def write_report(
         if findings and shots
         else None,
         "before_after": None,
-        "doubts": public(findings.evaluation.warnings) if findings else (),
+        "caveats": public(findings.evaluation.warnings) if findings else (),
         "open_comparisons": sections.open_comparisons(findings) if findings else None,
         "candidates": sections.candidates(findings) if findings else None,
         "curves": sections.curves(findings) if findings else [],
         "grids": sections.grids(findings, shots) if findings and shots else [],
         "prompts": sections.prompts(findings, shots) if findings and shots else None,
-        "training": _training(training, album),
+        "training": training_section(training, album),
         "facts": {**training.facts, **(_facts(findings.evaluation) if findings else {}), "lora-diffusion": __version__},
         "hashes": _hashes(findings.evaluation) if findings else {},
         "next_commands": next_commands,
     }
     beside = _write_numbers(path, findings, training)
     subtitle = _subtitle(findings.evaluation) if findings else ""
-    _write(path, title, subtitle, album, context, beside)
+    write_run_page(path, title, subtitle, album, context, beside)
     return (path, *beside)
 
 
-def write_before_after(
-    path: Path,
-    *,
-    title: str,
-    comparison: Comparison,
-    num_rows: int,
-    training: Training,
-    next_commands: Sequence[str],
+def write_run_page(
+    path: Path, title: str, subtitle: str, album: Album, context: Mapping[str, Any], beside: Sequence[Path]
 ) -> None:
-    """Writes the short page of one adapter against the base, with the trigger words and without.
+    """Writes a page of the template of runs.
 
     Args:
         path: the HTML file.
         title: heading.
-        comparison: pictures and scores of all conditions.
-        num_rows: prompts that are shown.
-        training: the run.
-        next_commands: command lines to try.
+        subtitle: below it.
+        album: holds the images.
+        context: a value for each section; what is empty is left out.
+        beside: files with the numbers of the page.
     """
-    album = Album()
-    context = {
-        "choice": None,
-        "before_after": _before_after(comparison, num_rows, album),
-        "doubts": (),
-        "open_comparisons": None,
-        "candidates": None,
-        "curves": [],
-        "grids": [],
-        "prompts": None,
-        "training": _training(training, album),
-        "facts": {**training.facts, "lora-diffusion": __version__},
-        "hashes": {},
-        "next_commands": next_commands,
-    }
-    _write(path, title, "Same prompts, same noise, before and after training.", album, context, ())
-
-
-def _write(
-    path: Path, title: str, subtitle: str, album: Album, context: Mapping[str, Any], beside: Sequence[Path]
-) -> None:
     shown = {
         "choice": ("choice", "Choice"),
         "before_after": ("pictures", "Pictures"),
@@ -149,7 +116,7 @@ def _write(
     }
     write_page(
         path,
-        "run.html.j2",
+        "report.html.j2",
         album,
         {
             "title": title,
@@ -184,7 +151,7 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
         "seeds": ", ".join(map(str, evaluation.seeds)),
         "scorers": ", ".join(f"{kind}: {name}" for kind, name in evaluation.scorer.items()),
         "references": f"{len(evaluation.references)} pictures",
-        "training pictures": f"{len(evaluation.training_pictures)} pictures",
+        "training pictures": f"{len(evaluation.training_images)} pictures",
         "evaluated with": ", ".join(
             f"{package} {version}"
             for package, version in {"lora-diffusion": evaluation.lora_diffusion, **evaluation.versions}.items()
@@ -193,16 +160,17 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _hashes(evaluation: Evaluation) -> dict[str, str]:
-    """Returns name -> hash of all files; pictures are called by their place below the folder that holds all of them."""
+    """Returns name -> hash of all files; images are called by their place below the folder that holds all of them."""
     hashes = {name: file.sha256 for name, file in evaluation.adapters.items()}
-    groups = {"references": evaluation.references, "training": evaluation.training_pictures}
+    groups = {"references": evaluation.references, "training": evaluation.training_images}
     for name, files in groups.items():
         root = os.path.commonpath([Path(file.path).parent for file in files]) if files else ""
         hashes |= {f"{name}/{os.path.relpath(file.path, root)}": file.sha256 for file in files}
     return public(hashes)  # type: ignore[no-any-return]
 
 
-def _training(training: Training, album: Album) -> dict[str, Any] | None:
+def training_section(training: Training, album: Album) -> dict[str, Any] | None:
+    """Returns the section about the training; None if there is nothing to show."""
     if not training.metrics and not training.losses:
         return None
     return {
@@ -213,7 +181,7 @@ def _training(training: Training, album: Album) -> dict[str, Any] | None:
 
 
 def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
-    """Returns the table of training pictures, worst first."""
+    """Returns the table of training images, worst first."""
     ranked = _worst_first(losses)
     rows = [
         {
@@ -224,14 +192,14 @@ def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
             "source": _thumbnail(own, album),
             "mark": "chosen" if own.caption_help < 0 else "",
         }
-        for own in ranked[:_MAX_TRAINING_PICTURES]
+        for own in ranked[:_MAX_TRAINING_IMAGES]
     ]
     left_out = len(ranked) - len(rows)
     return {"note": _ABOUT_LOSSES + (f" {left_out} more are in the numbers." if left_out else ""), "rows": rows}
 
 
 def _worst_first(losses: Sequence[SampleLoss]) -> list[SampleLoss]:
-    """Orders by the worse of two ranks, so that neither bad captions nor odd pictures hide behind the other kind."""
+    """Orders by the worse of two ranks, so that neither bad captions nor odd images hide behind the other kind."""
     indices = range(len(losses))
     in_help = _ranks(sorted(indices, key=lambda index: losses[index].caption_help))
     in_loss = _ranks(sorted(indices, key=lambda index: -losses[index].loss))
@@ -252,36 +220,6 @@ def _thumbnail(own: SampleLoss, album: Album) -> str | None:
         return None
     image.thumbnail((144, 144))
     return album.add(f"training {own.path}", image)
-
-
-def _before_after(comparison: Comparison, num_rows: int, album: Album) -> dict[str, Any]:
-    rows = []
-    for index in range(min(num_rows, len(comparison.prompts))):
-        prompt, plain = comparison.prompts[index], comparison.plain_prompts[index]
-        shots = []
-        for condition in comparison.rows:
-            is_with = condition.label.endswith("with trigger")
-            text = prompt if is_with else plain
-            role = "base" if condition.label.startswith("base") else "chosen" if condition.label == WITH_ADAPTER else ""
-            key = album.add(f"{condition.label} {index}", condition.images[index])
-            shots.append(Shot(key, condition.label, f"{text}: {condition.label}", f"{index}:{is_with}", role))
-        rows.append({"prompt": prompt, "kind": f"without trigger: {plain}", "shots": shots})
-    metrics = list(comparison.rows[0].scores)
-    scores = [
-        row(
-            [condition.label, *(str(condition.scores.get(metric, "")) for metric in metrics)],
-            "chosen" if condition.label == WITH_ADAPTER else "",
-        )
-        for condition in (*comparison.rows, comparison.real)
-    ]
-    return {
-        "note": "Each row is one subject from the same noise. None of these subjects was in the training pictures. "
-        "Open a picture to slide between the base and the adapter.",
-        "rows": rows,
-        "columns": columns("pictures", *(f"{sections.label(metric)}#" for metric in metrics)),
-        "scores": scores,
-        "about_scores": _ABOUT_SCORES.format(len(comparison.prompts), comparison.scorer),
-    }
 
 
 def _write_numbers(path: Path, findings: Findings | None, training: Training) -> tuple[Path, ...]:

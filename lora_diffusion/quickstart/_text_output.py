@@ -1,4 +1,4 @@
-"""The whole way for a model that writes: train on a sample set, score what it writes before and after, report."""
+"""The quickstart of text-output models: train on a sample set, score the texts before and after, report."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.files import shipped_path, write_json
-from lora_diffusion.report.text_page import TextPage, write_text_page
-from lora_diffusion.workflows._set_scores import SetScores
+from lora_diffusion.evaluation.texts import SetScores, TextEvaluation
+from lora_diffusion.report.quickstart_page import TextPage, write_text_page
 from lora_diffusion.workflows.report import read_training
 from lora_diffusion.workflows.train import train
 
 NUM_EXAMPLES = 12
 """Of each test set, on the page."""
 
-Scores = Mapping[str, tuple[Any, Any]]
-"""Test set -> how the base wrote, and how it did with the adapter."""
+Scores = Mapping[str, tuple[TextEvaluation, TextEvaluation]]
+"""Test set -> its scores by the base, and with the adapter."""
 
 
 @dataclass(frozen=True)
-class Show:
-    """What is trained and how it is scored."""
+class TextQuickstart:
+    """What is trained, and how it is scored."""
 
     config: str
     """Shipped config."""
@@ -33,25 +33,25 @@ class Show:
     """Sample set; its folder `train` is trained on."""
     tests: Mapping[str, str]
     """How a test set is called -> its folder in the sample set."""
-    examine: Callable[..., SetScores[Any]]
+    score: Callable[..., SetScores[Any]]
     """(options of the base, folders, adapters) -> the scores of each folder."""
-    score: str
-    """Field of the scores that is told first."""
+    metric: str
+    """The score that the summary shows."""
     heading: str
-    """What that field says."""
+    """What that score says."""
     page: Callable[[Scores], TextPage]
     commands: Callable[[str, str], Sequence[str]]
     """(base, adapter with its weight) -> command lines to try."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class TextQuickstartResult:
     """What the quickstart left."""
 
     adapter: Path
     report: Path
     scores: Scores
-    score: str
+    metric: str
     heading: str
     next_commands: tuple[str, ...]
     seconds: float
@@ -70,7 +70,7 @@ class Shown:
         """Returns lines for people."""
         width = max(map(len, self.scores)) + 2
         rows = [
-            f"  {name:<{width}}{getattr(before, self.score):6.1%} before, {getattr(after, self.score):6.1%} after"
+            f"  {name:<{width}}{before.scores[self.metric]:6.1%} before, {after.scores[self.metric]:6.1%} after"
             for name, (before, after) in self.scores.items()
         ]
         lines = [
@@ -85,50 +85,45 @@ class Shown:
         return "\n".join(lines)
 
 
-def quickstart(show: Show, output_path: Path, *, resume: bool = False, overwrite: bool = False) -> Shown:
+def quickstart(
+    task: TextQuickstart, output_path: Path, *, resume: bool = False, overwrite: bool = False
+) -> TextQuickstartResult:
     """Trains, scores the test sets before and after, and writes adapter, scores and page.
 
     Raises:
         ConfigError: the folder holds another run, and neither `resume` nor `overwrite` is set.
     """
     started = time.perf_counter()
-    config = config_of(show, output_path)
+    config = config_of(task, output_path)
     adapter = train(config, resume=resume, overwrite=overwrite).files[0]
-    scores = compare(show, config, adapter)
+    scores = compare(task, config, adapter)
     write_json(output_path / "scores.json", rates(scores))
-    report_path, commands = output_path / "report.html", tuple(show.commands(config.model.path, f"{adapter}:1"))
+    report_path, commands = output_path / "report.html", tuple(task.commands(config.model.path, f"{adapter}:1"))
     seconds = time.perf_counter() - started
     training = read_training(output_path)
     facts = {**training.facts, "whole quickstart": f"{seconds:.0f} s"}
-    write_text_page(report_path, show.page(scores), training=replace(training, facts=facts), next_commands=commands)
-    return Shown(adapter, report_path, scores, show.score, show.heading, commands, seconds)
+    write_text_page(report_path, task.page(scores), training=replace(training, facts=facts), next_commands=commands)
+    return TextQuickstartResult(adapter, report_path, scores, task.metric, task.heading, commands, seconds)
 
 
-def config_of(show: Show, output_path: Path, changes: Sequence[str] = ()) -> Config:
+def config_of(task: TextQuickstart, output_path: Path, changes: Sequence[str] = ()) -> Config:
     """Returns the shipped config on the sample set; `changes` are key=value."""
-    own = [f"data.path={_data(show) / 'train'}", f"output.path={output_path}"]
-    return load(find_shipped(show.config), [*own, *changes])
+    defaults = [f"data.path={_data(task) / 'train'}", f"output.path={output_path}"]
+    return load(find_shipped(task.config), [*defaults, *changes])
 
 
-def compare(show: Show, config: Config, adapter: Path) -> Scores:
+def compare(task: TextQuickstart, config: Config, adapter: Path) -> Scores:
     """Returns the scores of each test set without and with the adapter."""
-    folders = [_data(show) / folder for folder in show.tests.values()]
-    before = show.examine(config.model, folders).scores
-    after = show.examine(config.model, folders, [(adapter, 1.0)]).scores
-    return dict(zip(show.tests, zip(before, after, strict=True), strict=True))
+    folders = [_data(task) / folder for folder in task.tests.values()]
+    before = task.score(config.model, folders).scores
+    after = task.score(config.model, folders, [(adapter, 1.0)]).scores
+    return dict(zip(task.tests, zip(before, after, strict=True), strict=True))
 
 
 def rates(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
     """Returns the scores as plain values, without those of single texts."""
-    return {
-        name: {moment: _without_texts(one.to_json()) for moment, one in (("before", before), ("after", after))}
-        for name, (before, after) in scores.items()
-    }
+    return {name: {"before": before.rates(), "after": after.rates()} for name, (before, after) in scores.items()}
 
 
-def _without_texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if not isinstance(value, list)}
-
-
-def _data(show: Show) -> Path:
-    return shipped_path("datasets") / show.data
+def _data(task: TextQuickstart) -> Path:
+    return shipped_path("datasets") / task.data

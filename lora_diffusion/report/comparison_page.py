@@ -11,17 +11,15 @@ from typing import Any
 from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.privacy import public
-from lora_diffusion.evaluation.results import Case, Evaluation
+from lora_diffusion.evaluation.results import Case, Evaluation, paired
 from lora_diffusion.evaluation.statistics import Interval
-from lora_diffusion.evaluation.suites import PLAIN_KINDS
-from lora_diffusion.evaluation.table import paired
 from lora_diffusion.report import plots
-from lora_diffusion.report.numbers import write_beside
-from lora_diffusion.report.page import Album, Shot, write_page
-from lora_diffusion.report.pages import Training
+from lora_diffusion.report.page_data import write_beside
+from lora_diffusion.report.rendering import Album, Shot, write_page
+from lora_diffusion.report.report_page import Training
 from lora_diffusion.report.sections import Findings, columns, label, row, with_range
 
-_MAX_PROMPTS, _MAX_PLAIN, _MAX_SEEDS = 16, 6, 2
+_MAX_CONCEPT, _MAX_CONTROL, _MAX_SEEDS = 16, 6, 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
     }
     context["sections"] = {anchor: name for anchor, (key, name) in places.items() if context[key]}
     beside = _write_numbers(path, entries, differences)
-    write_page(path, "versus.html.j2", album, {**context, "raw": [file.name for file in beside]})
+    write_page(path, "comparison.html.j2", album, {**context, "raw": [file.name for file in beside]})
     return (path, *beside)
 
 
@@ -99,7 +97,7 @@ def _warnings(entries: Sequence[Entry], judged: Sequence[Entry]) -> list[str]:
 
 
 def _differ_in_base(one: Evaluation, other: Evaluation) -> bool:
-    """Says whether two bases draw differently; by their names where it is not known what they hold."""
+    """Says whether two bases generate differently; by their names where it is not known what they hold."""
     if one.base.base_key and other.base.base_key:
         return one.base.base_key != other.base.base_key
     return replace(one.base, base_key="") != replace(other.base, base_key="")
@@ -125,8 +123,8 @@ def _shared_seeds(sides: Sequence[Findings]) -> list[int]:
 
 
 def _shared(sides: Sequence[Findings]) -> list[tuple[Case, ...]]:
-    """Returns the cases of equal prompt and kind, one of each evaluation."""
-    by_prompt = [{(c.prompt, c.kind): c for c in side.evaluation.cases} for side in sides]
+    """Returns the cases of equal prompt and group, one of each evaluation."""
+    by_prompt = [{(c.prompt, c.group): c for c in side.evaluation.cases} for side in sides]
     common = [key for key in by_prompt[0] if all(key in cases for cases in by_prompt[1:])]
     return [tuple(cases[key] for cases in by_prompt) for key in common]
 
@@ -144,7 +142,7 @@ def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
             if place:
                 cases = {own[place].index: own[0].index for own in shared}
                 change = paired(side.table, first.table, (side.shown.name, first.shown.name), metric, cases)
-                cells += [with_range(change, "+"), _verdict(change)]
+                cells += [with_range(change, "+"), _differs(change)]
         rows.append(row(cells))
     heads = [f"{names[0]}#"]
     for name in names[1:]:
@@ -152,25 +150,25 @@ def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
     return {"columns": columns("score", *heads), "rows": rows, "num_prompts": len(shared)}
 
 
-def _verdict(change: Interval) -> str:
+def _differs(change: Interval) -> str:
     if math.isnan(change.mean):
         return "\N{EN DASH}"
     return "cannot tell" if change.covers_zero else "yes"
 
 
 def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
-    """Returns a row of pictures for each shared prompt and seed: the base of the first, then each side."""
+    """Returns a row of images for each shared prompt and seed: the base of the first, then each side."""
     shared, first = _shared([*shown.values()]), next(iter(shown))
-    plain = [own for own in shared if own[0].kind in PLAIN_KINDS][:_MAX_PLAIN]
-    asked = [own for own in shared if own[0].kind not in PLAIN_KINDS][:_MAX_PROMPTS]
-    pictures = {name: findings.pictures() for name, findings in shown.items()}
+    control = [cases for cases in shared if cases[0].is_control][:_MAX_CONTROL]
+    concept = [cases for cases in shared if not cases[0].is_control][:_MAX_CONCEPT]
+    images = {name: findings.images() for name, findings in shown.items()}
     seeds = _shared_seeds([*shown.values()])[:_MAX_SEEDS]
     rows = []
-    for cases in (*asked, *plain):
+    for cases in (*concept, *control):
         for seed in seeds:
             shots: list[Shot] = []
             for (name, findings), case in zip(shown.items(), cases, strict=True):
-                file = pictures[name].get((findings.shown.name, case.index, seed))
+                file = images[name].get((findings.shown.name, case.index, seed))
                 path = findings.folder / file if file else None
                 if path and path.is_file():
                     role = "base" if name == first else ""
@@ -178,7 +176,7 @@ def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
                     # The sides may number their prompts differently.
                     pair = f"{cases[0].index}:{seed}"
                     shots.append(Shot(album.add(str(path), path), name, alt, pair, role))
-            rows.append({"prompt": cases[0].prompt, "kind": f"seed {seed}", "shots": shots})
+            rows.append({"prompt": cases[0].prompt, "about": f"seed {seed}", "shots": shots})
     return rows
 
 

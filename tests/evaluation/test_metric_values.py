@@ -8,7 +8,7 @@ import pytest
 
 from lora_diffusion.core import registry
 from lora_diffusion.evaluation import results
-from lora_diffusion.evaluation.harness import Judgement, few_prompts
+from lora_diffusion.evaluation.harness import MetricValues, few_prompts
 from lora_diffusion.evaluation.results import ALL, Case
 from tests.evaluation.sample import make_sample
 
@@ -16,17 +16,17 @@ METRIC = registry.find("metrics", "clip_text")
 CASES = [Case(index, "p", "p", "p", "subject" if index < 6 else "style", "s") for index in range(10)]
 
 
-def judged(*shifts: float, noise: float = 0.1, seeds: int = 4) -> Judgement:
+def judged(*shifts: float, noise: float = 0.1, seeds: int = 4) -> MetricValues:
     """Candidates whose values are those of the base plus a shift, and noise of their own."""
     rng = np.random.default_rng(0)
     base = rng.normal(size=(len(CASES), seeds))
     rows = [base] + [base + shift + noise * rng.normal(size=base.shape) for shift in shifts]
-    return Judgement(METRIC, ["base", *"abcdefgh"[: len(shifts)]], CASES, np.stack(rows), seeds)
+    return MetricValues(METRIC, ["base", *"abcdefgh"[: len(shifts)]], CASES, np.stack(rows), seeds)
 
 
 def test_differences_are_paired() -> None:
     """The noise of prompts is ten times the difference, and the same for both."""
-    summaries = {(s.candidate, s.kind): s for s in judged(0.1, 0.2).summaries()}
+    summaries = {(s.candidate, s.group): s for s in judged(0.1, 0.2).summaries()}
     assert len(summaries) == 3 * 3
     own, base = summaries["a", ALL], summaries["base", ALL]
     assert own.low < base.mean < own.high
@@ -58,7 +58,7 @@ def test_a_pair_is_listed_once() -> None:
 def test_needs_more_images_than_were_too_few() -> None:
     """Also where the interval is lopsided and just reaches 0."""
     values = np.array([[[0.0]] * 3, [[-0.001], [0.3], [0.3]]])
-    (found,) = Judgement(METRIC, ["base", "a"], CASES[:3], values, 1).open_comparisons()
+    (found,) = MetricValues(METRIC, ["base", "a"], CASES[:3], values, 1).open_comparisons()
     assert (found.num_images, found.num_needed) == (3, 4)
 
 
@@ -71,8 +71,8 @@ def test_equal_pictures_are_no_question() -> None:
 
 def test_one_picture_has_no_interval(tmp_path: Path) -> None:
     values = np.array([[[0.1]], [[0.3]], [[0.3]]])
-    own = Judgement(METRIC, ["base", "a", "b"], CASES[:1], values, 1)
-    summary = {summary.candidate: summary for summary in own.summaries() if summary.kind == ALL}["a"]
+    own = MetricValues(METRIC, ["base", "a", "b"], CASES[:1], values, 1)
+    summary = {summary.candidate: summary for summary in own.summaries() if summary.group == ALL}["a"]
     assert (summary.mean, summary.low, summary.high) == (0.3, None, None)
     assert summary.vs_base_mean == pytest.approx(0.2)
     assert summary.vs_base_low is summary.vs_base_high is None
@@ -87,6 +87,6 @@ def test_one_picture_has_no_interval(tmp_path: Path) -> None:
 
 
 def test_few_prompts() -> None:
-    few = Judgement(METRIC, ["base"], CASES[:2], np.zeros((1, 2, 1)), 1)
+    few = MetricValues(METRIC, ["base"], CASES[:2], np.zeros((1, 2, 1)), 1)
     assert few_prompts([judged(0.3)]) == []
     assert few_prompts([few])[0].startswith("Some metrics have 2 prompt(s) to judge")
