@@ -247,7 +247,7 @@ def run(task: Task, generate: Generate, scorers: Scorers, folder: Path, cache: P
 
 
 def encode_shared(function: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
-    """Returns what a function gives for all items, computed by all processes in the very batches of a single one."""
+    """Returns what a function gives for all items, [num_items, dim]; processes share the batches of a single one."""
     group = process_group()
     if group.num_processes == 1:
         return function(items)

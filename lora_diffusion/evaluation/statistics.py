@@ -89,7 +89,7 @@ def nested_interval(values: NDArray[np.float64]) -> Interval:
     1997, section 3.8).
 
     Args:
-        values: as of `interval`.
+        values: [prompts, seeds], as of `interval`.
     """
     return _percentiles(values, _nested(*values.shape) @ values.ravel())
 
