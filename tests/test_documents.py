@@ -109,9 +109,10 @@ def command_problems(command: list[str]) -> Problems:
             yield from argument_problems(command[len(program) :])
             return
     if command[0] == "python" and len(command) > 1:
-        script = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
-        if not (REPOSITORY / script).is_file():
-            yield f"there is no {script}"
+        module = command[2].replace(".", "/") if command[1] == "-m" else ""
+        files = [f"{module}.py", f"{module}/__main__.py"] if module else [command[1]]
+        if not any((REPOSITORY / file).is_file() for file in files):
+            yield f"there is no {' or '.join(files)}"
     elif not (command[0] in OTHERS or (REPOSITORY / command[0]).is_file()):
         yield f"{command[0]} is no known program"
 
@@ -304,6 +305,7 @@ PLANTED: Mapping[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
             "lora-diffusion evaluate --model x --prompts no-such-suite --output y",
             "lora-difusion quickstart",
             "python scripts/no_such_script.py",
+            "python -m scripts.no_such_folder train",
         ),
     ),
     "text": (

@@ -16,7 +16,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from scripts.full_size import whisper_config
+from scripts.benchmarks.published_networks import whisper_config
 
 RATE = 16000
 _END = "<|endoftext|>"

@@ -11,7 +11,7 @@ from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.families.stable_diffusion.module_names import key_map
-from scripts.full_size import skeleton
+from scripts.benchmarks.published_networks import shared_networks
 
 TO_Q = ModuleKey("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
 TEXT = ModuleKey("text_encoder", "encoder.layers.3.self_attn.q_proj")
@@ -21,7 +21,7 @@ TEXT = ModuleKey("text_encoder", "encoder.layers.3.self_attn.q_proj")
 @pytest.mark.parametrize("format_name", ["kohya", "diffusers", "peft", "ldm"])
 def test_names_are_those_of_the_published_base(family: str, format_name: str) -> None:
     own, without_base = (
-        key_map(format_name, skeleton(family), DIFFUSION[family]),
+        key_map(format_name, shared_networks(family), DIFFUSION[family]),
         key_map(format_name, None, DIFFUSION[family]),
     )
     assert [name for key, name in own if without_base.key(name) != key] == []
@@ -56,7 +56,7 @@ OTHERS: list[tuple[str, str, str, ModuleKey]] = [
 def test_other_spellings_are_read(family: str, format_name: str, name: str, key: ModuleKey) -> None:
     for names in (
         key_map(format_name, None, DIFFUSION[family]),
-        key_map(format_name, skeleton(family), DIFFUSION[family]),
+        key_map(format_name, shared_networks(family), DIFFUSION[family]),
     ):
         assert name in names
         assert names.key(name) == key

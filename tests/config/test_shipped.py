@@ -18,7 +18,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.files import shipped_path
 from lora_diffusion.workflows.estimate import step_memory
-from scripts import full_size
+from scripts.benchmarks import published_networks
 from tests.tiny_llava import published_llava_config, published_llava_parts
 from tests.tiny_whisper import published_parts
 
@@ -56,7 +56,7 @@ def test_heading_gives_the_memory_that_is_estimated(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = path.parent.name
-    published = full_size.whisper_config(path.stem) if name == "whisper" else published_llava_config()
+    published = published_networks.whisper_config(path.stem) if name == "whisper" else published_llava_config()
     published.save_pretrained(tmp_path)
     monkeypatch.setattr(import_module(f"lora_diffusion.families.{name}"), "_find", lambda options: tmp_path)
     config = load(path, ["model.dtype=bf16", "train.precision=bf16"])
@@ -100,7 +100,7 @@ class TestConfigs:
         else:
             name, size = PUBLISHED[config.model.path]
             assert name == config.model.family
-            skeleton = full_size.skeleton(name)
+            skeleton = published_networks.shared_networks(name)
             assert sum(parameter.numel() for parameter in skeleton["unet"].parameters()) == size
         made = plan(skeleton, family.parts, config.adapter)
         assert {module.part for module in made.modules} == set(config.adapter.parts)

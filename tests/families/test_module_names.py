@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.families.stable_diffusion.module_names import key_map
-from scripts.full_size import skeleton
+from scripts.benchmarks.published_networks import shared_networks
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -24,7 +24,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def parts(family: str) -> dict[str, nn.Module]:
-    return skeleton(family)
+    return shared_networks(family)
 
 
 def weights(parts: dict[str, nn.Module], family: str) -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ def test_diffusers_converts_each_unet_name_to_its_module(family: str, parts: dic
 def test_diffusers_converts_each_open_clip_name_to_its_module(
     family: str, part: str, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = skeleton(family)
+    parts = shared_networks(family)
     monkeypatch.setattr(parts[part].config, "hidden_size", 1)  # where the converter cuts the fused tensors
     converted = convert_open_clip_checkpoint(parts[part], weights(parts, family), prefix=prefix)
     own = [(key, index) for index, (key, _) in enumerate(key_map("ldm", parts, DIFFUSION[family])) if key.part == part]
@@ -92,14 +92,15 @@ def test_kohya_knows_as_many_modules(family: str, counts: dict[str, int]) -> Non
     trained = re.compile(
         r".*(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2)|proj_(in|out)|attn_[qkv]_proj|out_proj|fc[12])"
     )
-    names = [name for _, name in key_map("kohya", skeleton(family), DIFFUSION[family]) if trained.fullmatch(name)]
+    keys = key_map("kohya", shared_networks(family), DIFFUSION[family])
+    names = [name for _, name in keys if trained.fullmatch(name)]
     for prefix, count in counts.items():
         assert sum(name.startswith(prefix) for name in names) == count
     assert len(names) == sum(counts.values())
 
 
 def test_known_names() -> None:
-    names = {name for _, name in key_map("kohya", skeleton("sdxl"), DIFFUSION["sdxl"])}
+    names = {name for _, name in key_map("kohya", shared_networks("sdxl"), DIFFUSION["sdxl"])}
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q" in names
     assert "lora_unet_output_blocks_2_2_conv" in names
     assert "lora_te1_text_model_encoder_layers_11_mlp_fc2" in names

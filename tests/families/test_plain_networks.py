@@ -13,22 +13,22 @@ import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core.files import builtin_path
 from lora_diffusion.families.stable_diffusion import plain_networks
 from lora_diffusion.training.fake_tensor_step import take_step
 from lora_diffusion.training.memory import checkpoint_activations
-from scripts.full_size import TOWERS, UNETS
 
 
 def config(name: str) -> dict[str, Any]:
     return json.loads((builtin_path("emoji-sd") / name / "config.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 
-UNET_CONFIGS = {**UNETS, "built-in": config("unet")}
+UNET_CONFIGS = {**{name: own.unet_config() for name, own in DIFFUSION.items()}, "built-in": config("unet")}
 TOWER_CONFIGS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    f"{family} {name}": (kind.__name__, own)
-    for family, towers in TOWERS.items()
-    for name, (kind, own) in towers.items()
+    f"{name} {encoder.part}": (encoder.model_class, encoder.config())
+    for name, own in DIFFUSION.items()
+    for encoder in own.text_encoders
 } | {"built-in": ("CLIPTextModel", config("text_encoder"))}
 
 

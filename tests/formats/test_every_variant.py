@@ -25,7 +25,7 @@ from lora_diffusion.families.stable_diffusion.module_names import key_map
 from lora_diffusion.formats.capabilities import check_output
 from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.verified import write_exactly, write_verified
-from scripts.full_size import skeleton
+from scripts.benchmarks.published_networks import shared_networks
 from tests.formats.trained import FAMILIES, MIXED, PIPELINES, answers, bare, names_of, parts_of, trained
 from tests.tiny_adapters import same
 
@@ -274,7 +274,7 @@ def _full_state(family: str, *variants: str) -> AdapterState:
     """Returns an adapter of rank 1 for every module of the published base that tools train, of each variant in turn."""
     chosen, generator = registry.find("families", family).parts, torch.Generator().manual_seed(0)
     modules: dict[ModuleKey, ModuleAdapter] = {}
-    for part, network in skeleton(family).items():
+    for part, network in shared_networks(family).items():
         groups = chosen[part].groups
         patterns = [re.compile(p) for group in ("all-linear", "proj", "conv") for p in groups.get(group, ())]
         for path, module in network.named_modules():
@@ -298,7 +298,8 @@ def test_full_size_modules_are_all_consumed(
     assert len(state.modules) == {"sd1": 278 + 72, "sd2": 278 + 138, "sdxl": 788 + 264}[family]
     for number, name in enumerate(names):
         format_ = registry.find("formats", name)
-        format_.write(state, key_map(name, skeleton(family), DIFFUSION[family]), tmp_path / f"{number}", torch.float16)
+        keys = key_map(name, shared_networks(family), DIFFUSION[family])
+        format_.write(state, keys, tmp_path / f"{number}", torch.float16)
         again = format_.read(tmp_path / f"{number}", key_map(name, None, DIFFUSION[family]))
         assert same(again, state)
         state = again

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from lora_diffusion.compat import verify
 from lora_diffusion.compat.verify import Base
-from scripts.clients.agreement import compare
-from scripts.clients.diffusers_loader import Diffusers
-from scripts.clients.mutations import draw
-from scripts.clients.peft_loader import Peft, draw_folder
+from scripts.apps.agreement import compare
+from scripts.apps.diffusers_loader import Diffusers
+from scripts.apps.mutations import draw
+from scripts.apps.peft_loader import Peft, draw_folder
 from tests.compat.test_verify import _base_of
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import tiny_loaded

@@ -18,7 +18,7 @@ from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, Modul
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.families.stable_diffusion.module_names import key_map
 from lora_diffusion.formats.detect import detect
-from scripts.full_size import skeleton
+from scripts.benchmarks.published_networks import shared_networks
 from tests.formats.wild import Name, dotted, flat, old_processor, spelled
 from tests.tiny_adapters import same
 
@@ -35,7 +35,7 @@ def _state(family: str, parts: tuple[str, ...] = ("unet", "text_encoder", "text_
     """Returns an adapter of rank 1 and alpha 0.5 for some modules of every block of a published base."""
     generator = torch.Generator().manual_seed(0)
     modules = {}
-    for part, network in skeleton(family).items():
+    for part, network in shared_networks(family).items():
         for path, module in network.named_modules():
             if part in parts and _CHOSEN.fullmatch(path):
                 shape = module.weight.shape

@@ -22,7 +22,7 @@ from lora_diffusion.core.files import builtin_path, shipped_path
 from lora_diffusion.scoring.clip import DEFAULT, load_clip
 from lora_diffusion.scoring.probe import Probe, load_probe
 from lora_diffusion.scoring.scorers import Scorers
-from scripts.benchmark_evaluate import make_pictures, torchmetrics_clip
+from scripts.benchmarks.scoring import make_images, torchmetrics_clip
 
 EMOJI_CLIP = f"local-dir:{builtin_path('emoji-clip')}"
 
@@ -30,7 +30,7 @@ EMOJI_CLIP = f"local-dir:{builtin_path('emoji-clip')}"
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[str]]:
     """200 pictures of several shapes, and what each shows."""
-    return make_pictures(tmp_path_factory.mktemp("pictures"), 200, sides=(64, 80, 40))
+    return make_images(tmp_path_factory.mktemp("pictures"), 200, sides=(64, 80, 40))
 
 
 @pytest.fixture(scope="module")

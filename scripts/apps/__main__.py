@@ -1,6 +1,6 @@
 """Compares `verify` with ComfyUI, Forge, A1111, sd-scripts and diffusers on hundreds of mutated files.
 
-    python -m scripts.clients.compare --comfyui DIR --forge DIR --a1111 DIR --sd-scripts DIR --files 300
+    python -m scripts.apps --comfyui DIR --forge DIR --a1111 DIR --sd-scripts DIR --files 300
 
 Each option names a checkout of the program, whose own code is run; what it imports must be installed beside torch.
 """
@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from lora_diffusion.compat import verify
 from lora_diffusion.compat.verify import Base
 from lora_diffusion.workflows.verify import published_base
-from scripts.clients.agreement import Agreement, compare
-from scripts.clients.diffusers_loader import Diffusers, full_size
-from scripts.clients.mutations import draw
+from scripts.apps.agreement import Agreement, compare
+from scripts.apps.diffusers_loader import Diffusers, full_size
+from scripts.apps.mutations import draw
 
 _METADATA = {
     "sd1": {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"},
@@ -36,20 +36,20 @@ def programs(family: str, arguments: argparse.Namespace, base: Base) -> Iterable
     yield Diffusers(partial(full_size, family))
     if not arguments.comfyui:
         return
-    from scripts.clients.comfyui import ComfyUI
+    from scripts.apps.comfyui import ComfyUI
 
     comfyui = ComfyUI(arguments.comfyui, family)
     yield comfyui
     if arguments.forge:
-        from scripts.clients.forge import Forge
+        from scripts.apps.forge import Forge
 
         yield Forge(arguments.forge, comfyui.shapes(), comfyui.unet_settings(), family)
     if arguments.a1111:
-        from scripts.clients.a1111 import A1111
+        from scripts.apps.a1111 import A1111
 
         yield A1111(arguments.a1111, comfyui.shapes(), comfyui.places, family)
     if arguments.sd_scripts:
-        from scripts.clients.kohya import Kohya
+        from scripts.apps.kohya import Kohya
 
         names = {name: key for key, own in base.names[0].spellings().items() for name in own}
         yield Kohya(arguments.sd_scripts, family, names)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diffusion.core.adapter_state import ModuleKey
-from scripts.clients.weights import Outcome, Place, refused, weight
+from scripts.apps.weights import Outcome, Place, refused, weight
 
 _NUM_HEADS = 20
 _TYPES = ("lora.Lora", "hada.Hada", "ia3.Ia3", "lokr.Lokr", "full.Full", "norm.Norm", "glora.GLora", "oft.OFT")

@@ -1,10 +1,10 @@
 """Measures what training needs in memory, and how well `lora-diffusion estimate` foresees it.
 
-    python scripts/benchmark.py memory                       # full size: needs 12 GB and half an hour on two cores
-    python scripts/benchmark.py memory --cases sd1-nf4 sd1-bf16
+    python -m scripts.benchmarks memory                      # full size: needs 12 GB and half an hour on two cores
+    python -m scripts.benchmarks memory --cases sd1-nf4 sd1-bf16
 
 Networks have the published sizes and random weights. Each case runs in a process of its own, one after the other, at
-small pictures, so that weights weigh most. The peak is that of the process while it makes two steps, less what it took
+small images, so that weights weigh most. The peak is that of the process while it makes two steps, less what it took
 before the networks were built; the C library is told to give freed memory back at once, as the memory of a GPU is.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from scripts import full_size, own_process
+from scripts.benchmarks import processes, published_networks
 
 _TEXT_LENGTH = 77
 LARGEST_SHARE_OF_FULL, LARGEST_SHARE_OF_BF16, LARGEST_ERROR = 1 / 3, 0.30, 0.15
@@ -54,7 +54,7 @@ def config_of(case: Case, pixels: int) -> Any:
     """Returns the config that the case stands for: rank 16 on attention, AdamW, bf16."""
     from lora_diffusion.config.load import load
 
-    parts = ["unet", *full_size.TOWERS[case.family]] if case.trains_text else ["unet"]
+    parts = ["unet", *published_networks.text_encoder_configs(case.family)] if case.trains_text else ["unet"]
     values = {
         "model.family": case.family,
         "model.path": "random",
@@ -86,14 +86,14 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
     from lora_diffusion.workflows.estimate import step_memory
 
     config, family = config_of(case, pixels), registry.find("families", case.family)
-    skeleton, info = full_size.networks(case.family), info_of(case.family)
+    meta_modules, info = published_networks.networks(case.family), info_of(case.family)
 
     def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
-        return Example(sampling.example(skeleton, info, options, trained, batch_size, size))
+        return Example(sampling.example(meta_modules, info, options, trained, batch_size, size))
 
-    made = plan(skeleton, family.parts, config.adapter)
-    told = step_memory(config, SimpleNamespace(example=example), info, skeleton, made, (pixels, pixels))  # type: ignore[arg-type]
-    return {**told.parts(), "total": told.total_bytes}
+    made = plan(meta_modules, family.parts, config.adapter)
+    memory = step_memory(config, SimpleNamespace(example=example), info, meta_modules, made, (pixels, pixels))  # type: ignore[arg-type]
+    return {**memory.parts(), "total": memory.total_bytes}
 
 
 def measured(case: Case, pixels: int) -> dict[str, int]:
@@ -102,7 +102,7 @@ def measured(case: Case, pixels: int) -> dict[str, int]:
     from lora_diffusion.training.trainer import Trainer
 
     _warm_up()
-    before = own_process.resident_bytes()
+    before = processes.resident_bytes()
     config = config_of(case, pixels)
     loaded = _load(case, config)
     weights = sum(_bytes(tensor) for tensor in _tensors(loaded.parts["unet"]))
@@ -110,10 +110,10 @@ def measured(case: Case, pixels: int) -> dict[str, int]:
     params, loss = _trained(case, config, loaded)
     trainer = Trainer(config.train, params, loss, Path(tempfile.mkdtemp()))
     batch = _batch(case, loaded, pixels // 8)
-    own_process.reset_peak()
+    processes.reset_peak()
     for step in (1, 2):
         trainer.take_step(step, (batch,))
-    return {"peak": own_process.peak_bytes() - before, "weights": weights}
+    return {"peak": processes.peak_bytes() - before, "weights": weights}
 
 
 def _warm_up() -> None:
@@ -135,9 +135,10 @@ def _load(case: Case, config: Any) -> Any:
     from lora_diffusion.quantize import quantize
 
     device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
-    parts = {name: part for name, part in full_size.networks(case.family).items() if name in config.adapter.parts}
+    networks = published_networks.networks(case.family)
+    parts = {name: network for name, network in networks.items() if name in config.adapter.parts}
     for network in parts.values():
-        full_size.fill(network, rng)
+        published_networks.fill(network, rng)
         for name, buffer in network.named_buffers():
             buffer.copy_(torch.arange(buffer.numel()).view(buffer.shape) if "ids" in name else torch.zeros(()))
         quantize(network, config.model.quantization, device)
@@ -161,7 +162,7 @@ def _trained(case: Case, config: Any, loaded: Any) -> tuple[Any, Any]:
         unet = loaded.parts["unet"].requires_grad_()
         return {"unet": dict(unet.named_parameters())}, partial(family.loss, loaded)
     variant = variants.find("lora", case.quantization)
-    made = plan(full_size.networks(case.family), family.parts, config.adapter)
+    made = plan(published_networks.networks(case.family), family.parts, config.adapter)
     params = inject(loaded, made, variant, 0.0, 0)
     if case.gradient_checkpointing:
         memory.checkpoint_activations(loaded.parts)
@@ -213,8 +214,8 @@ def measure(names: list[str], pixels: int) -> dict[str, Any]:
     rows = {}
     for name in names:
         case = replace(CASES["sd1-bf16"], is_full=True) if name == _FULL else CASES[name]
-        told = None if case.is_full else own_process.call(estimated, case, pixels)
-        rows[name] = {"measured": own_process.call(measured, case, pixels), "estimated": told}
+        told = None if case.is_full else processes.call_like_gpu(estimated, case, pixels)
+        rows[name] = {"measured": processes.call_like_gpu(measured, case, pixels), "estimated": told}
         print(name, rows[name], file=sys.stderr, flush=True)
     return {"pixels": pixels, "cases": rows}
 
@@ -251,6 +252,6 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("memory", help="peak memory of training, measured and estimated")
     names = [*CASES, _FULL]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
-    parser.add_argument("--pixels", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--pixels", type=int, default=256, help="side of the images")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)

@@ -1,7 +1,7 @@
 """Checks Whisper and LLaVA at full size: memory against its estimate, and the adapter in plain transformers.
 
-    python scripts/benchmark.py writers                          # six cases: needs 8 GB, and 3 GB of disk for a while
-    python scripts/benchmark.py writers --cases whisper-nf4
+    python -m scripts.benchmarks text-output                      # six cases: needs 8 GB, and 3 GB of disk for a while
+    python -m scripts.benchmarks text-output --cases whisper-nf4
 
 Bases are folders of the real classes with random weights: Whisper small, and LLaVA around a Llama of a billion
 weights. Each case is trained for ten steps by the workflow of `lora-diffusion train`, in a process of its own. Its peak
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts import full_size, own_process
+from scripts.benchmarks import processes, published_networks
 
 LARGEST_ERROR, LARGEST_DIFFERENCE = 0.15, 0.001
 """Of the estimate, relative; of the logits, relative to what the adapter changes in them."""
@@ -55,7 +55,7 @@ def build_base(family: str, folder: Path) -> None:
 
     processor = {"whisper": _whisper_processor, "llava": _llava_processor}[family]()
     model = {"whisper": _whisper, "llava": _llava}[family](processor.tokenizer)
-    full_size.fill(model, torch.Generator().manual_seed(0))
+    published_networks.fill(model, torch.Generator().manual_seed(0))
     model.tie_weights()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -69,7 +69,7 @@ def _whisper(tokenizer: Any) -> Any:
     ids = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
     nothing = {"suppress_tokens": None, "begin_suppress_tokens": None}
     with torch.device("meta"):
-        return WhisperForConditionalGeneration(full_size.whisper_config("small", **ids, **nothing))
+        return WhisperForConditionalGeneration(published_networks.whisper_config("small", **ids, **nothing))
 
 
 def _whisper_processor() -> Any:
@@ -87,8 +87,8 @@ def _llava(tokenizer: Any) -> Any:
 
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**full_size.LLAVA_1B["vision_config"]),
-        text_config=LlamaConfig(**full_size.LLAVA_1B["text_config"], **ids),
+        vision_config=CLIPVisionConfig(**published_networks.LLAVA_1B["vision_config"]),
+        text_config=LlamaConfig(**published_networks.LLAVA_1B["text_config"], **ids),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     with torch.device("meta"):
@@ -101,7 +101,7 @@ def _llava_processor() -> Any:
     from lora_diffusion.core.files import shipped_path
 
     own = AutoProcessor.from_pretrained(shipped_path("builtin") / _BUILTIN["llava"])
-    sizes = full_size.LLAVA_1B["vision_config"]
+    sizes = published_networks.LLAVA_1B["vision_config"]
     side = {"height": sizes["image_size"], "width": sizes["image_size"]}
     return LlavaProcessor(
         CLIPImageProcessor(size=side, crop_size=side),
@@ -142,13 +142,13 @@ def measured(case: Case, base: Path, run: Path) -> dict[str, Any]:
 
     config = config_of(case, base, run)
     told = estimate(config).memory  # which also imports what training needs
-    before = own_process.resident_bytes()
+    before = processes.resident_bytes()
     with _peak_from_second_step(run):
         trained = train(config)
     return {
         "estimated": told.total_bytes,
         "parts": told.parts(),
-        "peak": own_process.peak_bytes() - before,
+        "peak": processes.peak_bytes() - before,
         "adapter": str(trained.files[0]),
     }
 
@@ -161,7 +161,7 @@ def _peak_from_second_step(run: Path) -> Iterator[None]:
     def watch() -> None:
         while not is_over.is_set() and not (metrics.is_file() and metrics.stat().st_size):
             time.sleep(0.05)
-        own_process.reset_peak()
+        processes.reset_peak()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -245,11 +245,11 @@ def measure(names: list[str]) -> dict[str, Any]:
             base = Path(folder) / family
             for name in (name for name in names if CASES[name].family == family):
                 if not base.exists():
-                    own_process.call(build_base, family, base)
+                    processes.call_like_gpu(build_base, family, base)
                 run = Path(folder) / name
-                found = own_process.call(measured, CASES[name], base, run)
+                found = processes.call_like_gpu(measured, CASES[name], base, run)
                 if found:
-                    found["difference"] = own_process.call(difference, CASES[name], base, run, found["adapter"])
+                    found["difference"] = processes.call_like_gpu(difference, CASES[name], base, run, found["adapter"])
                 rows[name] = found
                 print(name, found, file=sys.stderr, flush=True)
     return rows
@@ -273,8 +273,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command `writers`."""
-    parser = commands.add_parser("writers", help="Whisper and LLaVA at full size: memory, and the PEFT folder")
+    """Adds the command `text-output`."""
+    parser = commands.add_parser("text-output", help="Whisper and LLaVA at full size: memory, and the PEFT folder")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)

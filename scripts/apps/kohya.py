@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_diffusion.core.adapter_state import ModuleKey
-from scripts.clients.weights import Outcome, Place, refused, without_memory
+from scripts.apps.weights import Outcome, Place, refused, without_memory
 
 _WIDTHS = {"sd1": ((768, 3072, 12),), "sdxl": ((768, 3072, 12), (1280, 5120, 32))}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lora_diffusion.core.adapter_state import ModuleKey
-from scripts.clients.weights import Outcome, Place, refused, without_memory
+from scripts.apps.weights import Outcome, Place, refused, without_memory
 
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 

@@ -1,4 +1,4 @@
-"""The loss that an adapter ends with on pictures that were not trained on, for each way to store the base."""
+"""The loss that an adapter ends with on images that were not trained on, for each way to store the base."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lora_diffusion.runtime.device import pick_device
 from lora_diffusion.workflows._steps import read_adapter
 from lora_diffusion.workflows.train import train
 
-KINDS_OF_STORAGE = ("none", "8bit", "nf4")
+QUANTIZATIONS = ("none", "8bit", "nf4")
 """Values of `model.quantization`; what is not quantized is in bf16."""
 _DRAWS = 8
-"""Noises and timesteps for each picture; the same for every adapter."""
+"""Noises and timesteps for each image; the same for every adapter."""
 
 
 def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
-    """Trains configs/sd1/style.yaml on each kind of base and prints the validation losses as a Markdown table."""
+    """Trains configs/sd1/style.yaml on each such base and prints the validation losses as a Markdown table."""
     print("| base | seed | before | after | difference to bf16 |\n|---|---|---|---|---|")
     for seed in seeds:
         reference = None
-        for name in KINDS_OF_STORAGE:
+        for name in QUANTIZATIONS:
             run = output / f"quantization-{name}-seed{seed}"
             data = shipped_path("datasets") / "blob-style" / "train"
             own = [f"data.path={data}", f"output.path={run}", f"train.seed={seed}"]

@@ -13,7 +13,7 @@ from lora_diffusion.compat.adapter_file import AdapterFile, FileModule
 from lora_diffusion.compat.verify import HIDDEN, Verdict
 from lora_diffusion.core.adapter_state import ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError
-from scripts.clients.weights import Outcome, Place
+from scripts.apps.weights import Outcome, Place
 
 _ABOUT_CONTENT = {"too large", "not finite", "whole numbers", "float16 overflow", "float16 underflow"}
 """Problems of the numbers themselves, which no loading code looks at."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lora_diffusion.core.adapter_state import ModuleKey
-from scripts.clients.places import ldm_places
-from scripts.clients.weights import Outcome, Place, refused, weight
+from scripts.apps.places import ldm_places
+from scripts.apps.weights import Outcome, Place, refused, weight
 
 UNETS: Mapping[str, Mapping[str, Any]] = {
     "sd1": {

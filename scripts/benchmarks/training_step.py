@@ -1,10 +1,7 @@
-"""Measures what the program costs: training steps, their memory, work on adapter files and on whole bases, scoring.
+"""Measures a training step against the plain diffusers and PEFT loop, and against the floor.
 
-All but the first are in files of their own, benchmark_files.py and so on. A training step is compared with the plain
-diffusers and PEFT loop and with the floor.
-
-    python scripts/benchmark.py train                          # Stable Diffusion 1.5, bf16 weights, 512 pixels, rank 16
-    python scripts/benchmark.py train --size small --dtype fp32
+    python -m scripts.benchmarks train                         # Stable Diffusion 1.5, bf16 weights, 512 pixels, rank 16
+    python -m scripts.benchmarks train --size small --dtype fp32
 
 Three arms, each in a process of its own, take a step in turns, so that other work on the machine hits all alike:
 
@@ -26,43 +23,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-_CROSS = "CrossAttnDownBlock2D"
-_UP_CROSS = "CrossAttnUpBlock2D"
+from lora_diffusion.core.files import builtin_path
+from scripts.benchmarks.processes import Cost, Worker, measured
+from scripts.benchmarks.published_networks import fill, unet_config
+
 SIZES: dict[str, dict[str, Any]] = {
-    # stable-diffusion-v1-5, unet/config.json
-    "sd15": {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "down_block_types": (_CROSS, _CROSS, _CROSS, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", _UP_CROSS, _UP_CROSS, _UP_CROSS),
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-    },
-    # builtin/emoji-sd, unet/config.json
-    "small": {
-        "sample_size": 16,
-        "block_out_channels": (64, 128, 160),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", _CROSS, _CROSS),
-        "up_block_types": (_UP_CROSS, _UP_CROSS, "UpBlock2D"),
-        "attention_head_dim": (2, 4, 5),
-        "cross_attention_dim": 160,
-        "norm_num_groups": 16,
-    },
+    "sd15": unet_config("sd1"),
+    "small": json.loads((builtin_path("emoji-sd") / "unet" / "config.json").read_text("utf-8")),
 }
+"""Name -> config.json of the UNet."""
 _TEXT_LENGTH = 77
 _RANK = 16
 _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -81,26 +58,15 @@ class Setting:
     threads: str
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one arm took."""
-
-    wall_s: Sequence[float]
-    cpu_s: Sequence[float]
-    peak_bytes: int
-
-
 def build_unet(setting: Setting) -> Any:
     """Returns the frozen network with random weights."""
     import torch
     from diffusers import UNet2DConditionModel
     from diffusers.utils import logging
 
-    from scripts.full_size import fill
-
     logging.set_verbosity_error()
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SIZES[setting.size])
+        unet = UNet2DConditionModel.from_config(SIZES[setting.size])
     return fill(unet, torch.Generator(_device()).manual_seed(0), _dtype(setting))
 
 
@@ -269,62 +235,45 @@ ARMS: dict[str, Callable[[Setting], Callable[[int], None]]] = {
 _DEFAULT_ARMS = ("ours", "plain", "floor")
 
 
-def _serve(arm: str, setting: Setting, connection: Any) -> None:
-    """Makes one step for each number that arrives and answers with wall and CPU seconds and the peak memory."""
+def _prepare(arm: str, setting: Setting) -> Callable[[int], Cost]:
+    """Returns what makes one step of an arm, given its number, and says what it took."""
     import torch
 
     if setting.threads != "auto":
         torch.set_num_threads(int(setting.threads))
     step = ARMS[arm](setting)
-    connection.send("ready")
-    while (index := connection.recv()) is not None:
-        started, cpu_started = time.perf_counter(), time.process_time()
+
+    def make_step(index: int) -> None:
         step(index)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        spent = time.perf_counter() - started, time.process_time() - cpu_started
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_bytes()
-        connection.send((*spent, peak))
+
+    def costly_step(index: int) -> Cost:
+        _, cost = measured(make_step, index)
+        is_on_gpu = torch.cuda.is_available()
+        return replace(cost, peak_bytes=torch.cuda.max_memory_allocated()) if is_on_gpu else cost
+
+    return costly_step
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def measure(setting: Setting, arms: Sequence[str], repeats: int) -> dict[str, list[Cost]]:
+    """Returns the costs of each arm: one step to warm up, then `repeats` rounds in which the arms take turns."""
+    workers = {arm: Worker(_prepare, arm, setting) for arm in arms}
+    rounds = [{arm: worker.ask(index + 1) for arm, worker in workers.items()} for index in range(repeats + 1)]
+    for worker in workers.values():
+        worker.close()
+    return {arm: [costs[arm] for costs in rounds[1:]] for arm in arms}
 
 
-def measure(setting: Setting, arms: Sequence[str], repeats: int) -> dict[str, Cost]:
-    """Returns the cost of each arm: one step to warm up, then `repeats` rounds in which the arms take turns."""
-    context = multiprocessing.get_context("spawn")
-    connections, workers = {}, []
-    for arm in arms:
-        connections[arm], other = context.Pipe()
-        workers.append(context.Process(target=_serve, args=(arm, setting, other), daemon=True))
-        workers[-1].start()
-        other.close()
-        connections[arm].recv()
-    answers: dict[str, list[tuple[float, float, int]]] = {arm: [] for arm in arms}
-    for index in range(repeats + 1):
-        for arm in arms:
-            connections[arm].send(index + 1)
-            answers[arm].append(connections[arm].recv())
-    for connection, worker in zip(connections.values(), workers, strict=True):
-        connection.send(None)
-        worker.join()
-    costs = {}
-    for arm, rows in answers.items():
-        wall, cpu, peak = zip(*rows[1:], strict=True)
-        costs[arm] = Cost(wall, cpu, max(peak))
-    return costs
-
-
-def report(setting: Setting, costs: dict[str, Cost]) -> dict[str, Any]:
+def report(setting: Setting, costs: Mapping[str, Sequence[Cost]]) -> dict[str, Any]:
     """Returns medians, peaks and ratios as plain values."""
     medians = {
         arm: {
-            "wall_s": statistics.median(cost.wall_s),
-            "cpu_s": statistics.median(cost.cpu_s),
-            "peak_bytes": cost.peak_bytes,
+            "wall_s": statistics.median(cost.wall_s for cost in steps),
+            "cpu_s": statistics.median(cost.cpu_s for cost in steps),
+            "peak_bytes": max(cost.peak_bytes for cost in steps),
         }
-        for arm, cost in costs.items()
+        for arm, steps in costs.items()
     }
     ratios = {}
     for other in medians:
@@ -346,44 +295,21 @@ def print_report(result: dict[str, Any]) -> None:
         print(f"{row}   time at most {TARGETS[pair]:.2f}" if pair in TARGETS else row)
 
 
-def run_train(arguments: argparse.Namespace) -> None:
-    """Measures and prints a training step."""
+def run(arguments: argparse.Namespace) -> None:
+    """Measures and prints."""
     setting = Setting(arguments.size, arguments.dtype, arguments.batch_size, arguments.threads)
     result = report(setting, measure(setting, arguments.arms, arguments.repeats))
     print(json.dumps(result, indent=2)) if arguments.json else print_report(result)
 
 
-def main() -> None:
-    """Runs the benchmark that the command line names."""
-    # Run as a file, Python finds what lies beside it but not the folder that it lies in.
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from scripts import (
-        benchmark_checkpoints,
-        benchmark_evaluate,
-        benchmark_files,
-        benchmark_memory,
-        benchmark_writers,
-    )
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    train = commands.add_parser("train", help="one training step")
-    train.add_argument("--size", choices=SIZES, default="sd15")
-    train.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="frozen weights, and autocast if bf16")
-    train.add_argument("--batch-size", type=int, default=1)
-    train.add_argument("--repeats", type=int, default=3)
-    train.add_argument("--threads", default="auto", help="a number, or auto for torch's own and our choice")
-    train.add_argument("--arms", nargs="+", choices=ARMS, default=list(_DEFAULT_ARMS))
-    train.add_argument("--json", action="store_true")
-    train.set_defaults(run=run_train)
-    benchmark_checkpoints.add_parser(commands)
-    benchmark_evaluate.add_parser(commands)
-    benchmark_files.add_parser(commands)
-    benchmark_memory.add_parser(commands)
-    benchmark_writers.add_parser(commands)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
-
-
-if __name__ == "__main__":
-    main()
+def add_parser(commands: Any) -> None:
+    """Adds the command `train`."""
+    parser = commands.add_parser("train", help="one training step")
+    parser.add_argument("--size", choices=SIZES, default="sd15")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of weights; autocast if bf16")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", default="auto", help="a number, or auto for torch's own and our choice")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(_DEFAULT_ARMS))
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(run=run)

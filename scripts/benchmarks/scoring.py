@@ -1,14 +1,14 @@
-"""Measures what scoring costs against torchmetrics, and what an evaluation costs besides drawing and scoring.
+"""Measures what scoring costs against torchmetrics, and what an evaluation costs besides generating and scoring.
 
-python scripts/benchmark.py evaluate                # 2,000 pictures
-python scripts/benchmark.py evaluate --num 500 --repeats 1
+python -m scripts.benchmarks evaluate               # 2,000 images
+python -m scripts.benchmarks evaluate --num 500 --repeats 1
 
 Both arms read the same PNG files, score them with the same CLIP in batches of the same size, and take turns:
 
     ours            scoring.metrics.clip_text
     torchmetrics    CLIPScore, which gets the pictures as uint8 tensors
 
-Then an evaluation of one adapter on the built-in base, of which the time that is neither drawing nor CLIP is told.
+Then an evaluation of one adapter on the built-in base, of which the time that is neither generating nor CLIP is shown.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from lora_diffusion.scoring.clip import BUILTIN, Clip, load_clip
 from lora_diffusion.scoring.image_encoding import BATCH
 from lora_diffusion.scoring.metrics.clip_text import METRIC as CLIP_TEXT
 from lora_diffusion.scoring.scorers import Scorers
+from scripts.benchmarks.processes import Cost, measured
 
 _SIDES = (64, 64, 64, 96)
-"""Most pictures have the size that the CLIP wants, as generated ones have; some must be scaled."""
+"""Most images have the size that the CLIP wants, as generated ones have; some must be scaled."""
 _SETS = ("blob-style", "octopus")
 TARGETS = {"torchmetrics / ours": 1.5, "share outside": 0.05}
 
@@ -98,7 +99,7 @@ def torchmetrics_clip(name: str = BUILTIN) -> tuple[OpenClipModel, OpenClipProce
     return OpenClipModel(model.eval()), OpenClipProcessor(transform, open_clip.get_tokenizer(architecture))
 
 
-def make_pictures(folder: Path, num: int, sides: Sequence[int] = _SIDES) -> tuple[list[Path], list[str]]:
+def make_images(folder: Path, num: int, sides: Sequence[int] = _SIDES) -> tuple[list[Path], list[str]]:
     """Writes crops of the sample sets as PNG; returns the files and what each shows."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -146,34 +147,33 @@ def compare(num: int, repeats: int) -> dict[str, Any]:
         "ours": lambda paths, texts: score_ours(clip, paths, texts),
         "torchmetrics": lambda paths, texts: score_torchmetrics(parts, paths, texts),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
+    costs: dict[str, list[Cost]] = {name: [] for name in arms}
     scores: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        paths, texts = make_pictures(Path(folder), num)
+        paths, texts = make_images(Path(folder), num)
         for arm in arms.values():
             arm(paths[:BATCH], texts[:BATCH])  # to warm up
         for _ in range(repeats):
             for name, arm in arms.items():
-                started, cpu_started = time.perf_counter(), time.process_time()
-                scores[name] = arm(paths, texts)
-                seconds[name].append((time.perf_counter() - started, time.process_time() - cpu_started))
+                scores[name], cost = measured(arm, paths, texts)
+                costs[name].append(cost)
     medians = {
-        name: dict(zip(("wall_s", "cpu_s"), map(statistics.median, zip(*rows, strict=True)), strict=True))
-        for name, rows in seconds.items()
+        name: {key: statistics.median(getattr(cost, key) for cost in own) for key in ("wall_s", "cpu_s")}
+        for name, own in costs.items()
     }
     ratio = {key: medians["torchmetrics"][key] / medians["ours"][key] for key in medians["ours"]}
     difference = abs(scores["ours"] - scores["torchmetrics"])
-    setting = {"pictures": num, "texts": len(set(texts)), "threads": torch.get_num_threads(), "clip": clip.name}
+    setting = {"images": num, "texts": len(set(texts)), "threads": torch.get_num_threads(), "clip": clip.name}
     return {"setting": setting, "arms": medians, "torchmetrics / ours": ratio, "score difference": difference}
 
 
 def measure_overhead(num_seeds: int) -> dict[str, float]:
-    """Returns the CPU seconds of an evaluation on the built-in base: drawing, CLIP, loading the base, and all else."""
+    """Returns the CPU seconds of an evaluation on the built-in base: generating, CLIP, loading, and all else."""
     from lora_diffusion.config.load import load
     from lora_diffusion.families.sd1 import FAMILY
     from lora_diffusion.workflows.evaluate import EvaluationRequest, evaluate
 
-    spent = dict.fromkeys(("drawing", "CLIP", "loading"), 0.0)
+    spent = dict.fromkeys(("generating", "CLIP", "loading"), 0.0)
     faces = shipped_path("datasets") / "blob-style"
     with tempfile.TemporaryDirectory() as folder:
         request = EvaluationRequest(
@@ -189,16 +189,16 @@ def measure_overhead(num_seeds: int) -> dict[str, float]:
         clip = type(load_clip().model)  # imports what a first evaluation in a process imports
         started = time.process_time()
         with (
-            _timed(type(FAMILY), "generate", spent, "drawing"),
+            _timed(type(FAMILY), "generate", spent, "generating"),
             _timed(type(FAMILY), "load", spent, "loading"),
             _timed(clip, "encode_image", spent, "CLIP"),
             _timed(clip, "encode_text", spent, "CLIP"),
         ):
             evaluation = evaluate(request)
         total = time.process_time() - started
-    pictures = len({score.image for score in evaluation.scores if score.image})
+    num_images = len({score.image for score in evaluation.scores if score.image})
     rest = total - sum(spent.values())
-    return {"pictures": pictures, **spent, "all else": rest, "total": total, "share outside": rest / total}
+    return {"images": num_images, **spent, "all else": rest, "total": total, "share outside": rest / total}
 
 
 @contextmanager
@@ -233,9 +233,9 @@ def _untrained_adapter(folder: Path) -> Path:
 def add_parser(commands: Any) -> None:
     """Adds `evaluate` to the benchmarks."""
     parser = commands.add_parser("evaluate", help="scoring, and what an evaluation costs besides it")
-    parser.add_argument("--num", type=int, default=2000, help="pictures to score")
+    parser.add_argument("--num", type=int, default=2000, help="images to score")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each arm")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures of each prompt of the evaluation")
+    parser.add_argument("--seeds", type=int, default=2, help="images of each prompt of the evaluation")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=run)
 
@@ -257,4 +257,4 @@ def print_report(result: dict[str, Any]) -> None:
         print(f"{name:24}{values['wall_s']:10.2f}{values['cpu_s']:10.2f}")
     print(f"at least {TARGETS['torchmetrics / ours']}; mean scores differ by {result['score difference']:.1e}")
     print("Evaluation, CPU s: " + ", ".join(f"{name} {value:.3g}" for name, value in result["evaluation"].items()))
-    print(f"share outside of drawing, CLIP and loading at most {TARGETS['share outside']}")
+    print(f"share outside of generating, CLIP and loading at most {TARGETS['share outside']}")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from lora_diffusion.compat.verify import Base
 from lora_diffusion.core.adapter_state import ModuleKey
-from scripts.clients.weights import Outcome, Place, refused
+from scripts.apps.weights import Outcome, Place, refused
 
 
 class Peft:

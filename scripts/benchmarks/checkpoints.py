@@ -1,7 +1,7 @@
 """Measures `merge` and `extract` on whole checkpoints of published size.
 
-    python scripts/benchmark.py checkpoints                # needs 20 GB of disk and some minutes on two cores
-    python scripts/benchmark.py checkpoints --bases sdxl --commands merge
+    python -m scripts.benchmarks checkpoints               # needs 20 GB of disk and some minutes on two cores
+    python -m scripts.benchmarks checkpoints --bases sdxl --commands merge
 
 Stable Diffusion 1.5 in one file with LDM names and as a diffusers folder in shards, Stable Diffusion XL as a folder,
 in float16 with random weights, and a random adapter of rank 16 on every layer that extract looks at, those of the text
@@ -13,16 +13,20 @@ that of the extracted change against the change of the adapter.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from lora_diffusion.architectures import DIFFUSION
+from scripts.benchmarks.processes import call, measured, peak_bytes, resident_bytes
 
 _RANK = 16
 _FACTOR_SIZE = 0.016
@@ -32,25 +36,11 @@ _BASES = {"sd1": ("sd1", ""), "sd1-shards": ("sd1", "500MB"), "sdxl": ("sdxl", "
 """Base -> family and largest file of a diffusers folder; "" for one file with LDM names."""
 _LARGEST_SHARE = 1.5
 """What `merge` may take in memory, as a multiple of the largest file."""
-_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
+_VAE: dict[str, Any] = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
 _VAE |= {
     "down_block_types": ["DownEncoderBlock2D"] * len(_VAE["block_out_channels"]),
     "up_block_types": ["UpDecoderBlock2D"] * len(_VAE["block_out_channels"]),
 }
-_CHILD = """
-import json, resource, sys
-import diffusers, torch, transformers
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextModelWithProjection
-from lora_diffusion.cli.main import main
-from lora_diffusion.workflows import extract, merge
-from scripts import own_process
-before = own_process.resident_bytes()
-code = main(sys.argv[1:])
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"peak_bytes": own_process.peak_bytes() - before, "cpu_s": used.ru_utime + used.ru_stime}))
-sys.exit(code)
-"""
 
 
 def write_base(base: str, folder: Path) -> Path:
@@ -58,7 +48,7 @@ def write_base(base: str, folder: Path) -> Path:
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler
 
-    from scripts.full_size import fill, networks
+    from scripts.benchmarks.published_networks import fill, networks
 
     rng, (family, shard_size) = torch.Generator().manual_seed(0), _BASES[base]
     with torch.device("meta"):
@@ -76,20 +66,19 @@ def write_base(base: str, folder: Path) -> Path:
     for name in ("tokenizer", "tokenizer_2"):
         (path / name).mkdir()
         (path / name / "vocab.json").write_text("{}")  # must be there; nothing here reads it
-    kind = {"sd1": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
-    (path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": DIFFUSION[family].pipeline}))
     return path
 
 
 def write_adapter(family_name: str, path: Path) -> None:
-    """Writes a random adapter in kohya's spelling, in float16, on all layers that extract looks at."""
+    """Writes a random adapter in kohya's format, in float16, on all layers that extract looks at."""
     import torch
 
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.config.schema import AdapterConfig
     from lora_diffusion.core import registry
     from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
-    from scripts.full_size import skeleton
+    from scripts.benchmarks.published_networks import shared_networks
 
     family, rng = registry.find("families", family_name), torch.Generator().manual_seed(1)
     groups = dict.fromkeys(group for part in family.parts.values() for group in part.groups)
@@ -100,35 +89,51 @@ def write_adapter(family_name: str, path: Path) -> None:
             {name: _FACTOR_SIZE * torch.randn(shape, generator=rng) for name, shape in module.tensors.items()},
             float(_RANK),
         )
-        for module in plan(skeleton(family_name), family.parts, config).modules
+        for module in plan(shared_networks(family_name), family.parts, config).modules
     }
     registry.find("formats", "kohya").write(AdapterState(modules), family.key_map("kohya", None), path, torch.float16)
 
 
-def run_command(arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs one command of the program; returns what it printed, its wall and CPU seconds and its peak in bytes."""
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, *arguments, "--json"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    told, cost = done.stdout.rstrip().rsplit("\n", 1)
-    return {"wall_s": time.perf_counter() - started, **json.loads(cost), "told": json.loads(told)}
+def run_command(arguments: Sequence[str]) -> dict[str, float]:
+    """Runs one command of the program in a process of its own; returns wall and CPU seconds and its peak in bytes.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    cost, whole = measured(call, _command_cost, arguments)
+    if cost is None:
+        sys.exit(f"lora-diffusion {' '.join(arguments)} failed")
+    return {"wall_s": whole.wall_s, **cost}
 
 
-def layer_errors(wanted_path: Path, found_path: Path) -> list[float]:
+def _command_cost(arguments: Sequence[str]) -> dict[str, float]:
+    """Runs a command; returns the CPU seconds and the peak of this process, less what all that is imported takes."""
+    import diffusers
+    import transformers
+
+    from lora_diffusion.cli.main import main
+    from lora_diffusion.workflows import merge
+
+    imported = diffusers.UNet2DConditionModel, transformers.CLIPTextModelWithProjection, merge
+    del imported
+    before = resident_bytes()
+    with redirect_stdout(io.StringIO()):
+        code = main([*arguments, "--json"])
+    if code:
+        sys.exit(code)
+    return {"cpu_s": time.process_time(), "peak_bytes": peak_bytes() - before}
+
+
+def layer_errors(wanted_path: Path, extracted_path: Path) -> list[float]:
     """Returns the relative error of each layer of an extracted adapter; 1 for a layer that is missing."""
     from lora_diffusion.algebra.lowrank import Factors, norm, total
     from lora_diffusion.workflows._files import read_alone
 
-    (_, wanted), (_, found) = read_alone(wanted_path), read_alone(found_path)
+    (_, wanted), (_, extracted) = read_alone(wanted_path), read_alone(extracted_path)
     errors = []
     for key, adapter in wanted:
         own = Factors(adapter.tensors["down"], adapter.tensors["up"], adapter.scale)
-        other = found.modules.get(key)
+        other = extracted.modules.get(key)
         terms = [own] if other is None else [own, Factors(other.tensors["down"], other.tensors["up"], -other.scale)]
         errors.append(norm(total(terms)) / norm(own))
     return errors
@@ -149,7 +154,7 @@ def measure(name: str, folder: Path, commands: Sequence[str]) -> dict[str, Any]:
         "largest_file_bytes": max(file.stat().st_size for file in files),
         "bytes": sum(file.stat().st_size for file in files),
         **({"median_error": statistics.median(errors), "largest_error": max(errors)} if errors else {}),
-        **{name: {key: value for key, value in row.items() if key != "told"} for name, row in rows.items()},
+        **rows,
     }
 
 

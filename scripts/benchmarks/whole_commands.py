@@ -1,6 +1,6 @@
 """Measures the CPU seconds (user + system) of a whole command, of several installations in turns.
 
-    python scripts/cpu_seconds.py --program old/.venv/bin/lora-diffusion --program new/.venv/bin/lora-diffusion \
+    python -m scripts.benchmarks commands --program old/bin/lora-diffusion --program new/bin/lora-diffusion \
         -- train model.path=builtin:emoji data.path=photos train.max_steps=20 'output.path={new}/run' 'cache.path={new}'
 
 `{new}` stands for a folder that is empty at each run, `{kept}` for one that each program keeps from run to run, so that
@@ -11,29 +11,13 @@ is not counted. Printed are the least and the median of each, and their ratio to
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-
-def cpu_seconds(command: Sequence[str]) -> float:
-    """Returns the user and system seconds of a command and of all that it started and waited for.
-
-    Raises:
-        SystemExit: it failed; what it said is printed.
-    """
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            sys.exit(f"{' '.join(command)} ended with {process.returncode}:\n{said.read().decode(errors='replace')}")
-    return usage.ru_utime + usage.ru_stime
+from scripts.benchmarks.processes import run_command
 
 
 def measure(programs: Sequence[str], arguments: Sequence[str], rounds: int) -> list[list[float]]:
@@ -46,26 +30,26 @@ def measure(programs: Sequence[str], arguments: Sequence[str], rounds: int) -> l
                 kept.mkdir(exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=root) as new:
                     filled = [text.replace("{new}", new).replace("{kept}", str(kept)) for text in arguments]
-                    spent = cpu_seconds([program, *filled])
+                    spent = run_command([program, *filled]).cpu_s
                 if turn:
                     seconds[index].append(spent)
                 print(f"{'round ' + str(turn) if turn else 'warm-up'}  {spent:6.2f} s  {program}", flush=True)
     return seconds
 
 
-def main() -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", action="append", required=True, help="a lora-diffusion to run; give several")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("arguments", nargs="+", help="behind --: what each program is called with")
-    args = parser.parse_args()
-    found = measure(args.program, args.arguments, args.rounds)
-    for program, own in zip(args.program, found, strict=True):
+    seconds = measure(arguments.program, arguments.arguments, arguments.rounds)
+    for program, own in zip(arguments.program, seconds, strict=True):
         least, middle = min(own), statistics.median(own)
-        ratios = f"{least / min(found[0]):.2f} and {middle / statistics.median(found[0]):.2f}"
+        ratios = f"{least / min(seconds[0]):.2f} and {middle / statistics.median(seconds[0]):.2f}"
         print(f"{program}: least {least:.2f} s, median {middle:.2f} s; to the first {ratios}")
 
 
-if __name__ == "__main__":
-    main()
+def add_parser(commands: Any) -> None:
+    """Adds the command `commands`."""
+    parser = commands.add_parser("commands", help="CPU seconds of a whole command, of several installations in turns")
+    parser.add_argument("--program", action="append", required=True, help="a lora-diffusion to run; give several")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("arguments", nargs="+", help="behind --: what each program is called with")
+    parser.set_defaults(run=run)

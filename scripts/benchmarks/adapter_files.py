@@ -1,7 +1,7 @@
 """Measures work on adapter files of Stable Diffusion XL.
 
-    python scripts/benchmark.py files           # one module of each shape, scaled by counts
-    python scripts/benchmark.py files --all     # all 794 modules: an hour or two
+    python -m scripts.benchmarks files          # one module of each shape, scaled by counts
+    python -m scripts.benchmarks files --all     # all 794 modules: an hour or two
 
 The modules are those that kohya trains in the UNet (722) and in the first text encoder (72), with random factors whose
 size falls like that of trained ones. Ours works on the factors. The other side does what common tools do: it adds up
@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scripts.benchmarks.processes import measured, run_command
 
 _RANK = 32
 _TARGETS = {"merge of 2": 100.0, "resize": 100.0, "merge of 8": 20.0}
@@ -54,16 +54,17 @@ JOBS = {
 
 def module_shapes() -> dict[Any, Shape]:
     """Returns module -> (out, in) of the 794 modules."""
-    from lora_diffusion.compat.verify import published
+    from lora_diffusion.architectures import DIFFUSION
+    from lora_diffusion.architectures.modules import published_shapes
 
     patterns = {"unet": _KOHYA_UNET, "text_encoder": _KOHYA_TEXT}
-    found = {
+    shapes = {
         key: shape
-        for key, shape in published("sdxl").items()
+        for key, shape in published_shapes(DIFFUSION["sdxl"]).items()
         if key.part in patterns and patterns[key.part].fullmatch(key.path)
     }
-    assert len(found) == 794 and all(len(shape) == 2 for shape in found.values())
-    return found  # type: ignore[return-value]
+    assert len(shapes) == 794 and all(len(shape) == 2 for shape in shapes.values())
+    return shapes  # type: ignore[return-value]
 
 
 def random_factors(shape: Shape, job: Job, seed: int) -> list[Any]:
@@ -116,21 +117,15 @@ def measure(job: Job, shapes: Sequence[Shape], *, every: bool) -> dict[str, floa
         for index in range(num):
             terms = random_factors(shape, job, index)
             # Ours takes milliseconds: once to warm up, and the median of three.
-            costs = [_timed(ours, terms, job.rank) for _ in range(4)]
-            result["ours_s"] += count / num * statistics.median(cost for cost, _ in costs[1:])
-            cost, theirs = _timed(dense, terms, job.rank)
-            result["dense_s"] += count / num * cost
-            errors = _errors(terms, (costs[0][1], theirs))
+            factors, *repeated = [measured(ours, terms, job.rank) for _ in range(4)]
+            result["ours_s"] += count / num * statistics.median(cost.cpu_s for _, cost in repeated)
+            theirs, cost = measured(dense, terms, job.rank)
+            result["dense_s"] += count / num * cost.cpu_s
+            errors = _errors(terms, (factors[0], theirs))
             result["ours_error"] = max(result["ours_error"], errors[0])
             result["dense_error"] = max(result["dense_error"], errors[1])
             result["excess"] = max(result["excess"], errors[0] - errors[1])
     return {**result, "ratio": result["dense_s"] / result["ours_s"]}
-
-
-def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    started = time.process_time()
-    result = work(*arguments)
-    return time.process_time() - started, result
 
 
 def _errors(terms: Sequence[Any], found: Sequence[tuple[Any, Any]]) -> list[float]:
@@ -153,20 +148,21 @@ def time_commands(shapes: Mapping[Any, Shape], repeats: int = 3) -> dict[str, di
             "convert": [*program, "convert", str(path), str(other), "--to", "diffusers", "--overwrite", "--json"],
             "import torch": ["-c", "import torch"],
         }
-        times = {name: [_run(arguments) for _ in range(repeats)] for name, arguments in commands.items()}
+        python = sys.executable
+        costs = {name: [run_command([python, *own]) for _ in range(repeats)] for name, own in commands.items()}
         size = path.stat().st_size
     return {
         name: {
-            "wall_s": statistics.median(wall for wall, _ in own),
-            "cpu_s": statistics.median(cpu for _, cpu in own),
+            "wall_s": statistics.median(cost.wall_s for cost in own),
+            "cpu_s": statistics.median(cost.cpu_s for cost in own),
             "file_bytes": size,
         }
-        for name, own in times.items()
+        for name, own in costs.items()
     }
 
 
 def write_adapter(shapes: Mapping[Any, Shape], path: Path) -> None:
-    """Writes a random adapter of rank 32 in fp16, in kohya's spelling."""
+    """Writes a random adapter of rank 32 in fp16, in kohya's format."""
     import torch
 
     from lora_diffusion.core import registry
@@ -178,16 +174,6 @@ def write_adapter(shapes: Mapping[Any, Shape], path: Path) -> None:
         modules[key] = ModuleAdapter("lora", {"down": factors.down, "up": factors.up}, float(_RANK))
     family, format_ = registry.find("families", "sdxl"), registry.find("formats", "kohya")
     format_.write(AdapterState(modules), family.key_map("kohya", None), path, torch.float16)
-
-
-def _run(arguments: Sequence[str]) -> tuple[float, float]:
-    import resource
-
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.perf_counter() - started, cpu
 
 
 def add_parser(commands: Any) -> None:
@@ -218,7 +204,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     print(f"{result['modules']} modules of rank {_RANK}; CPU seconds for all; largest relative errors")
     print(f"{'':20}{'ours':>10}{'dense SVD':>12}{'ratio':>8}{'error':>11}{'dense':>11}{'excess':>11}")
     for name, row in result["jobs"].items():
-        errors = "".join(f"{row[kind]:11.2g}" for kind in ("ours_error", "dense_error", "excess"))
+        errors = "".join(f"{row[name]:11.2g}" for name in ("ours_error", "dense_error", "excess"))
         target = f"   at least {_TARGETS[name]:g}" if name in _TARGETS else ""
         print(f"{name:20}{row['ours_s']:10.2f}{row['dense_s']:12.1f}{row['ratio']:8.0f}{errors}{target}")
     print(f"{'whole process':20}{'wall s':>10}{'CPU s':>12}")

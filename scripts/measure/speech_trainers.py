@@ -1,6 +1,6 @@
 """Compares Whisper adapters of lora-diffusion with those of transformers' Seq2SeqTrainer and PEFT.
 
-python scripts/compare_speech.py --seeds 0 1 2 3 4
+python -m scripts.measure speech --seeds 0 1 2 3 4
 
 Both train the built-in Whisper on the same recordings, with the same steps, batch, rank, modules, learning rate and
 schedule, in fp32; both adapters are then scored by the same search for words. Needs espeak-ng, which speaks the harder
@@ -9,57 +9,48 @@ set: words and accents that the base has never heard, under noise.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from scripts.benchmarks.processes import call
 
 STEPS, BATCH_SIZE, RANK, RATE, WARMUP_STEPS = 250, 8, 16, 2e-3, 10
 _FOREIGN_VOICES = ("de", "fr-fr", "en-gb-scotland")
 _NUM_TRAINING, _NUM_TESTS = 240, 200
 
 
-def main() -> None:
-    """Runs each program in a process of its own, and prints a row for each data set, program and seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "lora-diffusion-speech")
-    parser.add_argument("--sets", nargs="+", default=["digits", "hard"])
-    parser.add_argument("--programs", nargs="+", default=["ours", "plain"], choices=["ours", "plain"])
-    parser.add_argument("--one", nargs=4, metavar=("PROGRAM", "DATA", "SEED", "OUTPUT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        program, data, seed, output = args.one
-        print(json.dumps(_measure(program, Path(data), int(seed), Path(output))))
-        return
-    for name in args.sets:
-        data = _data(name, args.output)
-        rows: dict[str, list[dict[str, float]]] = {program: [] for program in args.programs}
-        print(f"\n| {name}, seed | {' | '.join(args.programs)} |\n|{'---|' * (1 + len(args.programs))}", flush=True)
-        for seed in args.seeds:
-            for program in args.programs:
-                rows[program].append(_in_own_process(program, data, seed, args.output))
-            print(f"| {seed} | {' | '.join(_cell(rows[program][-1:]) for program in args.programs)} |", flush=True)
-        print(f"| mean | {' | '.join(_cell(rows[program]) for program in args.programs)} |", flush=True)
+def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
+    """Trains by each program in a process of its own, and prints a row for each data set, program and seed.
+
+    Args:
+        output: folder of the runs and of the harder set.
+        seeds: one training run for each.
+        changes: none can be made, since the other program has no such settings.
+
+    Raises:
+        SystemExit: there are changes, or a run failed.
+    """
+    if changes:
+        sys.exit(f"--set {changes[0]}: both programs train with settings of this file; change them there.")
+    for name in ("digits", "hard"):
+        data = _data(name, output)
+        rows: dict[str, list[dict[str, float]]] = {program: [] for program in _PROGRAMS}
+        print(f"\n| {name}, seed | {' | '.join(_PROGRAMS)} |\n|{'---|' * (1 + len(_PROGRAMS))}", flush=True)
+        for seed in seeds:
+            for program, own in rows.items():
+                found = call(_measure, program, data, seed, output / f"{program}-{seed}")
+                own.append(found or sys.exit(f"{program} failed with seed {seed}"))
+            print(f"| {seed} | {' | '.join(_cell(own[-1:]) for own in rows.values())} |", flush=True)
+        print(f"| mean | {' | '.join(_cell(own) for own in rows.values())} |", flush=True)
 
 
 def _cell(rows: list[dict[str, float]]) -> str:
     means = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
     return f"{means['errors']:.1f} of {means['words']:.0f} words, {means['cpu_s']:.0f} CPU s"
-
-
-def _in_own_process(program: str, data: Path, seed: int, output: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", program, str(data), str(seed), str(output / f"{program}-{seed}")]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def _data(name: str, output: Path) -> Path:
@@ -168,7 +159,3 @@ def _train_plain(data: Path, seed: int, output: Path) -> Path:
 
 
 _PROGRAMS = {"ours": _train_ours, "plain": _train_plain}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What is run by hand: benchmarks, measurements, comparisons with apps, and the making of the built-in bases."""

@@ -1,0 +1,1 @@
+"""What adapters learn. `python -m scripts.measure --help` lists the measurements."""
