@@ -103,7 +103,7 @@ class A1111:
         return stem == "bundle_emb" or bool(found)
 
     def _apply(self, name: str) -> dict[Place, Tensor]:
-        layer = _real(self._layers[name])
+        layer: Any = _real(self._layers[name])
         layer.network_layer_name = name
         before = {own: tensor.detach().clone() for own, tensor in layer.named_parameters()}
         self._own["network_apply_weights"](layer)
@@ -168,12 +168,12 @@ def _layers(
 def _layer(module: str, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
     shape, has_bias = shapes[f"{module}.weight"], f"{module}.bias" in shapes
     if module.endswith("_embedding"):
-        return nn.Embedding(*shape)
+        return nn.Embedding(shape[0], shape[1])
     if len(shape) == 1:
         return nn.LayerNorm(shape[0])
     if len(shape) == 2:
         return nn.Linear(shape[1], shape[0], bias=has_bias)
-    return nn.Conv2d(shape[1], shape[0], shape[2:], padding=shape[2] // 2, bias=has_bias)
+    return nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]), padding=shape[2] // 2, bias=has_bias)
 
 
 def _name(module: str, family: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.core.adapter_state import ModuleKey
 from scripts.apps.weights import Outcome, Place, refused, without_memory
 
@@ -59,42 +61,29 @@ def _has_layer(module: Any) -> bool:
     return isinstance(module, LoraLayer) and "x" in module.lora_A
 
 
-def full_size(family: str) -> Any:
-    """Returns a pipeline of Stable Diffusion 1 or XL with the published shapes and four layers in each text encoder."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def full_size(name: str) -> Any:
+    """Returns the pipeline of a published base with its shapes, and with four layers in each text encoder.
 
-    def config(width: int, inner: int) -> Any:
-        sizes = {"hidden_size": width, "intermediate_size": inner, "projection_dim": width}
-        return CLIPTextConfig(**sizes, num_hidden_layers=4, num_attention_heads=width // 64)
+    Args:
+        name: sd1 or sdxl, whose UNet gets two transformer blocks where the published one has ten.
+    """
+    import diffusers
+    import transformers
 
+    architecture = DIFFUSION[name]
+    unet = replace(architecture.unet, depths=tuple(min(depth, 2) for depth in architecture.unet.depths))
+    config = unet.config(architecture.sample_size(architecture.usual_prediction))
+    parts: dict[str, Any] = {}
     with torch.device("meta"):
-        small = CLIPTextModel(config(768, 3072))
-        if family == "sd1":
-            unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-            large = None
-        else:
-            large = CLIPTextModelWithProjection(config(1280, 5120))
-            unet = UNet2DConditionModel(
-                sample_size=128,
-                cross_attention_dim=2048,
-                attention_head_dim=[5, 10, 20],
-                block_out_channels=(320, 640, 1280),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                transformer_layers_per_block=[1, 2, 2],
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            )
-    for network in (unet, small, large):
-        if network is not None:
-            without_memory(network)
-    scheduler = DDIMScheduler()
-    common = {"vae": None, "tokenizer": None, "unet": unet, "scheduler": scheduler, "text_encoder": small}
-    if large is None:
-        return StableDiffusionPipeline(
-            **common, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    return StableDiffusionXLPipeline(**common, text_encoder_2=large, tokenizer_2=None, add_watermarker=False)
+        parts["unet"] = diffusers.UNet2DConditionModel.from_config(config)
+        for encoder in architecture.text_encoders:
+            sizes = transformers.CLIPTextConfig(**encoder.config() | {"num_hidden_layers": 4})
+            parts[encoder.part] = getattr(transformers, encoder.model_class)(sizes)
+    for network in parts.values():
+        without_memory(network)
+    unused = dict.fromkeys(
+        ["vae", *architecture.unused_components, *(own.tokenizer for own in architecture.text_encoders)]
+    )
+    quiet = {"requires_safety_checker": False} if "safety_checker" in unused else {"add_watermarker": False}
+    pipeline: Any = getattr(diffusers, architecture.pipeline)
+    return pipeline(**parts, **unused, **quiet, scheduler=diffusers.DDIMScheduler())

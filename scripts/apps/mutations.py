@@ -353,10 +353,15 @@ def _hybrid(draft: Draft) -> None:
 def _loha(draft: Draft) -> None:
     def tensors(shape: tuple[int, ...]) -> Tensors:
         rows, columns = shape[0], torch.Size(shape[1:]).numel()
-        sizes = {"w1_a": (rows, 2), "w1_b": (2, columns), "w2_a": (rows, 2), "w2_b": (2, columns)}
+        sizes: Mapping[str, tuple[int, ...]] = {
+            "w1_a": (rows, 2),
+            "w1_b": (2, columns),
+            "w2_a": (rows, 2),
+            "w2_b": (2, columns),
+        }
         if len(shape) > 2 and torch.Size(shape[2:]).numel() > 1 and draft.rng.random() < 0.5:
-            sizes = {f"w{n}_a": (2, rows) for n in (1, 2)} | {f"w{n}_b": (2, shape[1]) for n in (1, 2)}
-            sizes |= {f"t{n}": (2, 2, *shape[2:]) for n in (1, 2)}
+            factors = {f"w{n}_a": (2, rows) for n in (1, 2)} | {f"w{n}_b": (2, shape[1]) for n in (1, 2)}
+            sizes = {**factors, **{f"t{n}": (2, 2, *shape[2:]) for n in (1, 2)}}
         return {f"hada_{role}": draft.noise(*size) for role, size in sizes.items()}
 
     _replace_by(draft, tensors)

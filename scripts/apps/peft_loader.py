@@ -40,10 +40,11 @@ class Peft:
         except Exception as error:  # noqa: BLE001 - any error of the program counts
             self._unet = self._make()
             return refused(error)
+        modules = model.get_base_model().named_modules()
+        layers: dict[str, Any] = {name: module for name, module in modules if isinstance(module, LoraLayer)}
         changes = {
-            Place(ModuleKey("unet", name), "weight"): module.get_delta_weight("default").detach().float()
-            for name, module in model.get_base_model().named_modules()
-            if isinstance(module, LoraLayer)
+            Place(ModuleKey("unet", name), "weight"): layer.get_delta_weight("default").detach().float()
+            for name, layer in layers.items()
         }
         self._unet = model.unload()
         return Outcome(changes, 0)

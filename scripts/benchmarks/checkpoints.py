@@ -52,7 +52,8 @@ def write_base(base: str, folder: Path) -> Path:
 
     rng, (family, shard_size) = torch.Generator().manual_seed(0), _BASES[base]
     with torch.device("meta"):
-        parts = {**networks(family), "vae": AutoencoderKL(**_VAE)}
+        vae: Any = AutoencoderKL(**_VAE)
+    parts = {**networks(family), "vae": vae}
     if not shard_size:
         # The whole table of names is in the tests, where it checks the program's own.
         from tests.families.ldm import save_single_file
@@ -61,8 +62,10 @@ def write_base(base: str, folder: Path) -> Path:
         return save_single_file(whole, folder / f"{base}.safetensors")
     path = folder / base
     for name in list(parts):
-        fill(parts.pop(name), rng, torch.float16).save_pretrained(path / name, max_shard_size=shard_size)
-    EulerDiscreteScheduler().save_pretrained(path / "scheduler")
+        network: Any = fill(parts.pop(name), rng, torch.float16)
+        network.save_pretrained(path / name, max_shard_size=shard_size)
+    scheduler: Any = EulerDiscreteScheduler()
+    scheduler.save_pretrained(path / "scheduler")
     for name in ("tokenizer", "tokenizer_2"):
         (path / name).mkdir()
         (path / name / "vocab.json").write_text("{}")  # must be there; nothing here reads it

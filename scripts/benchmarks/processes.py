@@ -103,7 +103,7 @@ def run_command(command: Sequence[str]) -> Cost:
     started = time.perf_counter()
     with tempfile.TemporaryFile() as printed:
         actions = [(os.POSIX_SPAWN_DUP2, printed.fileno(), stream) for stream in (1, 2)]
-        process_id = os.posix_spawnp(command[0], command, os.environ, file_actions=actions)
+        process_id = os.posix_spawnp(command[0], [*command], os.environ, file_actions=actions)
         _, status, usage = os.wait4(process_id, 0)
         wall_s = time.perf_counter() - started
         if code := os.waitstatus_to_exitcode(status):

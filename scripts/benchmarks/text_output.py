@@ -192,7 +192,7 @@ def _our_logits(case: Case, base: Path, run: Path, adapter: Path) -> tuple[Any, 
 
     config, family = config_of(case, base, run), registry.find("families", case.family)
     sample_type = sample_types.find(family.sample_type)
-    sample = sample_type.open(sample_type.read(config.data, family.check(config.model))[0], config.data)
+    sample: Any = sample_type.open(sample_type.read(config.data, family.check(config.model))[0], config.data)
     state = read_adapter(adapter, family, config.model)
     loaded = family.load(config.model, pick_device())
     batch = family.collate(family.prepare(loaded, [sample], frozenset()))

@@ -133,7 +133,11 @@ def ours(setting: Setting, change: Callable[[Any], None] | None = None) -> Calla
             "text_prior": text[:, 0],
         },
     )
-    return lambda step: trainer.take_step(step, (batch,)) and None
+
+    def take_step(step: int) -> None:
+        trainer.take_step(step, (batch,))
+
+    return take_step
 
 
 def plain(setting: Setting) -> Callable[[int], None]:
@@ -148,7 +152,7 @@ def plain(setting: Setting) -> Callable[[int], None]:
     cast_training_params(unet, dtype=torch.float32)
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE)
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    scheduler: Any = DDPMScheduler(num_train_timesteps=1000)
     latents, text = _inputs(unet, setting)
     unet.train()
 

@@ -118,7 +118,7 @@ def _train_plain(data: Path, seed: int, output: Path) -> Path:
     torch.manual_seed(seed)
     folder = shipped_path("builtin") / "digits-whisper"
     processor = WhisperProcessor.from_pretrained(folder)
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model: Any = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     targets = r".*layers\.\d+\.((self_attn|encoder_attn)\.(q|k|v|out)_proj|fc[12])"
     model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
     items = []
