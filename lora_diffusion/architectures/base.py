@@ -115,6 +115,8 @@ class TextEncoder:
     """Width of its pooled embeds; 0 where the base does not use them."""
     num_dropped_layers: int = 0
     """Last layers that its checkpoints have and diffusers leaves away, since nothing reads them."""
+    clips: tuple[str, ...] = ()
+    """The CLIP that it was taken from, as open_clip and the hub name it: no fair scorer of this base."""
 
     @property
     def tokenizer(self) -> str:

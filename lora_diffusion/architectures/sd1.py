@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lora_diffusion.architectures.base import DiffusionArchitecture, TextEncoder, UNet
 
+CLIP_L = ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "openai/clip-vit-large-patch14")
 COMFYUI_PREFIXES = frozenset(
     ("lora_unet_", "lora_unet_ ldm", "lycoris_", "unet.", "unet. processor", "bare", "processor", "diffusion_model.")
 ) | {"lora_te_", "lora_te1_", "lora_te2_", "text_encoder.", "text_encoder_2."}
@@ -42,6 +43,7 @@ ARCHITECTURE = DiffusionArchitecture(
             kohya_prefixes=("lora_te_", "lora_te1_"),
             comfyui_name="clip_l",
             ldm_prefix="cond_stage_model.transformer.",
+            clips=CLIP_L,
         ),
     ),
     resolutions={"epsilon": 512, "v_prediction": 512},

@@ -34,6 +34,7 @@ ARCHITECTURE = replace(
             ldm_prefix="cond_stage_model.model.",
             is_open_clip=True,
             num_dropped_layers=1,
+            clips=("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
         ),
     ),
     resolutions={"epsilon": 512, "v_prediction": 768},

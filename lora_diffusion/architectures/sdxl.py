@@ -6,7 +6,7 @@ Source: Podell et al. 2023, arXiv 2307.01952, sections 2.1 and 2.2; config.json 
 from __future__ import annotations
 
 from lora_diffusion.architectures.base import DiffusionArchitecture, TextEncoder, UNet
-from lora_diffusion.architectures.sd1 import COMFYUI_PREFIXES, DIFFUSERS_PREFIXES, TEXT_PREFIXES
+from lora_diffusion.architectures.sd1 import CLIP_L, COMFYUI_PREFIXES, DIFFUSERS_PREFIXES, TEXT_PREFIXES
 
 _KOHYA_UNET = frozenset(("lora_unet_", "lora_unet_ ldm"))
 
@@ -39,6 +39,7 @@ ARCHITECTURE = DiffusionArchitecture(
             kohya_prefixes=("lora_te1_", "lora_te_"),
             comfyui_name="clip_l",
             ldm_prefix="conditioner.embedders.0.transformer.",
+            clips=CLIP_L,
         ),
         TextEncoder(
             part="text_encoder_2",
@@ -51,6 +52,7 @@ ARCHITECTURE = DiffusionArchitecture(
             is_open_clip=True,
             path_prefix="text_model.",
             projection=1280,
+            clips=("ViT-bigG-14/laion2b_s39b_b160k", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
         ),
     ),
     pipeline="StableDiffusionXLPipeline",

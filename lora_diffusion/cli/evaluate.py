@@ -32,8 +32,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--class", action="append", default=[], dest="classes", help="words for {class}, the next for {class2}"
     )
-    parser.add_argument("--references", type=Path, metavar="DIR", help="real pictures that were not trained on")
-    parser.add_argument("--training", type=Path, metavar="DIR", help="training pictures, to find copies")
+    parser.add_argument("--references", type=Path, metavar="DIR", help="real images that were not trained on")
+    parser.add_argument("--training", type=Path, metavar="DIR", help="training images, to find copies")
     parser.add_argument(
         "--metrics",
         type=_metrics,
@@ -51,11 +51,11 @@ def add_parser(commands: Any) -> None:
         help="another model that scores, say dino=FOLDER",
     )
     parser.add_argument("--seed", action="append", type=int, help="may be given several times; default 0 to 3")
-    parser.add_argument("--negative", default="", help="what the pictures should not show")
+    parser.add_argument("--negative", default="", help="what the images should not show")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
     parser.add_argument("--guidance", type=float, help="how strictly to follow the prompt (by the base); 1 = off")
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels; default: what the base was trained on")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep pictures there too, for other evaluations")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep images there too, for other evaluations")
     parser.add_argument(
         "--assert",
         action="append",
@@ -64,9 +64,7 @@ def add_parser(commands: Any) -> None:
         metavar="METRIC>=NUMBER",
         help='exit with 1 unless it holds for all candidates; "METRIC@CANDIDATE>=NUMBER" asks for one',
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the result; pictures in it are used again"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result; images in it are used again")
     parser.set_defaults(run=run)
 
 

@@ -11,9 +11,9 @@ from lora_diffusion.cli._shared import print_result, set_up_logs
 from lora_diffusion.core.errors import ConfigError
 
 _LIMITS = {
-    "max_copying": "likeness to the nearest training picture; default: what the references score",
-    "max_prior_drift": "change of pictures without the trigger; default: half of the way to another base picture",
-    "max_prompt_leak": "likeness that shows unasked; default: half of the way from the base to real pictures",
+    "max_copying": "likeness to the nearest training image; default: what the references score",
+    "max_prior_drift": "change of images without the trigger; default: half of the way to another base image",
+    "max_prompt_leak": "likeness that shows unasked; default: half of the way from the base to real images",
 }
 
 

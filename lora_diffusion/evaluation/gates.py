@@ -32,7 +32,7 @@ class Gate:
     text: str
     metric: str
     candidate: str | None
-    """None: all that draw with an adapter."""
+    """None: all that have an adapter."""
     operator: str
     limit: float
 
@@ -40,10 +40,10 @@ class Gate:
         """Returns one line for each candidate that does not meet it; without any, that there is nothing to meet it."""
         names = [candidate.name for candidate in evaluation.candidates if any(candidate.weights.values())]
         if not names and self.candidate is None:
-            return [f"{self.text}: no candidate draws with an adapter"]
+            return [f"{self.text}: no candidate has an adapter"]
         found = [evaluation.find(name, self.metric) for name in ([self.candidate] if self.candidate else names)]
         return [
-            f"{self.text}: {summary.candidate} has {summary.spelled('.4g')}"
+            f"{self.text}: {summary.candidate} has {summary.format('.4g')}"
             for summary in found
             if not _OPERATORS[self.operator](summary.mean, self.limit)
         ]

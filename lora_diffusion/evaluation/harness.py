@@ -1,7 +1,7 @@
 """The one harness: images of all candidates from the same prompts and noise, what the metrics say, how sure that is.
 
 Read `run` first: it leaves an evaluation folder. `compare_conditions` is the short form, in memory, for
-the quickstart, and `ProgressScorer` is what early stopping asks. None of them sees a base model: images come from a
+the quickstart, and `ProgressScorer` is what early stopping calls. None of them sees a base model: images come from a
 function that generates. All take their requests from a `PromptGrid` and their scores from `measure`.
 """
 
@@ -139,7 +139,7 @@ def few_prompts(measured: Sequence[MetricValues]) -> list[str]:
     if few >= _FEW_PROMPTS:
         return []
     return [
-        f"Some metrics have {few} prompt(s) to judge, too few to trust their intervals; use {_FEW_PROMPTS} or more."
+        f"Some metrics have {few} prompt(s) to score, too few to trust their intervals; use {_FEW_PROMPTS} or more."
     ]
 
 
@@ -407,7 +407,7 @@ def compare_conditions(
     """Generates every case with and without trigger, with and without adapter, and scores the images.
 
     The intervals are those of independent images, and not the resampled ones of `run`: each label of a page and of
-    scores.json is about so few prompts and seeds that resampling them could not tell more.
+    scores.json is about so few prompts and seeds that resampling them would say no more.
 
     Args:
         grid: at least one case.

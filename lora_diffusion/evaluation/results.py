@@ -47,7 +47,7 @@ _KEYS: Mapping[str, str] = {
 """Field of a record -> its key in evaluation.json and its column in scores.csv, where they differ."""
 _NUM_DIGITS = 6
 _ABOUT_CONTROL = ("prior_drift", "prompt_leak")
-"""Metrics of control prompts, where an evaluation does not tell it."""
+"""Metrics of control prompts, where an evaluation does not say it."""
 Place = tuple[int | None, int | None]
 """Index of the case, and seed; a seed of None stands for all images of the case."""
 
@@ -60,7 +60,7 @@ class Base:
     architecture: str
     family: str
     base_key: str = ""
-    """Hash of all of it that decides what it draws; "" in evaluations that do not tell it."""
+    """Hash of all of it that decides what it generates; "" in evaluations that do not say it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Candidate:
     step: int | None
     """Training step, of checkpoints."""
     weights: Mapping[str, float]
-    """Name of the adapter -> its weight in these images; `Evaluation.adapters` tells the files."""
+    """Name of the adapter -> its weight in these images; `Evaluation.adapters` has the files."""
     weight: float
     """What the weights of the adapter or composition were multiplied with; 0 for the base."""
 
@@ -127,7 +127,7 @@ class MetricFacts:
     meaning: str
     higher_is_better: bool
     judges: str = ""
-    """"asked": concept prompts, "plain": control prompts, "": an evaluation that does not tell it."""
+    """"asked": concept prompts, "plain": control prompts, "": an evaluation that does not say it."""
 
     @property
     def is_about_control(self) -> bool:
@@ -180,7 +180,7 @@ class Summary:
     vs_first_low: float | None = None
     vs_first_high: float | None = None
 
-    def spelled(self, form: str) -> str:
+    def format(self, form: str) -> str:
         """Returns the mean and, where it is known, its interval; the form is that of the numbers, say ".3f"."""
         if self.low is None or self.high is None:
             return f"{self.mean:{form}}"
@@ -218,7 +218,7 @@ class Evaluation:
     training_images: Sequence[FileHash] = ()
     warnings: Sequence[str] = ()
     open_comparisons: Sequence[OpenComparison] = ()
-    """Differences that cannot be told from chance; earlier versions told them in `warnings`."""
+    """Differences that may be chance; earlier versions listed them in `warnings`."""
     random_baseline: Mapping[str, float] = field(default_factory=dict)
     """Metric -> the score of what has nothing to do with the prompt or the references."""
     reference_scores: Mapping[str, float] = field(default_factory=dict)
@@ -226,7 +226,7 @@ class Evaluation:
     against the training images. What an adapter can reach at best, and what is no copying."""
     lora_diffusion: str = __version__
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Package that draws or scores -> its version."""
+    """Package that generates or scores -> its version."""
     scores: Sequence[Score] = ()
     """Lines of scores.csv; not in evaluation.json."""
 

@@ -55,8 +55,8 @@ def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[in
     """Returns which image goes where, and the chunks in which they are generated.
 
     A chunk has one seed, so that a question with more seeds has all chunks of that with fewer. What it holds depends on
-    the evaluation only, never on what is there already or on who draws it: an image has the same bits whether it is
-    drawn at once, after a stop, or by another process.
+    the evaluation only, never on what is there already or on who generates it: an image has the same bits whether it
+    is made at once, after a stop, or by another process.
 
     Args:
         base_key: names the base's weights, dtype and device.

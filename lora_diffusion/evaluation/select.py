@@ -21,13 +21,13 @@ from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.evaluation.results import BASE, Candidate, Evaluation, Table
 
 LIKENESS = ("dino_image", "clip_image")
-"""Metrics of likeness to the references, the better judge of a subject first (Ruiz et al. 2023, section 4.2)."""
+"""Metrics of likeness to the references, the one that is better at subjects first (Ruiz et al. 2023, section 4.2)."""
 TEXT = "clip_text"
 
 
 @dataclass(frozen=True)
 class Preference:
-    """What the user asks of the choice; None takes the default that `limits` derives from the evaluation."""
+    """What the user wants of the choice; None takes the default that `limits` derives from the evaluation."""
 
     copying: float | None = None
     prior_drift: float | None = None
@@ -84,7 +84,7 @@ class Choice:
     """Candidates that could not be told apart from the best one; the chosen one is among them."""
     sentences: tuple[str, str]
     warnings: tuple[str, ...]
-    """What is to be minded of the choice; `Evaluation.warnings` tells what is to be minded of the numbers."""
+    """What is to be minded of the choice; `Evaluation.warnings` has what is to be minded of the numbers."""
 
     @property
     def score(self) -> CandidateScore:
@@ -187,7 +187,7 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
     - copying: what the references score, since held-out images of the same thing are as near to the training images
       as honest ones can be. Without their scores, or if some were trained on: half way from the base to a perfect copy.
     - prior_drift: half of the distance between two of the base's own images of one prompt. At the whole of it another
-      image altogether is drawn.
+      image altogether is generated.
     - prompt_leak: half of what real images exceed the base by in likeness. Beyond it the concept is shown rather than
       not where no prompt asks for it.
 

@@ -32,7 +32,7 @@ class ScoredText:
     text: str
     scores: Mapping[str, float]
     question: str = ""
-    """What was asked; "" for a recording."""
+    """The question; "" for a recording."""
     image: str = ""
     """What the question is about: a file, or the row of a table; "" where it shows none."""
 
@@ -103,7 +103,7 @@ class AnswerEvaluation(TextEvaluation):
         return {question: sum(values) / len(values) for question, values in sorted(shares.items())}
 
     def rates(self) -> dict[str, Any]:
-        """Returns the scores of the set as plain values; clip_score is None where it was not asked for.
+        """Returns the scores of the set as plain values; clip_score is None where it was not computed.
 
         That one is the mean CLIPScore of the answers as captions, 0 to 2.5.
         """
@@ -166,18 +166,18 @@ class SetScores(Generic[OneEvaluation]):
 
 
 def evaluate_transcripts(
-    keys: Sequence[str], said: Sequence[str], heard: Sequence[str], normalizers: Sequence[Callable[[str], str]]
+    keys: Sequence[str], targets: Sequence[str], transcripts: Sequence[str], normalizers: Sequence[Callable[[str], str]]
 ) -> TranscriptEvaluation:
     """Compares transcripts after the right one and that of the model went through the same normalizer.
 
     Args:
         keys: names of the recordings.
-        said: the right transcripts.
-        heard: those of the model.
+        targets: the right transcripts.
+        transcripts: those of the model.
         normalizers: for each recording what `whisper_normalizer` gives for its language.
     """
-    targets = [normalize(text) for normalize, text in zip(normalizers, said, strict=True)]
-    texts = [normalize(text) for normalize, text in zip(normalizers, heard, strict=True)]
+    targets = [normalize(text) for normalize, text in zip(normalizers, targets, strict=True)]
+    texts = [normalize(text) for normalize, text in zip(normalizers, transcripts, strict=True)]
     metrics = [registry.find("metrics", name) for name in ("wer", "cer")]
     scores = measure(metrics, Evidence(answers=texts, targets=targets))
     rows = [ScoredText(*row) for row in zip(keys, targets, texts, _by_text(scores), strict=True)]
@@ -198,10 +198,10 @@ def evaluate_answers(
 
     Args:
         keys: names of the conversations.
-        questions: what was asked.
+        questions: of the conversations.
         targets: the right answers.
         answers: those of the model.
-        images: what was asked about, for a CLIPScore.
+        images: what the questions are about, for a CLIPScore.
         scorers: the CLIP of it; none leaves it out.
         names: files of the images.
     """

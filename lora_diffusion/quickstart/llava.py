@@ -28,11 +28,11 @@ def _page(scores: _text_output.Scores) -> TextPage:
         images += [Path(own.image) for own in worst]
     return TextPage(
         title="lora-diffusion quickstart: emoji questions",
-        subtitle="The same questions about pictures that were not trained on, before and after training.",
-        score_names=("pictures", "question", "number#", "exact before#", "exact after#", "F1 before#", "F1 after#"),
+        subtitle="The same questions about images that were not trained on, before and after training.",
+        score_names=("images", "question", "number#", "exact before#", "exact after#", "F1 before#", "F1 after#"),
         scores=rows,
         about="Share of answers that are right to the letter, and F1 of the words that answer and target share, "
-        "articles left out. Higher is better. The base never saw the new style; the adapter saw other pictures of it.",
+        "articles left out. Higher is better. The base never saw the new style; the adapter saw other images of it.",
         example_names=("question", "right", "answer of the base", "answer with the adapter"),
         examples=examples,
         about_examples="Of each set those that the base answered worst.",
@@ -55,7 +55,7 @@ TASK = _text_output.TextQuickstart(
     tests={"new style": "new", "known styles": "known"},
     score=score_answers,
     metric="exact_match",
-    heading="Answers about pictures that were not trained on, right to the letter:",
+    heading="Answers about images that were not trained on, right to the letter:",
     page=_page,
     commands=_next_commands,
 )

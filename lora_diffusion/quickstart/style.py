@@ -45,7 +45,7 @@ class QuickstartResult:
             f"  adapter  {self.adapter}",
             f"  grid     {self.grid}",
             f"  report   {self.report}",
-            "How much the pictures look like the style (CLIP image, 0 to 1):",
+            "How much the images look like the style (CLIP image, 0 to 1):",
             *(f"  {label:<26}{scores['clip_image']['mean']:.3f}" for label, scores in self.scores.items()),
             "Try next:",
             *(f"  {command}" for command in self.next_commands),
@@ -94,8 +94,8 @@ def _next_commands(config: Config, adapter: Path) -> tuple[str, ...]:
 def _facts(config: Config, trained: TrainResult, seconds: float) -> dict[str, str]:
     return {
         "base": config.model.path,
-        "pictures": config.data.path,
+        "images": config.data.path,
         "adapter": f"{config.adapter.variant}, rank {config.adapter.rank}, on {', '.join(config.adapter.parts)}",
-        "training": f"{trained.num_steps} steps of {config.train.batch_size} pictures",
+        "training": f"{trained.num_steps} steps of {config.train.batch_size} images",
         "whole quickstart": f"{seconds:.0f} s",
     }

@@ -43,9 +43,9 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
         ConfigError: a file that is no page's numbers is in the way of these.
     """
     if len({entry.name for entry in entries}) < len(entries):
-        raise DataError(f"Two of the folders are called {entries[0].name}; rename one, so that the page can tell them.")
+        raise DataError(f"Two of the folders are called {entries[0].name}; rename one, so that the page can name them.")
     album = Album()
-    judged = [entry for entry in entries if entry.findings]
+    evaluated = [entry for entry in entries if entry.findings]
     shown = {entry.name: entry.findings for entry in entries if entry.findings}
     differences = _differences(shown) if len(shown) > 1 else None
     grid = _grid(shown, album) if len(shown) > 1 else []
@@ -54,8 +54,8 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
         "subtitle": "Same prompts, same noise. Differences are those from the first.",
         "version": __version__,
         "slider": (next(iter(shown), entries[0].name), "the other"),
-        "warnings": _warnings(entries, judged),
-        "chosen": [_about(entry) for entry in judged],
+        "warnings": _warnings(entries, evaluated),
+        "chosen": [_about(entry) for entry in evaluated],
         "differences": differences,
         "rows": grid,
         "losses": [(entry.name, plots.loss(entry.training.metrics)) for entry in entries if entry.training.metrics],
@@ -63,7 +63,7 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
     }
     places = {
         "scores": ("chosen", "Scores"),
-        "pictures": ("rows", "Pictures"),
+        "pictures": ("rows", "Images"),
         "losses": ("losses", "Losses"),
         "settings": ("settings", "Settings"),
     }
@@ -80,19 +80,19 @@ def _about(entry: Entry) -> dict[str, Any]:
     return {"name": entry.name, "candidate": entry.findings.shown.name, "sentence": sentence}
 
 
-def _warnings(entries: Sequence[Entry], judged: Sequence[Entry]) -> list[str]:
+def _warnings(entries: Sequence[Entry], evaluated: Sequence[Entry]) -> list[str]:
     found = [
         f"{entry.name} was not evaluated, so only its training is shown." for entry in entries if not entry.findings
     ]
-    sides = [entry.findings for entry in judged if entry.findings]
+    sides = [entry.findings for entry in evaluated if entry.findings]
     first, others = [side.evaluation for side in sides][:1], [side.evaluation for side in sides][1:]
     for what, differ, consequence in _DIFFERENCES:
         if any(differ(own, other) for own in first for other in others):
             found.append(f"The evaluations have different {what}: {consequence}.")
     if others and not _shared(sides):
-        found.append("The evaluations share no prompt, so that no picture can be set against another.")
+        found.append("The evaluations share no prompt, so that no image can be set against another.")
     if others and not _shared_seeds(sides):
-        found.append("The evaluations share no seed, so that no picture can be set against another.")
+        found.append("The evaluations share no seed, so that no image can be set against another.")
     return found
 
 
@@ -111,7 +111,7 @@ def _differ_in_references(one: Evaluation, other: Evaluation) -> bool:
 _NO_COMPARISON = "their numbers cannot be compared as they stand"
 _DIFFERENCES: Sequence[tuple[str, Callable[[Evaluation, Evaluation], bool], str]] = (
     ("scorers", lambda one, other: one.scorer != other.scorer, _NO_COMPARISON),
-    ("picture settings", lambda one, other: one.settings != other.settings, _NO_COMPARISON),
+    ("image settings", lambda one, other: one.settings != other.settings, _NO_COMPARISON),
     ("bases", _differ_in_base, _NO_COMPARISON),
     ("references", _differ_in_references, "likeness to them cannot be compared"),
 )

@@ -27,7 +27,7 @@ def write_beside(page: Path, values: Mapping[str, Any], tables: Mapping[Path, Ev
         tables: CSV file -> the evaluation whose scores it gets.
 
     Raises:
-        ConfigError: a file of another kind is in the way, say the evaluation itself.
+        ConfigError: a file that is none of these is in the way, say the evaluation itself.
     """
     numbers = page.with_suffix(".json")
     check_beside(page, list(tables))

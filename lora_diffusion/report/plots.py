@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 SERIES = 6
-"""Number of colours for lines; more lines than that cannot be told apart."""
+"""Number of colours for lines; more lines than that look alike."""
 _MAX_POINTS = 400
 _SMOOTHING = 0.95
 _LABEL_WIDTH, _LABEL_HEIGHT = 0.17, 0.055
 """Room of a label in the frontier plot, as shares of its sides."""
-# Placeholders that matplotlib writes as they are, and that the page's style sheet then gives a meaning.
+# Placeholders that matplotlib writes as they are, and that the page's style sheet then gives a colour.
 _INK, _MUTED, _LINE, _GROUND = "#010101", "#020202", "#030303", "#040404"
 _COLOURS = tuple(f"#0a0a{index:02x}" for index in range(1, SERIES + 1))
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _LINE: "--line", _GROUND: "--ground"} | {
@@ -71,7 +71,7 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
     axes.plot(*zip(*top, strict=True), color=_COLOURS[0], linewidth=1.2, alpha=0.7)
     if real is not None:
         axes.axhline(real, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate("real pictures", (0.01, real), xycoords=("axes fraction", "data"), **_note(3, 3))
+        axes.annotate("real images", (0.01, real), xycoords=("axes fraction", "data"), **_note(3, 3))
     for rank, marker in _MARKERS.items():
         own = [point for point in points if point.rank == rank]
         if own:

@@ -74,7 +74,7 @@ def write_text_page(path: Path, page: TextPage, *, training: Training, next_comm
             "about": page.about,
             "example_names": page.example_names,
             "examples": page.examples,
-            "images": [Shot(str(image), "", f"Picture {image.stem}") for image in page.images],
+            "images": [Shot(str(image), "", f"Image {image.stem}") for image in page.images],
             "about_examples": page.about_examples,
             "loss": plots.loss(training.metrics),
             "facts": public({**training.facts, "lora-diffusion": __version__}),
@@ -141,10 +141,10 @@ def _before_after(comparison: Comparison, num_rows: int, album: Album) -> dict[s
         for condition in (*comparison.conditions, comparison.references)
     ]
     return {
-        "note": "Each row is one subject from the same noise. None of these subjects was in the training pictures. "
-        "Open a picture to slide between the base and the adapter.",
+        "note": "Each row is one subject from the same noise. None of these subjects was in the training images. "
+        "Open an image to slide between the base and the adapter.",
         "rows": rows,
-        "columns": columns("pictures", *(f"{label(metric)}#" for metric in metrics)),
+        "columns": columns("images", *(f"{label(metric)}#" for metric in metrics)),
         "scores": scores,
         "about_scores": _ABOUT_SCORES.format(len(pairs), comparison.scorer),
     }

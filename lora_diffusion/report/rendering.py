@@ -60,7 +60,7 @@ class Album:
             if total <= _PAGE_BYTES:
                 break
         else:
-            logger.warning("The pictures of the page have %d MB even at %d pixels.", total // 1_000_000, side)
+            logger.warning("The images of the page have %d MB even at %d pixels.", total // 1_000_000, side)
         self._urls = {
             key: f"data:image/webp;base64,{base64.b64encode(content).decode()}" for key, content in encoded.items()
         }

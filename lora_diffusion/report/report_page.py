@@ -21,17 +21,17 @@ from lora_diffusion.report.sections import Findings, Shots
 
 _MAX_TRAINING_IMAGES = 60
 _ABOUT_LOSSES = (
-    "The trained model predicted the noise in each picture at the same noise levels, with its caption and "
+    "The trained model predicted the noise in each image at the same noise levels, with its caption and "
     "without. Help is how much lower the loss is with the caption, as a share of the usual loss at that noise "
-    "level: a caption that says what the picture shows helps, one that is wrong does harm (below 0, marked), and "
-    "a picture that does not belong is helped little. Loss is 1 for the usual picture; complex or odd ones are "
-    "higher. Worst first: the order is by the worse of a picture's two ranks, in help and in loss."
+    "level: a caption that says what the image shows helps, one that is wrong does harm (below 0, marked), and "
+    "an image that does not belong is helped little. Loss is 1 for the usual image; complex or odd ones are "
+    "higher. Worst first: the order is by the worse of an image's two ranks, in help and in loss."
 )
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run tells."""
+    """What is known of a training run."""
 
     metrics: Sequence[Mapping[str, float]] = ()
     """Lines of metrics.jsonl."""
@@ -105,10 +105,10 @@ def write_run_page(
     """
     shown = {
         "choice": ("choice", "Choice"),
-        "before_after": ("pictures", "Pictures"),
+        "before_after": ("pictures", "Images"),
         "candidates": ("candidates", "Candidates"),
         "curves": ("curves", "Curves"),
-        "grids": ("grid-1", "Pictures"),
+        "grids": ("grid-1", "Images"),
         "prompts": ("prompts", "Prompts"),
         "training": ("training", "Training"),
         "facts": ("settings", "Settings"),
@@ -133,7 +133,7 @@ def write_run_page(
 
 
 def _subtitle(evaluation: Evaluation) -> str:
-    scorer = ", ".join(f"{kind} {name}" for kind, name in evaluation.scorer.items())
+    scorer = ", ".join(f"{role} {name}" for role, name in evaluation.scorer.items())
     return (
         f"{len(evaluation.candidates)} candidates, {len(evaluation.cases)} prompts, {len(evaluation.seeds)} seeds on "
         f"{public_path(evaluation.base.source)}. Scored by {public_text(scorer)}; scores of other scorers cannot be "
@@ -145,13 +145,13 @@ def _facts(evaluation: Evaluation) -> dict[str, str]:
     settings, size = evaluation.settings, evaluation.settings.size
     return {
         "base": f"{evaluation.base.source} ({evaluation.base.architecture})",
-        "pictures": f"{settings.num_steps} steps, guidance {settings.guidance:g}, "
+        "images": f"{settings.num_steps} steps, guidance {settings.guidance:g}, "
         f"{f'{size[0]}x{size[1]}' if size else 'size of the base'}"
         + (f", negative prompt {settings.negative!r}" if settings.negative else ""),
         "seeds": ", ".join(map(str, evaluation.seeds)),
-        "scorers": ", ".join(f"{kind}: {name}" for kind, name in evaluation.scorer.items()),
-        "references": f"{len(evaluation.references)} pictures",
-        "training pictures": f"{len(evaluation.training_images)} pictures",
+        "scorers": ", ".join(f"{role}: {name}" for role, name in evaluation.scorer.items()),
+        "references": f"{len(evaluation.references)} images",
+        "training images": f"{len(evaluation.training_images)} images",
         "evaluated with": ", ".join(
             f"{package} {version}"
             for package, version in {"lora-diffusion": evaluation.lora_diffusion, **evaluation.versions}.items()
@@ -176,7 +176,7 @@ def training_section(training: Training, album: Album) -> dict[str, Any] | None:
     return {
         "loss": plots.loss(training.metrics) if training.metrics else None,
         "held_out": plots.held_out(training.held_out) if training.held_out else None,
-        "pictures": _losses(training.losses, album) if training.losses else None,
+        "images": _losses(training.losses, album) if training.losses else None,
     }
 
 
@@ -199,7 +199,7 @@ def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
 
 
 def _worst_first(losses: Sequence[SampleLoss]) -> list[SampleLoss]:
-    """Orders by the worse of two ranks, so that neither bad captions nor odd images hide behind the other kind."""
+    """Orders by the worse of two ranks, so that neither bad captions nor odd images hide behind the others."""
     indices = range(len(losses))
     in_help = _ranks(sorted(indices, key=lambda index: losses[index].caption_help))
     in_loss = _ranks(sorted(indices, key=lambda index: -losses[index].loss))

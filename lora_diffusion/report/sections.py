@@ -95,7 +95,7 @@ class Shots:
         """Returns the shot of a training image, or None if it is not there any more."""
         if not path or not Path(path).is_file():
             return None
-        return Shot(self._album.add(path, Path(path)), "training", f"Training picture {Path(path).name}")
+        return Shot(self._album.add(path, Path(path)), "training", f"Training image {Path(path).name}")
 
 
 def columns(*names: str) -> list[dict[str, Any]]:
@@ -249,7 +249,7 @@ def _curve_group(
     name: Callable[[Candidate], str],
 ) -> dict[str, Any]:
     labels = _spread(list(dict.fromkeys(map(name, own))), name(findings.shown))
-    drawn = []
+    figures = []
     for facts in findings.evaluation.metrics:
         if not findings.table.has(facts.name):
             continue
@@ -262,8 +262,8 @@ def _curve_group(
         marks = {"base": findings.table.mean(BASE, facts.name)}
         if facts.name in findings.evaluation.reference_scores:
             marks["real"] = findings.evaluation.reference_scores[facts.name]
-        drawn.append(plots.curves(label(facts.name), across, lines, marks))
-    return {"title": title, "labels": labels, "plots": drawn}
+        figures.append(plots.curves(label(facts.name), across, lines, marks))
+    return {"title": title, "labels": labels, "plots": figures}
 
 
 def _spread(labels: Sequence[str], wanted: str) -> list[str]:
@@ -294,10 +294,10 @@ def grids(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
     others = [candidate for candidate in own if candidate.weight == shown.weight]
     made = []
     if len(over_weights) > 1 or len(others) <= 1:
-        title = f"Pictures over weights, {_stem_label(shown)}" if len(over_weights) > 1 else "Pictures"
+        title = f"Images over weights, {_stem_label(shown)}" if len(over_weights) > 1 else "Images"
         made.append(_grid(findings, shots, title, over_weights, lambda c: f"{c.weight:g}"))
     if len(others) > 1:
-        title = f"Pictures over {'checkpoints' if shown.step is not None else 'candidates'}, weight {shown.weight:g}"
+        title = f"Images over {'checkpoints' if shown.step is not None else 'candidates'}, weight {shown.weight:g}"
         made.append(_grid(findings, shots, title, others, _stem_label))
     return [grid for grid in made if grid["rows"]]
 
@@ -317,7 +317,7 @@ def _grid(
             rows.append({"prompt": case.prompt, "about": about, "shots": [shot for shot in found if shot]})
     left_out = len(findings.evaluation.cases) - len(shown)
     more = f" {left_out} more prompts are in {findings.folder.name}/pictures." if left_out else ""
-    note = f"Each row is one prompt, drawn from the same noise (seed {findings.seed}).{more}"
+    note = f"Each row is one prompt, from the same noise (seed {findings.seed}).{more}"
     return {"title": title, "note": note, "rows": rows}
 
 
@@ -342,7 +342,7 @@ def prompts(findings: Findings, shots: Shots) -> dict[str, Any] | None:
     ]
     return {
         "note": f"Means of {name} over {len(findings.evaluation.seeds)} seed(s), and the difference from the base's "
-        "pictures of the same noise.",
+        "images of the same noise.",
         "columns": columns("prompt", *heads),
         "rows": rows,
         "best": extremes[0],
@@ -361,18 +361,18 @@ def _ranked(findings: Findings, metrics: Sequence[str]) -> list[tuple[int, int]]
     ranks: dict[tuple[int, int], int] = {}
     for metric in metrics:
         values = findings.table.values(findings.shown.name, metric)
-        drawn = [(case, seed) for case, seed in values if case is not None and seed is not None]
-        for place, draw in enumerate(sorted(drawn, key=lambda draw: -values[draw])):
-            ranks[draw] = ranks.get(draw, 0) + place
-    return sorted(ranks, key=lambda draw: ranks[draw])
+        places = [(case, seed) for case, seed in values if case is not None and seed is not None]
+        for rank, place in enumerate(sorted(places, key=lambda place: -values[place])):
+            ranks[place] = ranks.get(place, 0) + rank
+    return sorted(ranks, key=lambda place: ranks[place])
 
 
 def _extremes(
-    findings: Findings, shots: Shots, draws: Sequence[tuple[int, int]], metrics: Sequence[str]
+    findings: Findings, shots: Shots, places: Sequence[tuple[int, int]], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
     cases = {case.index: case for case in findings.evaluation.cases}
     made = []
-    for case, seed in draws:
+    for case, seed in places:
         values = [findings.table.values(findings.shown.name, metric)[case, seed] for metric in metrics]
         about = ", ".join(f"{label(metric)} {number(value)}" for metric, value in zip(metrics, values, strict=True))
         made.append(shots.pair(cases[case], seed, f"{about}, seed {seed}"))

@@ -13,6 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL.Image import Image
 from torch import Tensor
 
+from lora_diffusion.architectures.base import DiffusionArchitecture
+from lora_diffusion.core.base_model import Architecture
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path, user_path
 from lora_diffusion.core.model_folder import check_model_folder, check_sizes
@@ -28,16 +30,6 @@ _LARGEST = 10_000
 """Width, length or size in any CLIP's config."""
 _TOKENIZER_ARGUMENTS = frozenset({"clean", "strip_sep_token", "reduction_mask"})
 """Those that open_clip's own configs give, and that change texts only."""
-
-_VIT_L = ("ViT-L-14/openai", "ViT-L-14-quickgelu/openai", "openai/clip-vit-large-patch14")
-_VIT_H = ("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-_VIT_G = ("ViT-bigG-14/laion2b_s39b_b160k", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
-_OWN_ENCODERS = {
-    "stable-diffusion-v1": _VIT_L,
-    "stable-diffusion-v2": _VIT_H,
-    "stable-diffusion-xl-v1": _VIT_L + _VIT_G,
-}
-"""Start of an architecture's name -> the CLIPs, as open_clip and the hub call them, that read its prompts."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +107,7 @@ def _check_config(name: str, config: Any) -> dict[str, bool]:
         config: has the sections text_cfg and vision_cfg.
 
     Returns:
-        What its tokenizer must be told besides.
+        What else its tokenizer takes.
 
     Raises:
         ModelError: it names other models, whose code would be loaded, or arguments of the tokenizer that can do so.
@@ -123,16 +115,16 @@ def _check_config(name: str, config: Any) -> dict[str, bool]:
     import open_clip
 
     check_sizes(config, f"The CLIP {name}", _LARGEST)
-    faults = []
+    errors = []
     for section, key in (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")):
         if inner := config[section].get(key):
             known = {open_clip.get_model_config(model)[section].get(key) for model in open_clip.list_models()}
             if str(inner) not in known or Path(str(inner)).exists():
-                faults.append(f"{section}.{key}={shown(str(inner))} is no model that open_clip publishes one with")
+                errors.append(f"{section}.{key}={shown(str(inner))} is no model that open_clip publishes one with")
     arguments = set(config["text_cfg"].get("tokenizer_kwargs", {})) - _TOKENIZER_ARGUMENTS
-    faults += [f"text_cfg.tokenizer_kwargs has {shown(str(key))}" for key in sorted(arguments)]
-    if faults:
-        raise ModelError(f"The CLIP {name} is not loaded, since its {_OPEN_CLIP_CONFIG} could run code.", faults)
+    errors += [f"text_cfg.tokenizer_kwargs has {shown(str(key))}" for key in sorted(arguments)]
+    if errors:
+        raise ModelError(f"The CLIP {name} is not loaded, since its {_OPEN_CLIP_CONFIG} could run code.", errors)
     # open_clip hands this on to transformers, and knows no such argument where it has a tokenizer of its own.
     return {"trust_remote_code": False} if config["text_cfg"].get("hf_tokenizer_name") else {}
 
@@ -142,10 +134,10 @@ def default_clip(model_path: str) -> str:
     return BUILTIN if model_path.startswith("builtin:") else DEFAULT
 
 
-def is_own_encoder(name: str, architecture: str) -> bool:
+def is_own_encoder(name: str, architecture: Architecture) -> bool:
     """Says whether a base of this architecture reads its prompts with the text encoder of this CLIP."""
-    plain = name.removeprefix("hf-hub:")
-    return any(architecture.startswith(start) and plain in clips for start, clips in _OWN_ENCODERS.items())
+    encoders = architecture.text_encoders if isinstance(architecture, DiffusionArchitecture) else ()
+    return any(name.removeprefix("hf-hub:") in encoder.clips for encoder in encoders)
 
 
 def _is_of_transformers(name: str, known: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ from lora_diffusion.config.rules import check_negative
 from lora_diffusion.config.schema import Config, ModelOptions
 from lora_diffusion.config.settings import MAX_DENOISING_STEPS
 from lora_diffusion.core import registry
-from lora_diffusion.core.base_model import BaseInfo
+from lora_diffusion.core.base_model import Architecture, BaseInfo
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import check_writable, sha256, user_path
 from lora_diffusion.core.logs import logger
@@ -128,7 +128,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     """Generates what is missing, scores all, and writes the evaluation folder.
 
     Raises:
-        InputError: anything that the user can mend, all of it at once; raised before the base is loaded.
+        InputError: anything that the user can correct, all of it at once; raised before the base is loaded.
     """
     errors, device = Faults(), pick_device()
     run = RunFolder(request.run) if request.run else None
@@ -168,7 +168,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         scorers={role: scorers.names[role] for metric in metrics for role in metric.scorers},
         references=references,
         training_images=training,
-        warnings=_warnings(references, training, scorers, info),
+        warnings=_warnings(references, training, scorers, family.architecture),
     )
     sampler = CandidateSampler(family, loaded, candidates)
     return harness.run(task, sampler.generate, scorers, request.output_path, request.cache_path)
@@ -224,7 +224,7 @@ class GatedEvaluation:
 
     def text(self) -> str:
         """Returns lines for people."""
-        return f"{self.evaluation.text()}\nScores and pictures are in {self.path}"
+        return f"{self.evaluation.text()}\nScores and images are in {self.path}"
 
 
 def check_gates(evaluation: Evaluation, path: Path, texts: Sequence[str]) -> GatedEvaluation:
@@ -252,7 +252,7 @@ def _config_of(run: RunFolder | None, errors: Faults) -> Config | None:
 
 
 def _info(family: Family, model: ModelOptions, size: tuple[int, int] | None, errors: Faults) -> BaseInfo:
-    """Looks at the base; where there is a fault, what is returned is never used."""
+    """Looks at the base; where there is an error, what is returned is never used."""
     info: Any = None
     with errors.noted():
         info = family.check(model)
@@ -289,7 +289,7 @@ def _weighted(entries: Sequence[Entry], weights: Sequence[float], errors: Faults
         for weight in weights:
             candidate = entry.candidate(weight)
             if candidate.name in candidates:
-                errors.append(f"{candidate.name} is asked for twice; give each adapter, and each weight, once.")
+                errors.append(f"{candidate.name} is there twice; give each adapter, and each weight, once.")
             candidates[candidate.name] = entry, candidate
     return candidates
 
@@ -332,7 +332,7 @@ def _images(folder: Path | None, option: str, errors: Faults) -> list[FileHash]:
 def _metrics(
     request: EvaluationRequest, cases: Sequence[Case], given: set[str], scorers: Scorers, errors: Faults
 ) -> list[Metric]:
-    """Returns the metrics that were asked for, or all that can be computed, with their models loaded."""
+    """Returns the metrics that were named, or all that can be computed, with their models loaded."""
     metrics = []
     left_out = []
     for name in dict.fromkeys(request.metrics or registry.available("metrics")):
@@ -417,7 +417,7 @@ def _check_rest(request: EvaluationRequest, candidates: Candidates, metrics: Seq
 
 
 def _warnings(
-    references: Sequence[FileHash], training: Sequence[FileHash], scorers: Scorers, info: BaseInfo
+    references: Sequence[FileHash], training: Sequence[FileHash], scorers: Scorers, architecture: Architecture
 ) -> list[str]:
     found = []
     trained = {file.sha256 for file in training}
@@ -427,7 +427,7 @@ def _warnings(
             f"{len(shared)} of {len(references)} references are training images ({name_some(shared)}), so likeness "
             "to them rewards copying; give images that were not trained on."
         )
-    if is_own_encoder(scorers.names["clip"], info.architecture):
+    if is_own_encoder(scorers.names["clip"], architecture):
         found.append(
             f"The base reads its prompts with the very CLIP that scores its images ({scorers.names['clip']}), so "
             "clip_text flatters it; give another --clip."

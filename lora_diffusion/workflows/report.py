@@ -85,7 +85,7 @@ def _chosen_file(selection: Selection | None, findings: Findings | None) -> str 
 
 
 def read_training(run_path: Path) -> Training:
-    """Returns what a run tells of its training; nothing where the folder is no run."""
+    """Returns what is known of the training of a run; nothing where the folder is no run."""
     run = RunFolder(run_path)
     if not run.config_path.is_file():
         return Training()

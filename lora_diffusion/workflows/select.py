@@ -54,7 +54,7 @@ class Selection:
     """What was chosen, and where it is."""
 
     file: Path
-    """The adapter of the chosen checkpoint, whose metadata tell the weight and the scores."""
+    """The adapter of the chosen checkpoint, whose metadata hold the weight and the scores."""
     best: Path
     """Link to the file."""
     weight: float
@@ -90,7 +90,7 @@ def select(
 
     Args:
         run_path: a finished run.
-        evaluation_path: evaluation of its checkpoints; None makes that in the run folder anew, as the run's `evaluate`
+        evaluation_path: evaluation of its checkpoints; None makes that in the run folder again, as the run's `evaluate`
             section says, with the images that are there. If the section names no references, one that is there is
             taken as it is.
         preference: limits and weighting that differ from the defaults.
@@ -146,7 +146,7 @@ def read_selection(run_path: Path) -> Selection | None:
             Preference(**values["preference"]),
             str(values["why"]),
             str(values["candidate"]),
-            run_path / values.get("evaluation", EVALUATION_NAME),  # not told by earlier versions
+            run_path / values.get("evaluation", EVALUATION_NAME),  # earlier versions do not say it
             tuple(values["warnings"]),
         )
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -173,7 +173,7 @@ def evaluation_request(run: RunFolder, config: Config, folder: Path) -> Evaluati
     own = config.evaluate
     if not own.references:
         raise ConfigError(
-            f"{folder} holds no evaluation, and the run's config names no pictures to compare with; add "
+            f"{folder} holds no evaluation, and the run's config names no images to compare with; add "
             f"evaluate.references=DIR, or run 'lora-diffusion evaluate --run {run.path} --output {folder}' with what "
             "you want to know."
         )

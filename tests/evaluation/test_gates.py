@@ -47,7 +47,7 @@ def test_weight_0_is_the_base_and_not_tested(evaluation: Evaluation) -> None:
 def test_nothing_to_test_is_no_success(evaluation: Evaluation) -> None:
     none = dataclasses.replace(evaluation.candidates[1], weights={"step-000100": 0.0}, weight=0.0)
     bare = dataclasses.replace(evaluation, candidates=[evaluation.candidates[0], none])
-    assert _failures(bare, "clip_image>=-1") == ["clip_image>=-1: no candidate draws with an adapter"]
+    assert _failures(bare, "clip_image>=-1") == ["clip_image>=-1: no candidate has an adapter"]
     assert _failures(bare, "clip_image@base>=-1") == []
 
 

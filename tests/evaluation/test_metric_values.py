@@ -76,7 +76,7 @@ def test_one_picture_has_no_interval(tmp_path: Path) -> None:
     assert (summary.mean, summary.low, summary.high) == (0.3, None, None)
     assert summary.vs_base_mean == pytest.approx(0.2)
     assert summary.vs_base_low is summary.vs_base_high is None
-    assert summary.spelled(".2f") == "0.30"
+    assert summary.format(".2f") == "0.30"
     found = own.open_comparisons()
     assert [(one.candidate, one.other, one.num_needed) for one in found] == [("a", "base", None), ("b", "base", None)]
     evaluation = dataclasses.replace(make_sample(tmp_path), summary=(summary,), open_comparisons=found)
@@ -89,4 +89,4 @@ def test_one_picture_has_no_interval(tmp_path: Path) -> None:
 def test_few_prompts() -> None:
     few = MetricValues(METRIC, ["base"], CASES[:2], np.zeros((1, 2, 1)), 1)
     assert few_prompts([judged(0.3)]) == []
-    assert few_prompts([few])[0].startswith("Some metrics have 2 prompt(s) to judge")
+    assert few_prompts([few])[0].startswith("Some metrics have 2 prompt(s) to score")

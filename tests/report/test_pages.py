@@ -410,7 +410,7 @@ def test_training_pictures_come_by_the_worse_of_two_ranks(tmp_path: Path) -> Non
     listed = [SampleLoss(key, "", f"a picture called {key}", loss, gain) for key, (loss, gain) in shown.items()]
     html = write_report(tmp_path / "r.html", title="x", training=Training(losses=listed))[0].read_text()
     assert re.findall(r"a picture called (\w+)", html) == ["wrong", "odd", "harder", "usual", "fine"]
-    assert "the worse of a picture's two ranks" in html.replace("&#39;", "'")
+    assert "the worse of an image's two ranks" in html.replace("&#39;", "'")
 
 
 def test_missing_pictures_are_left_out(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.scoring.clip import BUILTIN, DEFAULT, is_own_encoder
 
 _VIT_L, _VIT_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -12,19 +13,19 @@ _VIT_G = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 @pytest.mark.parametrize(
     ("architecture", "own", "others"),
     [
-        ("stable-diffusion-v1", [_VIT_L], [_VIT_H, _VIT_G]),
-        ("stable-diffusion-v2-768-v", [_VIT_H], [_VIT_L, _VIT_G]),
-        ("stable-diffusion-xl-v1-base", [_VIT_L, _VIT_G], [_VIT_H]),
+        ("sd1", [_VIT_L], [_VIT_H, _VIT_G]),
+        ("sd2", [_VIT_H], [_VIT_L, _VIT_G]),
+        ("sdxl", [_VIT_L, _VIT_G], [_VIT_H]),
     ],
 )
 def test_a_bases_own_encoder_is_known_by_its_hub_id(
     prefix: str, architecture: str, own: list[str], others: list[str]
 ) -> None:
-    assert all(is_own_encoder(prefix + name, architecture) for name in own)
-    assert not any(is_own_encoder(prefix + name, architecture) for name in (*others, BUILTIN, DEFAULT))
+    assert all(is_own_encoder(prefix + name, DIFFUSION[architecture]) for name in own)
+    assert not any(is_own_encoder(prefix + name, DIFFUSION[architecture]) for name in (*others, BUILTIN, DEFAULT))
 
 
 def test_and_by_its_name_in_open_clip() -> None:
-    assert is_own_encoder("ViT-L-14/openai", "stable-diffusion-v1")
-    assert is_own_encoder("ViT-bigG-14/laion2b_s39b_b160k", "stable-diffusion-xl-v1-base")
-    assert not is_own_encoder("ViT-H-14/laion2b_s32b_b79k", "stable-diffusion-v1")
+    assert is_own_encoder("ViT-L-14/openai", DIFFUSION["sd1"])
+    assert is_own_encoder("ViT-bigG-14/laion2b_s39b_b160k", DIFFUSION["sdxl"])
+    assert not is_own_encoder("ViT-H-14/laion2b_s32b_b79k", DIFFUSION["sd1"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import lora_diffusion as ld
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.cli.main import main
-from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.scoring.scorers import Scorers
@@ -140,9 +140,8 @@ def test_a_request_takes_texts_and_paths() -> None:
     ("clip", "is_warned"), [("openai/clip-vit-large-patch14", True), ("builtin:emoji-clip", False)]
 )
 def test_a_base_scored_by_its_own_text_encoder_is_warned_about(clip: str, is_warned: bool) -> None:
-    info = BaseInfo(512, 8, "stable-diffusion-v1", "epsilon", "a/base")
-    found = workflow._warnings([], [], Scorers({"clip": clip}), info)
-    assert any("the very CLIP that scores" in warning for warning in found) == is_warned
+    warnings = workflow._warnings([], [], Scorers({"clip": clip}), DIFFUSION["sd1"])
+    assert any("the very CLIP that scores" in warning for warning in warnings) == is_warned
 
 
 @pytest.fixture(scope="module")

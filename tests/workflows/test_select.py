@@ -315,7 +315,7 @@ def test_report_of_a_run_its_evaluation_and_a_comparison(command: Commands, sele
     files = json.loads(command.good("report", selected, "--output", page, "--json").out)
     assert files == {"page": str(page), "numbers": [str(tmp_path / "run.json"), str(tmp_path / "run.csv")]}
     html = page.read_text()
-    for part in ("Recommended:", "Training pictures", "train.max_steps", "evaluate.references", "copying"):
+    for part in ("Recommended:", "Training images", "train.max_steps", "evaluate.references", "copying"):
         assert part in html
     losses = json.loads(page.with_suffix(".json").read_text())["training"]["losses"]
     assert [own["key"] for own in losses] == ["0.png", "1.png", "2.png", "3.png"]
@@ -323,7 +323,7 @@ def test_report_of_a_run_its_evaluation_and_a_comparison(command: Commands, sele
     command.good("report", selected, other, "--output", tmp_path / "both.html")
     assert "run against other" in (tmp_path / "both.html").read_text()
     command.good("report", selected / "evaluation", "--output", tmp_path / "alone.html")
-    assert "Training pictures" not in (tmp_path / "alone.html").read_text()
+    assert "Training images" not in (tmp_path / "alone.html").read_text()
     assert "neither a run" in command("report", tmp_path).message
     assert "ends in .html" in command("report", selected, "--output", tmp_path / "x.pdf").message
 

@@ -1,5 +1,5 @@
 "use strict";
-// Without this script the page shows all pictures; with it, each opens large, beside the base's picture of the same
+// Without this script the page shows all images; with it, each opens large, beside the base's image of the same
 // prompt and seed under a slider. On paper nothing can be unfolded, so all is.
 (() => {
   const dialog = document.querySelector("dialog");

@@ -1,4 +1,4 @@
-"""How much of the concept shows where it was not asked for."""
+"""How much of the concept shows where no prompt asks for it."""
 
 from __future__ import annotations
 
