@@ -16,7 +16,7 @@ import pytest
 
 import lora_diffusion as ld
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.workflows.evaluate import Question
+from lora_diffusion.workflows.evaluate import EvaluationRequest
 
 SIGNATURES = {
     "ask": "paths question base *adapters",
@@ -52,7 +52,7 @@ def test_names_and_signatures() -> None:
 
 
 def test_an_evaluation_takes_what_its_workflow_takes() -> None:
-    fields = {field.name for field in dataclasses.fields(Question)} - {"model", "gates"}
+    fields = {field.name for field in dataclasses.fields(EvaluationRequest)} - {"model", "gates"}
     assert set(inspect.signature(ld.evaluate).parameters) - {"base"} == fields
 
 

@@ -341,6 +341,6 @@ def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
 
 def _interval(evaluation: Evaluation, candidate: str, metric: str) -> str:
     try:
-        return evaluation.find(candidate, metric).spelled(".3f")
+        return evaluation.find(candidate, metric).format(".3f")
     except KeyError:
         return ""

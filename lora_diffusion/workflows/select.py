@@ -29,7 +29,8 @@ from lora_diffusion.core.text import name_some, suggestion
 from lora_diffusion.data import image_folder
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Candidate, Case, Evaluation, Table
-from lora_diffusion.evaluation.select import Choice, Preference, choose
+from lora_diffusion.evaluation.select import Choice, choose
+from lora_diffusion.evaluation.select import Preference as Preference
 from lora_diffusion.evaluation.suites import check_used, control_prompts, read_cases
 from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.verified import write_verified
