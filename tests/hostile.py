@@ -398,7 +398,7 @@ def _read_model(folder: Path) -> None:
     family: Any = registry.find("families", name.partition("-")[0])
     options = load(None, [f"model.family={family.architecture.name}", f"model.path={folder}"], required=False).model
     family.check(options)
-    family.skeleton(options)
+    family.meta_modules(options)
     family.load(options, torch.device("cpu"))
 
 

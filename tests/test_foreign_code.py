@@ -129,7 +129,7 @@ def _load_base(name: str, folder: Path) -> None:
     family = registry.find("families", name)
     options = load(None, [f"model.family={name}", f"model.path={folder}"], required=False).model
     family.check(options)
-    family.skeleton(options)
+    family.meta_modules(options)
     family.load(options, torch.device("cpu"))
 
 

@@ -175,6 +175,8 @@ class DiffusionArchitecture(Architecture):
     """The same for a base whose last timestep holds no signal."""
     has_zero_empty_prompt: bool = False
     """Whether it knows the empty prompt as zeros."""
+    has_final_norm: bool = True
+    """Whether the layer of the text encoders that is read goes through their final layer norm."""
     usual_clip_skip: int = 1
     """Layer of the text encoders that is read unless something else is asked, counted from the end."""
     clip_skip_apps: Mapping[str, int] = field(default_factory=dict)

@@ -63,6 +63,7 @@ ARCHITECTURE = DiffusionArchitecture(
     scheduler={"_class_name": "EulerDiscreteScheduler"},
     zero_snr_scheduler={"_class_name": "EulerDiscreteScheduler"},
     has_zero_empty_prompt=True,
+    has_final_norm=False,
     usual_clip_skip=2,
     clip_skip_apps={"forge": 2, "kohya": 1},
     has_ldm_names_in_kohya=True,

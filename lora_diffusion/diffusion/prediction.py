@@ -1,13 +1,14 @@
-"""What a network predicts: one object for each kind, held by a family."""
+"""What a network predicts: a row of PREDICTIONS for each target."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.diffusion.noise import NoiseSchedule
+from lora_diffusion.diffusion.schedule import NoiseSchedule
 
 
 class Prediction(Protocol):
@@ -16,10 +17,17 @@ class Prediction(Protocol):
     name: str
 
     def target(self, schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns what the network should give, shaped like the latents."""
+        """Returns what the network should give, [batch, channels, height, width].
+
+        Args:
+            schedule: of the noise.
+            latents: x0, [batch, channels, height, width].
+            noise: eps, of the same shape.
+            timesteps: [batch].
+        """
 
     def snr_divisor(self, snr: Tensor) -> Tensor:
-        """Returns the factor by which this target's loss already exceeds the loss of x0, [batch]."""
+        """Returns the factor by which this target's loss already exceeds the loss of x0, [batch]; `snr` is [batch]."""
 
 
 class Epsilon:
@@ -28,12 +36,12 @@ class Epsilon:
     name = "epsilon"
 
     def target(self, schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the noise itself."""
+        """Returns the noise itself, [batch, channels, height, width] as all but `timesteps` [batch] are."""
         del schedule, latents, timesteps
         return noise
 
     def snr_divisor(self, snr: Tensor) -> Tensor:
-        """Returns the SNR (Hang et al. 2023, arXiv 2303.09556, section 3.3)."""
+        """Returns the SNR, [batch] (Hang et al. 2023, arXiv 2303.09556, section 3.3)."""
         return snr
 
 
@@ -46,16 +54,16 @@ class Velocity:
     name = "v_prediction"
 
     def target(self, schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Returns the velocity."""
+        """Returns the velocity, [batch, channels, height, width] as all but `timesteps` [batch] are."""
         signal, sigma = schedule.signal_and_noise(timesteps)
         return signal * noise - sigma * latents
 
     def snr_divisor(self, snr: Tensor) -> Tensor:
-        """Returns SNR + 1 (Hang et al. 2023, arXiv 2303.09556, section 3.3)."""
+        """Returns SNR + 1, [batch] (Hang et al. 2023, arXiv 2303.09556, section 3.3)."""
         return snr + 1
 
 
-_PREDICTIONS: dict[str, Prediction] = {kind.name: kind for kind in (Epsilon(), Velocity())}
+PREDICTIONS: Mapping[str, Prediction] = {prediction.name: prediction for prediction in (Epsilon(), Velocity())}
 
 
 def find_prediction(name: str) -> Prediction:
@@ -64,6 +72,6 @@ def find_prediction(name: str) -> Prediction:
     Raises:
         ModelError: a type that is not trained here.
     """
-    if name not in _PREDICTIONS:
-        raise ModelError(f"The base predicts {name!r}, which cannot be trained; known: {', '.join(_PREDICTIONS)}.")
-    return _PREDICTIONS[name]
+    if name not in PREDICTIONS:
+        raise ModelError(f"The base predicts {name!r}, which cannot be trained; known: {', '.join(PREDICTIONS)}.")
+    return PREDICTIONS[name]

@@ -1,23 +1,57 @@
-"""Loss weights over timesteps."""
+"""How much each timestep counts in the loss: a row of WEIGHTINGS for each rule."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from lora_diffusion.diffusion.prediction import Prediction
 
 
-def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
-    """Returns min(SNR, gamma) / divisor, the divisor being SNR for noise and SNR + 1 for velocity, [batch].
+class Weighting(Protocol):
+    """A rule for loss weights over timesteps."""
 
-    Args:
-        snr: [batch] float32.
-        gamma: 5 in the paper.
-        prediction: what the network predicts.
+    def weights(self, snr: Tensor, prediction: Prediction) -> Tensor:
+        """Returns the weight of each sample's loss, [batch] float32.
 
-    Source: Hang et al. 2023, arXiv 2303.09556, section 3.4. Where the SNR is 0 (zero terminal SNR) the weight of a
-    noise prediction is its limit, 1.
+        Args:
+            snr: signal-to-noise ratio at the sample's timestep, [batch] float32.
+            prediction: what the network predicts.
+        """
+
+
+class Uniform:
+    """All timesteps count alike."""
+
+    name: ClassVar[str] = "uniform"
+
+    def weights(self, snr: Tensor, prediction: Prediction) -> Tensor:
+        """Returns 1 for each sample, [batch]; `snr` is [batch]."""
+        del prediction
+        return snr.new_ones(snr.shape)
+
+
+@dataclass(frozen=True)
+class MinSnr:
+    """Weight min(SNR, gamma) / divisor, the divisor being SNR for noise and SNR + 1 for velocity.
+
+    Gamma is 5 in the paper. Where the SNR is 0 (zero terminal SNR) the weight of a noise prediction is
+    its limit, 1.
+
+    Source: Hang et al. 2023, arXiv 2303.09556, section 3.4.
     """
-    divisor = prediction.snr_divisor(snr)
-    weight = snr.clamp(max=gamma) / divisor
-    return weight.where(divisor > 0, weight.new_ones(()))
+
+    gamma: float
+    name: ClassVar[str] = "min_snr"
+
+    def weights(self, snr: Tensor, prediction: Prediction) -> Tensor:
+        """Returns the weight of each sample, [batch]; `snr` is [batch]."""
+        divisor = prediction.snr_divisor(snr)
+        weight = snr.clamp(max=self.gamma) / divisor
+        return weight.where(divisor > 0, weight.new_ones(()))
+
+
+WEIGHTINGS: Mapping[str, Callable[..., Weighting]] = {rule.name: rule for rule in (Uniform, MinSnr)}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_diffusion.adapters.plan import InjectionPlan
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.base_model import BaseInfo, Loaded, LossOutput
-from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.protocols.family import Family, step_loss
 from lora_diffusion.core.samples import Batch, Request, Sample
 from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.training.run_folder import RunFolder
@@ -49,4 +48,4 @@ class CheckedRun:
 
     def loss(self, loaded: Loaded) -> Callable[[Batch, torch.Generator], LossOutput]:
         """Returns what gives the loss of each sample of a batch, drawing from the generator that it is handed."""
-        return partial(self.family.loss, loaded)
+        return step_loss(self.family, loaded)

@@ -116,7 +116,7 @@ def find_base(path: str | None, family_name: str | None = None) -> GivenBase | N
 
     model = find_weights(path, family_name)
     family: Family = registry.find("families", model.family)
-    return GivenBase(family, model, family.skeleton(model))
+    return GivenBase(family, model, family.meta_modules(model))
 
 
 def names_of(family: Family, format_name: str, base: GivenBase | None) -> KeyMap:

@@ -117,7 +117,7 @@ def _plan(run: RunFolder, config: Config, family: Family) -> InjectionPlan:
     try:
         return InjectionPlan.from_json(read_json(run.plan_path))
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return plan(family.skeleton(config.model), family.parts, config.adapter)
+        return plan(family.meta_modules(config.model), family.parts, config.adapter)
 
 
 def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family: Family) -> dict[str, str]:

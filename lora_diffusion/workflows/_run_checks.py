@@ -76,7 +76,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> CheckedRun:
     meta_modules: Any = None
     plan = samples = num_steps = requests = meta_modules
     if info:
-        meta_modules = family.skeleton(config.model)
+        meta_modules = family.meta_modules(config.model)
         unread = {} if resume and _trains_unread(RunFolder(Path(config.output.path))) else info.unread
         rates = config.train.module_learning_rates
         plan = look(lambda: make_plan(meta_modules, family.parts, config.adapter, rates, unread))

@@ -46,7 +46,7 @@ def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterStat
     from lora_diffusion.adapters.state import check_fit
 
     state = read_unchecked(path, family, model)
-    check_fit(state, family.skeleton(model), str(path))
+    check_fit(state, family.meta_modules(model), str(path))
     check_sizes(state, str(path))
     return state
 

@@ -60,7 +60,7 @@ def estimate(config: Config) -> Estimate:
     variants.find(config.adapter.variant, config.model.quantization)
     optim.check(config.train, pick_device())
     info = family.check(config.model)
-    skeleton = family.skeleton(config.model)
+    skeleton = family.meta_modules(config.model)
     plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates, info.unread)
     size = _size(config, family, info)
     return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)

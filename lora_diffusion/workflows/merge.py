@@ -117,7 +117,7 @@ def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Fam
     """
     state = read_unchecked(path, family, model)
     weights = part_weights(state, asked, name)
-    skeleton = family.skeleton(model)
+    skeleton = family.meta_modules(model)
     lacking = [part for part in state.parts() if part not in skeleton]
     if wanted := [part for part in lacking if weights[part]]:
         kept = ",".join(f"{part}={0 if part in lacking else weights[part]:g}" for part in state.parts())
@@ -226,7 +226,7 @@ def extract(
         raise ModelError(f"{base.path} is of family {base.family}, {tuned.path} of {tuned.family}; give two of one.")
     family, before = _open(base, "vae")
     _, after = _open(tuned, "vae")
-    skeleton = family.skeleton(base)
+    skeleton = family.meta_modules(base)
     parts = tuple(parts or (part for part in family.parts if part in skeleton))
     groups = dict.fromkeys(group for name in parts if name in family.parts for group in family.parts[name].groups)
     asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))

@@ -123,5 +123,5 @@ def _named(path: str) -> Base:
 def _of(family: Family, model: ModelOptions) -> Base:
     from lora_diffusion.adapters.state import weight_shapes
 
-    shapes = weight_shapes(family.skeleton(model))
+    shapes = weight_shapes(family.meta_modules(model))
     return Base(family.architecture.name, shapes, [family.key_map(name, model) for name in _SPELLINGS])

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,8 +129,8 @@ def _load(case: Case, config: Any) -> Any:
     import torch
 
     from lora_diffusion.core.base_model import Loaded
-    from lora_diffusion.diffusion.noise import NoiseSchedule
     from lora_diffusion.diffusion.prediction import find_prediction
+    from lora_diffusion.diffusion.schedule import NoiseSchedule
     from lora_diffusion.quantize import quantize
 
     device, rng = torch.device("cpu"), torch.Generator().manual_seed(0)
@@ -155,18 +154,19 @@ def _trained(case: Case, config: Any, loaded: Any) -> tuple[Any, Any]:
     from lora_diffusion.adapters.inject import inject
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.core import registry
+    from lora_diffusion.core.protocols.family import step_loss
     from lora_diffusion.training import memory
 
     family = registry.find("families", case.family)
     if case.is_full:
         unet = loaded.parts["unet"].requires_grad_()
-        return {"unet": dict(unet.named_parameters())}, partial(family.loss, loaded)
+        return {"unet": dict(unet.named_parameters())}, step_loss(family, loaded)
     variant = variants.find("lora", case.quantization)
     made = plan(published_networks.networks(case.family), family.parts, config.adapter)
     params = inject(loaded, made, variant, 0.0, 0)
     if case.gradient_checkpointing:
         memory.checkpoint_activations(loaded.parts)
-    return params, partial(family.loss, loaded)
+    return params, step_loss(family, loaded)
 
 
 def _batch(case: Case, loaded: Any, side: int) -> Any:

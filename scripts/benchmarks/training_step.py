@@ -97,9 +97,10 @@ def ours(setting: Setting, change: Callable[[Any], None] | None = None) -> Calla
     from lora_diffusion.adapters.variants import find
     from lora_diffusion.config.schema import AdapterConfig, TrainConfig
     from lora_diffusion.core.base_model import BaseInfo, Loaded
+    from lora_diffusion.core.protocols.family import step_loss
     from lora_diffusion.core.samples import Batch
-    from lora_diffusion.diffusion.noise import NoiseSchedule
     from lora_diffusion.diffusion.prediction import find_prediction
+    from lora_diffusion.diffusion.schedule import NoiseSchedule
     from lora_diffusion.families.sd1 import FAMILY, SD1Options
     from lora_diffusion.runtime.autotune import use_channels_last
     from lora_diffusion.training.trainer import Trainer
@@ -120,7 +121,7 @@ def ours(setting: Setting, change: Callable[[Any], None] | None = None) -> Calla
     if change:
         change(unet)
     run_path = Path(tempfile.mkdtemp())
-    trainer = Trainer(config, params, partial(FAMILY.loss, loaded), run_path)
+    trainer = Trainer(config, params, step_loss(FAMILY, loaded), run_path)
     text = torch.randn(setting.batch_size, 1, _TEXT_LENGTH, width)
     batch = Batch(
         keys=tuple(str(index) for index in range(setting.batch_size)),

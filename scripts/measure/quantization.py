@@ -15,6 +15,7 @@ from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.files import shipped_path
+from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.data import sample_types
 from lora_diffusion.runtime.device import pick_device
@@ -68,5 +69,5 @@ def validation_loss(config: Config, adapter: Path | None) -> float:
 
 @torch.no_grad()
 def _mean_loss(family: Any, loaded: Loaded, batch: Any) -> float:
-    losses = [family.loss(loaded, batch, derive(0, "validation", draw)).per_sample for draw in range(_DRAWS)]
+    losses = [step_loss(family, loaded)(batch, derive(0, "validation", draw)).per_sample for draw in range(_DRAWS)]
     return float(torch.cat(losses).mean())

@@ -145,7 +145,7 @@ def test_single_file_is_merged_like_its_folder(tmp_path: Path) -> None:
     pipeline = sd1_shaped_pipeline()
     single = save_single_file(pipeline, tmp_path / "model.safetensors")
     options = SD1Options(path=str(single))
-    skeleton = FAMILY.skeleton(options)
+    skeleton = FAMILY.meta_modules(options)
     state = random_state(Loaded(skeleton, {}, None, torch.device("meta"), FAMILY.check(options)), groups="attn ff conv")
     output = tmp_path / "out.safetensors"
     done = merge(opened(single), [Term("a", state, WEIGHTS)], output, None, {"made": "here"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +57,10 @@ def test_heading_gives_the_memory_that_is_estimated(
     name = path.parent.name
     published = published_networks.whisper_config(path.stem) if name == "whisper" else published_llava_config()
     published.save_pretrained(tmp_path)
-    monkeypatch.setattr(import_module(f"lora_diffusion.families.{name}"), "_find", lambda options: tmp_path)
+    monkeypatch.setattr(registry.find("families", name), "_find", lambda options: tmp_path)
     config = load(path, ["model.dtype=bf16", "train.precision=bf16"])
     family = registry.find("families", name)
-    skeleton = family.skeleton(config.model)
+    skeleton = family.meta_modules(config.model)
     made = plan(skeleton, family.parts, config.adapter)
     told = step_memory(config, family, BaseInfo(0, 0, "", "", ""), skeleton, made, LONGEST[name])
     heading = re.search(r"About ([\d.]+) GiB", path.read_text("utf-8").splitlines()[0])
@@ -92,7 +91,7 @@ class TestConfigs:
         family = registry.find("families", config.model.family)
         variants.find(config.adapter.variant, config.model.quantization)
         if config.model.path.startswith("builtin:"):
-            skeleton = family.skeleton(config.model)
+            skeleton = family.meta_modules(config.model)
         elif config.model.path.startswith("openai/whisper-"):
             skeleton = published_parts(config.model.path.removeprefix("openai/whisper-"))
         elif config.model.path == "llava-hf/llava-1.5-7b-hf":

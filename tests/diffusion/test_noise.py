@@ -5,9 +5,11 @@ import torch
 from diffusers import DDIMScheduler
 
 from lora_diffusion.core.errors import ModelError
-from lora_diffusion.diffusion.noise import NoiseSchedule, draw_noise, draw_timesteps
+from lora_diffusion.diffusion.noise import Gaussian, Offset
 from lora_diffusion.diffusion.prediction import find_prediction
-from lora_diffusion.diffusion.weighting import min_snr_weight
+from lora_diffusion.diffusion.schedule import NoiseSchedule
+from lora_diffusion.diffusion.timesteps import Stratified
+from lora_diffusion.diffusion.weighting import WEIGHTINGS, MinSnr
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SCHEDULE = NoiseSchedule(SCHEDULER.alphas_cumprod)
@@ -35,19 +37,24 @@ def test_unknown_prediction_is_refused() -> None:
 @pytest.mark.parametrize(("kind", "divisor"), [("epsilon", lambda snr: snr), ("v_prediction", lambda snr: snr + 1)])
 def test_min_snr_weight_is_the_formula(kind: str, divisor) -> None:
     snr = SCHEDULE.snr(torch.arange(1000))
-    weight = min_snr_weight(snr, 5.0, find_prediction(kind))
+    weight = MinSnr(5.0).weights(snr, find_prediction(kind))
     torch.testing.assert_close(weight, torch.minimum(snr, torch.tensor(5.0)) / divisor(snr))
     assert (weight > 0).all()
 
 
 def test_min_snr_weight_has_its_limit_where_the_snr_is_zero() -> None:
     zero = torch.zeros(1)
-    assert min_snr_weight(zero, 5.0, find_prediction("epsilon")).item() == 1
-    assert min_snr_weight(zero, 5.0, find_prediction("v_prediction")).item() == 0
+    assert MinSnr(5.0).weights(zero, find_prediction("epsilon")).item() == 1
+    assert MinSnr(5.0).weights(zero, find_prediction("v_prediction")).item() == 0
+
+
+def test_uniform_weighting_counts_all_alike() -> None:
+    weights = WEIGHTINGS["uniform"]().weights(SCHEDULE.snr(torch.arange(1000)), find_prediction("epsilon"))
+    assert torch.equal(weights, torch.ones(1000))
 
 
 def test_timesteps_are_uniform_and_cover_the_range_in_each_batch() -> None:
-    draws = torch.stack([draw_timesteps(8, 1000, rng(seed)) for seed in range(500)])
+    draws = torch.stack([Stratified().draw(8, 1000, rng(seed)) for seed in range(500)])
     assert draws.min() >= 0
     assert draws.max() <= 999
     assert torch.equal((draws.sort(dim=1).values // 125).unique(dim=0), torch.arange(8)[None])
@@ -58,6 +65,6 @@ def test_timesteps_are_uniform_and_cover_the_range_in_each_batch() -> None:
 
 def test_noise_offset_shifts_whole_channels() -> None:
     shape = torch.Size((64, 4, 16, 16))
-    means = draw_noise(shape, 1.0, rng()).mean(dim=(2, 3))
+    means = Offset(1.0).draw(shape, rng()).mean(dim=(2, 3))
     assert means.std() == pytest.approx(1.0, abs=0.2)
-    assert torch.equal(draw_noise(shape, 0.0, rng()), torch.randn(shape, generator=rng()))
+    assert torch.equal(Gaussian().draw(shape, rng()), torch.randn(shape, generator=rng()))

@@ -32,7 +32,7 @@ from lora_diffusion.config.schema import (
 from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.core.protocols.family import Family, step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import AudioText, Batch, Chat, ImageText, Output, Request, Sample
 from lora_diffusion.data import cache, sample_types
@@ -189,7 +189,7 @@ class Setup:
         parts = parts or tuple(self.family.parts)
         first = tuple(f"{part}/{next(iter(self.family.parts[part].groups))}" for part in parts)
         config = AdapterConfig(rank=2, alpha=3.0, parts=parts, targets=targets or first)
-        return plan(self.family.skeleton(self.options()), self.family.parts, config, unread=unread or {})
+        return plan(self.family.meta_modules(self.options()), self.family.parts, config, unread=unread or {})
 
     def opened(self) -> list[Sample]:
         kind = sample_types.find(self.family.sample_type)
@@ -243,7 +243,7 @@ def _same_global_random_state() -> Iterator[None]:
 
 class TestBase:
     def test_loaded_frozen_as_the_skeleton_says(self, setup: Setup, loaded: Loaded) -> None:
-        skeleton = setup.family.skeleton(setup.options())
+        skeleton = setup.family.meta_modules(setup.options())
         assert skeleton.keys() == loaded.parts.keys() == setup.family.parts.keys()
         for name, network in loaded.parts.items():
             expected = {key: value.shape for key, value in skeleton[name].state_dict().items()}
@@ -271,7 +271,7 @@ class TestBase:
         assert (family.cache_key(replace(setup.options(), path=str(moved)), none) != key) == bool(encoders)
 
     def test_example_runs_on_the_meta_device(self, setup: Setup) -> None:
-        skeleton = setup.family.skeleton(setup.options())
+        skeleton = setup.family.meta_modules(setup.options())
         for trained in (frozenset[str](), frozenset(setup.family.parts)):
             size = sample_types.find(setup.family.sample_type).largest(setup.samples)
             example = setup.family.example(setup.options(), trained, 2, size)
@@ -298,7 +298,7 @@ class TestNames:
         for key, name in key_map:
             assert key_map.key(name) == key
             assert key_map.name(key) == name
-        for part, network in setup.family.skeleton(setup.options()).items():
+        for part, network in setup.family.meta_modules(setup.options()).items():
             paths = {path for path, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
             # Norms and embeddings have names too, since adapters of other programs change them.
             own = {key.path for key, _ in key_map if key.part == part}
@@ -321,7 +321,7 @@ class TestNames:
         fresh = setup.family.load(setup.options(), CPU)
         load_state(fresh, again, "again")
         batch = setup.batch(loaded, frozenset(setup.family.parts))
-        losses = [setup.family.loss(one, batch, derive(0, "loss")).per_sample for one in (loaded, fresh)]
+        losses = [step_loss(setup.family, one)(batch, derive(0, "loss")).per_sample for one in (loaded, fresh)]
         assert torch.equal(*losses)
 
 
@@ -361,10 +361,10 @@ class TestPrepare:
     ) -> None:
         config, parts = CacheConfig(path=str(tmp_path)), frozenset(setup.family.parts if trained else ())
         fresh = setup.batch(loaded, parts)
-        losses = [setup.family.loss(loaded, fresh, derive(0, "loss")).per_sample]
+        losses = [step_loss(setup.family, loaded)(fresh, derive(0, "loss")).per_sample]
         for _ in range(2):  # written, then read
             items = cache.prepare(setup.family, loaded, setup.samples, parts, config, setup.data)
-            losses.append(setup.family.loss(loaded, setup.family.collate(items), derive(0, "loss")).per_sample)
+            losses.append(step_loss(setup.family, loaded)(setup.family.collate(items), derive(0, "loss")).per_sample)
         assert torch.equal(losses[0], losses[1])
         assert torch.equal(losses[0], losses[2])
 
@@ -392,7 +392,7 @@ class TestLoss:
         own.inject(base, *parts, seed=1)
         batch = own.batch(base, frozenset(parts))
         before = {key: tensor.clone() for key, tensor in batch.tensors.items()}
-        one, same, other = (own.family.loss(base, batch, derive(seed, "loss")).per_sample for seed in (0, 0, 1))
+        one, same, other = (step_loss(own.family, base)(batch, derive(seed, "loss")).per_sample for seed in (0, 0, 1))
         assert one.shape == (len(batch),)
         assert one.dtype == torch.float32
         assert torch.isfinite(one).all()
@@ -403,7 +403,7 @@ class TestLoss:
     def test_only_adapters_get_gradients(self, own: Setup, base: Loaded, parts: tuple[str, ...]) -> None:
         params = own.inject(base, *parts, seed=1)
         trained = {id(parameter) for values in params.values() for parameter in values.values()}
-        own.family.loss(base, own.batch(base, frozenset(parts)), derive(0, "loss")).per_sample.sum().backward()
+        step_loss(own.family, base)(own.batch(base, frozenset(parts)), derive(0, "loss")).per_sample.sum().backward()
         networks = [*base.parts.values(), *(m for m in base.modules.values() if isinstance(m, nn.Module))]
         moved = {id(p) for network in networks for p in network.parameters() if p.grad is not None}
         assert moved == trained
@@ -414,7 +414,7 @@ class TestLoss:
 
     def test_what_is_called_unread_gets_no_gradient(self, own: Setup, base: Loaded, parts: tuple[str, ...]) -> None:
         params = inject(base, own.plan(*parts), variants.find("lora"), 0.0, 0)
-        own.family.loss(base, own.batch(base, frozenset(parts)), derive(0, "loss")).per_sample.sum().backward()
+        step_loss(own.family, base)(own.batch(base, frozenset(parts)), derive(0, "loss")).per_sample.sum().backward()
         idle = {
             f"{part}/{path.rpartition('.')[0]}"
             for part, values in params.items()
@@ -426,9 +426,9 @@ class TestLoss:
     def test_zero_adapter_changes_nothing(self, own: Setup, base: Loaded, parts: tuple[str, ...]) -> None:
         batch = own.batch(base, frozenset(parts))
         batch = replace(batch, tensors={**batch.tensors, "num_priors": torch.zeros(len(batch), dtype=torch.int64)})
-        before = own.family.loss(base, batch, derive(0, "loss")).per_sample
+        before = step_loss(own.family, base)(batch, derive(0, "loss")).per_sample
         own.inject(base, *parts)
-        torch.testing.assert_close(own.family.loss(base, batch, derive(0, "loss")).per_sample, before)
+        torch.testing.assert_close(step_loss(own.family, base)(batch, derive(0, "loss")).per_sample, before)
 
     def test_merged_is_unmerged(self, own: Setup, base: Loaded, parts: tuple[str, ...], kind: str) -> None:
         if kind == "captions":
@@ -436,13 +436,16 @@ class TestLoss:
         batch = own.batch(base, frozenset(parts))
         own.inject(base, *parts, seed=1)
         with torch.no_grad():
-            apart = own.family.loss(base, batch, derive(0, "loss")).per_sample
+            apart = step_loss(own.family, base)(batch, derive(0, "loss")).per_sample
             merge(base, {"default": 1.0})
             torch.testing.assert_close(
-                own.family.loss(base, batch, derive(0, "loss")).per_sample, apart, rtol=1e-4, atol=1e-5
+                step_loss(own.family, base)(batch, derive(0, "loss")).per_sample,
+                apart,
+                rtol=1e-4,
+                atol=1e-5,
             )
             unmerge(base)
-            assert torch.equal(own.family.loss(base, batch, derive(0, "loss")).per_sample, apart)
+            assert torch.equal(step_loss(own.family, base)(batch, derive(0, "loss")).per_sample, apart)
 
 
 class TestGenerate:

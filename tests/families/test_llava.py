@@ -24,6 +24,7 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ModelError
+from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import Batch, Chat, ChatImage, Request, Turn
 from lora_diffusion.families.language import conversation, vision
@@ -72,7 +73,7 @@ def make_batch(loaded: Loaded, pictures: list[Image.Image], trained: frozenset[s
 
 
 def losses(loaded: Loaded, batch: Batch) -> torch.Tensor:
-    return FAMILY.loss(loaded, batch, derive(0, "loss")).per_sample
+    return step_loss(FAMILY, loaded)(batch, derive(0, "loss")).per_sample
 
 
 def by_hand(model: Any, processor: Any, picture: Image.Image, texts: tuple[str, ...]) -> float:
@@ -167,7 +168,7 @@ class TestMixed:
         batch = FAMILY.collate(FAMILY.prepare(loaded, samples, trained))
         assert batch.tensors["num_images"].tolist() == [1, 0, 2, 1]
         found = losses(loaded, batch)
-        model = vision.model_class(folder).from_pretrained(folder).eval()
+        model = vision.model_class(folder, FAMILY.architecture).from_pretrained(folder).eval()
         processor = AutoProcessor.from_pretrained(folder)
         for index, sample in enumerate(samples):
             ids, labels = conversation.spell(loaded.modules["processor"], sample)
@@ -190,7 +191,9 @@ class TestMixed:
     ) -> None:
         loaded = load(base)
         made = plan(
-            FAMILY.skeleton(loaded.options), FAMILY.parts, AdapterConfig(rank=2, parts=parts, targets=("all-linear",))
+            FAMILY.meta_modules(loaded.options),
+            FAMILY.parts,
+            AdapterConfig(rank=2, parts=parts, targets=("all-linear",)),
         )
         params = inject(loaded, made, variants.find("lora", "none"), 0.0, 0)
         items = FAMILY.prepare(loaded, [mixed(pictures)[1]], frozenset(parts))
@@ -247,7 +250,7 @@ def test_layers_of_the_tower_that_are_never_read(base: Path, tmp_path: Path, lay
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"vision_feature_layer": layer}))
     options = LlavaOptions(path=str(own))
     info, config = FAMILY.check(options), AdapterConfig(rank=2, parts=("vision_tower",), targets=("all-linear",))
-    made = plan(FAMILY.skeleton(options), FAMILY.parts, config, unread=info.unread)
+    made = plan(FAMILY.meta_modules(options), FAMILY.parts, config, unread=info.unread)
     kept = {int(module.path.split(".")[2]) for module in made.modules}
     assert kept == {0, 1} - set(expected)
     assert {int(name.split(".")[2]) for name in made.unread} == set(expected)
@@ -324,7 +327,7 @@ def _train(loaded: Loaded, pictures: list[Image.Image], **settings: Any) -> list
     """Makes two steps with every part trained, the projector in full."""
     parts = tuple(FAMILY.parts)
     config = AdapterConfig(rank=2, parts=parts, targets=("all-linear",), full=("projector",), **settings)
-    made = plan(FAMILY.skeleton(loaded.options), FAMILY.parts, config)
+    made = plan(FAMILY.meta_modules(loaded.options), FAMILY.parts, config)
     params = inject(loaded, made, variants.find("lora", loaded.options.quantization), 0.0, 0)
     flat = [parameter for own in params.values() for parameter in own.values()]
     optimizer = torch.optim.AdamW(flat, lr=1e-2)
@@ -349,7 +352,7 @@ class TestFiles:
         _train(loaded, pictures)
         names = FAMILY.key_map("peft", loaded.options)
         write_verified(read_state(loaded), names, registry.find("formats", "peft"), tmp_path / "peft", torch.float32)
-        plain = vision.model_class(base).from_pretrained(base)
+        plain = vision.model_class(base, FAMILY.architecture).from_pretrained(base)
         model = PeftModel.from_pretrained(plain, tmp_path / "peft").eval()
         batch = make_batch(loaded, pictures, frozenset(FAMILY.parts))
         found = losses(loaded, batch)

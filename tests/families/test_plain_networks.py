@@ -77,7 +77,7 @@ def test_text_encoder(name: str) -> None:
     kind, own = TOWER_CONFIGS[name]
     with torch.device("meta"):
         theirs = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(own)))
-        ours = plain_networks.text_encoder(own, kind=kind)
+        ours = plain_networks.text_encoder(own, kind)
         called = {"input_ids": torch.zeros(2, 24, dtype=torch.int64)}
     assert ours is not None
     assert layers(ours) == layers(theirs)
@@ -103,5 +103,5 @@ def test_vae(depth: int) -> None:
 )
 def test_what_is_not_plain_is_left_to_the_libraries(change: dict[str, Any]) -> None:
     assert plain_networks.unet({**config("unet"), **change}) is None
-    assert plain_networks.text_encoder({**config("text_encoder"), "hidden_act": "relu"}, kind="CLIPTextModel") is None
+    assert plain_networks.text_encoder({**config("text_encoder"), "hidden_act": "relu"}, "CLIPTextModel") is None
     assert plain_networks.vae({**config("vae"), "new_setting": 1}) is None

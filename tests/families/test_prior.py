@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lora_diffusion.core.base_model import Loaded
+from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import Batch
 from tests.families.test_contract import Setup, _set_up
@@ -19,7 +20,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 def losses(setup: Setup, batch: Batch, loaded: Loaded, weight: float) -> torch.Tensor:
     loaded.options = replace(loaded.options, prior_weight=weight)
     with torch.no_grad():
-        return setup.family.loss(loaded, batch, derive(0, "loss")).per_sample
+        return step_loss(setup.family, loaded)(batch, derive(0, "loss")).per_sample
 
 
 def test_adapter_that_changes_nothing_pays_nothing(setup: Setup) -> None:

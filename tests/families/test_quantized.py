@@ -77,7 +77,7 @@ def inject_all(family: str, loaded: Loaded, variant: str = "lora", seed: int | N
     parts = tuple(found.parts)
     targets = ("attn", "ff", "unet/proj", "unet/conv")
     config = AdapterConfig(rank=2, parts=parts, targets=targets, variant=variant)
-    made = plan(found.skeleton(loaded.options), found.parts, config)
+    made = plan(found.meta_modules(loaded.options), found.parts, config)
     params = inject(loaded, made, variants.find(variant, loaded.options.quantization), 0.0, 0)
     generator = torch.Generator().manual_seed(seed or 0)
     for parameter in [value for own in params.values() for value in own.values()] if seed is not None else ():
@@ -86,7 +86,11 @@ def inject_all(family: str, loaded: Loaded, variant: str = "lora", seed: int | N
 
 
 def losses(family: str, loaded: Loaded, inputs: Batch) -> torch.Tensor:
-    return registry.find("families", family).loss(loaded, inputs, derive(0, "loss")).per_sample
+    return (
+        registry.find("families", family)
+        .loss(loaded, registry.find("families", family).draw(loaded, inputs, derive(0, "loss")))
+        .per_sample
+    )
 
 
 def test_only_what_should_be_is_quantized(load: Any, family: str, kind: str) -> None:

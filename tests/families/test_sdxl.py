@@ -14,13 +14,14 @@ from PIL import Image
 
 from lora_diffusion.config.schema import ImageDataConfig
 from lora_diffusion.core.base_model import Loaded
+from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import ImageText
 from lora_diffusion.data import image_folder, images
-from lora_diffusion.diffusion.noise import draw_noise, draw_timesteps
-from lora_diffusion.families import sdxl
+from lora_diffusion.diffusion.noise import Gaussian
+from lora_diffusion.diffusion.timesteps import Stratified
 from lora_diffusion.families.sdxl import FAMILY, SDXLOptions
-from lora_diffusion.families.stable_diffusion import sampling
+from lora_diffusion.families.stable_diffusion import sampling, text_encoding
 from tests.tiny import save_tiny_sdxl_pipeline, tiny_sdxl_pipeline
 
 BOTH = frozenset({"text_encoder", "text_encoder_2"})
@@ -93,8 +94,12 @@ def test_a_dropped_caption_is_zeros_and_an_empty_one_is_not(loaded: Loaded, trai
     tensors = FAMILY.collate([item]).tensors
     names = [name for name in tensors if f"{name}_empty" in tensors]
     times = {"time_ids": tensors["time_ids"][:, 0]}
-    shown = sdxl._encode(loaded, {name: tensors[name][:, 0] for name in names} | times)
-    dropped = sdxl._encode(loaded, {name: tensors[f"{name}_empty"] for name in names} | times)
+    shown = text_encoding.encode_rows(
+        loaded, FAMILY.architecture, {name: tensors[name][:, 0] for name in names} | times
+    )
+    dropped = text_encoding.encode_rows(
+        loaded, FAMILY.architecture, {name: tensors[f"{name}_empty"] for name in names} | times
+    )
     for name in ("context", "text_embeds"):
         assert dropped[name].abs().max() == 0
         assert shown[name].abs().min(dim=-1).values.max() > 0
@@ -133,15 +138,15 @@ def test_loss_is_that_of_the_formula(base: Path, prediction: str) -> None:
     loaded = FAMILY.load(SDXLOptions(path=str(base), prediction=prediction), torch.device("cpu"))
     items = FAMILY.prepare(loaded, [replace(sample(), key=key) for key in "ab"], frozenset())
     batch = FAMILY.collate(items)
-    own = FAMILY.loss(loaded, batch, derive(0, "loss")).per_sample
+    own = step_loss(FAMILY, loaded)(batch, derive(0, "loss")).per_sample
 
     rng = derive(0, "loss")
     views = sampling.draw_indices(torch.tensor([2, 2]), rng)
     moments = batch.tensors["moments"][torch.arange(2), views]
     mean, logvar = moments.double().chunk(2, dim=1)
     latents = (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng).double()) * 0.13025
-    timesteps = draw_timesteps(2, 1000, rng)
-    noise = draw_noise(latents.shape, 0.0, rng).double()
+    timesteps = Stratified().draw(2, 1000, rng)
+    noise = Gaussian().draw(latents.shape, rng).double()
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha = (1 - betas).cumprod(0)[timesteps].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise

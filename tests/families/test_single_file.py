@@ -145,7 +145,7 @@ def test_tokenizer_is_that_of_clip(checkpoint: Path) -> None:
 
 
 def test_skeleton_needs_no_weights(checkpoint: Path) -> None:
-    skeleton = FAMILY.skeleton(SD1Options(path=str(checkpoint)))
+    skeleton = FAMILY.meta_modules(SD1Options(path=str(checkpoint)))
     assert {p.device.type for part in skeleton.values() for p in part.parameters()} == {"meta"}
 
 

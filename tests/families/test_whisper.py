@@ -31,6 +31,7 @@ from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import public_base
+from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import AudioText, Batch, Request
 from lora_diffusion.data.sample_types import RECORDINGS
@@ -107,7 +108,7 @@ class TestLoss:
     def test_a_step_is_the_mean_over_tokens_as_in_transformers(self, base: Path) -> None:
         loaded = load(base)
         inputs = batch(loaded, "one", "two three four five", "a")
-        found = FAMILY.loss(loaded, inputs, derive(0, "loss")).per_sample
+        found = step_loss(FAMILY, loaded)(inputs, derive(0, "loss")).per_sample
         assert inputs.weights is not None
         assert inputs.weights.tolist() == (inputs.tensors["labels"] != -100).sum(1).tolist()
         with torch.no_grad():
@@ -120,7 +121,7 @@ class TestLoss:
     def test_equals_the_reference(self, base: Path) -> None:
         loaded = load(base)
         inputs = batch(loaded, "one", "two three", "a")
-        found = FAMILY.loss(loaded, inputs, derive(0, "loss")).per_sample
+        found = step_loss(FAMILY, loaded)(inputs, derive(0, "loss")).per_sample
         model = loaded.modules["model"].double()
         start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
         for row, (features, labels) in enumerate(
@@ -163,9 +164,9 @@ class TestLoss:
         silent["features"][:, 1] = 0
         silent["num_frames"] = plain.tensors["num_frames"].repeat(1, 2)
         both = Batch(plain.keys, silent)
-        found = {FAMILY.loss(loaded, both, derive(seed)).per_sample.item() for seed in range(8)}
+        found = {step_loss(FAMILY, loaded)(both, derive(seed)).per_sample.item() for seed in range(8)}
         assert len(found) == 2
-        assert FAMILY.loss(loaded, plain, derive(0)).per_sample.item() in found
+        assert step_loss(FAMILY, loaded)(plain, derive(0)).per_sample.item() in found
 
 
 def test_each_recording_is_heard_in_its_own_language_and_task(base: Path) -> None:
@@ -271,12 +272,12 @@ class TestSearch:
 
 def train_some(loaded: Loaded, options: WhisperOptions, num_steps: int = 1) -> list[float]:
     config = AdapterConfig(rank=2, alpha=3.0, parts=tuple(FAMILY.parts), targets=("all-linear",))
-    made = plan(FAMILY.skeleton(options), FAMILY.parts, config)
+    made = plan(FAMILY.meta_modules(options), FAMILY.parts, config)
     params = inject(loaded, made, variants.find("lora", options.quantization), 0.0, 0)
     optimizer = torch.optim.Adam([value for own in params.values() for value in own.values()], lr=0.05)
     inputs, losses = batch(loaded, "one", "two three"), []
     for _ in range(num_steps):
-        loss = FAMILY.loss(loaded, inputs, derive(0, "loss")).per_sample.mean()
+        loss = step_loss(FAMILY, loaded)(inputs, derive(0, "loss")).per_sample.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -414,7 +415,9 @@ def test_quantized_bases_train(base: Path, kind: str, layer: str) -> None:
     loaded = load(base, quantization=kind)
     assert type(loaded.parts["decoder"].layers[0].encoder_attn.q_proj).__name__ == layer  # type: ignore[index, union-attr]
     assert type(loaded.modules["model"].proj_out).__name__ == "Linear"
-    plain = FAMILY.loss(load(base), batch(load(base), "one", "two three"), derive(0, "loss")).per_sample.mean().item()
+    plain = (
+        step_loss(FAMILY, load(base))(batch(load(base), "one", "two three"), derive(0, "loss")).per_sample.mean().item()
+    )
     first, second, third = train_some(loaded, WhisperOptions(path=str(base), quantization=kind), 3)
     assert first == pytest.approx(plain, rel=0.1)
     assert third < second < first

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_diffusion.families.language.training_loss import Head
+from lora_diffusion.families.language.examples import Head
 from lora_diffusion.training.fake_tensor_step import take_step, use_placeholders
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lora_diffusion.core.text import printable
 from lora_diffusion.families.language import vision
-from lora_diffusion.families.llava import Llava
+from lora_diffusion.families.language.visual_question_answering import VisualQuestionAnswering
 from tests.tiny_llava import entry, save_tiny_llava, save_tiny_llava_next, write_chats, write_picture
 from tests.workflows.conftest import Commands, Outcome
 
@@ -121,7 +121,7 @@ def test_mark_of_the_picture_may_stand_in_the_question(command: Commands, base: 
 def test_template_that_cannot_be_rendered_is_told_before_the_base_is_loaded(
     command: Commands, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Llava, "load", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(VisualQuestionAnswering, "load", lambda *_: pytest.fail("the base was loaded"))
     template, config = tmp_path / "chat.jinja", tmp_path / "own.yaml"
     template.write_text("{% if %}")
     config.write_text(f"model:\n  family: llava\n  path: {base}\n  chat_template: {template}\n")
@@ -238,14 +238,14 @@ class TestCaption:
     @pytest.fixture(autouse=True)
     def _echo(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # A random base may say nothing; what is asked is enough to see what is written where.
-        real = Llava.generate
+        real = VisualQuestionAnswering.generate
 
-        def generate(self: Llava, loaded, requests):  # type: ignore[no-untyped-def]
+        def generate(self: VisualQuestionAnswering, loaded, requests):  # type: ignore[no-untyped-def]
             from dataclasses import replace
 
             return [replace(output, text=output.request.prompt) for output in real(self, loaded, requests)]
 
-        monkeypatch.setattr(Llava, "generate", generate)
+        monkeypatch.setattr(VisualQuestionAnswering, "generate", generate)
 
     def test_writes_what_is_missing_and_never_over_a_caption(self, command: Commands, base: Path, folder: Path) -> None:
         (folder / "a.txt").write_text("mine\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.data.transcripts import segments
-from lora_diffusion.families.whisper import Whisper
+from lora_diffusion.families.language.speech_recognition import SpeechRecognition
 from tests.tiny_whisper import RATE, save_tiny_whisper, write_recording
 from tests.workflows.conftest import Commands, Outcome
 
@@ -179,11 +179,11 @@ def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_
 def test_timestamps_of_long_recordings_go_on_from_piece_to_piece(
     command: Commands, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def say(self: Whisper, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+    def say(self: SpeechRecognition, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         lengths = [len(request.sample.waveforms[0]) / RATE for request in requests]  # type: ignore[union-attr]
         return [Output(one, text=f"<|0.00|> a<|{end:.2f}|>") for one, end in zip(requests, lengths, strict=True)]
 
-    monkeypatch.setattr(Whisper, "generate", say)
+    monkeypatch.setattr(SpeechRecognition, "generate", say)
     write_recording(tmp_path / "long.wav", seconds=2.4)
     config = tmp_path / "own.yaml"
     config.write_text(f"model:\n  family: whisper\n  path: {base}\n  timestamps: true\n")
@@ -199,11 +199,11 @@ def test_timestamps_of_long_recordings_go_on_from_piece_to_piece(
 def _spoken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every base say the same, with timestamps if it is asked for them."""
 
-    def say(self: Whisper, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
+    def say(self: SpeechRecognition, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
         timed = "<|0.00|> a <b><|0.20|><|0.30|> --> c<|9.00|>" if loaded.options.timestamps else "a <b> --> c"
         return [Output(one, text=timed) for one in requests]
 
-    monkeypatch.setattr(Whisper, "generate", say)
+    monkeypatch.setattr(SpeechRecognition, "generate", say)
 
 
 @pytest.mark.usefixtures("_spoken")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diffusion.core.base_model import Architecture, BaseInfo, Example, Loaded, LossOutput, Part
@@ -28,7 +28,7 @@ class Family(Protocol):
     def check(self, options: Any) -> BaseInfo:
         """Looks at the base without loading weights; raises ModelError if it cannot be used."""
 
-    def skeleton(self, options: Any) -> dict[str, nn.Module]:
+    def meta_modules(self, options: Any) -> dict[str, nn.Module]:
         """Builds the parts on the meta device: shapes and names, no weights."""
 
     def key_map(self, format_name: str, options: Any) -> KeyMap:
@@ -57,14 +57,22 @@ class Family(Protocol):
     def collate(self, items: Sequence[Prepared]) -> Batch:
         """Stacks items of one group."""
 
-    def loss(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> LossOutput:
-        """Returns the loss of each sample; every random draw is taken from `rng`, a CPU generator.
+    def draw(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> Any:
+        """Draws all that is random of a step: views, captions, timesteps, noise. `rng` is a CPU generator.
 
-        The batch is on the CPU, where the draws are made; the loss moves what it needs to the base's device.
+        The batch is on the CPU, and so is what is drawn.
         """
 
+    def loss(self, loaded: Loaded, drawn: Any) -> LossOutput:
+        """Returns the loss of each sample, with no random draw; moves what it needs to the base's device."""
+
     def example(self, options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Example:
-        """Gives what a training step calls, for a rehearsal without numbers."""
+        """Gives what a training step calls, for a step on fake tensors."""
 
     def generate(self, loaded: Loaded, requests: Sequence[Request]) -> list[Output]:
-        """Draws pictures; each request's noise comes from its own seed, so batching does not change a picture."""
+        """Answers requests; each one's noise comes from its own seed, so batching does not change an answer."""
+
+
+def step_loss(family: Family, loaded: Loaded) -> Callable[[Batch, torch.Generator], LossOutput]:
+    """Returns what the trainer calls: batch and CPU generator -> the loss of each sample."""
+    return lambda batch, rng: family.loss(loaded, family.draw(loaded, batch, rng))

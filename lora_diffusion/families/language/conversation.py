@@ -13,7 +13,7 @@ from lora_diffusion.core.files import user_path
 from lora_diffusion.core.samples import Chat, Turn
 from lora_diffusion.families.language.chat_template import chat_template
 from lora_diffusion.families.language.loading import IGNORED
-from lora_diffusion.families.stable_diffusion.loading import explained, read_json
+from lora_diffusion.families.model_files import explained, read_json
 
 
 @cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.architectures.base import TextOutputArchitecture
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import ModelError
@@ -13,7 +14,7 @@ from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.model_folder import check_model_folder
 from lora_diffusion.core.text import shown
-from lora_diffusion.families.stable_diffusion.loading import damage, explained, local, read_json, silence_progress
+from lora_diffusion.families.model_files import damage, explained, find_local, read_json, silence_progress
 
 if TYPE_CHECKING:
     import torch
@@ -25,14 +26,13 @@ IGNORED = -100
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequence[str], title: str) -> Path:
-    """Returns the folder that `model.path` means, with a model of these types and whole weights in it.
+def find(options: ModelOptions, builtins: Mapping[str, str], architecture: TextOutputArchitecture) -> Path:
+    """Returns the folder that `model.path` means, with a model of this architecture and whole weights in it.
 
     Args:
         options: the `model:` section.
         builtins: name after "builtin:" -> folder that comes along.
-        model_types: what `config.json` may say, such as whisper.
-        title: what messages call such a base.
+        architecture: gives the types that `config.json` may name, and what messages call such a base.
 
     Raises:
         ModelError: it is no such folder.
@@ -42,7 +42,7 @@ def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequen
         from lora_diffusion.quantize import check
 
         check(options.quantization)
-    folder = local(options.path, builtins, _HUB_PATTERNS, f"a folder of {title} or a hub id")
+    folder = find_local(options.path, builtins, _HUB_PATTERNS, f"a folder of {architecture.title} or a hub id")
     if folder.is_file():
         raise ModelError(
             f"model.path={options.path} is a file; give a folder as save_pretrained of transformers makes it."
@@ -50,11 +50,12 @@ def find(options: ModelOptions, builtins: Mapping[str, str], model_types: Sequen
     if not (folder / "config.json").is_file():
         raise ModelError(f"The base {folder} holds no config.json; give a folder as save_pretrained makes it.")
     check_model_folder(folder, f"The base {folder}")
-    told = read_json(folder / "config.json").get("model_type")
-    if told not in model_types:
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in architecture.model_classes:
+        known = " or ".join(architecture.model_classes)
         raise ModelError(
-            f"The base {folder} is of the type {shown(str(told))}, not {' or '.join(model_types)}; set model.family to "
-            "fit it or take another base."
+            f"The base {folder} is of the type {shown(str(model_type))}, not {known}; set model.family to fit it or "
+            "take another base."
         )
     with explained(folder):
         _check_weights(folder)
@@ -97,7 +98,7 @@ def on_meta(folder: Path, build: Callable[[Any], nn.Module]) -> Any:
 
 
 def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.device) -> Any:
-    """Returns the model on the CPU, frozen and in eval mode, in the number type that its weights are kept in.
+    """Returns the model on the CPU, frozen and in eval mode, in the dtype that its weights are kept in.
 
     Raises:
         ModelError: its weights lack tensors or do not fit its config.
@@ -106,7 +107,7 @@ def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.de
 
     silence_progress()
     with explained(folder):
-        model, told = model_class.from_pretrained(
+        model, found = model_class.from_pretrained(
             folder,
             dtype=frozen_dtype(options.dtype, device),
             local_files_only=True,
@@ -114,32 +115,38 @@ def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.de
             use_safetensors=True,
             output_loading_info=True,
         )
-    faults = [f"{name} is missing" for name in sorted(told["missing_keys"])]
-    faults += [f"{name} has another shape" for name, *_ in told.get("mismatched_keys", ())]
+    faults = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    faults += [f"{name} has another shape" for name, *_ in found.get("mismatched_keys", ())]
     if faults:
         raise ModelError(f"The weights of {folder} lack {len(faults)} tensors that its config announces.", faults[:10])
     return model.requires_grad_(False).eval()
 
 
-def place(model: nn.Module, parts: Mapping[str, nn.Module], kind: str, device: torch.device) -> None:
+def place(model: nn.Module, parts: Mapping[str, nn.Module], quantization: str, device: torch.device) -> None:
     """Quantizes the parts if asked, and moves the model."""
-    if kind != "none":
+    if quantization != "none":
         from lora_diffusion.quantize import leave_file, quantize
 
         for part in parts.values():
-            quantize(part, kind, device)
+            quantize(part, quantization, device)
         leave_file(model)
     model.to(device)
 
 
-def peft_map(paths: Mapping[str, Sequence[str]], prefixes: Mapping[str, str]) -> KeyMap:
-    """Maps the modules of the parts to their paths in the whole model.
+def peft_map(architecture: TextOutputArchitecture, parts: Mapping[str, nn.Module] | None) -> KeyMap:
+    """Maps the modules of the parts to their paths in the whole model, those of older transformers as aliases.
 
     Args:
-        paths: part -> paths of its modules.
-        prefixes: part -> where it stands in the model, such as "model.encoder.".
+        architecture: says where a part stands in the model.
+        parts: on the meta device; without them all modules are mapped that a base may have.
     """
-    return KeyMap((ModuleKey(part, path), prefixes[part] + path) for part, own in paths.items() for path in own)
+    paths = architecture.paths if parts is None else layers(parts)
+    keys = [ModuleKey(part, path) for part, own in paths.items() for path in own]
+    prefixes = architecture.part_prefixes
+    return KeyMap(
+        ((key, prefixes[key.part][0] + key.path) for key in keys),
+        ((key, prefix + key.path) for key in keys for prefix in prefixes[key.part][1:]),
+    )
 
 
 def layers(parts: Mapping[str, nn.Module]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What Whisper hears and writes: features, tokens, masks and the search for words."""
+"""What Whisper takes and gives: features, tokens, masks and the search for words."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from lora_diffusion.core.base_model import Loaded, SpeechInfo
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.samples import AudioText, Request
 from lora_diffusion.families.language import loading
-from lora_diffusion.families.stable_diffusion.loading import explained, read_json
+from lora_diffusion.families.language.options import WhisperOptions
+from lora_diffusion.families.model_files import explained, read_json
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-    from lora_diffusion.families.whisper import WhisperOptions
+    from torch import Tensor, nn
 
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -37,8 +36,6 @@ PROCESSOR_FILES = (
     "generation_config.json",
 )
 """Files of a base that decide features and tokens."""
-_MOST_LAYERS = 32
-"""Of encoder or decoder, in any Whisper that was published."""
 _MIN_STRETCHES = 2
 """Of time, hidden in each recording: the default of transformers' mask_time_min_masks."""
 _TIMESTAMP = re.compile(r"<\|(\d+\.\d\d)\|>")
@@ -78,10 +75,10 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
     config, processor = read_json(folder / "config.json"), read_processor(folder)
     tokenizer, extractor = processor.tokenizer, processor.feature_extractor
     vocabulary = tokenizer.get_vocab()
-    frames, heard = extractor.nb_max_frames, 2 * config.get("max_source_positions", 1500)
+    frames, expected = extractor.nb_max_frames, 2 * config.get("max_source_positions", 1500)
     faults = []
-    if frames != heard:
-        faults.append(f"its feature extractor gives {frames} frames, and its encoder takes {heard}")
+    if frames != expected:
+        faults.append(f"its feature extractor gives {frames} frames, and its encoder takes {expected}")
     if extractor.feature_size != config.get("num_mel_bins", 80):
         faults.append(f"its feature extractor gives {extractor.feature_size} bands, not {config.get('num_mel_bins')}")
     faults += [f"its tokenizer lacks {token}" for token in (_START, _NO_TIMESTAMPS) if token not in vocabulary]
@@ -165,7 +162,8 @@ def _words(tokenizer: Any, text: str) -> list[int]:
         tokenizer(piece, add_special_tokens=False, verbose=False).input_ids if piece else [] for piece in pieces[::2]
     ]
     moments = [[first + round(float(moment) / _TIMESTAMP_S)] for moment in pieces[1::2]]
-    return [token for pair in zip_longest(words, moments, fillvalue=[]) for own in pair for token in own]
+    pairs: Iterator[tuple[list[int], ...]] = zip_longest(words, moments, fillvalue=[])
+    return [token for pair in pairs for own in pair for token in own]
 
 
 def complete_generation_config(model: Any, tokenizer: Any, info: SpeechInfo) -> None:
@@ -179,15 +177,9 @@ def complete_generation_config(model: Any, tokenizer: Any, info: SpeechInfo) -> 
     config.max_length = info.max_tokens
 
 
-def published_paths() -> dict[str, list[str]]:
-    """Returns part -> paths of all modules that a Whisper of any size may have."""
-    own = [f"self_attn.{name}" for name in ("k_proj", "v_proj", "q_proj", "out_proj")]
-    cross = [name.replace("self_attn", "encoder_attn") for name in own]
-    inside = {"encoder": [*own, "fc1", "fc2"], "decoder": [*own, *cross, "fc1", "fc2"]}
-    return {
-        part: [f"layers.{index}.{name}" for index in range(_MOST_LAYERS) for name in names]
-        for part, names in inside.items()
-    }
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    """Returns the networks that can hold adapters."""
+    return {"encoder": model.model.encoder, "decoder": model.model.decoder}
 
 
 def log_mel(extractor: Any, waveform: Tensor) -> Tensor:
@@ -248,7 +240,7 @@ def mask(features: Tensor, num_frames: Tensor, options: WhisperOptions, rng: tor
     hidden = torch.zeros(features.shape, dtype=torch.bool)
     with _numpy_seeded(int(torch.randint(2**31, (1,), generator=rng))):
         if options.mask_time_prob:
-            sound = (torch.arange(frames)[None] < num_frames[:, None]).long()
+            sound: Any = (torch.arange(frames)[None] < num_frames[:, None]).long()
             sizes = (options.mask_time_prob, min(options.mask_time_length, frames))
             chosen = _compute_mask_indices((batch, frames), *sizes, attention_mask=sound, min_masks=_MIN_STRETCHES)
             hidden |= torch.from_numpy(chosen)[:, None, :]
@@ -303,11 +295,13 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
     if loaded.options.repetition_guard:
         for index in [index for index, text in enumerate(texts) if _repetition(text) > _MOST_REPETITION]:
             # One by one, so that what is drawn does not depend on the company.
-            texts[index] = _hear_again(loaded, features[index : index + 1], wanted, texts[index], requests[index].seed)
+            texts[index] = _search_again(
+                loaded, features[index : index + 1], wanted, texts[index], requests[index].seed
+            )
     return texts
 
 
-def _hear_again(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], text: str, seed: int) -> str:
+def _search_again(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], text: str, seed: int) -> str:
     """Returns a transcript of a recording that repeats itself less than `text`, if one is drawn."""
     import torch
 

@@ -43,10 +43,10 @@ class _Namespace(jinja2.utils.Namespace):
     """A namespace without names that begin with "_", which could lead out of the sandbox."""
 
     def __init__(*args: Any, **own: Any) -> None:
-        self, *args = args
-        for name in (values := dict(*args, **own)):
+        namespace, *rest = args
+        for name in (values := dict(*rest, **own)):
             _check_name(name)
-        jinja2.utils.Namespace.__init__(self, values)
+        jinja2.utils.Namespace.__init__(namespace, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)

@@ -1,4 +1,4 @@
-"""What LLaVA sees and says: its parts and their names, features of pictures, loss and answers."""
+"""What LLaVA takes and gives: its parts, features of images, embeddings of conversations, and answers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_diffusion.core.adapter_state import ModuleKey
-from lora_diffusion.core.base_model import ChatInfo, Example, Loaded
-from lora_diffusion.core.keymap import KeyMap
-from lora_diffusion.core.samples import Batch, Chat, Request, Turn
+from lora_diffusion.architectures.base import TextOutputArchitecture
+from lora_diffusion.core.base_model import ChatInfo, Loaded
+from lora_diffusion.core.samples import Chat, Request, Turn
 from lora_diffusion.families.language import loading
 from lora_diffusion.families.language.conversation import expand, read_processor, render, spell, tokenize
-from lora_diffusion.families.stable_diffusion.loading import read_json
+from lora_diffusion.families.language.options import LlavaOptions
+from lora_diffusion.families.model_files import read_json
 from lora_diffusion.runtime.device import frozen_name, pick_device
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
-    from lora_diffusion.families.llava import LlavaOptions
 
-MODEL_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-"""`model_type` of a base -> its class in transformers."""
 _PROCESSOR_FILES = (
     "config.json",
     "preprocessor_config.json",
@@ -37,30 +33,13 @@ _PROCESSOR_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-_PREFIXES = {
-    "language_model": "model.language_model.",
-    "projector": "model.multi_modal_projector.",
-    "vision_tower": "model.vision_tower.",
-}
-_OLDER_PREFIXES = {
-    "language_model": ("language_model.model.",),
-    "projector": ("multi_modal_projector.",),
-    "vision_tower": ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower."),
-}
-"""Where the parts stood before transformers 4.52, and the tower before 5.6: adapters of those days are read."""
-_MOST_LAYERS = {"language_model": 80, "vision_tower": 48}
-_LAYER_PATHS = {
-    "language_model": ("layers", ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
-    "vision_tower": ("encoder.layers", ("q_proj", "k_proj", "v_proj", "out_proj"), ("fc1", "fc2")),
-}
-"""Part -> its list of layers, and the names in their self_attn and mlp."""
 
 
-def model_class(folder: Path) -> Any:
+def model_class(folder: Path, architecture: TextOutputArchitecture) -> Any:
     """Returns the class of transformers that a base is of."""
     import transformers
 
-    return getattr(transformers, MODEL_CLASSES[read_json(folder / "config.json")["model_type"]])
+    return getattr(transformers, architecture.model_classes[read_json(folder / "config.json")["model_type"]])
 
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
@@ -71,25 +50,6 @@ def parts_of(model: Any) -> dict[str, nn.Module]:
         "projector": own.multi_modal_projector,
         "vision_tower": own.vision_tower,
     }
-
-
-def published_paths() -> dict[str, list[str]]:
-    """Returns part -> paths of all modules that a LLaVA of any size may have."""
-    paths = {}
-    for part, (list_path, attention, mlp) in _LAYER_PATHS.items():
-        names = [*(f"self_attn.{name}" for name in attention), *(f"mlp.{name}" for name in mlp)]
-        paths[part] = [f"{list_path}.{index}.{name}" for index in range(_MOST_LAYERS[part]) for name in names]
-    paths["vision_tower"].append("embeddings.patch_embedding")
-    return {**paths, "projector": ["linear_1", "linear_2"]}
-
-
-def peft_map(paths: Mapping[str, Sequence[str]]) -> KeyMap:
-    """Maps modules to their paths in the whole model; paths of older versions of transformers are read too."""
-    keys = [ModuleKey(part, path) for part, own in paths.items() for path in own]
-    return KeyMap(
-        ((key, _PREFIXES[key.part] + key.path) for key in keys),
-        ((key, prefix + key.path) for key in keys for prefix in _OLDER_PREFIXES[key.part]),
-    )
 
 
 def describe(folder: Path, options: LlavaOptions) -> ChatInfo:
@@ -113,7 +73,7 @@ def describe(folder: Path, options: LlavaOptions) -> ChatInfo:
 
 
 def _unread(folder: Path) -> tuple[str, ...]:
-    """Returns patterns of what stands behind the last layer of the image tower that the base reads."""
+    """Returns patterns of what stands behind the last layer of the image encoder that the base reads."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -136,13 +96,13 @@ def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Cha
     return counts
 
 
-def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool, pieces: frozenset[str]) -> str:
+def fingerprint(folder: Path, options: LlavaOptions, is_encoder_trained: bool, pieces: frozenset[str]) -> str:
     """Names by content all that pieces of a prepared item depend on besides the sample."""
     told = loading.fingerprint(folder, _PROCESSOR_FILES)
     if "texts" in pieces:
         template = read_processor(folder, options.chat_template).chat_template
         told += f" {hashlib.sha256(template.encode()).hexdigest()}"
-    if tower_is_trained or "views" not in pieces:
+    if is_encoder_trained or "views" not in pieces:
         return told
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
@@ -153,14 +113,15 @@ def fingerprint(folder: Path, options: LlavaOptions, tower_is_trained: bool, pie
 
 
 def pixels(loaded: Loaded, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Returns what the image tower takes for images, and how many tiles each has.
+    """Returns what the image encoder takes for images, and how many tiles each has.
 
     Returns:
         [tiles, 3, height, width] float32, those of all images joined; [images].
     """
     import torch
 
-    size = loaded.parts["vision_tower"].config.image_size
+    encoder: Any = loaded.parts["vision_tower"]
+    size = encoder.config.image_size
     tiles = [torch.empty(0, 3, size, size)]
     for image in images:
         made: Tensor = loaded.modules["processor"].image_processor(images=[image], return_tensors="pt")["pixel_values"]
@@ -168,19 +129,20 @@ def pixels(loaded: Loaded, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
     return torch.cat(tiles), torch.tensor([len(own) for own in tiles[1:]], dtype=torch.int64)
 
 
-def see(loaded: Loaded, tiles: Tensor) -> Tensor:
+def encode(loaded: Loaded, tiles: Tensor) -> Tensor:
     """Returns what the projector takes, [tiles, patches, width]: the layers that the base reads, joined."""
     import torch
 
     config = loaded.modules["model"].config
-    tower = loaded.parts["vision_tower"]
+    encoder: Any = loaded.parts["vision_tower"]
+    projector: Any = loaded.parts["projector"]
     dtype = loaded.modules["model"].dtype
     if not len(tiles):
         whole = config.vision_feature_select_strategy != "default"
-        patches = (tower.config.image_size // tower.config.patch_size) ** 2 + whole
-        width = loaded.parts["projector"].linear_1.in_features
+        patches = (encoder.config.image_size // encoder.config.patch_size) ** 2 + whole
+        width = projector.linear_1.in_features
         return torch.empty(0, patches, width, dtype=dtype, device=loaded.device)
-    output = tower(tiles.to(loaded.device, dtype), output_hidden_states=True)
+    output = encoder(tiles.to(loaded.device, dtype), output_hidden_states=True)
     layers = config.vision_feature_layer
     chosen = [output.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
     if config.vision_feature_select_strategy == "default":
@@ -188,8 +150,11 @@ def see(loaded: Loaded, tiles: Tensor) -> Tensor:
     return torch.cat(chosen, dim=-1)
 
 
-def prepare_views(loaded: Loaded, sample: Chat, tower_is_trained: bool) -> dict[str, Tensor]:
-    """Returns what is seen of an opened sample, as `Llava.prepare` tells: features, or pixels for a trained tower."""
+def prepare_views(loaded: Loaded, sample: Chat, is_encoder_trained: bool) -> dict[str, Tensor]:
+    """Returns the view tensors of an opened sample, as `VisualQuestionAnswering.prepare` describes them.
+
+    "pixels" are [views, tiles, 3, height, width], "features" [views, tiles, patches, width].
+    """
     import torch
 
     assert sample.views, f"{sample.key} was not opened"
@@ -197,15 +162,18 @@ def prepare_views(loaded: Loaded, sample: Chat, tower_is_trained: bool) -> dict[
     made = torch.stack([tiles for tiles, _ in views])
     sizes = torch.tensor([image.size[::-1] for image in sample.views[0]]).reshape(-1, 2)
     tensors = {"image_size": sizes, "num_tiles": views[0][1]}
-    if tower_is_trained:
+    if is_encoder_trained:
         return {**tensors, "pixels": made}
     with torch.no_grad():
-        seen = see(loaded, made.flatten(0, 1))
+        seen = encode(loaded, made.flatten(0, 1))
     return {**tensors, "features": seen.unflatten(0, made.shape[:2]).cpu()}
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns the tensors of a batch; tiles of all samples are joined along dimension 1, behind the views."""
+    """Returns the tensors of a batch: "input_ids" and "labels" [batch, tokens], "num_tiles" [images] and others.
+
+    Tiles of all samples are joined along dimension 1, behind the views.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -222,22 +190,8 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def draw_view(loaded: Loaded, batch: Batch, rng: torch.Generator) -> list[Tensor]:
-    """Returns the features of the images, each [tiles, patches, width] on the device; one view of a sample is drawn."""
-    import torch
-
-    looks = batch.tensors["pixels"] if "pixels" in batch.tensors else batch.tensors["features"]
-    num_tiles = batch.tensors["num_tiles"]
-    drawn = torch.randint(len(looks), (len(batch),), generator=rng).tolist()
-    of_samples = [int(own.sum()) for own in num_tiles.split(batch.tensors["num_images"].tolist())]
-    pieces = looks.split(of_samples, dim=1)
-    chosen = torch.cat([piece[view] for piece, view in zip(pieces, drawn, strict=True)])
-    seen = see(loaded, chosen) if "pixels" in batch.tensors else chosen.to(loaded.device)
-    return list(seen.split(num_tiles.tolist()))
-
-
-def nothing_of(loaded: Loaded) -> Tensor | float:
-    """Returns 0 with a gradient of 0 for what a text without images never reaches."""
+def zero_with_gradient(loaded: Loaded) -> Tensor | float:
+    """Returns 0 with a gradient of 0 for what a text without images never reaches, a scalar."""
     parts = [loaded.parts[name] for name in ("projector", "vision_tower") if name in loaded.parts]
     return sum(0 * own.sum() for part in parts for own in part.parameters() if own.requires_grad)
 
@@ -266,43 +220,8 @@ def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: 
         packed = model.model.pack_image_features(projected, image_sizes, strategy, image_newline=newline)[0]
         projected = list(packed) if not isinstance(packed, torch.Tensor) else [packed]
     flat = torch.cat([one.flatten(0, -2) for one in projected])
-    is_picture = (ids == model.config.image_token_id)[..., None]
-    return embedded.masked_scatter(is_picture, flat.to(embedded.dtype))
-
-
-def example(
-    parts: Mapping[str, Any], folder: Path, trained: frozenset[str], batch_size: int, size: tuple[int, int]
-) -> Example:
-    """Returns what a training step calls on conversations of `size`: tokens, and images of each."""
-    import torch
-
-    from lora_diffusion.families.language.training_loss import Head
-
-    config = read_json(folder / "config.json")
-    vision = parts["vision_tower"].config
-    # The picture as a whole and the tiles of its largest grid.
-    grids = config.get("image_grid_pinpoints") or []
-    length, num_images = size
-    tiles = num_images * (1 + max((h * w // vision.image_size**2 for h, w in grids), default=0))
-    patches = (vision.image_size // vision.patch_size) ** 2
-    width = parts["projector"].linear_1.in_features
-    told = parts["language_model"].config
-    hidden = told.hidden_size
-    with torch.device("meta"):
-        tower = {"pixel_values": torch.empty(batch_size * tiles, 3, vision.image_size, vision.image_size)}
-        inputs: dict[str, dict[str, Any]] = {
-            **({"vision_tower": tower} if "vision_tower" in trained else {}),
-            "projector": {"image_features": torch.empty(batch_size * tiles, patches, width)},
-            "language_model": {
-                "inputs_embeds": torch.empty(batch_size, length, hidden),
-                # Without a mask of its own, transformers looks into position ids, which hold no values here.
-                "attention_mask": torch.zeros(batch_size, 1, length, length),
-                "use_cache": False,
-            },
-            # At most, all but the picture is an answer.
-            "head": {"hidden": torch.empty(batch_size * max(length - num_images * patches, 1), hidden)},
-        }
-    return Example(inputs, {"head": Head(told.vocab_size, hidden, is_tied=told.tie_word_embeddings)})
+    is_image = (ids == model.config.image_token_id)[..., None]
+    return embedded.masked_scatter(is_image, flat.to(embedded.dtype))
 
 
 def answer(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
@@ -347,7 +266,7 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _embed_question(loaded: Loaded, request: Request) -> Tensor:
-    """Returns the embeddings of a request's question and picture, [tokens, width]."""
+    """Returns the embeddings of a request's question and image, [tokens, width]."""
     import torch
 
     sample, processor = request.sample, loaded.modules["processor"]
@@ -358,7 +277,7 @@ def _embed_question(loaded: Loaded, request: Request) -> Tensor:
     ids, _ = tokenize(processor.tokenizer, render(processor, (*system, Turn("user", request.prompt, num_images))))
     ids, _ = expand(processor, ids, ids, [image.size for image in shown])
     tiles, num_tiles = pixels(loaded, shown)
-    features = see(loaded, tiles).split(num_tiles.tolist()) if shown else ()
+    features = encode(loaded, tiles).split(num_tiles.tolist()) if shown else ()
     sizes = torch.tensor([image.size[::-1] for image in shown]).reshape(-1, 2)
     row: Tensor = embed(loaded, torch.tensor([ids]), features, sizes)[0]
     return row

@@ -3,77 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.base import DiffusionArchitecture
 from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.errors import ModelError, UntrainableError
+from lora_diffusion.families.model_files import missing
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lora_diffusion.diffusion.noise import NoiseSchedule
+    from lora_diffusion.diffusion.schedule import NoiseSchedule
 
 Configs = Mapping[str, Mapping[str, Any]]
-"""Component -> its config; "scheduler" is among them, and "index" holds what belongs to the pipeline as a whole."""
-
-_WIDTH_OF_SD2 = 1024
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The components of one family."""
-
-    family: str
-    title: str
-    """What people call it."""
-    pipeline: str
-    """Its class in diffusers."""
-    towers: Mapping[str, str]
-    """Text encoder -> its class in transformers."""
-    unwanted: tuple[str, ...]
-    """Components of the pipeline that neither training nor drawing needs."""
-    usual_skip: int = 1
-    """Layer of the text encoders that is read unless model.clip_skip says else, counted from the end."""
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """Returns the components that have weights."""
-        return ("unet", "vae", *self.towers)
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """Returns the tokenizer of each text encoder."""
-        return tuple(tower.replace("text_encoder", "tokenizer") for tower in self.towers)
+"""Component -> its config; "scheduler" is among them."""
+_OPEN_CLIP_WIDTH = 1024
+"""Width of the text that only a UNet with OpenCLIP's text encoder takes."""
 
 
-_ONE_TOWER = {"text_encoder": "CLIPTextModel"}
-_UNWANTED = ("feature_extractor", "image_encoder")
-LAYOUTS: Mapping[str, Layout] = {
-    layout.family: layout
-    for layout in (
-        Layout("sd1", "Stable Diffusion 1.x", "StableDiffusionPipeline", _ONE_TOWER, ("safety_checker", *_UNWANTED)),
-        Layout("sd2", "Stable Diffusion 2.x", "StableDiffusionPipeline", _ONE_TOWER, ("safety_checker", *_UNWANTED)),
-        Layout(
-            "sdxl",
-            "Stable Diffusion XL",
-            "StableDiffusionXLPipeline",
-            {**_ONE_TOWER, "text_encoder_2": "CLIPTextModelWithProjection"},
-            _UNWANTED,
-            usual_skip=2,
-        ),
-    )
-}
-
-
-def check_family(layout: Layout, unet: Mapping[str, Any], text: Mapping[str, Any], path: str) -> None:
+def check_family(
+    architecture: DiffusionArchitecture, unet: Mapping[str, Any], text: Mapping[str, Any], path: str
+) -> None:
     """Checks that a base is of the family that was asked for.
 
     Args:
-        layout: of `model.family`.
+        architecture: of `model.family`.
         unet: config of the UNet.
         text: config of the first text encoder; may be empty where a folder lacks it.
         path: names the base in messages.
@@ -81,31 +40,36 @@ def check_family(layout: Layout, unet: Mapping[str, Any], text: Mapping[str, Any
     Raises:
         ModelError: it is of another family, which the message names.
     """
-    found = _family_of(unet, text)
-    if found != layout.family:
-        raise ModelError(
-            f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
-            "model.path."
-        )
+    if not _fits(architecture, unet, text):
+        raise other_family(architecture, next(own for own in DIFFUSION.values() if _fits(own, unet, text)), path)
 
 
-def _family_of(unet: Mapping[str, Any], text: Mapping[str, Any]) -> str:
-    if unet.get("addition_embed_type"):
-        return "sdxl"
-    # OpenCLIP's towers use the exact GELU, CLIP's own a fast approximation of it.
-    is_open_clip = text.get("hidden_act") == "gelu" or unet.get("cross_attention_dim") == _WIDTH_OF_SD2
-    return "sd2" if is_open_clip else "sd1"
+def other_family(architecture: DiffusionArchitecture, found: DiffusionArchitecture, path: str) -> ModelError:
+    """Returns the error that a base is of another family than `model.family` says."""
+    return ModelError(
+        f"The base {path} is {found.title}, not {architecture.title}; set model.family={found.name}, or give another "
+        "model.path."
+    )
 
 
-def describe(configs: Configs, layout: Layout, options: Any) -> BaseInfo:
+def _fits(architecture: DiffusionArchitecture, unet: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    first = architecture.text_encoders[0]
+    if unet.get("addition_embed_type") or architecture.unet.added:
+        return bool(unet.get("addition_embed_type")) == bool(architecture.unet.added)
+    # OpenCLIP's text encoders use the exact GELU, CLIP's own a fast approximation of it.
+    is_open_clip = text.get("hidden_act") == "gelu" or unet.get("cross_attention_dim") == _OPEN_CLIP_WIDTH
+    return first.is_open_clip == is_open_clip
+
+
+def describe(configs: Configs, architecture: DiffusionArchitecture, options: Any) -> BaseInfo:
     """Returns what the component configs say of a base.
 
     Raises:
         ModelError: it is of another family, or its components or the options do not fit together.
     """
     unet, vae = configs["unet"], configs["vae"]
-    check_family(layout, unet, configs["text_encoder"], options.path)
-    _check_fit(configs, layout, options)
+    check_family(architecture, unet, configs["text_encoder"], options.path)
+    _check_fit(configs, architecture, options)
     scheduler = configs["scheduler"]
     prediction = options.prediction
     if prediction == "auto":
@@ -123,39 +87,33 @@ def describe(configs: Configs, layout: Layout, options: Any) -> BaseInfo:
     return BaseInfo(
         resolution=resolution,
         size_step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
-        architecture=_architecture(layout, prediction),
+        architecture=architecture.modelspec[prediction],
         prediction=prediction,
         source=options.path,
         # What suits the published bases drives small ones past the colours they know.
         guidance=_GUIDANCE if resolution >= _SMALLEST_PUBLISHED else _GUIDANCE_OF_SMALL,
         zero_terminal_snr=is_zero,
-        unread=_unread(configs, layout, options.clip_skip or layout.usual_skip),
+        unread=_unread(configs, architecture, options.clip_skip or architecture.usual_clip_skip),
     )
 
 
-def _unread(configs: Configs, layout: Layout, skip: int) -> dict[str, tuple[str, ...]]:
-    """Returns patterns of the layers behind the one that is read; a summary of the prompt is made of the last."""
-    patterns = {}
-    for tower, kind in layout.towers.items():
-        depth = configs[tower].get("num_hidden_layers", 12)
+def _unread(configs: Configs, architecture: DiffusionArchitecture, skip: int) -> dict[str, tuple[str, ...]]:
+    """Returns patterns of the layers behind the one that is read; pooled embeds are made of the last."""
+    patterns: dict[str, tuple[str, ...]] = {}
+    for encoder in architecture.text_encoders:
+        depth = configs[encoder.part].get("num_hidden_layers", 12)
         layers = "|".join(map(str, range(depth - skip + 1, depth)))
-        if layers and kind == "CLIPTextModel":
-            patterns[tower] = (rf"(text_model\.)?encoder\.layers\.({layers})\..*",)
+        if layers and not encoder.projection:
+            patterns[encoder.part] = (rf"(text_model\.)?encoder\.layers\.({layers})\..*",)
     return patterns
 
 
 _GUIDANCE, _GUIDANCE_OF_SMALL, _SMALLEST_PUBLISHED = 7.0, 3.0, 256
 
 
-def _architecture(layout: Layout, prediction: str) -> str:
-    if layout.family == "sd2":
-        return "stable-diffusion-v2-768-v" if prediction == "v_prediction" else "stable-diffusion-v2-512"
-    return {"sd1": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base"}[layout.family]
-
-
-def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
+def _check_fit(configs: Configs, architecture: DiffusionArchitecture, options: Any) -> None:
     unet, vae = configs["unet"], configs["vae"]
-    towers = {name: configs[name] for name in layout.towers}
+    texts = [configs[encoder.part] for encoder in architecture.text_encoders]
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise UntrainableError(
             f"The UNet of {options.path} takes {unet.get('in_channels')} channels: bases for inpainting, depth or "
@@ -163,15 +121,15 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
         )
     if vae.get("latents_mean") or vae.get("shift_factor"):
         raise UntrainableError(
-            f"The VAE of {options.path} shifts its latents, which {layout.title} does not; take its own."
+            f"The VAE of {options.path} shifts its latents, which {architecture.title} does not; take its own."
         )
-    width = sum(tower.get("hidden_size", 0) for tower in towers.values())
+    width = sum(text.get("hidden_size", 0) for text in texts)
     if unet.get("cross_attention_dim") != width:
         raise ModelError(
             f"The base {options.path} does not fit together: the UNet expects text of width "
             f"{unet.get('cross_attention_dim')}, the text encoders give {width}."
         )
-    depth = min(tower.get("num_hidden_layers", 12) for tower in towers.values())
+    depth = min(text.get("num_hidden_layers", 12) for text in texts)
     if options.clip_skip is not None and options.clip_skip > depth:
         raise ModelError(
             f"model.clip_skip={options.clip_skip}: the text encoders of {options.path} have {depth} layers; "
@@ -179,25 +137,27 @@ def _check_fit(configs: Configs, layout: Layout, options: Any) -> None:
         )
 
 
-def build_skeleton(configs: Configs, layout: Layout) -> dict[str, nn.Module]:
+def meta_modules(configs: Configs, architecture: DiffusionArchitecture) -> dict[str, nn.Module]:
     """Returns UNet and those text encoders that have a config, on the meta device, with the layers that are loaded."""
     import torch
 
     from lora_diffusion.families.stable_diffusion import plain_networks
 
     with torch.device("meta"):
-        towers = {
-            name: plain_networks.text_encoder(configs[name], kind=kind) or _text_encoder_of_library(configs[name], kind)
-            for name, kind in layout.towers.items()
-            if name in configs
+        unet = plain_networks.unet(configs["unet"]) or _unet_of_library(configs["unet"])
+        encoders = {
+            encoder.part: plain_networks.text_encoder(configs[encoder.part], encoder.model_class)
+            or _text_encoder_of_library(configs[encoder.part], encoder.model_class)
+            for encoder in architecture.text_encoders
+            if encoder.part in configs
         }
-        return {"unet": plain_networks.unet(configs["unet"]) or _unet_of_library(configs["unet"]), **towers}
+        return {"unet": unet, **encoders}
 
 
-def _text_encoder_of_library(config: Mapping[str, Any], kind: str) -> nn.Module:
+def _text_encoder_of_library(config: Mapping[str, Any], model_class: str) -> nn.Module:
     import transformers
 
-    made: nn.Module = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(config)))
+    made: nn.Module = getattr(transformers, model_class)(transformers.CLIPTextConfig.from_dict(dict(config)))
     return made
 
 
@@ -208,38 +168,39 @@ def _unet_of_library(config: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-def shared_skeleton(configs: Configs, layout: Layout) -> Mapping[str, nn.Module]:
+def shared_meta_modules(configs: Configs, architecture: DiffusionArchitecture) -> Mapping[str, nn.Module]:
     """Returns the same networks each time, made once for these configs: to look at names and shapes, not to change."""
-    told = {name: dict(configs[name]) for name in ("unet", *layout.towers) if name in configs}
-    return _shared(layout.family, json.dumps(told, sort_keys=True))
+    own = {name: dict(configs[name]) for name in architecture.networks if name in configs and name != "vae"}
+    return _shared(architecture, json.dumps(own, sort_keys=True))
 
 
 @cache
-def _shared(family: str, configs: str) -> Mapping[str, nn.Module]:
-    return build_skeleton(json.loads(configs), LAYOUTS[family])
+def _shared(architecture: DiffusionArchitecture, configs: str) -> Mapping[str, nn.Module]:
+    return meta_modules(json.loads(configs), architecture)
 
 
-def load_dtypes(options: Any, configs: Configs, device: torch.device) -> dict[str, torch.dtype]:
-    """Returns the number type of each component; a VAE that overflows in fp16 stays in fp32.
-
-    Where the VAE does not tell it, that of Stable Diffusion XL overflows and the others do not.
-    """
+def load_dtypes(
+    options: Any, configs: Configs, architecture: DiffusionArchitecture, device: torch.device
+) -> dict[str, torch.dtype]:
+    """Returns the dtype of each component; a VAE that overflows in fp16 stays in fp32."""
     import torch
 
     from lora_diffusion.runtime.device import frozen_dtype
 
     dtype = frozen_dtype(options.dtype, device)
-    is_sdxl = configs["unet"].get("addition_embed_type") == "text_time"
-    overflows = dtype == torch.float16 and configs["vae"].get("force_upcast", is_sdxl)
+    overflows = dtype == torch.float16 and configs["vae"].get("force_upcast", architecture.is_vae_upcast)
     return {"default": dtype, "vae": torch.float32 if overflows else dtype}
 
 
-def as_loaded(pipeline: Any, layout: Layout, options: Any, device: torch.device, info: BaseInfo) -> Loaded:
+def as_loaded(
+    pipeline: Any, architecture: DiffusionArchitecture, options: Any, device: torch.device, info: BaseInfo
+) -> Loaded:
     """Freezes a pipeline's networks and sorts its components into parts and modules."""
     from lora_diffusion.diffusion.prediction import find_prediction
     from lora_diffusion.quantize import quantize
 
-    parts = {name: getattr(pipeline, name) for name in ("unet", *layout.towers)}
+    encoders = architecture.text_encoders
+    parts = {name: getattr(pipeline, name) for name in ("unet", *(encoder.part for encoder in encoders))}
     for network in (*parts.values(), pipeline.vae):
         network.requires_grad_(False).eval()
     for network in parts.values():
@@ -252,7 +213,7 @@ def as_loaded(pipeline: Any, layout: Layout, options: Any, device: torch.device,
         "prediction": find_prediction(info.prediction),
         "scaling_factor": float(pipeline.vae.config.scaling_factor),
         "zero_empty_prompt": bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
-        **{name: getattr(pipeline, name) for name in layout.tokenizers},
+        **{encoder.tokenizer: getattr(pipeline, encoder.tokenizer) for encoder in encoders},
     }
     return Loaded(
         parts=parts,
@@ -260,7 +221,7 @@ def as_loaded(pipeline: Any, layout: Layout, options: Any, device: torch.device,
         options=options,
         device=device,
         info=info,
-        encoders=frozenset({*layout.towers, "vae"}),
+        encoders=frozenset({*(encoder.part for encoder in encoders), "vae"}),
         decoders=frozenset({"vae"}),
     )
 
@@ -268,7 +229,7 @@ def as_loaded(pipeline: Any, layout: Layout, options: Any, device: torch.device,
 def _schedule(scheduler: Any, info: BaseInfo) -> NoiseSchedule:
     from diffusers import DDPMScheduler
 
-    from lora_diffusion.diffusion.noise import NoiseSchedule, rescale_to_zero_snr
+    from lora_diffusion.diffusion.schedule import NoiseSchedule, rescale_to_zero_snr
 
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ModelError(
@@ -288,6 +249,29 @@ def _sampler(scheduler: Any, info: BaseInfo) -> Any:
         return scheduler
     if not info.zero_terminal_snr:
         return type(scheduler).from_config(scheduler.config, rescale_betas_zero_snr=False)
-    kind = type(scheduler) if "rescale_betas_zero_snr" in scheduler.config else DDIMScheduler
+    scheduler_class = type(scheduler) if "rescale_betas_zero_snr" in scheduler.config else DDIMScheduler
     # The last timestep must be among those sampled (Lin et al. 2023, arXiv 2305.08891, section 3.3).
-    return kind.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return scheduler_class.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+def missing_of_vae(config: Mapping[str, Any], files: Sequence[Path]) -> list[str]:
+    """Returns the same for the VAE of this config, which no meta modules have."""
+    return missing(_names_of_vae(json.dumps(dict(config), sort_keys=True)), files)
+
+
+@cache
+def _names_of_vae(config: str) -> frozenset[str]:
+    import torch
+
+    from lora_diffusion.families.stable_diffusion import plain_networks
+
+    told = json.loads(config)
+    with torch.device("meta"):
+        return frozenset((plain_networks.vae(told) or _vae_of_library(told)).state_dict())
+
+
+def _vae_of_library(config: Mapping[str, Any]) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    made: nn.Module = AutoencoderKL.from_config(dict(config))
+    return made

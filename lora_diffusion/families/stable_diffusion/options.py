@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_diffusion.config.schema import ModelOptions
@@ -22,10 +23,19 @@ class StableDiffusionOptions(ModelOptions):
     min_snr_gamma: float | None = fixed(None, POSITIVE)
     """Caps the loss weight of timesteps with little noise (5 in the paper); null weighs all alike."""
     noise_offset: float = fixed(0.0, from_to(0, 1, "must be between 0 and 1"))
-    """Adds a constant of this size to each channel's noise, for very dark or bright pictures."""
+    """Adds a constant of this size to each channel's noise, for very dark or bright images."""
     caption_dropout: float = fixed(0.0, SHARE)
     """Share of draws with the empty caption, which keeps guidance working in long runs."""
     prior_weight: float = fixed(0.0, NOT_NEGATIVE)
-    """Weight of the loss that keeps the trained look to its trigger words: each picture is also shown under its caption
+    """Weight of the loss that keeps the trained look to its trigger words: each image is also shown under its caption
     without them, or with "house" or another word in their place, and must give what the base gives. 1 weighs both
     alike, 0 turns it off; steps take twice as long."""
+
+    def rows(self) -> Mapping[str, tuple[str, Mapping[str, float]]]:
+        """Returns what a training step uses of the tables in `lora_diffusion.diffusion`: table -> row and settings."""
+        return {
+            "timesteps": ("stratified", {}),
+            "noise": ("offset", {"strength": self.noise_offset}) if self.noise_offset else ("gaussian", {}),
+            "weighting": ("uniform", {}) if self.min_snr_gamma is None else ("min_snr", {"gamma": self.min_snr_gamma}),
+            "loss": ("mse", {}),
+        }

@@ -8,6 +8,7 @@ make the same tensors. They are never given weights. A config that asks for more
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Recompute = Callable[..., Tensor]
-"""(function, its arguments) -> its answer, whose insides are made anew in the backward pass."""
+"""(function, its arguments) -> its answer, whose insides are computed again in the backward pass."""
 
 
-def told_sizes(
+def known_sizes(
     config: Mapping[str, Any], needed: Mapping[str, Any], sizes: Mapping[str, Any], rest: frozenset[str]
 ) -> SimpleNamespace | None:
     """Returns the sizes that a config gives, or None where it gives what is not known here."""
-    told = {key: value for key, value in config.items() if not key.startswith("_") and key not in rest}
-    is_known = all(key in sizes or (key in needed and value == needed[key]) for key, value in told.items())
-    return SimpleNamespace(**{**sizes, **{key: told[key] for key in sizes if key in told}}) if is_known else None
+    given = {key: value for key, value in config.items() if not key.startswith("_") and key not in rest}
+    is_known = all(key in sizes or (key in needed and value == needed[key]) for key, value in given.items())
+    return SimpleNamespace(**{**sizes, **{key: given[key] for key in sizes if key in given}}) if is_known else None
 
 
 def each_level(value: Any, sizes: SimpleNamespace) -> Sequence[Any]:
@@ -34,7 +35,7 @@ def each_level(value: Any, sizes: SimpleNamespace) -> Sequence[Any]:
 
 
 class Recomputable(nn.Module):
-    """A module whose insides can be made anew in the backward pass."""
+    """A module whose insides can be computed again in the backward pass."""
 
     recompute: Recompute | None = None
 
@@ -53,7 +54,7 @@ class Network(nn.Module):
         self.config = config
 
     def enable_gradient_checkpointing(self, recompute: Recompute) -> None:
-        """Lets each block be made anew in the backward pass."""
+        """Lets each block be computed again in the backward pass."""
         for module in self.modules():
             if isinstance(module, Recomputable):
                 module.recompute = recompute
@@ -122,18 +123,18 @@ _UNET_SIZES: Mapping[str, Any] = {
 
 def unet(config: Mapping[str, Any]) -> nn.Module | None:
     """Returns the UNet2DConditionModel of a config, on the device of the context, or None if it is not plain."""
-    sizes = told_sizes(config, _UNET, _UNET_SIZES, frozenset())
+    sizes = known_sizes(config, _UNET, _UNET_SIZES, frozenset())
     if sizes is None or not _is_plain_unet(sizes):
         return None
     return _UNet(sizes)
 
 
 def _is_plain_unet(sizes: SimpleNamespace) -> bool:
-    kinds = {*sizes.down_block_types, *sizes.up_block_types}
+    types = {*sizes.down_block_types, *sizes.up_block_types}
     is_one_width = isinstance(sizes.cross_attention_dim, int) and isinstance(sizes.layers_per_block, int)
     return (
         is_one_width
-        and kinds <= {f"{cross}{way}Block2D" for cross in ("CrossAttn", "") for way in ("Down", "Up")}
+        and types <= {f"{cross}{way}Block2D" for cross in ("CrossAttn", "") for way in ("Down", "Up")}
         and sizes.addition_embed_type in (None, "text_time")
         and all(isinstance(own, int) for own in each_level(sizes.transformer_layers_per_block, sizes))
     )
@@ -159,7 +160,8 @@ class Resnet(Recomputable):
         h = self.conv2(functional.silu(self.norm2(h)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
-        return (x + h) / 1.0
+        result: Tensor = (x + h) / 1.0
+        return result
 
 
 class _Attention(nn.Module):
@@ -220,7 +222,7 @@ class _Transformer(nn.Module):
     def __init__(self, sizes: SimpleNamespace, width: int, depth: int, num_heads: int) -> None:
         super().__init__()
         self.is_linear = sizes.use_linear_projection
-        make = nn.Linear if self.is_linear else lambda *widths: nn.Conv2d(*widths, 1)
+        make: Callable[[int, int], nn.Module] = nn.Linear if self.is_linear else partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(sizes.norm_num_groups, width, 1e-6)
         self.proj_in = make(width, width)
         blocks = (_TransformerBlock(width, sizes.cross_attention_dim, num_heads) for _ in range(depth))
@@ -325,8 +327,8 @@ class _UNet(Network):
         def resnet(width_in: int, width_out: int) -> Resnet:
             return Resnet(width_in, width_out, time, groups, sizes.norm_eps)
 
-        def attentions(kind: str, level: int, count: int) -> list[_Transformer]:
-            has_any = kind.startswith("CrossAttn")
+        def attentions(block_type: str, level: int, count: int) -> list[_Transformer]:
+            has_any = block_type.startswith("CrossAttn")
             own = (sizes, widths[level], depths[level], heads[level])
             return [_Transformer(*own) for _ in range(count if has_any else 0)]
 
@@ -336,19 +338,19 @@ class _UNet(Network):
             self.add_embedding = _Embedding(sizes.projection_class_embeddings_input_dim, time)
         last, before, skipped = len(widths) - 1, widths[0], [widths[0]]
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
-        for level, (kind, width) in enumerate(zip(sizes.down_block_types, widths, strict=True)):
+        for level, (block_type, width) in enumerate(zip(sizes.down_block_types, widths, strict=True)):
             resnets = [resnet(width if index else before, width) for index in range(num_layers)]
             sampler = "downsamplers" if level < last else ""
-            self.down_blocks.append(_Down(attentions(kind, level, num_layers), resnets, width, sampler))
+            self.down_blocks.append(_Down(attentions(block_type, level, num_layers), resnets, width, sampler))
             skipped += [width] * (num_layers + bool(sampler))
             before = width
         self.mid_block = _Middle(attentions("CrossAttn", last, 1), [resnet(before, before) for _ in range(2)])
-        for kind, level in zip(sizes.up_block_types, range(last, -1, -1), strict=True):
+        for block_type, level in zip(sizes.up_block_types, range(last, -1, -1), strict=True):
             resnets = []
             for _ in range(num_layers + 1):
                 resnets.append(resnet(before + skipped.pop(), widths[level]))
                 before = widths[level]
-            made = _Up(attentions(kind, level, num_layers + 1), resnets, before, "upsamplers" if level else "")
+            made = _Up(attentions(block_type, level, num_layers + 1), resnets, before, "upsamplers" if level else "")
             self.up_blocks.append(made)
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], sizes.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], sizes.out_channels, 3, padding=1)
@@ -363,21 +365,21 @@ class _UNet(Network):
         time = self.time_embedding(_waves(timestep, self.conv_in.out_channels).to(sample.dtype))
         if added_cond_kwargs:
             text, sizes = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-            told = _waves(sizes.flatten(), self.config.addition_time_embed_dim).reshape(len(text), -1)
-            time = time + self.add_embedding(torch.cat([text, told], dim=-1).to(time.dtype))
+            added = _waves(sizes.flatten(), self.config.addition_time_embed_dim).reshape(len(text), -1)
+            time = time + self.add_embedding(torch.cat([text, added], dim=-1).to(time.dtype))
         x = self.conv_in(sample)
         residuals = [x]
         for block in self.down_blocks:
             x = block(x, time, encoder_hidden_states, residuals)
         x = self.mid_block(x, time, encoder_hidden_states)
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = len(block.resnets)  # type: ignore[arg-type]
             own, residuals = residuals[-count:], residuals[:-count]
             x = block(x, time, encoder_hidden_states, own, residuals)
         return (self.conv_out(functional.silu(self.conv_norm_out(x))),)
 
 
-_TOWER_SIZES: Mapping[str, Any] = {
+_TEXT_SIZES: Mapping[str, Any] = {
     "hidden_act": "quick_gelu",
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -388,26 +390,26 @@ _TOWER_SIZES: Mapping[str, Any] = {
     "projection_dim": 512,
     "vocab_size": 49408,
 }
-_TOWER: Mapping[str, Any] = {"attention_dropout": 0.0, "model_type": "clip_text_model"}
-_TOWER_REST = frozenset(
+_TEXT: Mapping[str, Any] = {"attention_dropout": 0.0, "model_type": "clip_text_model"}
+_TEXT_REST = frozenset(
     {"architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_factor", "initializer_range"}
     | {"pad_token_id", "torch_dtype", "transformers_version", "dropout"}
 )
 """What changes neither layers nor tensors."""
 
 
-def text_encoder(config: Mapping[str, Any], *, kind: str) -> nn.Module | None:
+def text_encoder(config: Mapping[str, Any], model_class: str) -> nn.Module | None:
     """Returns the text encoder of a config, on the device of the context, or None if it is not plain.
 
     Args:
         config: of the text encoder.
-        kind: CLIPTextModel or CLIPTextModelWithProjection.
+        model_class: CLIPTextModel or CLIPTextModelWithProjection.
     """
-    sizes = told_sizes(config, _TOWER, _TOWER_SIZES, _TOWER_REST)
+    sizes = known_sizes(config, _TEXT, _TEXT_SIZES, _TEXT_REST)
     if sizes is None or sizes.hidden_act not in _ACTIVATIONS:
         return None
     sizes.model_type = "clip_text_model"
-    return {"CLIPTextModel": _Tower, "CLIPTextModelWithProjection": _ProjectedTower}[kind](sizes)
+    return {"CLIPTextModel": _TextEncoder, "CLIPTextModelWithProjection": _ProjectedTextEncoder}[model_class](sizes)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -421,8 +423,9 @@ class _CausalAttention(nn.Module):
     def __init__(self, sizes: SimpleNamespace) -> None:
         super().__init__()
         self.num_heads = sizes.num_attention_heads
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            self.add_module(name, nn.Linear(sizes.hidden_size, sizes.hidden_size))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
+            nn.Linear(sizes.hidden_size, sizes.hidden_size) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (split_heads(made(x), self.num_heads) for made in (self.q_proj, self.k_proj, self.v_proj))
@@ -456,7 +459,8 @@ class _EncoderLayer(Recomputable):
 
 def _embedding(count: int, width: int) -> nn.Embedding:
     # To draw its first values on the meta device torch would import its compiler.
-    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+    return embedding
 
 
 class _Embeddings(nn.Module):
@@ -482,7 +486,7 @@ class _Encoder(nn.Module):
         return x
 
 
-class _Tower(Network):
+class _TextEncoder(Network):
     def __init__(self, sizes: SimpleNamespace) -> None:
         super().__init__(sizes)
         self.embeddings = _Embeddings(sizes)
@@ -495,15 +499,15 @@ class _Tower(Network):
         return x, x[places]
 
 
-class _ProjectedTower(Network):
+class _ProjectedTextEncoder(Network):
     def __init__(self, sizes: SimpleNamespace) -> None:
         super().__init__(sizes)
-        self.text_model = _Tower(sizes)
+        self.text_model = _TextEncoder(sizes)
         self.text_projection = nn.Linear(sizes.hidden_size, sizes.projection_dim, bias=False)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        states, summary = self.text_model(input_ids)
-        return self.text_projection(summary), states
+        states, pooled = self.text_model(input_ids)
+        return self.text_projection(pooled), states
 
 
 _VAE: Mapping[str, Any] = {"act_fn": "silu"}
@@ -525,7 +529,7 @@ _VAE_REST = frozenset({"force_upcast", "latents_mean", "latents_std", "sample_si
 
 def vae(config: Mapping[str, Any]) -> nn.Module | None:
     """Returns the layers of the AutoencoderKL of a config, on the device of the context, or None if it is not plain."""
-    sizes = told_sizes(config, _VAE, _VAE_SIZES, _VAE_REST)
+    sizes = known_sizes(config, _VAE, _VAE_SIZES, _VAE_REST)
     if sizes is None or {*sizes.down_block_types, *sizes.up_block_types} - {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         return None
     return _VaeLayers(sizes)

@@ -1,4 +1,4 @@
-"""What all latent diffusion families do alike: encode and decode pictures, draw variants, run the sampler."""
+"""From images to latents and back, what is drawn of them, and the sampler."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from torch import Tensor
 from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
+from lora_diffusion.families.stable_diffusion.text_encoding import Condition
 
 _MAX_BATCH = 16
-"""Pictures generated at once; more do not get faster on any device and need memory."""
+"""Images generated at once; more do not get faster on any device and need memory."""
 
-Condition = Mapping[str, Tensor]
-"""What a UNet takes besides latents and timesteps, all in its number type and on its device: "context"
-[batch, length, dim], and for SDXL "text_embeds" [batch, dim] and "time_ids" [batch, 6]."""
-Embed = Callable[[Loaded, Sequence[Request], tuple[int, int]], tuple[Condition, Condition]]
-"""(base, requests, width and height) -> conditions of the prompts and of what to move away from."""
+Embed = Callable[[Sequence[Request], tuple[int, int]], tuple[Condition, Condition]]
+"""(requests, width and height) -> conditions of the prompts and of the negative prompts."""
 
 
 @torch.no_grad()
@@ -44,7 +42,11 @@ def encode_moments(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def draw_latents(moments: Tensor, scaling_factor: float, rng: torch.Generator) -> Tensor:
-    """Draws latents from their moments and scales them for the UNet, [batch, channels, height, width] float32."""
+    """Draws latents from their moments [batch, 2 * channels, height, width] and scales them for the UNet.
+
+    Returns:
+        [batch, channels, height, width] float32
+    """
     mean, logvar = moments.chunk(2, dim=1)
     return (mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=rng)) * scaling_factor
 
@@ -62,7 +64,7 @@ def draw_indices(num_rows: Tensor, rng: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """Returns the pictures of unscaled latents [batch, channels, height, width]."""
+    """Returns the images of unscaled latents [batch, channels, height, width]."""
     pixels = vae.decode(latents.to(vae.dtype)).sample
     rows = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(row) for row in rows.permute(0, 2, 3, 1).cpu().numpy()]
@@ -86,7 +88,7 @@ def sample(denoise: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: T
         num_steps: denoising steps.
     """
     scheduler.set_timesteps(num_steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
+    latents: Tensor = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = denoise(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
@@ -94,26 +96,30 @@ def sample(denoise: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: T
 
 
 def call_unet(unet: Any, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-    """Returns a UNet2DConditionModel's prediction, [batch, channels, height, width] in its number type."""
+    """Returns a UNet2DConditionModel's prediction, [batch, channels, height, width] in its dtype."""
     added = {name: values for name, values in condition.items() if name != "context"}
     context = condition["context"]
-    return unet(  # type: ignore[no-any-return]
+    predicted: Tensor = unet(
         latents.to(context.dtype), timesteps, encoder_hidden_states=context, added_cond_kwargs=added or None
     ).sample
+    return predicted
 
 
-def guided(unet: Any, towards: Condition, away: Condition, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+def guided(unet: Any, positive: Condition, negative: Condition, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Returns the UNet with classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598, equation 6).
 
     Args:
         unet: UNet2DConditionModel.
-        towards: of the prompts.
-        away: of what to move away from.
-        guidance: 1 or less calls the UNet once, without `away`.
+        positive: of the prompts.
+        negative: of the negative prompts.
+        guidance: 1 or less calls the UNet once, without `negative`.
+
+    Returns:
+        (latents [batch, channels, height, width], timestep []) -> prediction of the same shape.
     """
     if guidance <= 1:
-        return lambda latents, timestep: call_unet(unet, latents, timestep, towards)
-    both = {name: torch.cat([away[name], values]) for name, values in towards.items()}
+        return lambda latents, timestep: call_unet(unet, latents, timestep, positive)
+    both = {name: torch.cat([negative[name], values]) for name, values in positive.items()}
 
     def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
         low, high = call_unet(unet, torch.cat([latents, latents]), timestep, both).chunk(2)
@@ -123,7 +129,7 @@ def guided(unet: Any, towards: Condition, away: Condition, guidance: float) -> C
 
 
 def generate(loaded: Loaded, requests: Sequence[Request], embed: Embed) -> list[Output]:
-    """Draws pictures in batches of requests that differ in prompt and seed only."""
+    """Generates images in batches of requests that differ in prompt and seed only."""
     outputs: dict[int, Output] = {}
     own = loaded.info.guidance
     requests = [replace(r, guidance=own) if r.guidance is None else r for r in requests]
@@ -151,17 +157,18 @@ def _generate_alike(loaded: Loaded, requests: Sequence[Request], embed: Embed) -
         loaded.adapters.set_weights(first.weights)
     size = first.size or (loaded.info.resolution, loaded.info.resolution)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    shape = (unet.config.in_channels, size[1] // factor, size[0] // factor)  # type: ignore[union-attr]
-    towards, away = embed(loaded, requests, size)
-    noise = initial_noise(requests, shape, towards["context"].dtype).to(loaded.device)
+    config: Any = unet.config
+    shape = (config.in_channels, size[1] // factor, size[0] // factor)
+    positive, negative = embed(requests, size)
+    noise = initial_noise(requests, shape, positive["context"].dtype).to(loaded.device)
     scheduler = type(loaded.modules["scheduler"]).from_config(loaded.modules["scheduler"].config)
     assert first.guidance is not None, "generate fills it in"
-    latents = sample(guided(unet, towards, away, first.guidance), scheduler, noise, first.num_steps)
+    latents = sample(guided(unet, positive, negative, first.guidance), scheduler, noise, first.num_steps)
     return decode(vae, latents / loaded.modules["scaling_factor"])
 
 
 def example(
-    skeleton: Mapping[str, Any],
+    parts: Mapping[str, Any],
     info: BaseInfo,
     options: StableDiffusionOptions,
     trained: frozenset[str],
@@ -170,13 +177,13 @@ def example(
 ) -> dict[str, dict[str, Any]]:
     """Gives, on the meta device, what a training step calls the UNet and the trained text encoders with.
 
-    With `prior_weight` each picture counts twice, since it is also shown without its trigger words.
+    With `prior_weight` each image counts twice, since it is also shown without its trigger words.
     """
     num_rows = batch_size * 2 if options.prior_weight else batch_size
-    unet = skeleton["unet"].config
-    towers = {name: part.config for name, part in skeleton.items() if name != "unet"}
+    unet = parts["unet"].config
+    encoders = {name: part.config for name, part in parts.items() if name != "unet"}
     factor = info.size_step // 2 ** (len(unet.block_out_channels) - 1)
-    length = max(tower.max_position_embeddings for tower in towers.values())
+    length = max(encoder.max_position_embeddings for encoder in encoders.values())
     with torch.device("meta"):
         called: dict[str, Any] = {
             "sample": torch.empty(num_rows, unet.in_channels, size[1] // factor, size[0] // factor),
@@ -188,4 +195,4 @@ def example(
             sizes = torch.empty(num_rows, 6)
             called["added_cond_kwargs"] = {"text_embeds": torch.empty(num_rows, width), "time_ids": sizes}
         ids = {"input_ids": torch.zeros(num_rows, length, dtype=torch.int64)}
-    return {**{name: ids for name in towers if name in trained}, "unet": called}
+    return {**{name: ids for name in encoders if name in trained}, "unet": called}

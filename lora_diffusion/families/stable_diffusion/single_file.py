@@ -14,20 +14,20 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_diffusion.architectures import clip_tokenizer, ldm_names
+from lora_diffusion.architectures import DIFFUSION, clip_tokenizer, ldm_names
+from lora_diffusion.architectures.base import DiffusionArchitecture
 from lora_diffusion.core.base_model import BaseInfo, Loaded
 from lora_diffusion.core.errors import ModelError, UntrainableError
 from lora_diffusion.core.files import atomic_path, content_hash, default_cache_path, write_json
 from lora_diffusion.core.logs import logger
-from lora_diffusion.families.stable_diffusion import loading
+from lora_diffusion.families.model_files import explained, silence_progress
 from lora_diffusion.families.stable_diffusion.components import (
-    LAYOUTS,
-    Layout,
     as_loaded,
-    build_skeleton,
     describe,
     load_dtypes,
-    shared_skeleton,
+    meta_modules,
+    other_family,
+    shared_meta_modules,
 )
 from lora_diffusion.families.stable_diffusion.configs_from_shapes import PREDICTION_KEYS, Shapes, component_configs
 
@@ -35,12 +35,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_MARKS = {
-    "conditioner.embedders.1.": "sdxl",
-    "cond_stage_model.model.": "sd2",
-    "cond_stage_model.transformer.": "sd1",
-}
-"""How the names of a family's text encoders begin."""
 _MARKS_OF_OTHERS = {
     "conditioner.embedders.0.model.": "the refiner of Stable Diffusion XL, which no adapter can be trained for",
     "lora_unet_": "a LoRA adapter, not a base",
@@ -57,7 +51,7 @@ class SingleFile:
     """One checkpoint file."""
 
     path: Path
-    layout: Layout
+    architecture: DiffusionArchitecture
 
     def info(self, options: Any) -> BaseInfo:
         """Describes the base from the shapes of its tensors.
@@ -65,53 +59,53 @@ class SingleFile:
         Raises:
             UntrainableError: networks are missing, or the UNet takes more than latents.
         """
-        lacking = [name for name in self.layout.networks if name not in self._configs]
+        lacking = [name for name in self.architecture.networks if name not in self._configs]
         if lacking:
             raise UntrainableError(
-                f"{self.path} is not a whole {self.layout.title} checkpoint: it holds no {', '.join(lacking)}.",
+                f"{self.path} is not a whole {self.architecture.title} checkpoint: it holds no {', '.join(lacking)}.",
                 self.path,
             )
         if _header(self.path).is_renamed:
             raise UntrainableError(
-                f"{self.path} does not name its tensors as published {self.layout.title} checkpoints do, so that it "
-                "cannot be loaded; adapters can be merged into it.",
+                f"{self.path} does not name its tensors as published {self.architecture.title} checkpoints do, so that "
+                "it cannot be loaded; adapters can be merged into it.",
                 self.path,
             )
         try:
-            info = describe(self._configs, self.layout, options)
+            info = describe(self._configs, self.architecture, options)
         except UntrainableError as error:
             raise UntrainableError(str(error), self.path) from error
         info = replace(info, path=self.path, files=(self.path,), text_limit=clip_tokenizer.ClipTextLimit())
-        if self.layout.family == "sd2" and options.prediction == "auto" and not _told_prediction(self.path):
+        if self.architecture.is_told_by_prediction and options.prediction == "auto" and not _says_prediction(self.path):
             _warn_of_guess(str(self.path))
         return info
 
-    def skeleton(self) -> dict[str, nn.Module]:
+    def meta_modules(self) -> dict[str, nn.Module]:
         """Builds UNet and those text encoders that the file holds on the meta device."""
-        return build_skeleton(self._configs, self.layout)
+        return meta_modules(self._configs, self.architecture)
 
-    def outline(self) -> Mapping[str, nn.Module]:
+    def shared_meta_modules(self) -> Mapping[str, nn.Module]:
         """Returns UNet and text encoder on the meta device, to look at."""
-        return shared_skeleton(self._configs, self.layout)
+        return shared_meta_modules(self._configs, self.architecture)
 
     def load(self, options: Any, device: torch.device) -> Loaded:
         """Loads the checkpoint through diffusers with configs made from its shapes."""
         import diffusers
 
-        loading.silence_progress()
+        silence_progress()
         info = self.info(options)
-        dtypes = load_dtypes(options, self._configs, device)
-        pipeline_type = getattr(diffusers, self.layout.pipeline)
-        with loading.explained(self.path):
+        dtypes = load_dtypes(options, self._configs, self.architecture, device)
+        pipeline_type = getattr(diffusers, self.architecture.pipeline)
+        with explained(self.path):
             pipeline = pipeline_type.from_single_file(
                 str(self.path),
                 config=str(self._config_folder()),
                 local_files_only=True,
                 dtype=dtypes["default"],
-                **loading.unwanted(self.layout),
+                **dict.fromkeys(self.architecture.unused_components),
             )
             pipeline.vae.to(dtypes["vae"])
-            return as_loaded(pipeline, self.layout, options, device, info)
+            return as_loaded(pipeline, self.architecture, options, device, info)
 
     def fingerprint(self, components: Sequence[str]) -> str:
         """Hashes the whole file."""
@@ -121,13 +115,13 @@ class SingleFile:
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
         shapes, metadata, _ = _header(self.path)
-        _check_kind(self.path, shapes, self.layout)
-        with loading.explained(self.path):
-            return component_configs(shapes, metadata, self.layout)
+        _check_family(self.path, shapes, self.architecture)
+        with explained(self.path):
+            return component_configs(shapes, metadata, self.architecture)
 
     def _config_folder(self) -> Path:
         """Returns a pipeline folder without weights, made once for each set of shapes."""
-        index = _index(self.layout, self._configs)
+        index = _index(self.architecture, self._configs)
         text = json.dumps([self._configs, index], sort_keys=True)
         folder = default_cache_path() / "configs" / hashlib.sha256(text.encode()).hexdigest()[:16]
         if not folder.is_dir():
@@ -136,9 +130,8 @@ class SingleFile:
                     file = "scheduler_config.json" if name == "scheduler" else "config.json"
                     write_json(temporary / name / file, config)
                 write_json(temporary / "model_index.json", index)
-                for tower, name in zip(self.layout.towers, self.layout.tokenizers, strict=True):
-                    is_open_clip = self._configs[tower]["hidden_act"] == "gelu"
-                    _write_tokenizer(temporary / name, "!" if is_open_clip else "<|endoftext|>")
+                for encoder in self.architecture.text_encoders:
+                    _write_tokenizer(temporary / encoder.tokenizer, "!" if encoder.is_open_clip else "<|endoftext|>")
         return folder
 
 
@@ -163,38 +156,44 @@ def _header(path: Path) -> _Header:
         raise ModelError(f"{path} is not a whole .safetensors file ({error}); fetch it again.") from error
 
 
-def _check_kind(path: Path, shapes: Shapes, layout: Layout) -> None:
-    found = _family_of(shapes)
-    if found not in (None, layout.family):
-        raise ModelError(
-            f"The base {path} is {LAYOUTS[found].title}, not {layout.title}; set model.family={found}, or give another "
-            "model.path."
-        )
+def _check_family(path: Path, shapes: Shapes, architecture: DiffusionArchitecture) -> None:
+    found = _found(shapes, architecture)
+    if found is not None and found is not architecture:
+        raise other_family(architecture, found, str(path))
     prefixes = {"unet": ldm_names.UNET, "vae": "first_stage_model."}
     missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
     if found is None or "unet" in missing:
-        missing += [] if found else list(layout.towers)
-        kinds = [kind for mark, kind in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
-        what = f"it looks like {kinds[0]}" if kinds else f"it holds no {', '.join(missing)}"
-        raise ModelError(f"{path} is not a {layout.title} checkpoint: {what}.")
+        missing += [] if found else [encoder.part for encoder in architecture.text_encoders]
+        others = [title for mark, title in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
+        what = f"it looks like {others[0]}" if others else f"it holds no {', '.join(missing)}"
+        raise ModelError(f"{path} is not a {architecture.title} checkpoint: {what}.")
 
 
-def _family_of(shapes: Shapes) -> str | None:
-    """Returns the family that the names of text encoders tell, or without these the build of the UNet."""
-    told = next((family for mark, family in _MARKS.items() if any(name.startswith(mark) for name in shapes)), None)
+def _found(shapes: Shapes, wanted: DiffusionArchitecture) -> DiffusionArchitecture | None:
+    """Returns what the names of text encoders tell, or without these the build of the UNet; `wanted` if it may be so.
+
+    Marks are compared from the last architecture to the first, since a later one may hold what an earlier one has.
+    """
+    candidates = (wanted, *reversed(list(DIFFUSION.values())))
+    marks = [own for own in candidates if any(name.startswith(own.ldm_mark) for name in shapes)]
     projection = shapes.get(f"{ldm_names.UNET}middle_block.1.proj_in.weight")
-    if told or not projection or any(name.startswith("conditioner.") for name in shapes):
-        return told
-    # SDXL has three levels and is told the sizes; the refiner and bases for image variations have four.
+    if marks or not projection or any(name.startswith("conditioner.") for name in shapes):
+        return marks[0] if marks else None
+    # The refiner of Stable Diffusion XL and bases for image variations have one level more.
     has_sizes, is_deep = (
         f"{ldm_names.UNET}{name}.weight" in shapes for name in ("label_emb.0.0", "input_blocks.9.0.op")
     )
-    if has_sizes:
-        return None if is_deep else "sdxl"
-    return "sd2" if len(projection) == 2 else "sd1"
+    if has_sizes and is_deep:
+        return None
+    is_linear = len(projection) == 2
+    return next(
+        own
+        for own in candidates
+        if bool(own.unet.added) == has_sizes and (has_sizes or own.unet.has_linear_projections == is_linear)
+    )
 
 
-def _told_prediction(path: Path) -> bool:
+def _says_prediction(path: Path) -> bool:
     shapes, metadata, _ = _header(path)
     return "v_pred" in shapes or any(key in metadata for key in PREDICTION_KEYS)
 
@@ -209,16 +208,16 @@ def _warn_of_guess(path: str) -> None:
     )
 
 
-def _index(layout: Layout, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _index(architecture: DiffusionArchitecture, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
-        "_class_name": layout.pipeline,
+        "_class_name": architecture.pipeline,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        **{tower: ["transformers", kind] for tower, kind in layout.towers.items()},
-        **{name: ["transformers", "CLIPTokenizer"] for name in layout.tokenizers},
+        **{encoder.part: ["transformers", encoder.model_class] for encoder in architecture.text_encoders},
+        **{encoder.tokenizer: ["transformers", "CLIPTokenizer"] for encoder in architecture.text_encoders},
         "scheduler": ["diffusers", configs["scheduler"]["_class_name"]],
-        **{name: [None, None] for name in layout.unwanted},
-        **({"force_zeros_for_empty_prompt": True} if layout.family == "sdxl" else {}),
+        **{name: [None, None] for name in architecture.unused_components},
+        **({"force_zeros_for_empty_prompt": True} if architecture.has_zero_empty_prompt else {}),
     }
 
 

@@ -1,6 +1,6 @@
-"""How the Stable Diffusion families train: prepared tensors, draws from them, and the loss.
+"""How the Stable Diffusion families train: prepared tensors, what is drawn from them, and the loss.
 
-Tensors of a prepared item are of two kinds. A view tensor has a row for each view of the picture ("moments", and
+Tensors of a prepared item are of two sorts. A view tensor has a row for each view of the image ("moments", and
 "time_ids" where the base asks for sizes). A text column NAME has a row for each caption; NAME_empty holds the empty
 caption and NAME_prior, where the base is asked for them, the captions that must keep their meaning.
 """
@@ -8,7 +8,9 @@ caption and NAME_prior, where the base is asked for them, the captions that must
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +18,50 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_diffusion.core.base_model import Loaded, LossOutput
 from lora_diffusion.core.samples import Batch, ImageText, Prepared
-from lora_diffusion.diffusion import noise as noises
-from lora_diffusion.diffusion.weighting import min_snr_weight
+from lora_diffusion.diffusion.losses import LOSSES
+from lora_diffusion.diffusion.noise import NOISES
+from lora_diffusion.diffusion.timesteps import TIMESTEPS
+from lora_diffusion.diffusion.weighting import WEIGHTINGS
 from lora_diffusion.families.stable_diffusion import sampling
+from lora_diffusion.families.stable_diffusion.text_encoding import Condition, Rows
 
 _EMPTY_SHARE_OF_PRIORS, _CUT_SHARE_OF_PRIORS = 0.2, 0.4
 """Of the draws without trigger words: the empty caption, and the own caption cut; the others name other things."""
 _VIEWS = ("moments", "time_ids")
+_ROWS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "timesteps": TIMESTEPS,
+    "noise": NOISES,
+    "weighting": WEIGHTINGS,
+    "loss": LOSSES,
+}
 
-Rows = Mapping[str, Tensor]
-"""Name of a text column or view tensor -> what was drawn from it, [batch, ...]."""
-Encode = Callable[[Loaded, Rows], "sampling.Condition"]
+Encode = Callable[[Rows], Condition]
 """Turns drawn rows into what the UNet takes besides latents; encodes token ids, with gradient."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """All that is random of a training step, on the CPU."""
+
+    latents: Tensor
+    """[batch, channels, height, width], scaled for the UNet."""
+    timesteps: Tensor
+    """[batch] int64."""
+    noise: Tensor
+    """Shaped like the latents."""
+    rows: Rows
+    """One view and one caption of each sample."""
+    prior_indices: Tensor = field(default_factory=lambda: torch.zeros(0).long())
+    """[pairs] int64, those samples that are shown a second time, without their trigger words."""
+    prior_rows: Rows = field(default_factory=dict)
+    """Their view, and the caption of the second time."""
 
 
 def prepare(
     loaded: Loaded,
     samples: Sequence[ImageText],
     describe: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    complete: Callable[[ImageText, Mapping[str, Tensor]], Mapping[str, Tensor]],
     pieces: frozenset[str],
 ) -> list[Prepared]:
     """Gives latent moments [views, 2 * channels, height, width] and the text columns of every caption.
@@ -42,14 +70,17 @@ def prepare(
         loaded: its VAE is used.
         samples: with pixels where views are asked for.
         describe: prompts -> text columns with one row for each prompt, on the CPU.
+        complete: sample and its tensors -> what the base needs besides.
         pieces: which of the two.
     """
     views = [_moments(loaded, sample) if "views" in pieces else {} for sample in samples]
     texts = _text_columns(loaded, samples, describe) if "texts" in pieces else [{} for _ in samples]
-    return [
-        Prepared(sample.key, {**own, **told}, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats)
-        for sample, own, told in zip(samples, views, texts, strict=True)
-    ]
+    items = []
+    for sample, view, text in zip(samples, views, texts, strict=True):
+        tensors = {**view, **text}
+        tensors |= complete(sample, tensors)
+        items.append(Prepared(sample.key, tensors, f"{sample.size[0]}x{sample.size[1]}", sample.num_repeats))
+    return items
 
 
 def _moments(loaded: Loaded, sample: ImageText) -> dict[str, Tensor]:
@@ -92,41 +123,56 @@ def collate(items: Sequence[Prepared]) -> Batch:
     return Batch(tuple(item.key for item in items), tensors)
 
 
-def loss(loaded: Loaded, batch: Batch, rng: torch.Generator, encode: Encode) -> LossOutput:
-    """Mean squared error of the prediction over each sample's latents, weighted by min-SNR if asked.
+def draw(loaded: Loaded, batch: Batch, rng: torch.Generator) -> Drawn:
+    """Draws a view, latents, timestep, noise and caption of each sample.
 
-    With `prior_weight` each picture that has trigger words is also shown without them or with others in their place, at
-    the same noise, and its loss grows by the squared distance to what the base predicts there. Only the words differ
-    between the two, so the gradient of the pair says what belongs to the words; draws of their own would bury that
-    under the noise's.
+    With `prior_weight` each image that has trigger words is also shown without them or with others in their place, at
+    the same noise. Only the words differ between the two, so the gradient of the pair says what belongs to the words;
+    draws of their own would bury that under the noise's.
     """
     options, schedule = loaded.options, loaded.modules["schedule"]
-    prediction, unet, device = loaded.modules["prediction"], loaded.parts["unet"], loaded.device
     views = _draw_views(batch, rng)
-    latents = sampling.draw_latents(views["moments"], loaded.modules["scaling_factor"], rng).to(device)
-    timesteps = noises.draw_timesteps(len(batch), schedule.num_timesteps, rng).to(device)
-    noise = noises.draw_noise(latents.shape, options.noise_offset, rng).to(device)
-    rows = {**views, **_draw_captions(batch, options.caption_dropout, rng)}
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    target = prediction.target(schedule, latents, noise, timesteps)
-    weights = torch.ones(len(batch), device=device)
-    if options.min_snr_gamma is not None:
-        weights = min_snr_weight(schedule.snr(timesteps), options.min_snr_gamma, prediction)
+    latents = sampling.draw_latents(views["moments"], loaded.modules["scaling_factor"], rng)
+    timesteps = _row(options, "timesteps").draw(len(batch), schedule.num_timesteps, rng)
+    noise = _row(options, "noise").draw(latents.shape, rng)
+    drawn = Drawn(latents, timesteps, noise, {**views, **_draw_captions(batch, options.caption_dropout, rng)})
+    pairs = batch.tensors["num_priors"].nonzero().flatten() if options.prior_weight else drawn.prior_indices
+    if not len(pairs):
+        return drawn
+    prior_rows = {**{name: values[pairs] for name, values in views.items()}, **_draw_priors(batch, pairs, rng)}
+    return replace(drawn, prior_indices=pairs, prior_rows=prior_rows)
 
-    pairs = batch.tensors["num_priors"].nonzero().flatten() if options.prior_weight else torch.zeros(0).long()
+
+def _row(options: Any, table: str) -> Any:
+    """Returns the object that the options choose from a table of `lora_diffusion.diffusion`."""
+    name, settings = options.rows()[table]
+    return _ROWS[table][name](**settings)
+
+
+def loss(loaded: Loaded, drawn: Drawn, encode: Encode) -> LossOutput:
+    """Distance of the prediction from its target over each sample's latents, weighted by its timestep.
+
+    Where a sample is shown a second time its loss grows by the distance to what the base predicts there, times
+    `prior_weight`.
+    """
+    options, schedule, device = loaded.options, loaded.modules["schedule"], loaded.device
+    prediction = loaded.modules["prediction"]
+    latents, timesteps, noise = (own.to(device) for own in (drawn.latents, drawn.timesteps, drawn.noise))
+    noisy, rows = schedule.add_noise(latents, noise, timesteps), drawn.rows
+    target = prediction.target(schedule, latents, noise, timesteps)
+    weights = _row(options, "weighting").weights(schedule.snr(timesteps), prediction)
+    pairs = drawn.prior_indices.to(device)
     if len(pairs):
-        kept = pairs.to(device)
-        plain = {**{name: values[pairs] for name, values in views.items()}, **_draw_priors(batch, pairs, rng)}
-        rows = {name: torch.cat([values, plain[name]]) for name, values in rows.items()}
-        base = _base_prediction(loaded, noisy[kept], timesteps[kept], plain, encode)
-        noisy, target = torch.cat([noisy, noisy[kept]]), torch.cat([target, base])
-        # What must not change is kept at every noise level; the look of a picture is settled at the highest.
+        rows = {name: torch.cat([values, drawn.prior_rows[name]]) for name, values in rows.items()}
+        base = _base_prediction(loaded, noisy[pairs], timesteps[pairs], drawn.prior_rows, encode)
+        noisy, target = torch.cat([noisy, noisy[pairs]]), torch.cat([target, base])
+        # What must not change is kept at every noise level; the look of an image is settled at the highest.
         weights = torch.cat([weights, weights.new_full((len(pairs),), options.prior_weight)])
-    times = torch.cat([timesteps, timesteps[pairs.to(device)]])
-    predicted = sampling.call_unet(unet, noisy, times, encode(loaded, rows))
-    errors = weights * (predicted.float() - target).square().mean(dim=(1, 2, 3))
-    per_sample = errors[: len(batch)].index_add(0, pairs.to(device), errors[len(batch) :])
-    return LossOutput(per_sample, noise_levels=timesteps / schedule.num_timesteps)
+    times = torch.cat([timesteps, timesteps[pairs]])
+    predicted = sampling.call_unet(loaded.parts["unet"], noisy, times, encode(rows))
+    errors = weights * _row(options, "loss")(predicted, target)
+    num = len(timesteps)
+    return LossOutput(errors[:num].index_add(0, pairs, errors[num:]), noise_levels=timesteps / schedule.num_timesteps)
 
 
 def _columns(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -134,7 +180,7 @@ def _columns(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _draw_views(batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
-    """Draws one view of each picture."""
+    """Draws one view of each image."""
     views = {name: batch.tensors[name] for name in _VIEWS if name in batch.tensors}
     moments = views["moments"]
     picks = sampling.draw_indices(moments.new_full((len(batch),), moments.shape[1]).long(), rng)
@@ -155,9 +201,9 @@ def _draw_priors(batch: Batch, chosen: Tensor, rng: torch.Generator) -> dict[str
     tensors = batch.tensors
     last = tensors["num_priors"][chosen] - 1
     others = torch.minimum(1 + sampling.draw_indices(last.clamp(min=1), rng), last)
-    kinds = torch.rand(len(chosen), generator=rng)
-    is_empty = kinds < _EMPTY_SHARE_OF_PRIORS
-    picks = torch.where(kinds < _EMPTY_SHARE_OF_PRIORS + _CUT_SHARE_OF_PRIORS, 0, others)
+    shares = torch.rand(len(chosen), generator=rng)
+    is_empty = shares < _EMPTY_SHARE_OF_PRIORS
+    picks = torch.where(shares < _EMPTY_SHARE_OF_PRIORS + _CUT_SHARE_OF_PRIORS, 0, others)
     return {
         name: _with_empty(tensors[f"{name}_prior"][chosen, picks], tensors[f"{name}_empty"][chosen], is_empty)
         for name in _columns(tensors)
@@ -172,4 +218,4 @@ def _base_prediction(loaded: Loaded, noisy: Tensor, timesteps: Tensor, rows: Row
     """Returns what the base predicts without any adapter, float32."""
     assert loaded.adapters is not None, "prior samples need an injected adapter"
     with torch.no_grad(), loaded.adapters.disabled():
-        return sampling.call_unet(loaded.parts["unet"], noisy, timesteps, encode(loaded, rows)).float()
+        return sampling.call_unet(loaded.parts["unet"], noisy, timesteps, encode(rows)).float()
