@@ -21,7 +21,7 @@ from torch.nn.grad import conv2d_input
 
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.extras import require
-from lora_diffusion.runtime.bf16_emulation import product_dtype
+from lora_diffusion.runtime.bf16_emulation import upcast_dtype
 from lora_diffusion.runtime.device import pick_device
 
 _KEPT = re.compile(
@@ -40,32 +40,32 @@ _FLAGS = {"8bit": "is_loaded_in_8bit", "nf4": "is_loaded_in_4bit"}
 """What PEFT reads on a network to choose its layers for quantized weights."""
 
 
-def check(kind: str) -> None:
+def check(quantization: str) -> None:
     """Checks that this machine can hold a base that is quantized so.
 
     Args:
-        kind: value of `model.quantization`.
+        quantization: value of `model.quantization`.
 
     Raises:
         UnsupportedError: bitsandbytes is missing, or does not know the device.
     """
-    if kind == "none":
+    if quantization == "none":
         return
-    require("bitsandbytes", f"model.quantization={kind}")
+    require("bitsandbytes", f"model.quantization={quantization}")
     device = pick_device()
     if device.type not in _DEVICES:
         raise UnsupportedError(
-            f"model.quantization={kind} cannot run on the device {device.type}, only on {', '.join(_DEVICES)}; set "
-            "model.quantization=none."
+            f"model.quantization={quantization} cannot run on the device {device.type}, only on {', '.join(_DEVICES)}; "
+            "set model.quantization=none."
         )
 
 
-def chosen(network: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
+def layers_to_quantize(network: nn.Module, quantization: str) -> Iterator[tuple[str, nn.Module]]:
     """Yields path and layer of all that is quantized; the meta device is enough.
 
     Args:
         network: not quantized yet.
-        kind: none, 8bit or nf4.
+        quantization: none, 8bit or nf4.
     """
     # Its errors reach the output undamped: in NF4 these convolutions, 1 or 2 % of the weights, raise the loss of the
     # built-in base by half, and all others together do not. What NF4 does to its text encoder is the first layer's.
@@ -75,50 +75,50 @@ def chosen(network: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
         is_kept = (
             _KEPT.fullmatch(path)
             or (isinstance(module, nn.Conv2d) and path.startswith(last_block))
-            or (is_text_encoder and kind == "nf4" and _FIRST_LAYER.match(path))
+            or (is_text_encoder and quantization == "nf4" and _FIRST_LAYER.match(path))
         )
-        if (kind, type(module)) in _MAKERS and not is_kept:
+        if (quantization, type(module)) in _MAKERS and not is_kept:
             yield path, module
 
 
-def weight_bytes(network: nn.Module, kind: str, dtype: torch.dtype) -> int:
+def weight_bytes(network: nn.Module, quantization: str, dtype: torch.dtype) -> int:
     """Returns what a network takes once its weights are quantized, constants included.
 
     Args:
         network: not quantized yet; the meta device is enough.
-        kind: none, 8bit or nf4.
-        dtype: number type of what stays in high precision.
+        quantization: none, 8bit or nf4.
+        dtype: of what stays in high precision.
     """
     plain = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
-    for _, module in chosen(network, kind):
+    for _, module in layers_to_quantize(network, quantization):
         weight = module.get_parameter("weight")
-        plain += _quantized_bytes(kind, tuple(weight.shape)) - weight.numel() * dtype.itemsize
+        plain += _quantized_bytes(quantization, tuple(weight.shape)) - weight.numel() * dtype.itemsize
     return plain
 
 
-def _quantized_bytes(kind: str, shape: tuple[int, ...]) -> int:
+def _quantized_bytes(quantization: str, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
-    if kind == "8bit":
+    if quantization == "8bit":
         return count + 4 * shape[0]
     scales = -(-count // _BLOCK)
     return -(-count // 2) + scales + 4 * -(-scales // _SCALES_IN_BLOCK) + _NF4_TABLE_BYTES
 
 
-def quantize(network: nn.Module, kind: str, device: torch.device) -> None:
+def quantize(network: nn.Module, quantization: str, device: torch.device) -> None:
     """Quantizes the frozen weights of a network in place and moves it; only one layer at a time is in memory twice.
 
     Args:
-        network: in the number type that is computed in.
-        kind: none, 8bit or nf4.
+        network: in the dtype that is computed in.
+        quantization: none, 8bit or nf4.
         device: where the network will be.
     """
-    for path in [path for path, _ in chosen(network, kind)]:
+    for path in [path for path, _ in layers_to_quantize(network, quantization)]:
         plain = network.get_submodule(path)
-        network.set_submodule(path, _MAKERS[kind, type(plain)](plain, device).requires_grad_(False).eval())
+        network.set_submodule(path, _MAKERS[quantization, type(plain)](plain, device).requires_grad_(False).eval())
     network.to(device)
-    if kind != "none":
+    if quantization != "none":
         leave_file(network)
-        setattr(network, _FLAGS[kind], True)
+        setattr(network, _FLAGS[quantization], True)
         # It warns of each product whose input is not fp16 already.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
@@ -133,10 +133,16 @@ def leave_file(network: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _linear_8bit(layer: Any, device: torch.device) -> nn.Module:
-    import bitsandbytes as bnb
+def _bitsandbytes() -> Any:
+    import bitsandbytes
 
-    made = bnb.nn.Linear8bitLt(
+    return bitsandbytes
+
+
+def _linear_8bit(layer: Any, device: torch.device) -> nn.Module:
+    bnb = _bitsandbytes()
+
+    quantized: Any = bnb.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
         layer.bias is not None,
@@ -144,15 +150,16 @@ def _linear_8bit(layer: Any, device: torch.device) -> nn.Module:
         threshold=_INT8_THRESHOLD,
         device="meta",
     )
-    made.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    made.bias = layer.bias
-    return made.to(device)  # type: ignore[no-any-return]
+    quantized.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    quantized.bias = layer.bias
+    placed: nn.Module = quantized.to(device)
+    return placed
 
 
 def _linear_4bit(layer: Any, device: torch.device) -> nn.Module:
-    import bitsandbytes as bnb
+    bnb = _bitsandbytes()
 
-    made = bnb.nn.Linear4bit(
+    quantized: Any = bnb.nn.Linear4bit(
         layer.in_features,
         layer.out_features,
         layer.bias is not None,
@@ -163,14 +170,15 @@ def _linear_4bit(layer: Any, device: torch.device) -> nn.Module:
     )
     # On processors with AVX512-BF16 it would reorder the weights at the first answer in eval mode, which loses bits of
     # the scales, fits only some shapes, and leaves what neither a backward pass nor a merge can read.
-    made.support_avx512bf16_for_cpu = False
-    made.weight = _in_4bit(layer.weight, made)
-    made.bias = layer.bias
-    return made.to(device)  # type: ignore[no-any-return]
+    quantized.support_avx512bf16_for_cpu = False
+    quantized.weight = _in_4bit(layer.weight, quantized)
+    quantized.bias = layer.bias
+    placed: nn.Module = quantized.to(device)
+    return placed
 
 
 def _in_4bit(weight: Tensor, owner: nn.Module) -> Any:
-    import bitsandbytes as bnb
+    bnb = _bitsandbytes()
 
     # As a matrix: on the CPU bitsandbytes compiles a slow function for tensors whose last side is odd, as kernels have.
     return bnb.nn.Params4bit(
@@ -184,10 +192,10 @@ def _in_4bit(weight: Tensor, owner: nn.Module) -> Any:
 
 
 class Conv2d4bit(nn.Conv2d):
-    """A frozen convolution whose weight is stored in NF4 and widened while it is used."""
+    """A frozen convolution whose weight is stored in NF4 and upcast while it is used."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name
-        """Returns [batch, out, height, width] in the number type of the input, or of autocast."""
+        """Returns [batch, out, height, width] in the dtype of the input, or of autocast."""
         if not hasattr(self.weight, "quant_state"):  # PEFT makes the factors of an adapter of the base's own class
             return super().forward(input)
         settings = (self.stride, self.padding, self.dilation, self.groups)
@@ -199,16 +207,16 @@ class Conv2d4bit(nn.Conv2d):
 def _conv_4bit(layer: Any, device: torch.device) -> nn.Module:
     sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
     settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    made = Conv2d4bit(*sizes, *settings, bias=False, device="meta")
-    made.weight = _in_4bit(layer.weight, made)
-    made.bias = layer.bias
-    made.to(device)
-    made.weight.data = made.weight.data.view(-1, 1, 1, 1)  # PEFT counts the sides of the kernel on it
-    return made
+    quantized = Conv2d4bit(*sizes, *settings, bias=False, device="meta")
+    quantized.weight = _in_4bit(layer.weight, quantized)
+    quantized.bias = layer.bias
+    quantized.to(device)
+    quantized.weight.data = quantized.weight.data.view(-1, 1, 1, 1)  # PEFT counts the sides of the kernel on it
+    return quantized
 
 
 class _Conv(torch.autograd.Function):
-    """Keeps neither the input nor the wide weight for the backward pass."""
+    """Keeps neither the input nor the upcast weight for the backward pass."""
 
     @staticmethod
     def forward(
@@ -220,27 +228,28 @@ class _Conv(torch.autograd.Function):
         settings: tuple[Any, ...],
     ) -> Tensor:
         """Computes in the type of autocast, or of the input."""
-        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        ctx.stored, ctx.shape, ctx.settings, ctx.inputs, ctx.kind = stored, shape, settings, x.shape, x.dtype
-        wide = product_dtype(kind, x.device)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        ctx.stored, ctx.shape, ctx.settings, ctx.inputs, ctx.dtype = stored, shape, settings, x.shape, x.dtype
+        upcast = upcast_dtype(dtype, x.device)
         with torch.autocast(x.device.type, enabled=False):
-            own = None if bias is None else bias.to(wide)
-            return torch.conv2d(x.to(wide), _widened(stored, shape, wide), own, *settings).to(kind)
+            added = None if bias is None else bias.to(upcast)
+            return torch.conv2d(x.to(upcast), _dequantized(stored, shape, upcast), added, *settings).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gives the gradient of the input alone."""
-        wide = product_dtype(gradients[0].dtype, gradients[0].device)
-        weight = _widened(ctx.stored, ctx.shape, wide)
-        for_x: Tensor = conv2d_input(ctx.inputs, weight, gradients[0].to(wide), *ctx.settings)  # type: ignore[no-untyped-call]
-        return for_x.to(ctx.kind), None, None, None, None
+        upcast = upcast_dtype(gradients[0].dtype, gradients[0].device)
+        weight = _dequantized(ctx.stored, ctx.shape, upcast)
+        for_x: Tensor = conv2d_input(ctx.inputs, weight, gradients[0].to(upcast), *ctx.settings)  # type: ignore[no-untyped-call]
+        return for_x.to(ctx.dtype), None, None, None, None
 
 
-def _widened(stored: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    import bitsandbytes as bnb
+def _dequantized(stored: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    bnb = _bitsandbytes()
 
-    return bnb.functional.dequantize_4bit(stored.data, stored.quant_state).view(shape).to(dtype)  # type: ignore[no-any-return]
+    weight: Tensor = bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+    return weight.view(shape).to(dtype)
 
 
 _MAKERS: Mapping[tuple[str, type[nn.Module]], Callable[[Any, torch.device], nn.Module]] = {
@@ -248,4 +257,4 @@ _MAKERS: Mapping[tuple[str, type[nn.Module]], Callable[[Any, torch.device], nn.M
     ("nf4", nn.Linear): _linear_4bit,
     ("nf4", nn.Conv2d): _conv_4bit,
 }
-"""(kind, class of a layer) -> what makes its quantized form."""
+"""(quantization, class of a layer) -> what makes its quantized form."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lora_diffusion.runtime.bf16_emulation import product_dtype
+from lora_diffusion.runtime.bf16_emulation import upcast_dtype
 
 
 class TrainingDropout(nn.Dropout):
@@ -46,7 +46,7 @@ class FusedProduct(torch.autograd.Function):
             scale: alpha / rank.
             dtype: of the output.
         """
-        upcast = product_dtype(dtype, x.device)
+        upcast = upcast_dtype(dtype, x.device)
         rows = x.to(dtype).flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
             upcast_rows = rows.to(upcast)

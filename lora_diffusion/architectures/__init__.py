@@ -23,4 +23,4 @@ ARCHITECTURES: Mapping[str, Architecture] = {**DIFFUSION, **TEXT_OUTPUT}
 
 def find_modelspec(text: str) -> Architecture | None:
     """Returns the architecture that a `modelspec.architecture` names, with or without "/lora"; None for others."""
-    return next((own for own in ARCHITECTURES.values() if own.has_modelspec(text)), None)
+    return next((architecture for architecture in ARCHITECTURES.values() if architecture.has_modelspec(text)), None)

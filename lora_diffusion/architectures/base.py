@@ -114,7 +114,7 @@ class TextEncoder:
     projection: int = 0
     """Width of its pooled embeds; 0 where the base does not use them."""
     num_dropped_layers: int = 0
-    """Last layers that its checkpoints have and diffusers leaves away, since nothing reads them."""
+    """Last layers that its checkpoints have and diffusers drops, since nothing reads them."""
     clips: tuple[str, ...] = ()
     """The CLIP that it was taken from, as open_clip and the hub name it: no fair scorer of this base."""
 
@@ -192,7 +192,7 @@ class DiffusionArchitecture(Architecture):
     version_start: str = ""
     """How `ss_base_model_version` begins in what A1111 lists for it, where `ss_v2` does not tell it."""
     app_prefixes: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """App -> kinds of names whose modules it finds, as `compat` calls them."""
+    """App -> prefixes of names whose modules it finds, as `compat` calls them."""
     a1111_misnamed: str = ""
     """Expression for the UNet paths that A1111's table, made for Stable Diffusion 1, calls otherwise."""
 

@@ -40,7 +40,7 @@ def merges() -> tuple[str, ...]:
 
 
 def as_bytes(word: str) -> str:
-    """Spells a word as the merge table does, in which each byte of UTF-8 is one letter.
+    """Returns a word as the merge table writes it, in which each byte of UTF-8 is one letter.
 
     >>> as_bytes("sautéed")
     'sautÃ©ed'

@@ -65,12 +65,12 @@ def unet_names(paths: Collection[str]) -> dict[str, str]:
     Args:
         paths: linear and convolution layers of a UNet2DConditionModel; together they tell its layers per block.
 
-    >>> paths = [f"down_blocks.0.{kind}.0.proj_in" for kind in ("attentions", "resnets")]
+    >>> paths = [f"down_blocks.0.{layer}.0.proj_in" for layer in ("attentions", "resnets")]
     >>> unet_names([*paths, "down_blocks.0.resnets.1.conv1"])["down_blocks.0.attentions.0.proj_in"]
     'input_blocks.1.1.proj_in'
     """
-    found = re.findall(r"(?m)^down_blocks\.\d+\.resnets\.(\d+)\.", "\n".join(paths))
-    num_layers = 1 + max(map(int, found), default=0)
+    indices = re.findall(r"(?m)^down_blocks\.\d+\.resnets\.(\d+)\.", "\n".join(paths))
+    num_layers = 1 + max(map(int, indices), default=0)
     attending = {path.split(".")[1] for path in paths if re.match(r"up_blocks\.\d+\.attentions\.", path)}
     return {path: _unet_name(path, num_layers, attending) for path in paths}
 
@@ -81,14 +81,14 @@ def _unet_name(path: str, num_layers: int, attending: Collection[str]) -> str:
             return new + _inside(path.removeprefix(old))
     match = _BLOCK.fullmatch(path)
     assert match, f"{path} is no module of a Stable Diffusion UNet"
-    side, block, kind, index, rest = match.groups()
+    side, block, layer, index, rest = match.groups()
     first = int(block) * (num_layers + 1)
-    if kind == "downsamplers":
+    if layer == "downsamplers":
         return f"input_blocks.{first + num_layers + 1}.0.op"
-    if kind == "upsamplers":
+    if layer == "upsamplers":
         return f"output_blocks.{first + num_layers}.{2 if block in attending else 1}.{rest}"
     number = f"input_blocks.{1 + first + int(index)}" if side == "down" else f"output_blocks.{first + int(index)}"
-    return f"{number}.0{_inside('.' + rest)}" if kind == "resnets" else f"{number}.1.{rest}"
+    return f"{number}.0{_inside('.' + rest)}" if layer == "resnets" else f"{number}.1.{rest}"
 
 
 def _inside(rest: str) -> str:
@@ -135,8 +135,8 @@ def other_names(key: ModuleKey, name: str) -> list[str]:
     return [name.replace(_CLIP, _OLD_CLIP)] if _CLIP in name else []
 
 
-def published_name(names: Collection[str]) -> Callable[[str], str]:
-    """Returns the function that gives a tensor of a single file the name that published checkpoints give it.
+def checkpoint_name(names: Collection[str]) -> Callable[[str], str]:
+    """Returns the function that gives a tensor of a single file the name that most checkpoints give it.
 
     Args:
         names: all of the file, which tell how its UNet is named.
@@ -146,10 +146,10 @@ def published_name(names: Collection[str]) -> Callable[[str], str]:
         unet = {name: UNET + name.removeprefix(prefix) for name in names if name.startswith(prefix or _BARE)}
     else:
         prefix = "unet." if _any_begin(names, "unet.") else ""
-        own = {name: name.removeprefix(prefix).rpartition(".") for name in names if name.startswith(prefix)}
-        paths = {path for path, _, _ in own.values() if _OF_DIFFUSERS.fullmatch(path)}
+        unet_tensors = {name: name.removeprefix(prefix).rpartition(".") for name in names if name.startswith(prefix)}
+        paths = {path for path, _, _ in unet_tensors.values() if _OF_DIFFUSERS.fullmatch(path)}
         blocks = unet_names(paths)
-        unet = {name: f"{UNET}{blocks[path]}.{end}" for name, (path, _, end) in own.items() if path in blocks}
+        unet = {name: f"{UNET}{blocks[path]}.{end}" for name, (path, _, end) in unet_tensors.items() if path in blocks}
     is_old = not any(_CLIP in name for name in names)
     return lambda name: unet.get(name) or (_OLD_CLIP_NAME.sub(_CLIP, name) if is_old else name)
 

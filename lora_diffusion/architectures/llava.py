@@ -34,6 +34,4 @@ ARCHITECTURE = TextOutputArchitecture(
         "projector": ("linear_1", "linear_2"),
         "vision_tower": (*_VISION, "embeddings.patch_embedding"),
     },
-    task="image-text-to-text",
-    auto_class="AutoModelForImageTextToText",
 )

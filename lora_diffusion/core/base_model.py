@@ -112,9 +112,9 @@ class BaseInfo:
     """What is known of a base model without its weights."""
 
     resolution: int
-    """Side in pixels of the square pictures it was trained on."""
+    """Side in pixels of the square images it was trained on."""
     size_step: int
-    """Width and height of a picture must be multiples of this."""
+    """Width and height of an image must be multiples of this."""
     architecture: str
     """`modelspec.architecture` without "/lora", say stable-diffusion-v1."""
     prediction: str
@@ -138,7 +138,7 @@ class BaseInfo:
 
 @dataclass(frozen=True)
 class SpeechInfo(BaseInfo):
-    """What is known of a base that listens; it has no resolution, size_step and prediction."""
+    """What is known of a base of speech recognition; it has no resolution, size_step and prediction."""
 
     resolution: int = 0
     size_step: int = 1
@@ -148,9 +148,9 @@ class SpeechInfo(BaseInfo):
     sampling_rate: int = 16000
     """In Hz."""
     max_duration_s: float = 30.0
-    """What it hears at once, in seconds."""
+    """Longest recording, in seconds."""
     max_tokens: int = 448
-    """What it writes at once, the tokens that name language and task counted."""
+    """Longest transcript, the tokens that name language and task counted."""
     languages: tuple[str, ...] = ()
     """Codes that its tokenizer has a token for; none where it knows one language only."""
     count_tokens: Callable[[Sequence[str]], list[int | str]] | None = field(default=None, compare=False, repr=False)
@@ -177,7 +177,7 @@ class Loaded:
     decoders: frozenset[str] = frozenset()
     """Those of them that are also needed to generate."""
     adapters: AdapterSwitch | None = None
-    """Set by the adapters room once an adapter is injected."""
+    """Set by the adapters package once an adapter is injected."""
     text_cache: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     """Prompt -> text embeddings, so that previews work after the text encoders are released."""
 
@@ -190,7 +190,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class ChatInfo(BaseInfo):
-    """What is known of a base that talks about pictures; it has no prediction."""
+    """What is known of a base of visual question answering; it has no prediction."""
 
     resolution: int = 0
     size_step: int = 1
@@ -198,6 +198,6 @@ class ChatInfo(BaseInfo):
     prediction: str = ""
     source: str = ""
     max_tokens: int = 4096
-    """What it reads and writes at once, the tokens of the picture counted."""
+    """Longest conversation, the tokens of the images counted."""
     count_tokens: Callable[[Sequence[Chat]], list[int | str]] | None = field(default=None, compare=False, repr=False)
     """Conversations -> the number of tokens of each, or why the chat template cannot render it."""

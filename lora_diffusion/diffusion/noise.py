@@ -1,4 +1,4 @@
-"""The noise of a training step: a row of NOISES for each kind of it."""
+"""The noise of a training step: a row of NOISES for each sort of it."""
 
 from __future__ import annotations
 

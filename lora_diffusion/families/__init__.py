@@ -1,1 +1,1 @@
-"""Kinds of base models, one object FAMILY in each file."""
+"""Families of bases, one object FAMILY in each file."""

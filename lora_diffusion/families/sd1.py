@@ -14,7 +14,7 @@ class SD1Options(StableDiffusionOptions):
     """A Stable Diffusion 1.x base and its training objective."""
 
     family: str = "sd1"
-    """Kind of base model."""
+    """Family of the base."""
 
 
 FAMILY = StableDiffusion(sd1.ARCHITECTURE, SD1Options)

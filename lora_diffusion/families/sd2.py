@@ -14,7 +14,7 @@ class SD2Options(StableDiffusionOptions):
     """A Stable Diffusion 2.x base and its training objective."""
 
     family: str = "sd2"
-    """Kind of base model."""
+    """Family of the base."""
 
 
 FAMILY = StableDiffusion(sd2.ARCHITECTURE, SD2Options)

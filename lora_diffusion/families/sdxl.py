@@ -14,7 +14,7 @@ class SDXLOptions(StableDiffusionOptions):
     """A Stable Diffusion XL base and its training objective."""
 
     family: str = "sdxl"
-    """Kind of base model."""
+    """Family of the base."""
 
 
 FAMILY = StableDiffusion(sdxl.ARCHITECTURE, SDXLOptions)

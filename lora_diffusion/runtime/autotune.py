@@ -46,9 +46,9 @@ def measured_choice(
         record_path: JSON file of the run that keeps its answers, so that a resumed run computes the same.
         cache_path: JSON file of the machine's answers; None takes machine.json in the user's cache.
     """
-    own = _read(record_path).get(question) if record_path else None
-    if own in candidates:
-        return str(own)
+    recorded = _read(record_path).get(question) if record_path else None
+    if recorded in candidates:
+        return str(recorded)
     choice = _choice_of_machine(f"{_machine()}, {question}", candidates, cache_path)
     if record_path:
         _remember(record_path, question, choice)
@@ -73,7 +73,7 @@ def _choice_of_machine(key: str, candidates: Mapping[str, Callable[[], object]],
 
 
 def _machine_file() -> Path | None:
-    """Returns where this machine's answers are; None where there is no home folder, so that they are measured anew."""
+    """Returns where this machine's answers are; None where there is no home folder, so that they are measured again."""
     try:
         return default_cache_path() / "machine.json"
     except ConfigError:

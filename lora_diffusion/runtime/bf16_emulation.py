@@ -1,7 +1,7 @@
-"""Products of bf16 numbers on processors without bf16 arithmetic: computed in fp32, stored in bf16.
+"""Multiplication of bf16 tensors on processors without bf16 arithmetic: computed in fp32, stored in bf16.
 
 Such a processor emulates bf16 and is three to four times slower than in fp32, while a base in bf16 takes half the
-memory. So the frozen weights and all activations stay in bf16, and each product widens its factors just before it
+memory. So the frozen weights and all activations stay in bf16, and each operation upcasts its inputs just before it
 multiplies them. The sums are fp32, so nothing is lost against bf16 arithmetic.
 """
 
@@ -27,21 +27,21 @@ from lora_diffusion.runtime.device import has_fast_bf16
 _TRIM_AFTER_BYTES = 2**28
 
 
-def fast_products(device: torch.device) -> AbstractContextManager[Any]:
-    """Returns a context for a forward pass in which products with frozen weights are never emulated.
+def without_bf16_emulation(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context for a forward pass in which no operation with frozen weights is emulated.
 
     The backward pass needs no context, but activations that are recomputed in it need their own.
     """
-    return nullcontext() if product_dtype(torch.bfloat16, device) == torch.bfloat16 else _WideProducts()
+    return nullcontext() if upcast_dtype(torch.bfloat16, device) == torch.bfloat16 else _Upcasting()
 
 
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the number type in which products of `dtype` are computed on the device."""
+def upcast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns the dtype in which tensors of `dtype` are multiplied on the device."""
     is_emulated = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not has_fast_bf16(device)
     return torch.float32 if is_emulated else dtype
 
 
-class _WideProducts(TorchFunctionMode):
+class _Upcasting(TorchFunctionMode):
     """Takes over linear, convolution and attention where they would be emulated."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _WideProducts(TorchFunctionMode):
 
 
 class _Heap:
-    """Widens numbers, and now and then gives the memory of earlier wide copies back.
+    """Upcasts tensors, and now and then gives the memory of earlier copies back.
 
     They come and go between tensors that stay until the backward pass, and the C library keeps the gaps. In a step of
     Stable Diffusion 1.5 giving them back lowers the peak from 4.3 to 3.7 GB and costs 7 % of the time.
@@ -69,7 +69,7 @@ class _Heap:
         self._trim: Callable[[int], int] | None = getattr(library, "malloc_trim", None)
         self._bytes = 0
 
-    def widen(self, tensor: Tensor) -> Tensor:
+    def upcast(self, tensor: Tensor) -> Tensor:
         self._bytes += 4 * tensor.numel()
         if self._trim and self._bytes > _TRIM_AFTER_BYTES:
             self._bytes = 0
@@ -78,18 +78,18 @@ class _Heap:
 
 
 def _is_emulated(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _kind(x) in (torch.bfloat16, torch.float16)
+    return x.device.type == "cpu" and _result_dtype(x) in (torch.bfloat16, torch.float16)
 
 
-def _kind(x: Tensor) -> torch.dtype:
-    """Returns the number type that a product of x has."""
+def _result_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype that the result of an operation on x has."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _linear(heap: _Heap, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _is_trained(weight, bias):
         return functional.linear(x, weight, bias)
-    answer: Tensor = _Linear.apply(x, weight, bias, _kind(x), heap)
+    answer: Tensor = _Linear.apply(x, weight, bias, _result_dtype(x), heap)
     return answer
 
 
@@ -103,26 +103,26 @@ def _conv2d(
 ) -> Tensor:
     if _is_trained(weight, bias) or kwargs or any(isinstance(setting, str) for setting in args):
         return torch.conv2d(input, weight, bias, *args, **kwargs)
-    answer: Tensor = _Conv2d.apply(input, weight, bias, args, _kind(input), heap)
+    answer: Tensor = _Conv2d.apply(input, weight, bias, args, _result_dtype(input), heap)
     return answer
 
 
 def _attention(heap: _Heap, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    kind = _kind(query)
+    dtype = _result_dtype(query)
     with torch.autocast("cpu", enabled=False):
-        wide = [_widened(value) for value in args]
-        named = {name: _widened(value) for name, value in kwargs.items()}
-        with saved_tensors_hooks(partial(_narrowed, kind), Tensor.float):
-            return functional.scaled_dot_product_attention(heap.widen(query), *wide, **named).to(kind)
+        upcast = [_upcast(value) for value in args]
+        named = {name: _upcast(value) for name, value in kwargs.items()}
+        with saved_tensors_hooks(partial(_downcast, dtype), Tensor.float):
+            return functional.scaled_dot_product_attention(heap.upcast(query), *upcast, **named).to(dtype)
 
 
-def _widened(value: Any) -> Any:
+def _upcast(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _narrowed(kind: torch.dtype, saved: Tensor) -> Tensor:
-    """Stores queries, keys, values and answers narrowly; the logarithms of the sums stay exact."""
-    return saved.to(kind) if saved.dim() == 4 else saved
+def _downcast(dtype: torch.dtype, saved: Tensor) -> Tensor:
+    """Stores queries, keys, values and results downcast; the logarithms of the sums stay exact."""
+    return saved.to(dtype) if saved.dim() == 4 else saved
 
 
 _LAYERS: Mapping[Any, Callable[..., Tensor]] = {
@@ -137,25 +137,25 @@ def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the narrow weight and nothing else for the backward pass."""
+    """Keeps the weight in bf16 and nothing else for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: torch.dtype, heap: _Heap) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, heap: _Heap) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.kind, ctx.heap = x.dtype, heap
+        ctx.dtype, ctx.heap = x.dtype, heap
         with torch.autocast("cpu", enabled=False):
-            wide_bias = None if bias is None else bias.float()
-            return functional.linear(heap.widen(x), heap.widen(weight), wide_bias).to(kind)
+            upcast_bias = None if bias is None else bias.float()
+            return functional.linear(heap.upcast(x), heap.upcast(weight), upcast_bias).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return (ctx.heap.widen(gradients[0]) @ ctx.heap.widen(weight)).to(ctx.kind), None, None, None, None
+        return (ctx.heap.upcast(gradients[0]) @ ctx.heap.upcast(weight)).to(ctx.dtype), None, None, None, None
 
 
 class _Conv2d(torch.autograd.Function):
-    """Keeps the narrow weight; torch's own keeps the input too, which only the weight's gradient would need."""
+    """Keeps the weight in bf16; torch's own keeps the input too, which only the weight's gradient would need."""
 
     @staticmethod
     def forward(
@@ -164,19 +164,19 @@ class _Conv2d(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         settings: tuple[Any, ...],
-        kind: torch.dtype,
+        dtype: torch.dtype,
         heap: _Heap,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.settings, ctx.shape, ctx.kind, ctx.heap = settings, x.shape, x.dtype, heap
+        ctx.settings, ctx.shape, ctx.dtype, ctx.heap = settings, x.shape, x.dtype, heap
         with torch.autocast("cpu", enabled=False):
-            wide_bias = None if bias is None else bias.float()
-            return torch.conv2d(heap.widen(x), heap.widen(weight), wide_bias, *settings).to(kind)
+            upcast_bias = None if bias is None else bias.float()
+            return torch.conv2d(heap.upcast(x), heap.upcast(weight), upcast_bias, *settings).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        wide, gradient = ctx.heap.widen(weight), ctx.heap.widen(gradients[0])
-        for_x: Tensor = conv2d_input(ctx.shape, wide, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
-        return for_x.to(ctx.kind), None, None, None, None, None
+        upcast, gradient = ctx.heap.upcast(weight), ctx.heap.upcast(gradients[0])
+        for_x: Tensor = conv2d_input(ctx.shape, upcast, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
+        return for_x.to(ctx.dtype), None, None, None, None, None

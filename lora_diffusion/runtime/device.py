@@ -1,4 +1,4 @@
-"""Which device and number type to compute with."""
+"""Which device and dtype to compute with."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def find_dtype(name: str) -> torch.dtype:
-    """Returns the number type that a config calls fp32, bf16 or fp16.
+    """Returns the dtype that a config calls fp32, bf16 or fp16.
 
     Raises:
         ConfigError: another name.
@@ -56,7 +56,7 @@ def find_dtype(name: str) -> torch.dtype:
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name not in dtypes:
-        raise ConfigError(f"There is no number type {name!r}; use one of {', '.join(dtypes)}.")
+        raise ConfigError(f"There is no dtype {name!r}; use one of {', '.join(dtypes)}.")
     return dtypes[name]
 
 
@@ -68,12 +68,12 @@ def frozen_name(name: str, device: torch.device) -> str:
 
 
 def frozen_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the number type of frozen weights."""
+    """Returns the dtype of frozen weights."""
     return find_dtype(frozen_name(name, device))
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Returns the number type of autocast.
+    """Returns the dtype of autocast.
 
     auto is what `accelerate launch` was told, else bf16 where the device is fast at it, else fp32.
     """

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_diffusion.runtime.bf16_emulation import product_dtype
+from lora_diffusion.runtime.bf16_emulation import upcast_dtype
 
 
 def use_placeholders(network: nn.Module, quantized: Iterable[str], quantization: str) -> None:
@@ -321,7 +321,7 @@ class _ConvProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        dtype = product_dtype(gradients[0].dtype, gradients[0].device)
+        dtype = upcast_dtype(gradients[0].dtype, gradients[0].device)
         upcast, gradient = torch.empty_like(ctx.weight).to(dtype), gradients[0].to(dtype)
         for_x: Tensor = conv2d_input(ctx.shape, upcast, gradient, *ctx.settings)  # type: ignore[no-untyped-call]
         return for_x.to(gradients[0].dtype), None, None, None

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_diffusion.config.schema import TrainConfig
-from lora_diffusion.runtime.bf16_emulation import fast_products, product_dtype
+from lora_diffusion.runtime.bf16_emulation import upcast_dtype, without_bf16_emulation
 from lora_diffusion.training.fake_tensor_step import take_step
 from lora_diffusion.training.optim import Params, state_bytes
 from lora_diffusion.training.trainer import forward_context
@@ -94,7 +94,7 @@ def _kernel_bytes(networks: Iterable[nn.Module], dtype: torch.dtype, device: tor
     if device.type != "cpu":
         return 0
     layers = (layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    return max((layer.weight.numel() for layer in layers), default=0) * product_dtype(dtype, device).itemsize
+    return max((layer.weight.numel() for layer in layers), default=0) * upcast_dtype(dtype, device).itemsize
 
 
 def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
@@ -117,7 +117,7 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
 
 def _recompute_contexts(device: torch.device) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Returns contexts for the first pass and for its repetition, to which the trainer's context does not reach."""
-    return nullcontext(), fast_products(device)
+    return nullcontext(), without_bf16_emulation(device)
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -29,7 +29,7 @@ from lora_diffusion.core.samples import Batch
 from lora_diffusion.core.text import name_some
 from lora_diffusion.data.batches import Batches
 from lora_diffusion.runtime.autotune import use_threads
-from lora_diffusion.runtime.bf16_emulation import fast_products
+from lora_diffusion.runtime.bf16_emulation import without_bf16_emulation
 from lora_diffusion.runtime.device import compute_dtype
 from lora_diffusion.training import checkpoint, optim, run_files, schedule
 from lora_diffusion.training.hooks import Hook
@@ -49,7 +49,7 @@ def forward_context(precision: str, device: torch.device) -> Iterator[None]:
     """
     dtype = compute_dtype(precision, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    with fast_products(device), autocast:
+    with without_bf16_emulation(device), autocast:
         yield
 
 

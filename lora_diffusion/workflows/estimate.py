@@ -19,7 +19,7 @@ from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.data import sample_types
 from lora_diffusion.data.sample_types import Report
-from lora_diffusion.quantize import chosen, weight_bytes
+from lora_diffusion.quantize import layers_to_quantize, weight_bytes
 from lora_diffusion.runtime.device import frozen_dtype, pick_device
 from lora_diffusion.training import memory, optim, run_folder
 from lora_diffusion.training.fake_tensor_step import use_placeholders
@@ -119,7 +119,7 @@ def step_memory(
     weights = sum(weight_bytes(network, quantization, dtype) for network in parts.values())
     for network in parts.values():
         network.requires_grad_(False)
-        use_placeholders(network, [path for path, _ in chosen(network, quantization)], quantization)
+        use_placeholders(network, [path for path, _ in layers_to_quantize(network, quantization)], quantization)
     variant = variants.find(config.adapter.variant, quantization)
     loaded = Loaded(parts, {}, config.model, torch.device("meta"), info)
     params = inject_shapes(loaded, plan, variant, config.adapter.dropout)

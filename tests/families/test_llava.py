@@ -171,7 +171,7 @@ class TestMixed:
         model = vision.model_class(folder, FAMILY.architecture).from_pretrained(folder).eval()
         processor = AutoProcessor.from_pretrained(folder)
         for index, sample in enumerate(samples):
-            ids, labels = conversation.spell(loaded.modules["processor"], sample)
+            ids, labels = conversation.tokens_and_labels(loaded.modules["processor"], sample)
             seen = {}
             if sample.images:
                 seen = processor.image_processor(images=list(sample.views[0]), return_tensors="pt")
@@ -181,7 +181,7 @@ class TestMixed:
 
     def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
         processor = conversation.read_processor(base, None)
-        ids, _ = conversation.spell(processor, mixed(pictures)[2])
+        ids, _ = conversation.tokens_and_labels(processor, mixed(pictures)[2])
         text = "USER: <image>\n<image>\nBoth red? ASSISTANT: no</s>"
         assert ids == processor(text=text, images=pictures[:2]).input_ids[0]
 
@@ -221,9 +221,9 @@ class TestMixed:
         info = FAMILY.check(LlavaOptions(path=str(base), chat_template=str(file)))
         one, none, two, late = info.count_tokens(mixed(pictures))  # type: ignore[attr-defined, misc]
         assert isinstance(one, int)
-        assert "writes 1 times <image> for no picture" in str(none)
-        assert "writes 1 times <image> for 2 pictures; set model.chat_template" in str(two)
-        assert "for no picture" in str(late)
+        assert "writes 1 times <image> for no image" in str(none)
+        assert "writes 1 times <image> for 2 images; set model.chat_template" in str(two)
+        assert "for no image" in str(late)
 
     def test_answers(self, base: Path, pictures: list[Image.Image]) -> None:
         loaded = load(base, max_new_tokens=6)
@@ -260,7 +260,7 @@ def test_layers_of_the_tower_that_are_never_read(base: Path, tmp_path: Path, lay
 class TestSpelling:
     def test_tokens_are_those_of_the_processor(self, base: Path, pictures: list[Image.Image]) -> None:
         processor = conversation.read_processor(base, None)
-        ids, labels = conversation.spell(processor, chat(0, pictures[0], CONVERSATIONS[1]))
+        ids, labels = conversation.tokens_and_labels(processor, chat(0, pictures[0], CONVERSATIONS[1]))
         text = "USER: <image>\nSay more. ASSISTANT: a dog, no doubt</s>USER: Sure? ASSISTANT: yes</s>"
         assert ids == processor(text=text, images=pictures[0]).input_ids[0]
         learnt = processor.tokenizer.decode([label for label in labels if label != -100])
@@ -273,13 +273,13 @@ class TestSpelling:
         file.write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
         sample = chat(0, pictures[0], CONVERSATIONS[1])
         with_end, without = (conversation.read_processor(base, name) for name in (None, str(file)))
-        assert conversation.spell(without, sample) == conversation.spell(with_end, sample)
+        assert conversation.tokens_and_labels(without, sample) == conversation.tokens_and_labels(with_end, sample)
 
     def test_system_turn_is_rendered_but_not_learnt(self, base: Path, pictures: list[Image.Image]) -> None:
         processor = conversation.read_processor(base, None)
         sample = chat(0, pictures[0], ("What?", "a cat"))
         led = Chat("0", Path(), turns=(Turn("system", "Be brief."), *sample.turns), images=sample.images)
-        ids, labels = conversation.spell(processor, led)
+        ids, labels = conversation.tokens_and_labels(processor, led)
         assert "Be brief." in processor.tokenizer.decode(ids)
         assert labels[-7:] == ids[-7:] and set(labels[:-7]) == {-100}
 
@@ -414,7 +414,7 @@ class TestBadBase:
         for name in ("image_token_index", "image_token_id"):
             config.update({name: 7} if name in config else {})
         (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(ModelError, match="token 7 stands for the picture"):
+        with pytest.raises(ModelError, match="token 7 stands for an image"):
             FAMILY.check(LlavaOptions(path=str(base)))
 
     def test_template_that_needs_texts_is_a_fault_of_the_conversation(

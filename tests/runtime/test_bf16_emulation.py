@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_diffusion.runtime import bf16_emulation
-from lora_diffusion.runtime.bf16_emulation import fast_products, product_dtype
+from lora_diffusion.runtime.bf16_emulation import upcast_dtype, without_bf16_emulation
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_results_are_nearer_to_fp32_than_bf16_arithmetic(weights: torch.dtype, l
     exact = run(net.float(), x.float(), autocast=False)
     net = net.to(weights, memory_format=layout)
     emulated = run(net, x.to(weights), autocast=weights == torch.float32)
-    with fast_products(CPU):
+    with without_bf16_emulation(CPU):
         ours = run(net, x.to(weights), autocast=weights == torch.float32)
     for mine, theirs, true in zip(ours, emulated, exact, strict=True):
         assert mine.dtype == theirs.dtype
@@ -60,13 +60,13 @@ def test_fp32_is_left_alone() -> None:
     net = Net().requires_grad_(False)
     x = torch.randn(2, 4, 8, 8)
     plain = run(net, x, autocast=False)
-    with fast_products(CPU):
+    with without_bf16_emulation(CPU):
         assert all(map(torch.equal, run(net, x, autocast=False), plain))
 
 
 def test_trained_layers_keep_their_gradients() -> None:
     net = Net().bfloat16()
-    with fast_products(CPU):
+    with without_bf16_emulation(CPU):
         run(net, torch.randn(2, 4, 8, 8).bfloat16(), autocast=False)
     assert all(parameter.grad is not None for parameter in net.parameters())
 
@@ -74,16 +74,19 @@ def test_trained_layers_keep_their_gradients() -> None:
 def test_frozen_convolutions_keep_no_input() -> None:
     net = Net().bfloat16().requires_grad_(False)
     kept: list[torch.Size] = []
-    with fast_products(CPU), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+    with (
+        without_bf16_emulation(CPU),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t),
+    ):
         net.conv(torch.randn(2, 4, 8, 8).bfloat16().requires_grad_())
     assert kept == [net.conv.weight.shape]
 
 
 def test_products_are_widened_only_where_bf16_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert product_dtype(torch.bfloat16, CPU) == torch.float32
-    assert product_dtype(torch.float32, CPU) == torch.float32
-    assert product_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    assert upcast_dtype(torch.bfloat16, CPU) == torch.float32
+    assert upcast_dtype(torch.float32, CPU) == torch.float32
+    assert upcast_dtype(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(bf16_emulation, "has_fast_bf16", lambda device: True)
-    assert product_dtype(torch.bfloat16, CPU) == torch.bfloat16
-    with fast_products(CPU) as mode:
+    assert upcast_dtype(torch.bfloat16, CPU) == torch.bfloat16
+    with without_bf16_emulation(CPU) as mode:
         assert mode is None

@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from lora_diffusion.runtime import bf16_emulation
-from lora_diffusion.runtime.bf16_emulation import fast_products
+from lora_diffusion.runtime.bf16_emulation import without_bf16_emulation
 from lora_diffusion.training.memory import checkpoint_activations
 
 
@@ -24,7 +24,7 @@ def test_recomputed_activations_give_the_same_gradients(
     for repetition in (False, True):
         if repetition:
             checkpoint_activations(parts)
-        with fast_products(torch.device("cpu")):
+        with without_bf16_emulation(torch.device("cpu")):
             text = parts["text_encoder"](torch.arange(16)[None])[0]
             predicted = parts["unet"](latents, 500, text).sample
         predicted.float().square().mean().backward()

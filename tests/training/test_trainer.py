@@ -322,7 +322,7 @@ def test_a_longer_run_is_continued_with_a_warning(tmp_path: Path, caplog: pytest
         ({"optimizer": "sgd"}, "train.optimizer=sgd is unknown; use one of adamw"),
         ({"schedule": "rex"}, "train.schedule=rex is unknown"),
         ({"tracker": "wandb"}, "train.tracker=wandb is unknown"),
-        ({"precision": "fp8"}, "no number type 'fp8'"),
+        ({"precision": "fp8"}, "no dtype 'fp8'"),
     ],
 )
 def test_unknown_names_are_refused_before_training(tmp_path: Path, setting: dict[str, str], message: str) -> None:

@@ -368,7 +368,7 @@ def test_dry_run(train: Train) -> None:
         (["data.zooms=[3.0]"], "must be one or more different scales between 0.5 and 2"),
         (["adapter.full=[vision_tower]"], "adapter.full asks for vision_tower, which is not trained"),
         (["train.part_learning_rates=[unet=1]"], "'unet=1' does not name one of adapter.parts and a rate"),
-        (["output.formats=[kohya]"], "LLaVA adapters have no spelling kohya; use peft"),
+        (["output.formats=[kohya]"], "LLaVA adapters have no format kohya; use peft"),
         (["data.max_tokens=9"], "and at most 9 are allowed"),
     ],
 )

@@ -329,7 +329,7 @@ def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
         (["data.flip=true"], "data.flip: there is no such key"),
         (["data.speeds=[1.0, 3.0]"], "must be one or more different speeds between 0.5 and 2"),
         (["adapter.parts=[unet]"], "unet"),
-        (["output.formats=[kohya]"], "Whisper adapters have no spelling kohya; use peft"),
+        (["output.formats=[kohya]"], "Whisper adapters have no format kohya; use peft"),
         (["model.language=fr"], "no token for model.language=fr"),
         (["train.preview_every_steps=1", "preview.prompts=[nine.wav]"], "no recording nine.wav"),
         (["train.preview_every_steps=1", "preview.guidance=2"], "preview.guidance=2.0: is about pictures"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """A kind of base model. One object FAMILY in `families/<name>.py`, whose import must not import torch."""
+    """A family of base models. One object FAMILY in `families/<name>.py`, whose import must not import torch."""
 
     architecture: Architecture
     """What such a base is called; its name is the file name, and the value of `model.family`."""
@@ -32,7 +32,7 @@ class Family(Protocol):
         """Builds the parts on the meta device: shapes and names, no weights."""
 
     def key_map(self, format_name: str, options: Any) -> KeyMap:
-        """Maps modules of the parts to their names in a file; UnsupportedError if the format cannot spell them.
+        """Maps modules of the parts to their names in a file; UnsupportedError if the format has no names for them.
 
         Without options it maps what any base of the family may have, at once and without torch.
         """

@@ -28,11 +28,11 @@ class ChatTemplate:
             encoding="ascii",
             start_new_session=True,
         )
-        self._fault = ""
+        self._error = ""
         try:
             self._ask(template)
         except ValueError as error:
-            self._fault = str(error)
+            self._error = str(error)
 
     def render(self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, Any], *, ask: bool) -> str:
         """Returns a conversation as transformers' `apply_chat_template` writes it.
@@ -49,8 +49,8 @@ class ChatTemplate:
         return self._ask({**chat, **special_tokens})
 
     def _ask(self, question: Any) -> str:
-        if self._fault:
-            raise ValueError(self._fault)
+        if self._error:
+            raise ValueError(self._error)
         assert self._process.stdin, "it was started with pipes"
         assert self._process.stdout, "it was started with pipes"
         try:
@@ -60,8 +60,8 @@ class ChatTemplate:
         except BrokenPipeError:
             line = ""
         if not line:
-            self._fault = _TOO_MUCH
-            raise ValueError(self._fault)
+            self._error = _TOO_MUCH
+            raise ValueError(self._error)
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(answer["error"])

@@ -1,4 +1,4 @@
-"""How LLaVA's processor spells a conversation: its template, token ids, and labels on the answers alone."""
+"""How LLaVA's processor writes a conversation: its template, token ids, and labels on the answers alone."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def read_processor(folder: Path, template: str | None) -> Any:
     config = read_json(folder / "config.json")
     if template:
         processor.chat_template = _read_template(template)
-    faults = []
+    errors = []
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ModelError(f"{folder} holds no processor with tokenizer and image processor; fetch its *.json files.")
     processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(processor.chat_template, dict):
         processor.chat_template = processor.chat_template.get("default")
     if not isinstance(processor.chat_template, str) or not processor.chat_template:
-        faults.append(
+        errors.append(
             "its tokenizer has no chat template; put the chat_template.jinja of its hub page into the folder, or name "
             "a file with model.chat_template"
         )
@@ -51,17 +51,17 @@ def read_processor(folder: Path, template: str | None) -> Any:
     if not processor.vision_feature_select_strategy:
         processor.vision_feature_select_strategy = strategy
         processor.num_additional_image_tokens = 1
-    told = config.get("image_token_index", config.get("image_token_id"))
-    if told is not None and told != processor.image_token_id:
-        faults.append(
-            f"its config says that token {told} stands for the picture, its tokenizer {processor.image_token_id}"
+    image_token = config.get("image_token_index", config.get("image_token_id"))
+    if image_token is not None and image_token != processor.image_token_id:
+        errors.append(
+            f"its config says that token {image_token} stands for an image, its tokenizer {processor.image_token_id}"
         )
     if not processor.tokenizer.is_fast or processor.tokenizer.eos_token is None:
-        faults.append(
+        errors.append(
             "its tokenizer is not a fast one (tokenizer.json) with an end token; convert it with transformers"
         )
-    if faults:
-        raise ModelError(f"The base {folder} cannot be used.", faults)
+    if errors:
+        raise ModelError(f"The base {folder} cannot be used.", errors)
     return processor
 
 
@@ -75,7 +75,7 @@ def _read_template(name: str) -> str:
         raise ModelError(f"model.chat_template={name} is not UTF-8 ({error.reason}); save it so.") from error
 
 
-def spell(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
+def tokens_and_labels(processor: Any, sample: Chat) -> tuple[list[int], list[int]]:
     """Returns token ids of a conversation, and labels: those of the answers and of their end tokens, -100 elsewhere.
 
     A template that does not end an answer with the end token, as that of LLaVA-1.5 on the hub, gets one there, since
@@ -139,9 +139,9 @@ def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
         raise ValueError(f"the chat template of the base cannot render it ({error}).") from error
     wanted = sum(turn.num_images for turn in turns)
     if (count := text.count(processor.image_token)) != wanted:
-        pictures = {0: "no picture", 1: "one picture"}.get(wanted, f"{wanted} pictures")
+        images = {0: "no image", 1: "one image"}.get(wanted, f"{wanted} images")
         raise ValueError(
-            f"the chat template of the base writes {count} times {processor.image_token} for {pictures}; set "
+            f"the chat template of the base writes {count} times {processor.image_token} for {images}; set "
             "model.chat_template to one that fits."
         )
     return text
@@ -151,9 +151,9 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     """Returns token ids and the characters of the text that each stands for, [start, end)."""
     # A template that writes the start token itself must not get a second one.
     is_started = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    # Without verbose=False it warns of long ones, which are told of where they are counted.
-    told = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True, verbose=False)
-    return told.input_ids, told.offset_mapping
+    # Without verbose=False it warns of long ones, which are encoded of where they are counted.
+    encoded = tokenizer(text, add_special_tokens=not is_started, return_offsets_mapping=True, verbose=False)
+    return encoded.input_ids, encoded.offset_mapping
 
 
 def expand(
@@ -169,8 +169,8 @@ def expand(
     """
     if not sizes:
         return list(ids), list(labels)
-    told = processor._get_num_multimodal_tokens(image_sizes=[size[::-1] for size in sizes])
-    counts = iter(told.num_image_tokens)
+    sizes_in_tokens = processor._get_num_multimodal_tokens(image_sizes=[size[::-1] for size in sizes])
+    counts = iter(sizes_in_tokens.num_image_tokens)
     repeats = [next(counts) if token == processor.image_token_id else 1 for token in ids]
     return (
         [token for token, repeat in zip(ids, repeats, strict=True) for _ in range(repeat)],

@@ -67,12 +67,12 @@ def _check_weights(folder: Path) -> None:
     if not files or not any((folder / name).is_file() for name in _WEIGHTS):
         pickled = "only pickled weights (.bin), which can run code" if list(folder.glob("*.bin")) else "no weights"
         raise ModelError(f"The base {folder} holds {pickled}; fetch its model.safetensors.")
-    faults = [fault for file in files if (fault := damage(file))]
+    errors = [error for file in files if (error := damage(file))]
     if (folder / _WEIGHTS[1]).is_file():
         wanted = set(read_json(folder / _WEIGHTS[1]).get("weight_map", {}).values())
-        faults += [f"{folder / name} is missing" for name in sorted(wanted - {file.name for file in files})]
-    if faults:
-        raise ModelError(f"The weights of the base {folder} cannot be read.", faults)
+        errors += [f"{folder / name} is missing" for name in sorted(wanted - {file.name for file in files})]
+    if errors:
+        raise ModelError(f"The weights of the base {folder} cannot be read.", errors)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -107,7 +107,7 @@ def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.de
 
     silence_progress()
     with explained(folder):
-        model, found = model_class.from_pretrained(
+        model, loading_info = model_class.from_pretrained(
             folder,
             dtype=frozen_dtype(options.dtype, device),
             local_files_only=True,
@@ -115,10 +115,10 @@ def load(folder: Path, model_class: Any, options: ModelOptions, device: torch.de
             use_safetensors=True,
             output_loading_info=True,
         )
-    faults = [f"{name} is missing" for name in sorted(found["missing_keys"])]
-    faults += [f"{name} has another shape" for name, *_ in found.get("mismatched_keys", ())]
-    if faults:
-        raise ModelError(f"The weights of {folder} lack {len(faults)} tensors that its config announces.", faults[:10])
+    errors = [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
+    errors += [f"{name} has another shape" for name, *_ in loading_info.get("mismatched_keys", ())]
+    if errors:
+        raise ModelError(f"The weights of {folder} lack {len(errors)} tensors that its config announces.", errors[:10])
     return model.requires_grad_(False).eval()
 
 
@@ -141,7 +141,7 @@ def peft_map(architecture: TextOutputArchitecture, parts: Mapping[str, nn.Module
         parts: on the meta device; without them all modules are mapped that a base may have.
     """
     paths = architecture.paths if parts is None else layers(parts)
-    keys = [ModuleKey(part, path) for part, own in paths.items() for path in own]
+    keys = [ModuleKey(part, path) for part, part_paths in paths.items() for path in part_paths]
     prefixes = architecture.part_prefixes
     return KeyMap(
         ((key, prefixes[key.part][0] + key.path) for key in keys),

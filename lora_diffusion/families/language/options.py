@@ -15,7 +15,7 @@ class WhisperOptions(ModelOptions):
     """A Whisper base, and what is asked of it."""
 
     family: str = "whisper"
-    """Kind of base model."""
+    """Family of the base."""
     path: str = "builtin:digits"
     """builtin:digits, a folder of Whisper as save_pretrained makes it, or a hub id."""
     language: str = "en"
@@ -27,7 +27,7 @@ class WhisperOptions(ModelOptions):
     num_beams: int = free(1, AT_LEAST_ONE)
     """Transcripts that are followed at once in search of the likeliest; 5 is usual, 1 takes the likeliest token."""
     repetition_guard: bool = free(True)
-    """Hear a recording again, with drawn tokens, where its transcript repeats itself, as Whisper's authors do."""
+    """Transcribe a recording again, with drawn tokens, where its transcript repeats itself, as Whisper's authors do."""
     mask_time_prob: float = fixed(0.0, SHARE)
     """SpecAugment: share of a recording's frames that are hidden in a training step; 0.05 is usual, 0 turns it off."""
     mask_time_length: int = fixed(10, AT_LEAST_ONE)
@@ -49,7 +49,7 @@ class LlavaOptions(ModelOptions):
     """A LLaVA base, 1.5 or NeXT, and how it answers."""
 
     family: str = "llava"
-    """Kind of base model."""
+    """Family of the base."""
     path: str = "builtin:emoji-llava"
     """builtin:emoji-llava, a folder of LLaVA as save_pretrained makes it, or a hub id."""
     chat_template: str | None = None

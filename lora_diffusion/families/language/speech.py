@@ -76,26 +76,26 @@ def describe(folder: Path, options: WhisperOptions) -> SpeechInfo:
     tokenizer, extractor = processor.tokenizer, processor.feature_extractor
     vocabulary = tokenizer.get_vocab()
     frames, expected = extractor.nb_max_frames, 2 * config.get("max_source_positions", 1500)
-    faults = []
+    errors = []
     if frames != expected:
-        faults.append(f"its feature extractor gives {frames} frames, and its encoder takes {expected}")
+        errors.append(f"its feature extractor gives {frames} frames, and its encoder takes {expected}")
     if extractor.feature_size != config.get("num_mel_bins", 80):
-        faults.append(f"its feature extractor gives {extractor.feature_size} bands, not {config.get('num_mel_bins')}")
-    faults += [f"its tokenizer lacks {token}" for token in (_START, _NO_TIMESTAMPS) if token not in vocabulary]
-    if options.timestamps and not faults and not _has_timestamps(processor, config):
-        faults.append("it has no tokens for timestamps; set model.timestamps=false")
+        errors.append(f"its feature extractor gives {extractor.feature_size} bands, not {config.get('num_mel_bins')}")
+    errors += [f"its tokenizer lacks {token}" for token in (_START, _NO_TIMESTAMPS) if token not in vocabulary]
+    if options.timestamps and not errors and not _has_timestamps(processor, config):
+        errors.append("it has no tokens for timestamps; set model.timestamps=false")
     languages = tuple(code for code in LANGUAGES if f"<|{code}|>" in vocabulary)
     if not _is_multilingual(folder, config):
         languages = ()
         if options.language != "en" or options.task != "transcribe":
-            faults.append("it knows English only; set model.language=en and model.task=transcribe")
+            errors.append("it knows English only; set model.language=en and model.task=transcribe")
     elif options.language not in languages:
-        faults.append(
+        errors.append(
             f"its tokenizer has no token for model.language={options.language}, only for {', '.join(languages[:20])}"
             + (f"; set model.language={code}" if (code := _find_language(languages, options.language)) else "")
         )
-    if faults:
-        raise ModelError(f"The base {folder} cannot be used.", faults)
+    if errors:
+        raise ModelError(f"The base {folder} cannot be used.", errors)
     return SpeechInfo(
         architecture="whisper",
         source=options.path,
@@ -117,7 +117,10 @@ def _find_language(known: Sequence[str], name: str) -> str | None:
     plain = name.strip().lower().replace("_", "-")
     code = TO_LANGUAGE_CODE.get(plain, plain)
     candidates = (code, code.partition("-")[0])
-    return next((own for one in candidates for own in (one, _OTHER_CODES.get(one)) if own in known), None)
+    return next(
+        (spoken for variant in candidates for spoken in (variant, _OTHER_CODES.get(variant)) if spoken in known),
+        None,
+    )
 
 
 def _has_timestamps(processor: Any, config: Mapping[str, Any]) -> bool:
@@ -135,8 +138,8 @@ def first_timestamp(tokenizer: Any) -> int:
 
 def _is_multilingual(folder: Path, config: dict[str, Any]) -> bool:
     file = folder / "generation_config.json"
-    told = read_json(file).get("is_multilingual") if file.is_file() else None
-    return config.get("vocab_size", 0) >= _MULTILINGUAL_VOCABULARY if told is None else bool(told)
+    is_multilingual = read_json(file).get("is_multilingual") if file.is_file() else None
+    return config.get("vocab_size", 0) >= _MULTILINGUAL_VOCABULARY if is_multilingual is None else bool(is_multilingual)
 
 
 def _count_tokens(folder: Path, timestamps: bool, texts: Sequence[str]) -> list[int | str]:
@@ -163,7 +166,7 @@ def _words(tokenizer: Any, text: str) -> list[int]:
     ]
     moments = [[first + round(float(moment) / _TIMESTAMP_S)] for moment in pieces[1::2]]
     pairs: Iterator[tuple[list[int], ...]] = zip_longest(words, moments, fillvalue=[])
-    return [token for pair in pairs for own in pair for token in own]
+    return [token for pair in pairs for tokens in pair for token in tokens]
 
 
 def complete_generation_config(model: Any, tokenizer: Any, info: SpeechInfo) -> None:
@@ -276,7 +279,7 @@ def _quiet() -> Iterator[None]:
 def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
     """Returns what is said in recordings of requests with equal adapter weights, language and task.
 
-    A text that repeats itself is heard again with drawn tokens, warmer each time, and the least repetitive is taken.
+    A text that repeats itself is searched again with drawn tokens, warmer each time, and the least repetitive is taken.
 
     Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", section 4.5.
     """
@@ -287,8 +290,8 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
         assert loaded.adapters is not None, "a request gives adapter weights, but no adapter was loaded"
         loaded.adapters.set_weights(first.weights)
     samples: list[Any] = [request.sample for request in requests]
-    heard = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]
-    features = torch.cat(heard).to(loaded.device, loaded.modules["model"].dtype)
+    log_mels = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]
+    features = torch.cat(log_mels).to(loaded.device, loaded.modules["model"].dtype)
     language, task = samples[0].asked(loaded.options)
     wanted = {"language": language, "task": task} if loaded.info.languages else {}  # type: ignore[attr-defined]
     texts = _search(loaded, features, wanted, 0.0)
@@ -305,14 +308,14 @@ def _search_again(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], t
     """Returns a transcript of a recording that repeats itself less than `text`, if one is drawn."""
     import torch
 
-    found = [text]
+    texts = [text]
     with torch.random.fork_rng(devices=[loaded.device] if loaded.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for temperature in _TEMPERATURES:
-            found += _search(loaded, features, wanted, temperature)
-            if _repetition(found[-1]) <= _MOST_REPETITION:
+            texts += _search(loaded, features, wanted, temperature)
+            if _repetition(texts[-1]) <= _MOST_REPETITION:
                 break
-    return min(found, key=_repetition)
+    return min(texts, key=_repetition)
 
 
 def _repetition(text: str) -> float:
@@ -327,7 +330,7 @@ def _search(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], tempera
 
     model, tokenizer, options = loaded.modules["model"], loaded.modules["tokenizer"], loaded.options
     with torch.no_grad(), _quiet():
-        found = model.generate(
+        output = model.generate(
             features,
             attention_mask=features.new_ones(features.shape[0], features.shape[2]).long(),
             return_timestamps=options.timestamps,
@@ -337,14 +340,14 @@ def _search(loaded: Loaded, features: Tensor, wanted: Mapping[str, str], tempera
             **wanted,
         )
     if options.timestamps:
-        return ["".join(_spelled(tokenizer, segment) for segment in own) for own in found["segments"]]
-    return [" ".join(text.split()) for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+        return ["".join(_segment_text(tokenizer, segment) for segment in segments) for segments in output["segments"]]
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-def _spelled(tokenizer: Any, segment: Mapping[str, Any]) -> str:
+def _segment_text(tokenizer: Any, segment: Mapping[str, Any]) -> str:
     """Returns a segment with its timestamps; its words alone where it has no end."""
     first = first_timestamp(tokenizer)
     ids = segment["tokens"].tolist()
-    words = " ".join(tokenizer.decode([own for own in ids if own < first], skip_special_tokens=True).split())
+    words = " ".join(tokenizer.decode([token for token in ids if token < first], skip_special_tokens=True).split())
     start, end = float(segment["start"]), float(segment["end"])
     return f"<|{start:.2f}|> {words}<|{end:.2f}|>" if words else ""

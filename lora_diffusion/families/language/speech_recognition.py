@@ -73,7 +73,7 @@ class SpeechRecognition:
         from lora_diffusion.families.language import loading
 
         if format_name != "peft":
-            raise UnsupportedError(f"Whisper adapters have no spelling {format_name}; use peft.")
+            raise UnsupportedError(f"Whisper adapters have no format {format_name}; use peft.")
         return loading.peft_map(self.architecture, None if options is None else self.meta_modules(options))
 
     def load(self, options: WhisperOptions, device: torch.device) -> Loaded:
@@ -143,7 +143,7 @@ class SpeechRecognition:
             "num_frames": torch.stack([item.tensors["num_frames"] for item in items]),
             "labels": pad_sequence(labels, batch_first=True, padding_value=loading.IGNORED),
         }
-        weights = torch.tensor([float(len(own)) for own in labels])
+        weights = torch.tensor([float(len(row)) for row in labels])
         return Batch(tuple(item.key for item in items), tensors, weights=weights)
 
     def draw(self, loaded: Loaded, batch: Batch, rng: torch.Generator) -> DrawnSpeech:

@@ -65,10 +65,10 @@ def draw_chats(batch: Batch, rng: torch.Generator) -> DrawnChats:
     name = "pixels" if "pixels" in batch.tensors else "features"
     views, num_tiles = batch.tensors[name], batch.tensors["num_tiles"]
     chosen = torch.randint(len(views), (len(batch),), generator=rng).tolist()
-    of_samples = [int(own.sum()) for own in torch.split(num_tiles, batch.tensors["num_images"].tolist())]
+    of_samples = [int(counts.sum()) for counts in torch.split(num_tiles, batch.tensors["num_images"].tolist())]
     pieces = torch.split(views, of_samples, dim=1)
     images = torch.cat([piece[view] for piece, view in zip(pieces, chosen, strict=True)])
-    size, ids, labels = (batch.tensors[own] for own in ("image_size", "input_ids", "labels"))
+    size, ids, labels = (batch.tensors[counts] for counts in ("image_size", "input_ids", "labels"))
     return DrawnChats(images, name == "pixels", num_tiles.tolist(), size, ids, labels)
 
 

@@ -13,7 +13,7 @@ from lora_diffusion.architectures.base import TextOutputArchitecture
 from lora_diffusion.core.base_model import ChatInfo, Loaded
 from lora_diffusion.core.samples import Chat, Request, Turn
 from lora_diffusion.families.language import loading
-from lora_diffusion.families.language.conversation import expand, read_processor, render, spell, tokenize
+from lora_diffusion.families.language.conversation import expand, read_processor, render, tokenize, tokens_and_labels
 from lora_diffusion.families.language.options import LlavaOptions
 from lora_diffusion.families.model_files import read_json
 from lora_diffusion.runtime.device import frozen_name, pick_device
@@ -44,11 +44,11 @@ def model_class(folder: Path, architecture: TextOutputArchitecture) -> Any:
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
     """Returns the networks that can hold adapters."""
-    own = model.model
+    inner = model.model
     return {
-        "language_model": own.language_model,
-        "projector": own.multi_modal_projector,
-        "vision_tower": own.vision_tower,
+        "language_model": inner.language_model,
+        "projector": inner.multi_modal_projector,
+        "vision_tower": inner.vision_tower,
     }
 
 
@@ -90,7 +90,7 @@ def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Cha
     counts: list[int | str] = []
     for sample in samples:
         try:
-            counts.append(len(spell(processor, sample)[0]))
+            counts.append(len(tokens_and_labels(processor, sample)[0]))
         except ValueError as error:
             counts.append(str(error))
     return counts
@@ -98,18 +98,18 @@ def _count_tokens(folder: Path, chat_template: str | None, samples: Sequence[Cha
 
 def fingerprint(folder: Path, options: LlavaOptions, is_encoder_trained: bool, pieces: frozenset[str]) -> str:
     """Names by content all that pieces of a prepared item depend on besides the sample."""
-    told = loading.fingerprint(folder, _PROCESSOR_FILES)
+    named = loading.fingerprint(folder, _PROCESSOR_FILES)
     if "texts" in pieces:
         template = read_processor(folder, options.chat_template).chat_template
-        told += f" {hashlib.sha256(template.encode()).hexdigest()}"
+        named += f" {hashlib.sha256(template.encode()).hexdigest()}"
     if is_encoder_trained or "views" not in pieces:
-        return told
+        return named
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
         files = sorted({file for name, file in read_json(index)["weight_map"].items() if "vision_tower" in name})
     dtype = frozen_name(options.dtype, pick_device())
-    return f"{told} {loading.fingerprint(folder, files)} {dtype} {options.quantization}"
+    return f"{named} {loading.fingerprint(folder, files)} {dtype} {options.quantization}"
 
 
 def pixels(loaded: Loaded, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -122,11 +122,11 @@ def pixels(loaded: Loaded, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
     encoder: Any = loaded.parts["vision_tower"]
     size = encoder.config.image_size
-    tiles = [torch.empty(0, 3, size, size)]
+    tiles, processor = [torch.empty(0, 3, size, size)], loaded.modules["processor"].image_processor
     for image in images:
-        made: Tensor = loaded.modules["processor"].image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        tiles.append(made.flatten(0, 1).float() if made.dim() == 5 else made.float())
-    return torch.cat(tiles), torch.tensor([len(own) for own in tiles[1:]], dtype=torch.int64)
+        values: Tensor = processor(images=[image], return_tensors="pt")["pixel_values"]
+        tiles.append(values.flatten(0, 1).float() if values.dim() == 5 else values.float())
+    return torch.cat(tiles), torch.tensor([len(image_tiles) for image_tiles in tiles[1:]], dtype=torch.int64)
 
 
 def encode(loaded: Loaded, tiles: Tensor) -> Tensor:
@@ -159,14 +159,14 @@ def prepare_views(loaded: Loaded, sample: Chat, is_encoder_trained: bool) -> dic
 
     assert sample.views, f"{sample.key} was not opened"
     views = [pixels(loaded, view) for view in sample.views]
-    made = torch.stack([tiles for tiles, _ in views])
+    stacked = torch.stack([tiles for tiles, _ in views])
     sizes = torch.tensor([image.size[::-1] for image in sample.views[0]]).reshape(-1, 2)
     tensors = {"image_size": sizes, "num_tiles": views[0][1]}
     if is_encoder_trained:
-        return {**tensors, "pixels": made}
+        return {**tensors, "pixels": stacked}
     with torch.no_grad():
-        seen = encode(loaded, made.flatten(0, 1))
-    return {**tensors, "features": seen.unflatten(0, made.shape[:2]).cpu()}
+        features = encode(loaded, stacked.flatten(0, 1))
+    return {**tensors, "features": features.unflatten(0, stacked.shape[:2]).cpu()}
 
 
 def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         "labels": pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=loading.IGNORED),
         "image_size": torch.cat([row["image_size"].reshape(-1, 2) for row in rows]),
         "num_tiles": torch.cat(num_tiles),
-        "num_images": torch.tensor([len(own) for own in num_tiles]),
+        "num_images": torch.tensor([len(counts) for counts in num_tiles]),
         looks: torch.cat([row[looks] for row in rows], dim=1),
     }
 
@@ -193,7 +193,7 @@ def collate(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def zero_with_gradient(loaded: Loaded) -> Tensor | float:
     """Returns 0 with a gradient of 0 for what a text without images never reaches, a scalar."""
     parts = [loaded.parts[name] for name in ("projector", "vision_tower") if name in loaded.parts]
-    return sum(0 * own.sum() for part in parts for own in part.parameters() if own.requires_grad)
+    return sum(0 * parameter.sum() for part in parts for parameter in part.parameters() if parameter.requires_grad)
 
 
 def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: Tensor) -> Tensor:
@@ -213,7 +213,9 @@ def embed(loaded: Loaded, ids: Tensor, features: Sequence[Tensor], image_sizes: 
     if not len(features):
         return embedded
     projector = loaded.parts["projector"]
-    projected = list(projector(torch.cat(list(features)).to(model.dtype)).split([len(own) for own in features]))
+    projected = list(
+        projector(torch.cat(list(features)).to(model.dtype)).split([len(image_features) for image_features in features])
+    )
     if hasattr(model.model, "pack_image_features"):
         newline = model.model.image_newline
         strategy = model.config.vision_feature_select_strategy

@@ -72,11 +72,11 @@ class VisualQuestionAnswering:
         from lora_diffusion.families.language import loading
 
         if format_name != "peft":
-            raise UnsupportedError(f"LLaVA adapters have no spelling {format_name}; use peft.")
+            raise UnsupportedError(f"LLaVA adapters have no format {format_name}; use peft.")
         return loading.peft_map(self.architecture, None if options is None else self.meta_modules(options))
 
     def load(self, options: LlavaOptions, device: torch.device) -> Loaded:
-        """Loads model and processor; the image tower is a part only, so that it can be released."""
+        """Loads model and processor; the image encoder is a part only, so that it can be released."""
         from lora_diffusion.families.language import conversation, loading, vision
 
         folder = self._find(options)
@@ -88,11 +88,11 @@ class VisualQuestionAnswering:
         loading.place(model, quantized, options.quantization, device)
         model.model.vision_tower = None
         modules = {"model": model, "processor": conversation.read_processor(folder, options.chat_template)}
-        tower = frozenset({"vision_tower"})
-        return Loaded(parts, modules, options, device, info, encoders=tower, decoders=tower)
+        image_encoder = frozenset({"vision_tower"})
+        return Loaded(parts, modules, options, device, info, encoders=image_encoder, decoders=image_encoder)
 
     def cache_key(self, options: LlavaOptions, trained: frozenset[str], pieces: frozenset[str] = PIECES) -> str:
-        """Names processor and chat template, and, unless it is trained, the image tower by the hash of its weights."""
+        """Names processor, chat template and, unless it is trained, the image encoder by the hash of its weights."""
         from lora_diffusion.families.language import vision
 
         named = vision.fingerprint(self._find(options), options, "vision_tower" in trained, pieces)
@@ -101,10 +101,10 @@ class VisualQuestionAnswering:
     def prepare(
         self, loaded: Loaded, samples: Sequence[Chat], trained: frozenset[str], pieces: frozenset[str] = PIECES
     ) -> list[Prepared]:
-        """Spells conversations, and looks at their images.
+        """Tokenizes conversations, and encodes their images.
 
         Tensors of an item: "input_ids" and "labels" [tokens], labels -100 but for the answers; "pixels" [views, tiles,
-        3, height, width] if the image tower is trained, else "features" [views, tiles, patches, width], tiles of all
+        3, height, width] if the image encoder is trained, else "features" [views, tiles, patches, width], tiles of all
         images joined; "image_size" [images, 2], height and width, and "num_tiles" [images].
         """
         import torch
@@ -115,7 +115,7 @@ class VisualQuestionAnswering:
         for sample in samples:
             tensors: dict[str, torch.Tensor] = {}
             if "texts" in pieces:
-                ids, labels = conversation.spell(loaded.modules["processor"], sample)
+                ids, labels = conversation.tokens_and_labels(loaded.modules["processor"], sample)
                 tensors |= {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
             if "views" in pieces:
                 tensors |= vision.prepare_views(loaded, sample, "vision_tower" in trained)
@@ -144,7 +144,7 @@ class VisualQuestionAnswering:
     def example(
         self, options: LlavaOptions, trained: frozenset[str], batch_size: int, size: tuple[int, int]
     ) -> Example:
-        """Gives pixels for a trained tower, features for the projector, and embeddings of the longest conversation."""
+        """Gives pixels for a trained image encoder, features for the projector, and embeddings of conversations."""
         from lora_diffusion.families.language import examples
 
         return examples.chat_example(self.meta_modules(options), self._find(options), trained, batch_size, size)

@@ -41,7 +41,7 @@ def check_family(
         ModelError: it is of another family, which the message names.
     """
     if not _fits(architecture, unet, text):
-        raise other_family(architecture, next(own for own in DIFFUSION.values() if _fits(own, unet, text)), path)
+        raise other_family(architecture, next(other for other in DIFFUSION.values() if _fits(other, unet, text)), path)
 
 
 def other_family(architecture: DiffusionArchitecture, found: DiffusionArchitecture, path: str) -> ModelError:
@@ -157,21 +157,21 @@ def meta_modules(configs: Configs, architecture: DiffusionArchitecture) -> dict[
 def _text_encoder_of_library(config: Mapping[str, Any], model_class: str) -> nn.Module:
     import transformers
 
-    made: nn.Module = getattr(transformers, model_class)(transformers.CLIPTextConfig.from_dict(dict(config)))
-    return made
+    network: nn.Module = getattr(transformers, model_class)(transformers.CLIPTextConfig.from_dict(dict(config)))
+    return network
 
 
 def _unet_of_library(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    made: nn.Module = UNet2DConditionModel.from_config(dict(config))
-    return made
+    network: nn.Module = UNet2DConditionModel.from_config(dict(config))
+    return network
 
 
 def shared_meta_modules(configs: Configs, architecture: DiffusionArchitecture) -> Mapping[str, nn.Module]:
     """Returns the same networks each time, made once for these configs: to look at names and shapes, not to change."""
-    own = {name: dict(configs[name]) for name in architecture.networks if name in configs and name != "vae"}
-    return _shared(architecture, json.dumps(own, sort_keys=True))
+    used = {name: dict(configs[name]) for name in architecture.networks if name in configs and name != "vae"}
+    return _shared(architecture, json.dumps(used, sort_keys=True))
 
 
 @cache
@@ -260,18 +260,18 @@ def missing_of_vae(config: Mapping[str, Any], files: Sequence[Path]) -> list[str
 
 
 @cache
-def _names_of_vae(config: str) -> frozenset[str]:
+def _names_of_vae(config_text: str) -> frozenset[str]:
     import torch
 
     from lora_diffusion.families.stable_diffusion import plain_networks
 
-    told = json.loads(config)
+    config = json.loads(config_text)
     with torch.device("meta"):
-        return frozenset((plain_networks.vae(told) or _vae_of_library(told)).state_dict())
+        return frozenset((plain_networks.vae(config) or _vae_of_library(config)).state_dict())
 
 
 def _vae_of_library(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    made: nn.Module = AutoencoderKL.from_config(dict(config))
-    return made
+    network: nn.Module = AutoencoderKL.from_config(dict(config))
+    return network

@@ -108,27 +108,27 @@ def _vae_config(shapes: Shapes, architecture: DiffusionArchitecture, sample_size
 
 def _clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     prefix = _prefix(encoder)
-    own = replace(
+    sized = replace(
         encoder,
         width=_vocabulary_width(shapes[f"{prefix}embeddings.token_embedding.weight"]),
         num_layers=_count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\."),
     )
     inner = shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0]
-    return own.config(inner, shapes[f"{prefix}embeddings.position_embedding.weight"][0])
+    return sized.config(inner, shapes[f"{prefix}embeddings.position_embedding.weight"][0])
 
 
 def _open_clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     prefix = _prefix(encoder)
     width = _vocabulary_width(shapes[f"{prefix}token_embedding.weight"])
     depth = _count(shapes, re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
-    own = replace(
+    sized = replace(
         encoder,
         width=width,
         num_layers=min(depth, encoder.num_layers) if encoder.num_dropped_layers else depth,
         projection=shapes.get(f"{prefix}text_projection", (width, width))[1],
     )
     inner = shapes[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"][0]
-    return own.config(inner, shapes[f"{prefix}positional_embedding"][0])
+    return sized.config(inner, shapes[f"{prefix}positional_embedding"][0])
 
 
 def _vocabulary_width(shape: tuple[int, ...]) -> int:
@@ -152,14 +152,14 @@ def _scheduler_config(
     Fine-tunes mark themselves with empty tensors `v_pred` and `ztsnr`, others in the metadata.
     """
     words = (metadata.get(key, "") for key in PREDICTION_KEYS)
-    told = next(({"v": "v_prediction", "epsilon": "epsilon"}.get(word) for word in words if word), None)
+    stated = next(({"v": "v_prediction", "epsilon": "epsilon"}.get(word) for word in words if word), None)
     common = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "steps_offset": 1,
-        "prediction_type": "v_prediction" if "v_pred" in shapes else told or architecture.usual_prediction,
+        "prediction_type": "v_prediction" if "v_pred" in shapes else stated or architecture.usual_prediction,
     }
     if "ztsnr" in shapes:
         zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -160,11 +160,11 @@ class Folder:
             parts = shared_meta_modules(configs, self.architecture)
             lacking = {name: missing(part.state_dict(), self._weight_files(name)) for name, part in parts.items()}
             lacking["vae"] = missing_of_vae(configs["vae"], self._weight_files("vae"))
-        faults = [f"{name}/{tensor}" for name, tensors in lacking.items() for tensor in tensors]
-        if faults:
+        errors = [f"{name}/{tensor}" for name, tensors in lacking.items() for tensor in tensors]
+        if errors:
             raise ModelError(
-                f"The base {self.path} lacks {len(faults)} tensors that its configs announce; fetch it again.",
-                faults[:10],
+                f"The base {self.path} lacks {len(errors)} tensors that its configs announce; fetch it again.",
+                errors[:10],
             )
         return parts
 
@@ -207,18 +207,18 @@ class Folder:
     def _read_configs(self) -> dict[str, dict[str, Any]]:
         self._check_family()
         networks = self.architecture.networks
-        faults = [fault for name in networks if (fault := self._fault(name))]
+        errors = [error for name in networks if (error := self._error(name))]
         for name in self._tokenizers():
             if not any((self.path / name / file).is_file() for file in ("vocab.json", "tokenizer.json")):
-                faults.append(f"{name}: {self.path / name / 'vocab.json'} is missing")
-        if faults:
+                errors.append(f"{name}: {self.path / name / 'vocab.json'} is missing")
+        if errors:
             files = sorted(self.path.glob("*.safetensors"))
             hint = f" For a checkpoint in one file give the file, say model.path={files[0]}." if files else ""
             folders = ", ".join(f"{name}/" for name in (*networks, *self._tokenizers()))
             raise ModelError(
                 f"The base {self.path} is not a complete {self.architecture.title} folder; it must hold {folders} and "
                 f"scheduler/, each as diffusers saves it.{hint}",
-                faults,
+                errors,
             )
         _check_index(self.path, self.architecture)
         configs = {name: read_json(self.path / name / "config.json") for name in networks}
@@ -236,7 +236,7 @@ class Folder:
     def _tokenizers(self) -> list[str]:
         return [encoder.tokenizer for encoder in self.architecture.text_encoders]
 
-    def _fault(self, name: str) -> str | None:
+    def _error(self, name: str) -> str | None:
         folder, stem = self.path / name, _weights(name)
         if not (folder / "config.json").is_file():
             return f"{name}: {folder / 'config.json'} is missing"
@@ -245,7 +245,7 @@ class Folder:
             return f"{name}: {folder} holds pickled weights (.bin) only, which can run code; fetch the .safetensors"
         if not weights:
             return f"{name}: {folder / stem}.safetensors is missing"
-        return next((fault for file in weights if (fault := damage(file))), None)
+        return next((error for file in weights if (error := damage(file))), None)
 
 
 def _check_index(folder: Path, architecture: DiffusionArchitecture) -> None:
@@ -258,18 +258,18 @@ def _check_index(folder: Path, architecture: DiffusionArchitecture) -> None:
     wanted = {name: [f"diffusers.{one}"] for name, one in _NETWORKS.items()}
     wanted |= {encoder.part: [f"transformers.{encoder.model_class}"] for encoder in architecture.text_encoders}
     wanted |= {encoder.tokenizer: list(_TOKENIZERS) for encoder in architecture.text_encoders}
-    faults = []
+    errors = []
     for name, classes in wanted.items():
         named = _class_name(index, name)
         if named not in classes:
-            faults.append(f"{name}: it is {shown(named)}, not {' or '.join(classes)}")
+            errors.append(f"{name}: it is {shown(named)}, not {' or '.join(classes)}")
     if not _SCHEDULER.fullmatch(_class_name(index, "scheduler")):
-        faults.append(f"scheduler: it is {shown(_class_name(index, 'scheduler'))}, not one of diffusers")
-    if faults:
+        errors.append(f"scheduler: it is {shown(_class_name(index, 'scheduler'))}, not one of diffusers")
+    if errors:
         raise ModelError(
             f"{folder / _INDEX} names parts that {architecture.title} does not have, and that could run code; fetch "
             "the base from its author again.",
-            faults,
+            errors,
         )
 
 

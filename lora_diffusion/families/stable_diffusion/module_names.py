@@ -58,7 +58,7 @@ def _key_map(format_name: str, parts: Mapping[str, nn.Module], architecture: Dif
         paths, format_name = {"unet": [path for path in paths["unet"] if _NORM.fullmatch(path)]}, "kohya"
     if format_name not in _NAMES:
         known = ", ".join(_NAMES)
-        raise UnsupportedError(f"Stable Diffusion adapters have no spelling {format_name!r}; known: {known}.")
+        raise UnsupportedError(f"Stable Diffusion adapters have no format {format_name!r}; known: {known}.")
     ldm = ldm_names.unet_names([path for path in numbered if _LDM_PATHS.fullmatch(path)])
     encoders = {encoder.part: encoder for encoder in architecture.text_encoders}
     names_of = _NAMES[format_name]
@@ -66,12 +66,12 @@ def _key_map(format_name: str, parts: Mapping[str, nn.Module], architecture: Dif
         ModuleKey(part, path): list(
             dict.fromkeys(names_of(_Module(architecture, encoders.get(part), path, ldm.get(path))))
         )
-        for part, own in paths.items()
-        for path in own
+        for part, values in paths.items()
+        for path in values
     }
     return KeyMap(
-        ((key, own[0]) for key, own in names.items()),
-        ((key, name) for key, own in names.items() for name in own[1:]),
+        ((key, values[0]) for key, values in names.items()),
+        ((key, name) for key, values in names.items() for name in values[1:]),
     )
 
 

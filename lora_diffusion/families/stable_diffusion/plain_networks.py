@@ -136,7 +136,7 @@ def _is_plain_unet(sizes: SimpleNamespace) -> bool:
         is_one_width
         and types <= {f"{cross}{way}Block2D" for cross in ("CrossAttn", "") for way in ("Down", "Up")}
         and sizes.addition_embed_type in (None, "text_time")
-        and all(isinstance(own, int) for own in each_level(sizes.transformer_layers_per_block, sizes))
+        and all(isinstance(depth, int) for depth in each_level(sizes.transformer_layers_per_block, sizes))
     )
 
 
@@ -174,8 +174,8 @@ class _Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        made = self.to_q(x), self.to_k(context), self.to_v(context)
-        query, key, value = (split_heads(own, self.num_heads) for own in made)
+        projected = self.to_q(x), self.to_k(context), self.to_v(context)
+        query, key, value = (split_heads(x, self.num_heads) for x in projected)
         x = functional.scaled_dot_product_attention(query, key, value)
         return self.to_out[0](x.transpose(1, 2).reshape(len(x), -1, query.shape[1] * query.shape[3])) / 1.0  # type: ignore[no-any-return]
 
@@ -280,9 +280,9 @@ class _Down(Block):
 
 
 class _Up(Block):
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, own: list[Tensor], others: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, skipped: list[Tensor], others: list[Tensor]) -> Tensor:
         for index in range(len(self.resnets)):
-            x = torch.cat([x, own[-1 - index]], dim=1)
+            x = torch.cat([x, skipped[-1 - index]], dim=1)
             x = self.layer(index, x, time, text)
         for sampler in getattr(self, "upsamplers", ()):
             x = sampler(functional.interpolate(x, size=others[-1].shape[2:], mode="nearest"))
@@ -329,8 +329,8 @@ class _UNet(Network):
 
         def attentions(block_type: str, level: int, count: int) -> list[_Transformer]:
             has_any = block_type.startswith("CrossAttn")
-            own = (sizes, widths[level], depths[level], heads[level])
-            return [_Transformer(*own) for _ in range(count if has_any else 0)]
+            settings = (sizes, widths[level], depths[level], heads[level])
+            return [_Transformer(*settings) for _ in range(count if has_any else 0)]
 
         self.conv_in = nn.Conv2d(sizes.in_channels, widths[0], 3, padding=1)
         self.time_embedding = _Embedding(widths[0], time)
@@ -350,8 +350,8 @@ class _UNet(Network):
             for _ in range(num_layers + 1):
                 resnets.append(resnet(before + skipped.pop(), widths[level]))
                 before = widths[level]
-            made = _Up(attentions(block_type, level, num_layers + 1), resnets, before, "upsamplers" if level else "")
-            self.up_blocks.append(made)
+            block = _Up(attentions(block_type, level, num_layers + 1), resnets, before, "upsamplers" if level else "")
+            self.up_blocks.append(block)
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], sizes.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], sizes.out_channels, 3, padding=1)
 
@@ -374,8 +374,8 @@ class _UNet(Network):
         x = self.mid_block(x, time, encoder_hidden_states)
         for block in self.up_blocks:
             count = len(block.resnets)  # type: ignore[arg-type]
-            own, residuals = residuals[-count:], residuals[:-count]
-            x = block(x, time, encoder_hidden_states, own, residuals)
+            skipped, residuals = residuals[-count:], residuals[:-count]
+            x = block(x, time, encoder_hidden_states, skipped, residuals)
         return (self.conv_out(functional.silu(self.conv_norm_out(x))),)
 
 
@@ -428,9 +428,11 @@ class _CausalAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (split_heads(made(x), self.num_heads) for made in (self.q_proj, self.k_proj, self.v_proj))
-        made = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(made.transpose(1, 2).contiguous().reshape(x.shape))  # type: ignore[no-any-return]
+        query, key, value = (
+            split_heads(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out_proj(attended.transpose(1, 2).contiguous().reshape(x.shape))  # type: ignore[no-any-return]
 
 
 class _Perceptron(nn.Module):

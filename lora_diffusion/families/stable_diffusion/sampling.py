@@ -131,8 +131,8 @@ def guided(unet: Any, positive: Condition, negative: Condition, guidance: float)
 def generate(loaded: Loaded, requests: Sequence[Request], embed: Embed) -> list[Output]:
     """Generates images in batches of requests that differ in prompt and seed only."""
     outputs: dict[int, Output] = {}
-    own = loaded.info.guidance
-    requests = [replace(r, guidance=own) if r.guidance is None else r for r in requests]
+    guidance = loaded.info.guidance
+    requests = [replace(r, guidance=guidance) if r.guidance is None else r for r in requests]
     order = sorted(range(len(requests)), key=lambda i: repr(_settings(requests[i])))
     for _, group in groupby(order, key=lambda i: repr(_settings(requests[i]))):
         indices = list(group)

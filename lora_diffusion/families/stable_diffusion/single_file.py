@@ -149,21 +149,21 @@ def _header(path: Path) -> _Header:
 
     try:
         with safe_open(path, framework="np") as file:
-            published_name = ldm_names.published_name(file.keys())
-            shapes = {published_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            checkpoint_name = ldm_names.checkpoint_name(file.keys())
+            shapes = {checkpoint_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             return _Header(shapes, file.metadata() or {}, is_renamed=shapes.keys() != set(file.keys()))
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a whole .safetensors file ({error}); fetch it again.") from error
 
 
 def _check_family(path: Path, shapes: Shapes, architecture: DiffusionArchitecture) -> None:
-    found = _found(shapes, architecture)
-    if found is not None and found is not architecture:
-        raise other_family(architecture, found, str(path))
+    actual = _found(shapes, architecture)
+    if actual is not None and actual is not architecture:
+        raise other_family(architecture, actual, str(path))
     prefixes = {"unet": ldm_names.UNET, "vae": "first_stage_model."}
     missing = [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
-    if found is None or "unet" in missing:
-        missing += [] if found else [encoder.part for encoder in architecture.text_encoders]
+    if actual is None or "unet" in missing:
+        missing += [] if actual else [encoder.part for encoder in architecture.text_encoders]
         others = [title for mark, title in _MARKS_OF_OTHERS.items() if any(name.startswith(mark) for name in shapes)]
         what = f"it looks like {others[0]}" if others else f"it holds no {', '.join(missing)}"
         raise ModelError(f"{path} is not a {architecture.title} checkpoint: {what}.")
@@ -175,7 +175,7 @@ def _found(shapes: Shapes, wanted: DiffusionArchitecture) -> DiffusionArchitectu
     Marks are compared from the last architecture to the first, since a later one may hold what an earlier one has.
     """
     candidates = (wanted, *reversed(list(DIFFUSION.values())))
-    marks = [own for own in candidates if any(name.startswith(own.ldm_mark) for name in shapes)]
+    marks = [candidate for candidate in candidates if any(name.startswith(candidate.ldm_mark) for name in shapes)]
     projection = shapes.get(f"{ldm_names.UNET}middle_block.1.proj_in.weight")
     if marks or not projection or any(name.startswith("conditioner.") for name in shapes):
         return marks[0] if marks else None
@@ -187,9 +187,9 @@ def _found(shapes: Shapes, wanted: DiffusionArchitecture) -> DiffusionArchitectu
         return None
     is_linear = len(projection) == 2
     return next(
-        own
-        for own in candidates
-        if bool(own.unet.added) == has_sizes and (has_sizes or own.unet.has_linear_projections == is_linear)
+        candidate
+        for candidate in candidates
+        if bool(candidate.unet.added) == has_sizes and (has_sizes or candidate.unet.has_linear_projections == is_linear)
     )
 
 

@@ -83,19 +83,19 @@ def _sizes(sample: ImageText) -> Tensor:
 
 def encode_rows(loaded: Loaded, architecture: DiffusionArchitecture, rows: Rows) -> Condition:
     """Returns what the UNet takes for rows [batch, ...] of columns; token ids are encoded, with gradient."""
-    found = dict(rows)
+    columns = dict(rows)
     for encoder in architecture.text_encoders:
         if not rows[encoder.column].is_floating_point():
-            found |= _read(loaded, architecture, encoder, rows[encoder.column])
+            columns |= _read(loaded, architecture, encoder, rows[encoder.column])
     dtype: Any = loaded.parts["unet"].dtype
-    hidden = [found[encoder.column].to(loaded.device, dtype) for encoder in architecture.text_encoders]
+    hidden = [columns[encoder.column].to(loaded.device, dtype) for encoder in architecture.text_encoders]
     if not architecture.unet.added:
         return {"context": torch.cat(hidden, dim=-1)}
-    is_shown = found[_IS_SHOWN].to(loaded.device, dtype)[:, None]
+    is_shown = columns[_IS_SHOWN].to(loaded.device, dtype)[:, None]
     return {
         "context": torch.cat(hidden, dim=-1) * is_shown[:, None],
-        "text_embeds": found[_POOLED].to(loaded.device, dtype) * is_shown,
-        "time_ids": found[_TIME_IDS].to(loaded.device, dtype),
+        "text_embeds": columns[_POOLED].to(loaded.device, dtype) * is_shown,
+        "time_ids": columns[_TIME_IDS].to(loaded.device, dtype),
     }
 
 
@@ -107,10 +107,10 @@ def encode_requests(
     names += [_POOLED] if architecture.unet.added else []
 
     def embed(prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        found: dict[str, Tensor] = {}
+        columns: dict[str, Tensor] = {}
         for encoder in architecture.text_encoders:
-            found |= _read(loaded, architecture, encoder, tokenize(loaded.modules[encoder.tokenizer], prompts))
-        return tuple(found[name] for name in names)
+            columns |= _read(loaded, architecture, encoder, tokenize(loaded.modules[encoder.tokenizer], prompts))
+        return tuple(columns[name] for name in names)
 
     def condition(prompts: list[str], is_shown: list[bool]) -> Condition:
         rows = dict(zip(names, _remembered(loaded, prompts, embed), strict=True))

@@ -157,7 +157,9 @@ def loss(loaded: Loaded, drawn: Drawn, encode: Encode) -> LossOutput:
     """
     options, schedule, device = loaded.options, loaded.modules["schedule"], loaded.device
     prediction = loaded.modules["prediction"]
-    latents, timesteps, noise = (own.to(device) for own in (drawn.latents, drawn.timesteps, drawn.noise))
+    latents, timesteps, noise = (
+        drawn_tensor.to(device) for drawn_tensor in (drawn.latents, drawn.timesteps, drawn.noise)
+    )
     noisy, rows = schedule.add_noise(latents, noise, timesteps), drawn.rows
     target = prediction.target(schedule, latents, noise, timesteps)
     weights = _row(options, "weighting").weights(schedule.snr(timesteps), prediction)

@@ -51,7 +51,7 @@ def seen(vision: CLIPVisionModel, pictures: Pictures) -> Tensor:
     return torch.stack(copies)
 
 
-def spell(tokenizer: PreTrainedTokenizerFast, conversation: list[Turn]) -> tuple[list[int], list[int]]:
+def tokens_and_labels(tokenizer: PreTrainedTokenizerFast, conversation: list[Turn]) -> tuple[list[int], list[int]]:
     """Tokens of a conversation about a picture, and labels, which leave out all but the answers."""
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
     for index, turn in enumerate(conversation):
@@ -81,7 +81,7 @@ class Conversations:
         """Tokens, labels, features of a batch that depends on the step only."""
         rng = random.Random(step)
         rows = [rng.randrange(len(self.right)) for _ in range(BATCH)]
-        spelled = [spell(self.tokenizer, turns(self.right[row], rng)) for row in rows]
+        spelled = [tokens_and_labels(self.tokenizer, turns(self.right[row], rng)) for row in rows]
         seen = torch.stack([self.copies[rng.randrange(NUM_COPIES), row] for row in rows]).float()
         ids = padded([ids for ids, _ in spelled], self.tokenizer.pad_token_id)
         return ids, padded([labels for _, labels in spelled], IGNORED), seen
