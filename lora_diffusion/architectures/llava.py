@@ -34,4 +34,6 @@ ARCHITECTURE = TextOutputArchitecture(
         "projector": ("linear_1", "linear_2"),
         "vision_tower": (*_VISION, "embeddings.patch_embedding"),
     },
+    task="image-text-to-text",
+    auto_class="AutoModelForImageTextToText",
 )

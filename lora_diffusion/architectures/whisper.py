@@ -23,4 +23,6 @@ ARCHITECTURE = TextOutputArchitecture(
     model_classes={"whisper": "WhisperForConditionalGeneration"},
     part_prefixes={"encoder": ("model.encoder.",), "decoder": ("model.decoder.",)},
     paths={"encoder": _paths(*_ATTENTION, "fc1", "fc2"), "decoder": _paths(*_ATTENTION, *_CROSS, "fc1", "fc2")},
+    task="automatic-speech-recognition",
+    auto_class="AutoModelForSpeechSeq2Seq",
 )
