@@ -112,9 +112,9 @@ class BaseInfo:
     """What is known of a base model without its weights."""
 
     resolution: int
-    """Side in pixels of the square pictures it was trained on."""
+    """Side in pixels of the square images it was trained on."""
     size_step: int
-    """Width and height of a picture must be multiples of this."""
+    """Width and height of an image must be multiples of this."""
     architecture: str
     """`modelspec.architecture` without "/lora", say stable-diffusion-v1."""
     prediction: str
@@ -190,7 +190,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class ChatInfo(BaseInfo):
-    """What is known of a base that talks about pictures; it has no prediction."""
+    """What is known of a base that talks about images; it has no prediction."""
 
     resolution: int = 0
     size_step: int = 1
@@ -198,6 +198,6 @@ class ChatInfo(BaseInfo):
     prediction: str = ""
     source: str = ""
     max_tokens: int = 4096
-    """What it reads and writes at once, the tokens of the picture counted."""
+    """What it reads and writes at once, the tokens of the image counted."""
     count_tokens: Callable[[Sequence[Chat]], list[int | str]] | None = field(default=None, compare=False, repr=False)
     """Conversations -> the number of tokens of each, or why the chat template cannot render it."""
