@@ -12,13 +12,13 @@ from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.config.settings import AT_LEAST_ONE, NOT_NEGATIVE, free
 from lora_diffusion.core.base_model import ChatInfo, Example, Loaded, LossOutput, Part
 from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.keymap import KeyMap, naming
 from lora_diffusion.core.samples import PIECES, Batch, Chat, Output, Prepared, Request
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lora_diffusion.core.keymap import KeyMap
 
 _BUILTIN = {"emoji-llava": "emoji-llava"}
 _TITLE = "LLaVA as save_pretrained of transformers makes it"
@@ -92,7 +92,7 @@ class Llava:
         """Maps layers to their paths in LlavaForConditionalGeneration; only PEFT has names for them."""
         from lora_diffusion.families.language import loading, vision
 
-        if format_name != "peft":
+        if naming(format_name) != "peft":
             raise UnsupportedError(f"LLaVA adapters have no spelling {format_name}; use peft.")
         paths = vision.published_paths() if options is None else loading.layers(self.skeleton(options))
         return vision.peft_map(paths)

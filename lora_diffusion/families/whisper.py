@@ -12,13 +12,13 @@ from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.config.settings import AT_LEAST_ONE, SHARE, fixed, free, one_of
 from lora_diffusion.core.base_model import Example, Loaded, LossOutput, Part, SpeechInfo
 from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.keymap import KeyMap, naming
 from lora_diffusion.core.samples import PIECES, AudioText, Batch, Output, Prepared, Request
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lora_diffusion.core.keymap import KeyMap
 
 _BUILTIN = {"digits": "digits-whisper"}
 _PREFIXES = {"encoder": "model.encoder.", "decoder": "model.decoder."}
@@ -106,7 +106,7 @@ class Whisper:
         """Maps linear layers to their paths in WhisperForConditionalGeneration; only PEFT has names for them."""
         from lora_diffusion.families.language import loading, speech
 
-        if format_name != "peft":
+        if naming(format_name) != "peft":
             raise UnsupportedError(f"Whisper adapters have no spelling {format_name}; use peft.")
         paths = speech.published_paths() if options is None else loading.layers(self.skeleton(options))
         return loading.peft_map(paths, _PREFIXES)
