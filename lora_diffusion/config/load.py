@@ -1,4 +1,4 @@
-"""YAML file and `key=value` overrides -> Config. All faults are collected and raised at once.
+"""YAML file and `key=value` overrides -> Config. All errors are collected and raised at once.
 
 Nothing is looked up: `${...}`, like all else that a text may hold, stays as it stands.
 """
@@ -26,7 +26,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.text import name_some, shown, suggestion
 
-_SPELLED: dict[Any, str] = {
+_TYPE_NAMES: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
@@ -46,29 +46,29 @@ class _UnclearError(ValueError):
 def convert(
     values: Mapping[str, Any], schema: Mapping[str, type[Any]], family_defaults: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns typed section objects and the faults of those values that have the wrong type.
+    """Returns typed section objects and the errors of those values that have the wrong type.
 
     Args:
         values: section -> key -> value as `plain_yaml` reads it; keys that are unknown are passed over.
         schema: section -> its class.
         family_defaults: "section.key" -> default that the family brings.
     """
-    sections, faults = {}, []
+    sections, errors = {}, []
     for name, section_type in schema.items():
         given = values.get(name)
         hints = typing.get_type_hints(section_type)
-        own = {key.partition(".")[2]: value for key, value in family_defaults.items() if key.startswith(f"{name}.")}
+        typed = {key.partition(".")[2]: value for key, value in family_defaults.items() if key.startswith(f"{name}.")}
         for key, value in given.items() if isinstance(given, dict) else ():
             if key not in hints:
                 continue
             try:
-                own[key] = _typed(value, hints[key])
+                typed[key] = _typed(value, hints[key])
             except _MisfitError:
-                faults.append(f"{name}.{key}={_given(value)}: must be {_spell(hints[key])}")
+                errors.append(f"{name}.{key}={_given(value)}: must be {_type_name(hints[key])}")
             except _UnclearError as error:
-                faults.append(f"{name}.{key}: {error}")
-        sections[name] = section_type(**own)
-    return sections, faults
+                errors.append(f"{name}.{key}: {error}")
+        sections[name] = section_type(**typed)
+    return sections, errors
 
 
 def defaults(schema: Mapping[str, type[Any]], family_defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,21 +111,21 @@ def _given(value: Any) -> str:
     return shown(repr(value.meaning if isinstance(value, Plain) else value))
 
 
-def _spell(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     if is_list(hint):
-        return f"a list, each {_spell(typing.get_args(hint)[0])}"
+        return f"a list, each {_type_name(typing.get_args(hint)[0])}"
     members = typing.get_args(hint)
-    return " or ".join(_spell(member) for member in members) if members else _SPELLED.get(hint, str(hint))
+    return " or ".join(_type_name(member) for member in members) if members else _TYPE_NAMES.get(hint, str(hint))
 
 
 def shipped() -> dict[str, tuple[Path, str]]:
     """Returns name -> (file, first comment line) of the configs that come along, say "sd1/style"."""
     root = shipped_path("configs")
-    found = {}
+    configs = {}
     for path in sorted(set(root.rglob("*.yaml")) - set(root.glob("evaluate/*"))):
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        found[path.relative_to(root).with_suffix("").as_posix()] = (path, first.lstrip("# "))
-    return found
+        configs[path.relative_to(root).with_suffix("").as_posix()] = (path, first.lstrip("# "))
+    return configs
 
 
 def find_shipped(name: str) -> Path:
@@ -167,25 +167,26 @@ def load(
     in_file = _read(path) if path else {}
     family = _family(in_file, overrides)
     schema = _typed_sections(family)
-    told = _nested(overrides, schema)
-    values = _merged(in_file, told)
-    faults = list(_unknown_keys(values, schema))
-    sections, type_faults = convert(values, schema, family.options_type.defaults)
-    faults += type_faults
-    faults += out_of_range(sections)
+    given = _nested(overrides, schema)
+    values = _merged(in_file, given)
+    errors = list(_unknown_keys(values, schema))
+    sections, type_errors = convert(values, schema, family.options_type.defaults)
+    errors += type_errors
+    errors += out_of_range(sections)
     if required:
-        faults += _missing(sections, unused)
-    told_keys = frozenset(f"{section}.{key}" for section, own in told.items() if isinstance(own, dict) for key in own)
-    if not faults:
-        sections = settle(sections, told_keys, defaults(schema, family.options_type.defaults), source)
-        faults += dict.fromkeys(found.text for found in contradictions(sections))
-    if faults:
+        errors += _missing(sections, unused)
+    nested = {section: keys for section, keys in given.items() if isinstance(keys, dict)}
+    given_keys = frozenset(f"{section}.{key}" for section, keys in nested.items() for key in keys)
+    if not errors:
+        sections = settle(sections, given_keys, defaults(schema, family.options_type.defaults), source)
+        errors += dict.fromkeys(one.text for one in contradictions(sections))
+    if errors:
         raise ConfigError(
-            f"The config from {source} has {len(faults)} fault(s); mend them or see the keys with "
+            f"The config from {source} has {len(errors)} error(s); correct them or see the keys with "
             "'lora-diffusion config show'.",
-            faults,
+            errors,
         )
-    return Config(**sections, told=told_keys)
+    return Config(**sections, given=given_keys)
 
 
 def to_values(config: Config) -> dict[str, Any]:
@@ -274,14 +275,14 @@ def _without_escapes(value: Any) -> Any:
 
 def _nested(overrides: Sequence[str], schema: Mapping[str, type[Any]]) -> dict[str, Any]:
     """Returns what the overrides say, in sections; later ones win."""
-    told: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for override in overrides:
         match = _parts(override)
         value = _value(match, schema, override)
         for key in reversed(match[2].split(".")[1:]):
             value = {key: value}
-        told = _merged(told, {match[1]: value})
-    return told
+        given = _merged(given, {match[1]: value})
+    return given
 
 
 def _parts(override: str) -> re.Match[str]:
@@ -310,23 +311,23 @@ def _value(match: re.Match[str], schema: Mapping[str, type[Any]], override: str)
 
 def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values with the others in their place, mappings merged."""
-    made = dict(values)
+    merged = dict(values)
     for key, other in others.items():
-        mine = made.get(key)
-        made[key] = _merged(mine, other) if isinstance(mine, dict) and isinstance(other, dict) else other
-    return made
+        mine = merged.get(key)
+        merged[key] = _merged(mine, other) if isinstance(mine, dict) and isinstance(other, dict) else other
+    return merged
 
 
 def _family(in_file: Mapping[str, Any], overrides: Sequence[str]) -> Family:
     model = in_file.get("model")
     name = model.get("family", ModelOptions.family) if isinstance(model, dict) else ModelOptions.family
-    told = [match[3] for override in overrides if (match := _parts(override))[1] + match[2] == "model.family"]
-    return typing.cast(Family, registry.find("families", str(told[-1] if told else name), "model.family"))
+    given = [match[3] for override in overrides if (match := _parts(override))[1] + match[2] == "model.family"]
+    return typing.cast(Family, registry.find("families", str(given[-1] if given else name), "model.family"))
 
 
 def _typed_sections(family: Family) -> dict[str, type[Any]]:
-    own = {"model": family.options_type, "data": data_section(family.sample_type)}
-    hints = typing.get_type_hints(Config) | own
+    special = {"model": family.options_type, "data": data_section(family.sample_type)}
+    hints = typing.get_type_hints(Config) | special
     return {f.name: hints[f.name] for f in dataclasses.fields(Config)}
 
 

@@ -47,9 +47,9 @@ def read_entry(key: str, text: str) -> Entry:
     value = int(number) if number.isdecimal() and len(number) < _MOST_DIGITS else read_number(number)
     is_rank = key == "adapter.module_ranks"
     if not target or not 0 < value < math.inf or (is_rank and not isinstance(value, int)):
-        kind = "whole number" if is_rank else "number"
+        noun = "whole number" if is_rank else "number"
         raise ConfigError(
-            f"{key}: {shown(text)!r} must be TARGET=VALUE, the value a {kind} greater than 0, as in {PER_MODULE[key]}"
+            f"{key}: {shown(text)!r} must be TARGET=VALUE, the value a {noun} greater than 0, as in {PER_MODULE[key]}"
         )
     return Entry(key, target, value)
 

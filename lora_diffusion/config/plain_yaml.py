@@ -100,7 +100,7 @@ def parse(text: str) -> Any:
         _check_size(text, loader)
         return yaml.load(text, Loader=loader)  # noqa: S506 - it makes texts, lists and mappings only
     except yaml.MarkedYAMLError as error:
-        raise YamlError(_told(error, text)) from error
+        raise YamlError(_explained(error, text)) from error
     except yaml.YAMLError as error:
         reason = getattr(error, "reason", None) or error
         raise YamlError(shown(" ".join(str(reason).split()), 200)) from error
@@ -108,7 +108,7 @@ def parse(text: str) -> Any:
         raise YamlError("it holds half a character, which is no text") from error
 
 
-def _told(error: yaml.MarkedYAMLError, text: str) -> str:
+def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
     mark = error.problem_mark or error.context_mark
     problem = str(error.problem)
     if problem.startswith("but "):
@@ -182,18 +182,18 @@ def _scalar(loader: Any, node: yaml.ScalarNode) -> str:
 
 
 def _mapping(loader: Any, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    """Makes a dict; a key that stands twice is a fault, one that `<<` brings gives way."""
+    """Makes a dict; a key that stands twice is an error, one that `<<` brings gives way."""
     import yaml
 
-    own = set()
+    keys = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key.start_mark)
-        if key.value in own:
+        if key.value in keys:
             raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
-        own.add(key.value)
-    made: dict[Hashable, Any] = loader.construct_mapping(node, deep=True)
-    return made
+        keys.add(key.value)
+    mapping: dict[Hashable, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
 
 
 def _refuse(loader: Any, node: yaml.Node) -> Any:

@@ -26,7 +26,7 @@ def out_of_range(sections: Mapping[str, Any]) -> Iterator[str]:
             if rule and value not in (None, REQUIRED) and not rule.test(value):
                 yield f"{dotted}={shown(as_written(value))}: {rule.text}{_hint(dotted, value, rule)}"
             else:
-                yield from (f"{dotted}={fault}" for one in _items(value) if (fault := _too_large(one)))
+                yield from (f"{dotted}={text}" for one in _items(value) if (text := _too_large(one)))
 
 
 def _items(value: Any) -> Sequence[Any]:
@@ -56,9 +56,9 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
     yield from _length_relations(sections["train"])
     yield from _part_relations(sections["adapter"], sections["train"])
     yield from _preview_relations(sections["preview"], sections["train"])
-    yield from _per_module_faults(sections)
+    yield from _per_module_relations(sections)
     yield from _evaluate_relations(sections["evaluate"], sections["data"])
-    yield from sections["data"].faults()
+    yield from sections["data"].contradictions()
     yield from _output_relations(sections["output"], sections["train"])
 
 
@@ -94,11 +94,11 @@ def _part_relations(adapter: Any, train: Any) -> Iterator[Contradiction]:
     rates = {text: text.partition("=") for text in train.part_learning_rates}
     fitting = tuple(text for text, (part, _, _) in rates.items() if part in adapter.parts)
     for text, (part, _, number) in rates.items():
-        fault = f"{key}: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
+        message = f"{key}: {text!r} does not name one of adapter.parts and a rate, as in unet=1e-4"
         if not 0 < read_number(number) < math.inf:
-            yield Contradiction(fault)
+            yield Contradiction(message)
         elif part not in adapter.parts:
-            yield Contradiction(fault, key, ("adapter.parts",), fitting)
+            yield Contradiction(message, key, ("adapter.parts",), fitting)
     idle = [part for part in adapter.full if part not in adapter.parts]
     if idle:
         text = f"adapter.full asks for {', '.join(idle)}, which is not trained; add it to adapter.parts"
@@ -117,7 +117,7 @@ def _preview_relations(preview: Any, train: Any) -> Iterator[Contradiction]:
         yield Contradiction(text, "preview.guidance", ("preview.negative",))
 
 
-def _per_module_faults(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
+def _per_module_relations(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
     for dotted in PER_MODULE:
         section, key = dotted.split(".")
         for text in getattr(sections[section], key):
@@ -164,7 +164,7 @@ def check_negative(negative: str, guidance: float | None) -> None:
     """Refuses the option --negative where nothing reads it.
 
     Args:
-        negative: what pictures should not show.
+        negative: what images should not show.
         guidance: its scale; 1 turns it off, None is not known yet.
 
     Raises:

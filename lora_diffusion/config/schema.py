@@ -95,7 +95,7 @@ class DataConfig:
         """What the run is scored on while it trains and not trained on, as `validation` says; None without any."""
         return None
 
-    def faults(self) -> Iterator[Contradiction]:
+    def contradictions(self) -> Iterator[Contradiction]:
         """Yields each pair of values that cannot go together."""
         yield from ()
 
@@ -126,7 +126,7 @@ class ImageDataConfig(DataConfig):
 
     sample_type: ClassVar[type[Sample]] = ImageText
 
-    def faults(self) -> Iterator[Contradiction]:
+    def contradictions(self) -> Iterator[Contradiction]:
         """Yields one if a default caption is given that nothing uses."""
         if self.default_caption and self.captions == "required":
             text = "data.default_caption: is only used with data.captions=optional"
@@ -402,16 +402,16 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-    told: InitVar[frozenset[str]] = frozenset()
+    given: InitVar[frozenset[str]] = frozenset()
     """Keys that the command line gave, over a file; they are no part of the config."""
 
-    def __post_init__(self, told: frozenset[str]) -> None:
+    def __post_init__(self, given: frozenset[str]) -> None:
         """Keeps what the command line gave."""
-        object.__setattr__(self, "told", told)
+        object.__setattr__(self, "given", given)
 
-    def is_told(self, *keys: str) -> bool:
+    def is_given(self, *keys: str) -> bool:
         """Says whether the command line gave one of these."""
-        return not vars(self)["told"].isdisjoint(keys)
+        return not vars(self)["given"].isdisjoint(keys)
 
 
 PATHS = frozenset(

@@ -12,20 +12,20 @@ from lora_diffusion.core.logs import logger
 
 
 def settle(
-    sections: Mapping[str, Any], told: frozenset[str], defaults: Mapping[str, Any], source: str
+    sections: Mapping[str, Any], given: frozenset[str], defaults: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
     """Returns the sections in which settings of a file have given way, with a warning for each.
 
     Args:
         sections: typed sections.
-        told: keys that the command line gave.
+        given: keys that the command line gave.
         defaults: "section.key" -> default.
         source: what the file is called.
     """
     settled = dict(sections)
-    while found := next(_yielding(settled, told, defaults), None):
-        key, instead, stronger = found
-        _tell(source, key, _at(settled, key), stronger, _at(settled, stronger), instead)
+    while contradiction := next(_yielding(settled, given, defaults), None):
+        key, instead, stronger = contradiction
+        _warn(source, key, _at(settled, key), stronger, _at(settled, stronger), instead)
         section, name = key.split(".")
         settled[section] = dataclasses.replace(settled[section], **{name: instead})
     return settled
@@ -42,26 +42,26 @@ def give_way(config: Config, key: str, instead: Any, *against: str) -> Config:
         instead: what it becomes.
         against: keys of which the command line must have given one.
     """
-    stronger = [other for other in against if config.is_told(other)]
+    stronger = [other for other in against if config.is_given(other)]
     sections = vars(config)
-    if config.is_told(key) or not stronger or _at(sections, key) == instead:
+    if config.is_given(key) or not stronger or _at(sections, key) == instead:
         return config
-    _tell("the config", key, _at(sections, key), stronger[0], _at(sections, stronger[0]), instead)
+    _warn("the config", key, _at(sections, key), stronger[0], _at(sections, stronger[0]), instead)
     section, name = key.split(".")
     changed: Any = {section: dataclasses.replace(sections[section], **{name: instead})}
     return dataclasses.replace(config, **changed)
 
 
 def _yielding(
-    sections: Mapping[str, Any], told: frozenset[str], defaults: Mapping[str, Any]
+    sections: Mapping[str, Any], given: frozenset[str], defaults: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields key, new value, and the key that it gives way to."""
-    for found in contradictions(sections):
-        stronger = [key for key in found.against if key in told]
-        if found.key and found.key not in told and stronger:
-            instead = defaults[found.key] if found.instead is None else found.instead
-            if instead != _at(sections, found.key):
-                yield found.key, instead, stronger[0]
+    for contradiction in contradictions(sections):
+        stronger = [key for key in contradiction.against if key in given]
+        if contradiction.key and contradiction.key not in given and stronger:
+            instead = defaults[contradiction.key] if contradiction.instead is None else contradiction.instead
+            if instead != _at(sections, contradiction.key):
+                yield contradiction.key, instead, stronger[0]
 
 
 def _at(sections: Mapping[str, Any], dotted: str) -> Any:
@@ -69,7 +69,7 @@ def _at(sections: Mapping[str, Any], dotted: str) -> Any:
     return getattr(sections[section], key)
 
 
-def _tell(source: str, key: str, value: Any, stronger: str, other: Any, instead: Any) -> None:
+def _warn(source: str, key: str, value: Any, stronger: str, other: Any, instead: Any) -> None:
     logger.warning(
         "%s=%s of %s gives way to %s=%s; it is %s now.",
         key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.core.text import suggestion
@@ -92,6 +93,12 @@ class KeyMap:
                 "architecture; load it with the base it was trained on.",
                 unknown[:10],
             )
+
+
+def naming(format_name: str) -> str:
+    """Returns the format whose names of modules another one takes, which is all that families know of it."""
+    is_format = format_name in registry.available("formats")
+    return str(registry.find("formats", format_name).naming) if is_format else format_name
 
 
 def flat_key_map(paths: Mapping[str, Iterable[str]], prefixes: Mapping[str, str]) -> KeyMap:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 PIECES = frozenset({"views", "texts"})
-"""What an item is prepared from, each by itself: the views of its picture or recording, and its texts."""
+"""What an item is prepared from, each by itself: the views of its image or recording, and its texts."""
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,28 @@ class Sample:
     key: str
     """Unique name within the data set: its path below `data.path`."""
     path: Path
-    """The file that holds the picture or the recording."""
+    """The file that holds the image or the recording."""
     num_repeats: int = 1
     """How often an epoch shows the sample."""
 
 
 @dataclass(frozen=True)
 class ImageText(Sample):
-    """A picture and what it shows."""
+    """An image and what it shows."""
 
     captions: tuple[str, ...] = ()
-    """Rendered captions; one of them is drawn each time the picture is used."""
+    """Rendered captions; one of them is drawn each time the image is used."""
     prior_captions: tuple[str, ...] = ()
     """What must not change its meaning: the caption without the trigger words, then with other words in their place.
     Empty where no trigger is known."""
     trigger: str = ""
     """The words that call up what is trained, the same in all samples of a data set; "" where none are known."""
     size: tuple[int, int] = (0, 0)
-    """Width and height in pixels of the bucket that the picture is trained in."""
+    """Width and height in pixels of the bucket that the image is trained in."""
     original_size: tuple[int, int] = (0, 0)
-    """Width and height in pixels of the picture itself."""
+    """Width and height in pixels of the image itself."""
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Pixels cut off at the left, top, right and bottom once the picture is scaled to cover its bucket."""
+    """Pixels cut off at the left, top, right and bottom once the image is scaled to cover its bucket."""
     read_bytes: Callable[[], bytes] | None = None
     """Gives the content where it lies in a table; None reads `path`."""
     pixels: Tensor | None = None
@@ -110,7 +110,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to generate, or one text to write about a recording or a picture."""
+    """One image to generate, or one text to write about a recording or an image."""
 
     prompt: str
     seed: int
@@ -128,7 +128,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """What a family makes of a request: a picture or a text."""
+    """What a family makes of a request: an image or a text."""
 
     request: Request
     image: Image = None  # type: ignore[assignment]  # families that draw always give one

@@ -136,15 +136,16 @@ def check(content: Content, longest_s: float, remedy: str = "cut it") -> Facts:
     check_length = partial(_check_length, name, longest_s, remedy)
     if _is_container(content):
         data = _bytes(content)
-        sound, rate, told_s = _decode_container(name, data, check_length)
+        sound, rate, announced_s = _decode_container(name, data, check_length)
         digest, num_channels = hashlib.sha256(data).hexdigest(), sound.shape[1]
         num_samples, is_finite, largest = _measure([sound.mean(axis=1)])
         check_length(num_samples / rate)
     else:
-        digest, rate, num_channels, told_s, (num_samples, is_finite, largest) = _look_through(content, check_length)
-    if num_samples < 0.99 * told_s * rate:
+        digest, rate, num_channels, announced_s, sizes = _look_through(content, check_length)
+        num_samples, is_finite, largest = sizes
+    if num_samples < 0.99 * announced_s * rate:
         raise RecordingError(
-            name, f"breaks off after {num_samples / rate:.1f} of {told_s:.1f} s; copy or export it again."
+            name, f"breaks off after {num_samples / rate:.1f} of {announced_s:.1f} s; copy or export it again."
         )
     if not is_finite:
         raise RecordingError(name, "holds samples that are not numbers; export it again.")
@@ -176,8 +177,8 @@ def _look_through(
             stream.seek(0)
             with soundfile.SoundFile(stream) as file:
                 check_length(file.frames / file.samplerate)
-                told_s = file.frames / file.samplerate / share
-                return digest, file.samplerate, file.channels, told_s, _measure(_mono(file, file.frames))
+                announced_s = file.frames / file.samplerate / share
+                return digest, file.samplerate, file.channels, announced_s, _measure(_mono(file, file.frames))
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise RecordingError(str(content), _explain(content, error)) from error
 
@@ -221,17 +222,17 @@ def _decode_container(
         with av.open(io.BytesIO(data)) as container:
             if not container.streams.audio:
                 raise RecordingError(name, "holds no sound track; move it away.")
-            told_s = _announced_s(container)
-            if check_length and told_s:
-                check_length(told_s)
+            announced_s = _announced_s(container)
+            if check_length and announced_s:
+                check_length(announced_s)
             to_floats = av.AudioResampler(format="fltp")
-            frames = [own for frame in container.decode(audio=0) for own in to_floats.resample(frame)]
+            frames = [piece for frame in container.decode(audio=0) for piece in to_floats.resample(frame)]
             frames += to_floats.resample(None)
             rate = container.streams.audio[0].rate
     except (av.FFmpegError, ValueError) as error:
         raise RecordingError(name, _explain(lambda: data, error)) from error
     pieces = [frame.to_ndarray().T for frame in frames]
-    return np.concatenate(pieces) if pieces else np.zeros((0, 1), np.float32), rate, told_s
+    return np.concatenate(pieces) if pieces else np.zeros((0, 1), np.float32), rate, announced_s
 
 
 def _announced_s(container: Any) -> float:
@@ -310,8 +311,8 @@ def _opened(content: Content) -> io.BufferedReader:
     """Returns the bytes as a stream; raises RecordingError where the file cannot be opened, or is a pipe or device."""
     if callable(content):
         return _Stream(io.BytesIO(content()))  # type: ignore[arg-type]  # it reads as raw streams do
-    if kind := not_a_file(content):
-        raise RecordingError(str(content), f"is {kind} and no file; move it away.")
+    if file_type := not_a_file(content):
+        raise RecordingError(str(content), f"is {file_type} and no file; move it away.")
     try:
         return _Stream(io.FileIO(content))
     except OSError as error:
@@ -330,8 +331,8 @@ def _share_there(stream: io.BufferedReader) -> float:
     num_bytes = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     start = stream.read(8)
-    told = 8 + int.from_bytes(start[4:8], "little")
-    return num_bytes / told if start[:4] == b"RIFF" and num_bytes < told < _PLACEHOLDER_BYTES else 1.0
+    num_announced = 8 + int.from_bytes(start[4:8], "little")
+    return num_bytes / num_announced if start[:4] == b"RIFF" and num_bytes < num_announced < _PLACEHOLDER_BYTES else 1.0
 
 
 def _explain(content: Content, error: Exception) -> str:
@@ -340,5 +341,5 @@ def _explain(content: Content, error: Exception) -> str:
         return "is empty (0 bytes); replace it or move it away."
     # The whole message of libsndfile names the stream by its address.
     reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-    kinds = ", ".join(_SOUND_FILES[:5])
-    return f"cannot be decoded ({reason}); it is damaged or of a kind that is not read, export it as one of {kinds}."
+    formats = ", ".join(_SOUND_FILES[:5])
+    return f"cannot be decoded ({reason}); it is damaged or of a kind that is not read, export it as one of {formats}."

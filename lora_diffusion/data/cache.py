@@ -1,7 +1,7 @@
 """Prepared samples on the disk, found by what they were made from.
 
-The views of a picture or recording and the texts of a sample are files of their own, so that a new caption costs no
-latent, and a picture that two captions describe is encoded once. Each file tells the checksums of its tensors.
+The views of an image or recording and the texts of a sample are files of their own, so that a new caption costs no
+latent, and an image that two captions describe is encoded once. Each file tells the checksums of its tensors.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def prepare(
     for piece, own in paths.items():
         lacking = {path: sample for path, sample in zip(own, samples, strict=True) if path in missing}
         if lacking:
-            told = (_TITLES[piece], len(lacking), len(samples), sample_type.noun)
-            logger.info("Preparing %s%d of %d %s; the others are in the cache.", *told)
+            counts = (_TITLES[piece], len(lacking), len(samples), sample_type.noun)
+            logger.info("Preparing %s%d of %d %s; the others are in the cache.", *counts)
             _prepare_missing(lacking, piece, family, loaded, trained, data)
     return [
         Prepared(

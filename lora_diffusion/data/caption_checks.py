@@ -12,7 +12,7 @@ from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data.captions import Lines
 from lora_diffusion.data.folder import Folder
 from lora_diffusion.data.known_words import UNSPACED
-from lora_diffusion.data.trigger import Found, Trigger
+from lora_diffusion.data.trigger import SharedWords, Trigger
 
 _SYNTAX = {
     "wildcards such as {a|b} or __name__": re.compile(r"\{[^{}]*\|[^{}]*\}|(?<!\w)__[\w/*-]+?__(?!\w)"),
@@ -26,7 +26,7 @@ _SYNTAX = {
     "brackets with a backslash": re.compile(r"\\[()\[\]{}]"),
     "options such as --n or --w 512": re.compile(r"(?:^|\s)--(?:n|w|h|s|l|d|ar|v|no|niji|style|seed|cfg|steps)\b"),
 }
-"""What programs that make pictures understand in prompts -> how it is written. Training reads each as it stands."""
+"""What programs that make images understand in prompts -> how it is written. Training reads each as it stands."""
 
 _SIDE_WORDS = """
     left right leftmost rightmost leftward rightward leftwards rightwards lefthand righthand clockwise anticlockwise
@@ -46,26 +46,26 @@ def check(
     trigger: Trigger,
     info: BaseInfo,
     is_flipped: bool,
-    faults: list[str],
+    errors: list[str],
 ) -> None:
     """Warns of captions that are not read as they were meant.
 
     Args:
-        folder: names the pictures.
-        texts: the captions of each picture.
+        folder: names the images.
+        texts: the captions of each image.
         trigger: what should call up what is trained.
         info: how much of a caption the base reads.
         is_flipped: `data.flip`.
-        faults: one line is added for each picture whose trigger is cut off.
+        errors: one line is added for each image whose trigger is cut off.
     """
     named = [(folder.name(path), text) for path, lines in texts.items() for text in lines]
-    _check_length(named, trigger, info, faults)
+    _check_length(named, trigger, info, errors)
     _warn_of_syntax(named)
     if is_flipped:
         _warn_of_flip(named)
 
 
-def _check_length(named: Sequence[tuple[str, str]], trigger: Trigger, info: BaseInfo, faults: list[str]) -> None:
+def _check_length(named: Sequence[tuple[str, str]], trigger: Trigger, info: BaseInfo, errors: list[str]) -> None:
     if info.text_limit is None:
         return
     limit = info.text_limit.max_tokens
@@ -79,7 +79,7 @@ def _check_length(named: Sequence[tuple[str, str]], trigger: Trigger, info: Base
         len(long),
         name_some([f"{name} has {cut.num_tokens}" for name, _, cut in long]),
     )
-    faults.extend(
+    errors.extend(
         f'{name}: the trigger "{trigger.text}" stands behind the {limit} tokens of its caption that the text encoder '
         f"reads (it has {cut.num_tokens}); move it to the front."
         for name, text, cut in long
@@ -122,14 +122,14 @@ def _names(named: Iterable[tuple[str, str]], pattern: re.Pattern[str]) -> list[s
     return list(dict.fromkeys(name for name, text in named if pattern.search(text)))
 
 
-def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], found: Found) -> None:
+def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], shared: SharedWords) -> None:
     """Warns where the trigger that was found may not be the one that is meant."""
-    units, common = found.trigger.units, [f'"{shown(text)}"' for text in dict.fromkeys(found.common)]
-    if found.is_doubtful:
+    units, common = shared.trigger.units, [f'"{shown(text)}"' for text in dict.fromkeys(shared.common)]
+    if shared.is_doubtful:
         logger.warning(
             'All captions share "%s", which is taken for the trigger though it is made of common words. If another one '
             'is meant, name it with data.trigger; if none is, set data.trigger="".',
-            found.trigger.text,
+            shared.trigger.text,
         )
     elif len(units) > 1:
         logger.warning(
@@ -148,8 +148,8 @@ def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], found: Found) -
             "mean. Give all captions a made-up word too, or name the trigger with data.trigger.",
             name_some(common, 5),
         )
-    if found.nearly:
-        word, lacking = found.nearly
+    if shared.nearly:
+        word, lacking = shared.nearly
         names = [folder.name(path) for path, lines in texts.items() if set(lines) & set(lacking)]
         logger.warning(
             'Most captions hold "%s", but not those of %d picture(s) (%s), so it is no trigger; add it to them.',

@@ -34,7 +34,7 @@ _THINGS = """
     sea sheep shell shoe snake snow soldier spoon star sun sword table teacher telephone tent tiger tower train tree
     truck trumpet violin wheel window woman
 """
-"""What pictures show, as any text encoder knows it."""
+"""What images show, as any text encoder knows it."""
 _FEWEST_OTHERS, _OTHERS_IN_ALL = 4, 64
 """Of each caption, and of all together where there are few."""
 
@@ -81,36 +81,36 @@ LINE_RULES: Mapping[str, _Rule] = {
 """`data.caption_lines` -> what it means."""
 
 
-def collect(folder: Folder, faults: list[str], line_rule: str = "joined") -> dict[Path, Lines | None]:
-    """Returns the captions of each picture that has a caption file or a row in a metadata.jsonl, .csv or .tsv.
+def collect(folder: Folder, errors: list[str], line_rule: str = "joined") -> dict[Path, Lines | None]:
+    """Returns the captions of each image that has a caption file or a row in a metadata.jsonl, .csv or .tsv.
 
     An empty tuple stands for an empty caption, None for a file that cannot be read. One message counts the texts of
     several lines.
 
     Args:
         folder: the files.
-        faults: one line is added for each thing that is wrong.
+        errors: one line is added for each thing that is wrong.
         line_rule: one of LINE_RULES.
     """
-    found: dict[Path, Lines | None] = {}
+    by_image: dict[Path, Lines | None] = {}
     origins: dict[Path, str] = {}
-    reader = _Reader(folder, faults, LINE_RULES[line_rule])
+    reader = _Reader(folder, errors, LINE_RULES[line_rule])
     for file in folder.others:
-        for picture, lines in reader.read(file).items():
-            if found.get(picture, lines) != lines and None not in (lines, found[picture]):
-                faults.append(
-                    f"{folder.name(picture)}: {origins[picture]} and {folder.name(file)} give it different captions; "
+        for image, lines in reader.read(file).items():
+            if by_image.get(image, lines) != lines and None not in (lines, by_image[image]):
+                errors.append(
+                    f"{folder.name(image)}: {origins[image]} and {folder.name(file)} give it different captions; "
                     "keep one of them."
                 )
-            found[picture], origins[picture] = lines, folder.name(file)
-    reader.tell()
-    return found
+            by_image[image], origins[image] = lines, folder.name(file)
+    reader.report_long()
+    return by_image
 
 
 @dataclass(frozen=True)
 class _Reader:
     folder: Folder
-    faults: list[str]
+    errors: list[str]
     rule: _Rule
     long: dict[str, None] = field(default_factory=dict)
     """Names of what has texts of several lines, in order."""
@@ -120,13 +120,13 @@ class _Reader:
             return self._gathered(self._json_lines(file))
         if file.stem == METADATA and file.suffix.lower() in sources.DELIMITERS:
             return self._gathered(self._table(file))
-        if file.suffix.lower() in ENDINGS and (pictures := self.folder.beside(file)):
-            text = read_text(self.folder, file, self.faults, _LARGEST_BYTES)
+        if file.suffix.lower() in ENDINGS and (images := self.folder.beside(file)):
+            text = read_text(self.folder, file, self.errors, _LARGEST_BYTES)
             lines = None if text is None else tuple(self._shaped(text, self.rule.of_file, self.folder.name(file)))
-            return dict.fromkeys(pictures, lines)
+            return dict.fromkeys(images, lines)
         return {}
 
-    def tell(self) -> None:
+    def report_long(self) -> None:
         """Tells how many texts have several lines, and what that means."""
         if self.long:
             log = logger.info if self.rule is LINE_RULES["each"] else logger.warning
@@ -140,37 +140,37 @@ class _Reader:
         return shape(lines) if lines else []
 
     def _gathered(self, entries: Iterator[tuple[Path, Sequence[str]]]) -> dict[Path, Lines | None]:
-        found: dict[Path, Lines | None] = {}
-        for picture, texts in entries:
-            shaped = (self._shaped(text, self.rule.of_row, self.folder.name(picture)) for text in texts)
-            found[picture] = (found.get(picture) or ()) + tuple(line for lines in shaped for line in lines)
-        return found
+        by_image: dict[Path, Lines | None] = {}
+        for image, texts in entries:
+            shaped = (self._shaped(text, self.rule.of_row, self.folder.name(image)) for text in texts)
+            by_image[image] = (by_image.get(image) or ()) + tuple(line for lines in shaped for line in lines)
+        return by_image
 
     def _json_lines(self, file: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-        for number, line in enumerate((read_text(self.folder, file, self.faults) or "").split("\n"), start=1):
+        for number, line in enumerate((read_text(self.folder, file, self.errors) or "").split("\n"), start=1):
             if line.strip():
                 yield from self._entry(file, number, partial(_parse_entry, line))
 
     def _table(self, file: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-        text = read_text(self.folder, file, self.faults) or ""
-        for number, row in sources.table_rows(self.folder, file, text, self.faults):
+        text = read_text(self.folder, file, self.errors) or ""
+        for number, row in sources.table_rows(self.folder, file, text, self.errors):
             yield from self._entry(file, number, partial(_parse_row, row))
 
     def _entry(
         self, file: Path, number: int, parse: Callable[[], tuple[str, Sequence[str]]]
     ) -> Iterator[tuple[Path, Sequence[str]]]:
-        """Yields the picture and the texts of an entry, or adds a fault."""
+        """Yields the image and the texts of an entry, or adds an error."""
         place = f"{self.folder.name(file)}, line {number}"
         try:
             name, texts = parse()
         except ValueError as error:
-            self.faults.append(f"{place}: {error}")
+            self.errors.append(f"{place}: {error}")
             return
-        picture = self.folder.find(file.parent / name)
-        if picture:
-            yield picture, texts
+        image = self.folder.find(file.parent / name)
+        if image:
+            yield image, texts
         elif not self.folder.is_left_out(file.parent / name):
-            self.faults.append(f"{place}: there is no picture {shown(name)}; correct file_name or remove the line.")
+            self.errors.append(f"{place}: there is no picture {shown(name)}; correct file_name or remove the line.")
 
 
 def _parse_entry(line: str) -> tuple[str, Sequence[str]]:

@@ -28,7 +28,7 @@ _NUM_THREADS = 8
 _SHORTEST_GROUP = 32
 ENDINGS = (".json", ".jsonl")
 IMAGE = "<image>"
-"""Stands in a text where the picture is."""
+"""Stands in a text where the image is."""
 LIST_KEYS = ("conversations", "messages", "conversation")
 IMAGE_KEYS = ("image", "images", "image_path", "file_name")
 _ROLE_KEYS = ("from", "role")
@@ -54,7 +54,7 @@ class ChatReport:
     num_pictures: int
     num_answers: int
     longest: tuple[str, int]
-    """The longest conversation and its tokens, those of the picture counted."""
+    """The longest conversation and its tokens, those of the image counted."""
     num_tokens: int
     commonest_answers: tuple[tuple[str, int], ...]
     """The answers that are given most often."""
@@ -79,11 +79,11 @@ def read(config: ChatDataConfig, info: ChatInfo) -> list[Chat]:
     Raises:
         DataError: the data cannot be used; all errors are listed at once.
     """
-    faults: list[str] = []
-    folder, entries = (_list_rows if sources.are_rows(config.path) else _list_files)(config, faults)
-    samples = _with_sizes(entries, faults)
-    samples = _count(samples, config, info, faults)
-    stop_or_leave_out(folder, "pictures", faults, len(samples), skip_bad=config.skip_bad)
+    errors: list[str] = []
+    folder, entries = (_list_rows if sources.are_rows(config.path) else _list_files)(config, errors)
+    samples = _with_sizes(entries, errors)
+    samples = _count(samples, config, info, errors)
+    stop_or_leave_out(folder, "pictures", errors, len(samples), skip_bad=config.skip_bad)
     if not samples:
         raise DataError(f"data.path={config.path}: no conversation is left to train on.")
     logger.info("Read %d conversations with %d answers.", len(samples), sum(map(num_answers, samples)))
@@ -112,7 +112,7 @@ def describe(samples: Sequence[Chat]) -> ChatReport:
     )
 
 
-def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[Chat]]:
+def _list_files(config: ChatDataConfig, errors: list[str]) -> tuple[Folder, list[Chat]]:
     path = user_path(config.path, "data.path")
     if path.is_file() and path.suffix.lower() in ENDINGS:
         folder = Folder(path.parent, "files", (path,), (), f"data.path={config.path}")
@@ -121,24 +121,25 @@ def _list_files(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list
         listed = list_folder(config.path, "conversations", ENDINGS)
         folder = sources.choose_split(replace(listed, noun="files"), config.split)
     entries = []
-    for file, conversation in read_files(folder, faults):
-        found = _find_pictures(file, conversation, config, faults)
-        if found is not None:
-            entries.append(_sample(conversation, found, file))
+    for file, conversation in read_files(folder, errors):
+        chat_images = _find_images(file, conversation, config, errors)
+        if chat_images is not None:
+            entries.append(_sample(conversation, chat_images, file))
     return folder, entries
 
 
-def _sample(conversation: Conversation, found: tuple[ChatImage, ...], file: Path) -> Chat:
-    return Chat(conversation.origin, found[0].path if found else file, turns=conversation.turns, images=found)
+def _sample(conversation: Conversation, chat_images: tuple[ChatImage, ...], file: Path) -> Chat:
+    path = chat_images[0].path if chat_images else file
+    return Chat(conversation.origin, path, turns=conversation.turns, images=chat_images)
 
 
-def _find_pictures(
-    file: Path, conversation: Conversation, config: ChatDataConfig, faults: list[str]
+def _find_images(
+    file: Path, conversation: Conversation, config: ChatDataConfig, errors: list[str]
 ) -> tuple[ChatImage, ...] | None:
-    """Returns the pictures of a conversation, or None and a fault."""
+    """Returns the images of a conversation, or None and an error."""
     unfit = [name for name in conversation.images if not isinstance(name, str)]
     if unfit:
-        faults.append(f"{conversation.origin}: calls a picture {shown(repr(unfit[0]))}; give its file name.")
+        errors.append(f"{conversation.origin}: calls a picture {shown(repr(unfit[0]))}; give its file name.")
         return None
     root = user_path(config.images, "data.images") if config.images else file.parent
     paths = [named_in(root, name) for name in conversation.images]
@@ -152,13 +153,13 @@ def _find_pictures(
     if missing[0].startswith("data:"):
         remedy = "pictures inside the file are not read, so save each as a file and give its name"
     more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-    faults.append(
+    errors.append(
         f"{conversation.origin}: there is no picture {shown(missing[0])}{more} in {root.absolute()}; {remedy}."
     )
     return None
 
 
-def _list_rows(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[Chat]]:
+def _list_rows(config: ChatDataConfig, errors: list[str]) -> tuple[Folder, list[Chat]]:
     table = sources.read_rows(config.path, config.split, IMAGE_KEYS, "Image", "pictures")
     if not set(LIST_KEYS) & set(table.texts.column_names):
         keys = f"{', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}"
@@ -166,19 +167,19 @@ def _list_rows(config: ChatDataConfig, faults: list[str]) -> tuple[Folder, list[
     entries = []
     for index, files in enumerate(table.files):
         origin = f"row {index}"
-        conversation = parse(table.texts[index], origin, faults, files)
+        conversation = parse(table.texts[index], origin, errors, files)
         if conversation:
-            found = tuple(
+            chat_images = tuple(
                 ChatImage(table.root / (origin if place == 0 else f"{origin}, picture {place}"), read_bytes=content)
                 for place, content in enumerate(files)
             )
-            entries.append(_sample(conversation, found, table.root / origin))
+            entries.append(_sample(conversation, chat_images, table.root / origin))
     given = f"data.path={config.path}"
     return Folder(table.root, "conversations", tuple(entry.path for entry in entries), (), given), entries
 
 
-def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
-    """Returns the samples whose pictures can be read, with the sizes of those; the others are faults."""
+def _with_sizes(entries: Sequence[Chat], errors: list[str]) -> list[Chat]:
+    """Returns the samples whose images can be read, with the sizes of those; the others are errors."""
 
     def sized(image: ChatImage) -> ChatImage | str:
         try:
@@ -190,15 +191,15 @@ def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
 
     distinct = {image.path: image for entry in entries for image in entry.images}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = list(watch(pool.map(sized, distinct.values()), len(distinct), "Checking pictures"))
-    results = dict(zip(distinct, found, strict=True))
+        measured = list(watch(pool.map(sized, distinct.values()), len(distinct), "Checking pictures"))
+    results = dict(zip(distinct, measured, strict=True))
     samples = []
     for entry in entries:
         shown_images = []
         for image in entry.images:
             result = results[image.path]
             if isinstance(result, str):
-                faults.append(f"{entry.key}: its picture {image.path.name} {result}")
+                errors.append(f"{entry.key}: its picture {image.path.name} {result}")
                 break
             shown_images.append(result)
         else:
@@ -206,14 +207,14 @@ def _with_sizes(entries: Sequence[Chat], faults: list[str]) -> list[Chat]:
     return samples
 
 
-def _count(samples: Sequence[Chat], config: ChatDataConfig, info: ChatInfo, faults: list[str]) -> list[Chat]:
-    """Returns the samples with their numbers of tokens; those that are too long are faults or left out."""
+def _count(samples: Sequence[Chat], config: ChatDataConfig, info: ChatInfo, errors: list[str]) -> list[Chat]:
+    """Returns the samples with their numbers of tokens; those that are too long are errors or left out."""
     assert info.count_tokens is not None, "a base that talks counts tokens"
     most = min(config.max_tokens or info.max_tokens, info.max_tokens)
     counted, too_long = [], []
     for sample, count in zip(samples, info.count_tokens(samples), strict=True):
         if isinstance(count, str):
-            faults.append(f"{sample.key}: {count}")
+            errors.append(f"{sample.key}: {count}")
         elif count > most:
             too_long.append((sample.key, count))
         else:
@@ -222,7 +223,7 @@ def _count(samples: Sequence[Chat], config: ChatDataConfig, info: ChatInfo, faul
         names = [key for key, _ in too_long]
         logger.warning("Left out conversations of more than %d tokens: %d (%s).", most, len(names), name_some(names))
     else:
-        faults += [
+        errors += [
             f"{key}: has {count} tokens, those of its picture counted, and at most {most} are allowed; shorten it, or "
             "set data.too_long=skip."
             for key, count in too_long
@@ -244,17 +245,17 @@ def _lengths() -> Iterator[int]:
 
 
 def shows_one_at_first(sample: Chat) -> bool:
-    """Says whether a conversation is about one picture, which its first question shows."""
+    """Says whether a conversation is about one image, which its first question shows."""
     return len(sample.images) == sample.first_question().num_images == 1
 
 
-def spelled(sample: Chat) -> list[list[str]]:
+def roles_and_texts(sample: Chat) -> list[list[str]]:
     """Returns role and text of each turn."""
     return [[turn.role, turn.text] for turn in sample.turns]
 
 
 def _zoomed(picture: Image.Image, zoom: float) -> Image.Image:
-    """Returns a picture of the same size that shows its middle larger, or all of it smaller with a white rim."""
+    """Returns an image of the same size that shows its middle larger, or all of it smaller with a white rim."""
     if zoom == 1:
         return picture
     width, height = picture.size
@@ -271,35 +272,35 @@ def num_answers(sample: Chat) -> int:
 
 
 def ask(path: Path, question: str, seed: int = 0) -> Request:
-    """Returns a request to answer a question about a picture, which it may mark with "<image>" as training data does.
+    """Returns a request to answer a question about an image, which it may mark with "<image>" as training data does.
 
     Raises:
         ImageError: it cannot be read.
     """
     question, picture = without_marks(question), images.open_rgb(path)
-    asked = Turn("user", question, 1)
-    sample = Chat(str(path), path, turns=(asked,), images=(ChatImage(path, picture.size),), views=((picture,),))
+    turn = Turn("user", question, 1)
+    sample = Chat(str(path), path, turns=(turn,), images=(ChatImage(path, picture.size),), views=((picture,),))
     return Request(question, seed, sample=sample)
 
 
 def questions(samples: Sequence[Chat]) -> list[tuple[Request, str]]:
     """Returns the first question of each conversation as a request, and the answer that it should get."""
-    opened: Mapping[tuple[Path, ...], Chat] = {_pictures(sample): sample for sample in samples}
+    opened: Mapping[tuple[Path, ...], Chat] = {_image_paths(sample): sample for sample in samples}
     views = {paths: open_sample(sample, ChatDataConfig()).views for paths, sample in opened.items()}
     pairs = []
     for sample in samples:
-        asked, answer = [turn.text for turn in sample.turns if turn.role != "system"][:2]
-        pairs.append((Request(asked, 0, sample=replace(sample, views=views[_pictures(sample)])), answer))
+        question, answer = [turn.text for turn in sample.turns if turn.role != "system"][:2]
+        pairs.append((Request(question, 0, sample=replace(sample, views=views[_image_paths(sample)])), answer))
     return pairs
 
 
-def _pictures(sample: Chat) -> tuple[Path, ...]:
+def _image_paths(sample: Chat) -> tuple[Path, ...]:
     return tuple(image.path for image in sample.images)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One entry of a file: what is said, and what it calls its picture."""
+    """One entry of a file: what is said, and what it calls its image."""
 
     origin: str
     """Where it is written, for messages."""
@@ -308,52 +309,52 @@ class Conversation:
     """Paths as written, or what a table holds, in the order in which the turns show them."""
 
 
-def read_files(folder: Folder, faults: list[str]) -> list[tuple[Path, Conversation]]:
+def read_files(folder: Folder, errors: list[str]) -> list[tuple[Path, Conversation]]:
     """Returns (file, conversation) of every entry of the files that is sound.
 
     Args:
         folder: JSON and JSONL files.
-        faults: one line is added for each entry that is wrong.
+        errors: one line is added for each entry that is wrong.
     """
-    found = []
+    conversations = []
     for file in folder.files:
-        text = read_text(folder, file, faults)
-        for origin, entry in _entries(folder.name(file), file, text, faults) if text is not None else ():
-            conversation = parse(entry, origin, faults)
+        text = read_text(folder, file, errors)
+        for origin, entry in _entries(folder.name(file), file, text, errors) if text is not None else ():
+            conversation = parse(entry, origin, errors)
             if conversation:
-                found.append((file, conversation))
-    return found
+                conversations.append((file, conversation))
+    return conversations
 
 
-def _entries(name: str, file: Path, text: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
+def _entries(name: str, file: Path, text: str, errors: list[str]) -> Iterator[tuple[str, Any]]:
     if file.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 place = f"{name}, line {number}"
-                yield from ((place, entry) for entry in _parsed(place, line, faults))
+                yield from ((place, entry) for entry in _parsed(place, line, errors))
         return
-    for entries in _parsed(name, text, faults):
+    for entries in _parsed(name, text, errors):
         listed = entries if isinstance(entries, list) else [entries]
         yield from ((f"{name}, entry {number}", entry) for number, entry in enumerate(listed, start=1))
 
 
-def _parsed(place: str, text: str, faults: list[str]) -> list[Any]:
+def _parsed(place: str, text: str, errors: list[str]) -> list[Any]:
     try:
         return [parse_json(text)]
     except ValueError as error:
-        faults.append(f"{place}: is not JSON that can be read ({error}); correct it.")
+        errors.append(f"{place}: is not JSON that can be read ({error}); correct it.")
         return []
 
 
-def parse(entry: Any, origin: str, faults: list[str], held: Sequence[Any] | None = None) -> Conversation | None:
-    """Returns the conversation of an entry, or None and a fault.
+def parse(entry: Any, origin: str, errors: list[str], held: Sequence[Any] | None = None) -> Conversation | None:
+    """Returns the conversation of an entry, or None and an error.
 
     Args:
         entry: as JSON or a table gives it: {"image": ..., "conversations": [{"from": ..., "value": ...}]} or
             {"messages": [{"role": ..., "content": text or list of parts}]}.
         origin: where it is written.
-        faults: a line is added if it cannot be used.
-        held: pictures that a table holds, which count instead of names in the entry.
+        errors: a line is added if it cannot be used.
+        held: images that a table holds, which count instead of names in the entry.
     """
     try:
         turns, images = _turns(entry)
@@ -362,7 +363,7 @@ def parse(entry: Any, origin: str, faults: list[str], held: Sequence[Any] | None
         _check_marks(turns, images)
         return Conversation(origin, tuple(map(_turn_without_marks, turns)), tuple(images))
     except ValueError as error:
-        faults.append(f"{origin}: {error}")
+        errors.append(f"{origin}: {error}")
         return None
 
 
@@ -372,11 +373,11 @@ def _turns(entry: Any) -> tuple[list[Turn], list[Any]]:
     listed = next((entry[key] for key in LIST_KEYS if isinstance(entry.get(key), Sequence)), None)
     if not listed or isinstance(listed, str):
         raise ValueError(f"has no list of turns; give it a key {', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}.")
-    told = [_turn(number, item) for number, item in enumerate(listed, start=1)]
-    named = [image for _, images in told for image in images if image is not None]
+    pairs = [_turn(number, item) for number, item in enumerate(listed, start=1)]
+    named = [image for _, images in pairs for image in images if image is not None]
     above = _listed(next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None))
     images = above + [image for image in named if image not in above] if above else named
-    return [turn for turn, _ in told], images
+    return [turn for turn, _ in pairs], images
 
 
 def _listed(value: Any) -> list[Any]:
@@ -386,17 +387,17 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
-    """Returns a turn with "<image>" where a picture is, and the pictures that it names itself."""
+    """Returns a turn with "<image>" where an image is, and the images that it names itself."""
     if not isinstance(item, Mapping):
         raise ValueError(f"turn {number} is no object with a role and a text.")
-    told = next((item[key] for key in _ROLE_KEYS if isinstance(item.get(key), str)), None)
-    if told not in _ROLES:
+    role = next((item[key] for key in _ROLE_KEYS if isinstance(item.get(key), str)), None)
+    if role not in _ROLES:
         raise ValueError(
-            f"turn {number} is said by {shown(repr(told))}; use user and assistant (or human and gpt), or system."
+            f"turn {number} is said by {shown(repr(role))}; use user and assistant (or human and gpt), or system."
         )
     content = next((item[key] for key in _TEXT_KEYS if item.get(key) is not None), "")
     if isinstance(content, str):
-        return Turn(_ROLES[told], content), []
+        return Turn(_ROLES[role], content), []
     parts: list[Any] = list(content) if isinstance(content, Sequence) else [None]
     if not all(isinstance(part, Mapping) for part in parts):
         raise ValueError(f'turn {number} has content that is neither a text nor a list of parts with a "type".')
@@ -406,14 +407,14 @@ def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
             f"turn {number} holds a part of type {shown(repr(unread[0].get('type')))} and without a text, which is not "
             'read; write a picture as {"type": "image", "path": "name.png"}.'
         )
-    is_picture = [part.get("type") == "image" for part in parts]
-    texts = [IMAGE if picture else part["text"] for part, picture in zip(parts, is_picture, strict=True)]
+    is_image = [part.get("type") == "image" for part in parts]
+    texts = [IMAGE if picture else part["text"] for part, picture in zip(parts, is_image, strict=True)]
     images = [
         next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
-        for part, picture in zip(parts, is_picture, strict=True)
+        for part, picture in zip(parts, is_image, strict=True)
         if picture
     ]
-    return Turn(_ROLES[told], "\n".join(texts)), images
+    return Turn(_ROLES[role], "\n".join(texts)), images
 
 
 def _check(turns: Sequence[Turn]) -> None:
@@ -452,7 +453,7 @@ def _check_marks(turns: Sequence[Turn], images: Sequence[Any]) -> None:
 
 
 def without_marks(text: str) -> str:
-    """Returns a text without the marks of its pictures, which are shown before it anyway."""
+    """Returns a text without the marks of its images, which are shown before it anyway."""
     return text.replace(IMAGE, "").strip()
 
 

@@ -1,4 +1,4 @@
-"""Pictures in a data folder that are there for something else than to be trained on, and are left out."""
+"""Images in a data folder that are there for something else than to be trained on, and are left out."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def leave_out(folder: Folder, setting: str = "data.path") -> Folder:
     """Returns the folder without companions and with no text file about them; one warning tells of each kind.
 
     Args:
-        folder: pictures and what lies beside them.
+        folder: images and what lies beside them.
         setting: where the user gave the folder, for messages.
 
     Raises:
-        DataError: no picture is left.
+        DataError: no image is left.
     """
     _warn_of_root(folder, setting)
     reasons = dict(_Layout(folder).reasons())
@@ -92,9 +92,9 @@ def leave_out(folder: Folder, setting: str = "data.path") -> Folder:
     for file, reason in reasons.items():
         groups[reason].append(file)
     if len(reasons) == len(folder.files):
-        told = "; ".join(f"{len(files)} {reason.noun} ({_places(folder, files)})" for reason, files in groups.items())
+        listed = "; ".join(f"{len(files)} {reason.noun} ({_places(folder, files)})" for reason, files in groups.items())
         raise DataError(
-            f"{setting}={folder.root} holds no pictures to train on, but {told}; give the folder of the pictures "
+            f"{setting}={folder.root} holds no pictures to train on, but {listed}; give the folder of the pictures "
             "itself or another name to theirs."
         )
     for reason, files in groups.items():
@@ -136,7 +136,7 @@ class _Layout:
     folder: Folder
 
     def reasons(self) -> Iterator[tuple[Path, _Reason]]:
-        """Yields each picture to be left out, and why."""
+        """Yields each image to be left out, and why."""
         for file in self.folder.files:
             parents = [*reversed(file.relative_to(self.folder.root).parents)][1:]
             by_folder = (self._of_folder(self.folder.root / parent) for parent in parents)
@@ -165,7 +165,7 @@ class _Layout:
             return _CLASS
         if _OUTPUT_FOLDER.fullmatch(name) and self._is_project(path.parent) and not self._is_described(path):
             return _OUTPUT
-        if _SIDE_FOLDER.fullmatch(name) and not self._is_described(path) and self._has_main_pictures(path):
+        if _SIDE_FOLDER.fullmatch(name) and not self._is_described(path) and self._has_main_images(path):
             return _SIDE
         return None
 
@@ -179,12 +179,12 @@ class _Layout:
 
     def _is_class_of_another(self, path: Path) -> bool:
         """Tells whether there is a folder 10_sks dog for a folder 1_dog, and none of the latter's captions says sks."""
-        own = _class_words(path)
-        if not own:
+        words_of_class = _class_words(path)
+        if not words_of_class:
             return False
         every = (_class_words(one) for folders in self._siblings.values() for one in folders)
-        longer = [words for words in every if words[-len(own) :] == own]
-        subjects = {word for words in longer for word in words[: -len(own)]}
+        longer = [words for words in every if words[-len(words_of_class) :] == words_of_class]
+        subjects = {word for words in longer for word in words[: -len(words_of_class)]}
         texts = (file for file in self.folder.others if path in file.parents and file.suffix.lower() in ENDINGS)
         return bool(subjects) and not any(subjects & set(re.findall(r"\w+", _read(file))) for file in texts)
 
@@ -193,12 +193,12 @@ class _Layout:
         return any(_CLASS_FOLDER.fullmatch(one.name) for image in images for one in self._siblings[image])
 
     def _is_described(self, path: Path) -> bool:
-        """Tells whether pictures in a folder have captions, or class words in the name of theirs."""
+        """Tells whether images in a folder have captions, or class words in the name of theirs."""
         inside = [file for file in self.folder.files if path in file.parents]
         return any(self._has_caption(file) or _CLASS_FOLDER.fullmatch(file.parent.name) for file in inside)
 
-    def _has_main_pictures(self, path: Path) -> bool:
-        """Tells whether a folder's pictures are named as others are, or most others have captions."""
+    def _has_main_images(self, path: Path) -> bool:
+        """Tells whether a folder's images are named as others are, or most others have captions."""
         inside = [file for file in self.folder.files if path in file.parents]
         outside = [file for file in self.folder.files if path.parent in file.parents and path not in file.parents]
         stems = {file.stem for file in outside}
@@ -211,24 +211,24 @@ class _Layout:
     @cached_property
     def _captioned(self) -> frozenset[Path]:
         texts = (file for file in self.folder.others if file.suffix.lower() in ENDINGS)
-        return frozenset(picture for file in texts for picture in self.folder.beside(file))
+        return frozenset(image for file in texts for image in self.folder.beside(file))
 
     @cached_property
     def _tables(self) -> str:
-        """The texts of all tables that could name pictures."""
+        """The texts of all tables that could name images."""
         return "\n".join(_read(file) for file in self.folder.others if file.stem == METADATA)
 
     @cached_property
     def _siblings(self) -> dict[Path, set[Path]]:
-        """Folder -> the folders in it that hold pictures, at any depth."""
-        found: dict[Path, set[Path]] = defaultdict(set)
+        """Folder -> the folders in it that hold images, at any depth."""
+        folders: dict[Path, set[Path]] = defaultdict(set)
         for place in {file.parent for file in self.folder.files}:
             below = [place, *place.parents]
             for inner, outer in pairwise(below):
-                found[outer].add(inner)
+                folders[outer].add(inner)
                 if outer == self.folder.root:
                     break
-        return found
+        return folders
 
     @cached_property
     def _other_names(self) -> dict[Path, set[str]]:
@@ -244,7 +244,7 @@ def _class_words(path: Path) -> list[str]:
 
 
 def _main_stems(file: Path) -> list[str]:
-    """Returns the names of the picture that a file belongs to by its own name: cat for cat_mask and mask_cat."""
+    """Returns the names of the image that a file belongs to by its own name: cat for cat_mask and mask_cat."""
     return [match["stem"] for pattern in _SIDE_FILES if (match := pattern.fullmatch(file.stem))]
 
 

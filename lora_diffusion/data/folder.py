@@ -17,10 +17,10 @@ from lora_diffusion.core.files import content_hash, is_text, not_a_file, user_pa
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some, shown
 
-_NUM_TOLD = 2
+_NUM_SHOWN = 2
 """Faults of samples that are left out, in the warning."""
-_LONGEST_FAULT = 1000
-"""Characters of one fault: names of strangers may be long and hold line breaks."""
+_LONGEST_ERROR = 1000
+"""Characters of one error: names of strangers may be long and hold line breaks."""
 LARGEST_TABLE_BYTES = 2 * 2**30
 """Twice the largest list of conversations that people train on."""
 
@@ -31,12 +31,12 @@ class Folder:
 
     root: Path
     noun: str
-    """What messages call the files, say "pictures"."""
+    """What messages call the files, say "images"."""
     files: tuple[Path, ...]
     """Those to train on."""
     others: tuple[Path, ...]
     given: str = ""
-    """What the user gave, for messages, say "data.path=pictures"; "" stands for data.path and the root."""
+    """What the user gave, for messages, say "data.path=images"; "" stands for data.path and the root."""
     left_out: frozenset[Path] = frozenset()
     """Files that are there for something else, or of splits that are not asked for; tables may name them."""
 
@@ -49,20 +49,20 @@ class Folder:
         """The files to train on by their path without ending; each accented letter is one character."""
         stems: dict[Path, tuple[Path, ...]] = {}
         for file in self.files:
-            stem = _spelled(file.with_suffix(""))
+            stem = _composed(file.with_suffix(""))
             stems[stem] = (*stems.get(stem, ()), file)
         return stems
 
     def beside(self, text_file: Path) -> tuple[Path, ...]:
         """Returns the files to train on that a text file is about by its name, however accents are written."""
-        return self.by_stem.get(_spelled(text_file.with_suffix("")), ())
+        return self.by_stem.get(_composed(text_file.with_suffix("")), ())
 
     def find(self, path: Path) -> Path | None:
         """Returns the file to train on of a name, however accents are written in it, or None.
 
         Tables that were written on Windows have backslashes between folders.
         """
-        return self._by_path.get(_spelled(path)) or self._by_path.get(_spelled(Path(str(path).replace("\\", "/"))))
+        return self._by_path.get(_composed(path)) or self._by_path.get(_composed(Path(str(path).replace("\\", "/"))))
 
     def is_left_out(self, path: Path) -> bool:
         """Tells whether a name is that of a file which is there for something else."""
@@ -70,10 +70,10 @@ class Folder:
 
     @cached_property
     def _by_path(self) -> dict[Path, Path]:
-        return {_spelled(file): file for file in self.files}
+        return {_composed(file): file for file in self.files}
 
 
-def _spelled(path: Path) -> Path:
+def _composed(path: Path) -> Path:
     """Returns a path whose accented letters are single characters; macOS writes letter and accent apart."""
     return Path(unicodedata.normalize("NFC", str(path)))
 
@@ -103,21 +103,21 @@ def list_folder(path: str, noun: str, endings: Sequence[str], setting: str = "da
     if not root.is_dir():
         raise DataError(f"{setting}={path} is a file; give the folder that holds the {noun}.")
     try:
-        found = list(_walk(root))
+        listed = list(_walk(root))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); correct its access rights.") from error
-    odd = [os.fsencode(file.relative_to(root)) for file in found if not is_text(str(file.relative_to(root)))]
+    odd = [os.fsencode(file.relative_to(root)) for file in listed if not is_text(str(file.relative_to(root)))]
     if odd:
         raise DataError(f"{setting}={path}: {len(odd)} file name(s) are not UTF-8; rename them.", [*map(repr, odd)])
-    files = tuple(file for file in found if file.suffix.lower() in endings)
+    files = tuple(file for file in listed if file.suffix.lower() in endings)
     if not files:
-        counts = Counter(file.suffix.lower() or "(no ending)" for file in found).most_common(5)
+        counts = Counter(file.suffix.lower() or "(no ending)" for file in listed).most_common(5)
         present = ", ".join(f"{count} {ending}" for ending, count in counts) or "nothing"
         raise DataError(
             f"{setting}={path} and its subfolders hold no {noun} ({', '.join(endings)}), but {present}; "
             f"give the folder with the {noun}, or convert them."
         )
-    others = tuple(file for file in found if file.suffix.lower() not in endings)
+    others = tuple(file for file in listed if file.suffix.lower() not in endings)
     return Folder(root, noun, files, others, f"{setting}={path}")
 
 
@@ -143,15 +143,15 @@ def _identity(folder: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
-def read_text(folder: Folder, file: Path, faults: list[str], largest_bytes: int = LARGEST_TABLE_BYTES) -> str | None:
-    """Returns the content of a UTF-8 file, or None and a fault; what is larger than it can be is not read."""
-    if kind := not_a_file(file):
-        faults.append(f"{folder.name(file)}: is {kind} and no file; move it away.")
+def read_text(folder: Folder, file: Path, errors: list[str], largest_bytes: int = LARGEST_TABLE_BYTES) -> str | None:
+    """Returns the content of a UTF-8 file, or None and an error; what is larger than it can be is not read."""
+    if file_type := not_a_file(file):
+        errors.append(f"{folder.name(file)}: is {file_type} and no file; move it away.")
         return None
     try:
         num_bytes = file.stat().st_size
         if num_bytes > largest_bytes:
-            faults.append(
+            errors.append(
                 f"{folder.name(file)}: has {num_bytes:,} bytes, and at most {largest_bytes:,} are read; "
                 "cut or split it, or move it away."
             )
@@ -159,70 +159,70 @@ def read_text(folder: Folder, file: Path, faults: list[str], largest_bytes: int 
         text = file.read_text(encoding="utf-8-sig")
         if "\0" not in text:
             return text
-        faults.append(f"{folder.name(file)}: holds NUL characters, as UTF-16 does; save the file as UTF-8.")
+        errors.append(f"{folder.name(file)}: holds NUL characters, as UTF-16 does; save the file as UTF-8.")
     except UnicodeDecodeError as error:
         value, line = error.object[error.start], error.object.count(b"\n", 0, error.start) + 1
-        faults.append(
+        errors.append(
             f"{folder.name(file)}: byte 0x{value:02x} at position {error.start} (line {line}) is not UTF-8; "
             "save the file as UTF-8."
         )
     except OSError as error:
-        faults.append(f"{folder.name(file)}: cannot be read ({error.strerror}); correct its access rights or link.")
+        errors.append(f"{folder.name(file)}: cannot be read ({error.strerror}); correct its access rights or link.")
     return None
 
 
-def stop(folder: Folder, texts: str, faults: Sequence[str], unreadable: int) -> None:
+def stop(folder: Folder, texts: str, errors: Sequence[str], unreadable: int) -> None:
     """Ends the check.
 
     Args:
         folder: what was checked.
         texts: what belongs to the files, say "captions".
-        faults: all that is wrong.
+        errors: all that is wrong.
         unreadable: how many of them are files that `data.skip_bad` would leave out.
 
     Raises:
-        DataError: there are faults; it lists all of them.
+        DataError: there are errors; it lists all of them.
     """
-    if faults:
+    if errors:
         skip = f", or set data.skip_bad=true to leave out {folder.noun} that cannot be read" if unreadable else ""
-        raise _refusal(folder, texts, faults, skip)
+        raise _refusal(folder, texts, errors, skip)
 
 
-def stop_or_leave_out(folder: Folder, texts: str, faults: Sequence[str], num_left: int, *, skip_bad: bool) -> None:
+def stop_or_leave_out(folder: Folder, texts: str, errors: Sequence[str], num_left: int, *, skip_bad: bool) -> None:
     """Ends the check of samples of which each can be left out by itself.
 
     Args:
         folder: what was checked.
         texts: what belongs to the files, say "transcripts".
-        faults: all that is wrong; each begins with the name of its sample and a colon.
-        num_left: samples without a fault.
-        skip_bad: `data.skip_bad`: warn of the faults, as long as a sample is left.
+        errors: all that is wrong; each begins with the name of its sample and a colon.
+        num_left: samples without an error.
+        skip_bad: `data.skip_bad`: warn of the errors, as long as a sample is left.
 
     Raises:
-        DataError: there are faults, and they shall not be left out; it lists all of them.
+        DataError: there are errors, and they shall not be left out; it lists all of them.
     """
-    if not faults:
+    if not errors:
         return
     if not skip_bad or not num_left:
         skip = ", or set data.skip_bad=true to leave out what cannot be used" if num_left else ""
-        raise _refusal(folder, texts, faults, skip)
-    names = list(dict.fromkeys(fault.partition(": ")[0] for fault in faults))
+        raise _refusal(folder, texts, errors, skip)
+    names = list(dict.fromkeys(error.partition(": ")[0] for error in errors))
     logger.warning(
         "Left out, since data.skip_bad=true: %d (%s); kept: %d. For example, %s",
         len(names),
         name_some(names),
         num_left,
-        " ".join(faults[:_NUM_TOLD]),
+        " ".join(errors[:_NUM_SHOWN]),
     )
 
 
-def _refusal(folder: Folder, texts: str, faults: Sequence[str], skip: str) -> DataError:
+def _refusal(folder: Folder, texts: str, errors: Sequence[str], skip: str) -> DataError:
     given = folder.given or f"data.path={folder.root}"
-    faults_of = f"{len(faults)} faults in" if len(faults) > 1 else "1 fault in"
+    errors_in = f"{len(errors)} errors in" if len(errors) > 1 else "1 error in"
     num = len(folder.files)
     return DataError(
-        f"{given}: {faults_of} {num} {folder.noun} and {texts}; correct the files{skip}.",
-        [shown(fault, _LONGEST_FAULT) for fault in faults],
+        f"{given}: {errors_in} {num} {folder.noun} and {texts}; correct the files{skip}.",
+        [shown(error, _LONGEST_ERROR) for error in errors],
     )
 
 

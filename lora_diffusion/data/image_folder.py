@@ -21,7 +21,7 @@ from lora_diffusion.core.samples import ImageText
 from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.data import caption_checks, captions, images, preflight
 from lora_diffusion.data.folder import Folder, content_digest, stop
-from lora_diffusion.data.trigger import Found, Trigger, find, in_folder_name
+from lora_diffusion.data.trigger import SharedWords, Trigger, find, in_folder_name
 from lora_diffusion.runtime.progress import watch
 
 _KOHYA = re.compile(r"(\d{1,4})_(.*)")
@@ -34,7 +34,7 @@ _LONGEST_EXAMPLE = 200
 """Characters."""
 _THUMBNAIL_SIDE = 16
 _NEAR = 3.0
-"""Root mean square difference of two thumbnails, in 1/255: what saving as JPEG or scaling a picture changes at most."""
+"""Root mean square difference of two thumbnails, in 1/255: what saving as JPEG or scaling an image changes at most."""
 _ROWS = 512
 _NUM_THREADS = 8
 
@@ -42,11 +42,11 @@ _NUM_THREADS = 8
 def read(config: ImageDataConfig, info: BaseInfo) -> list[ImageText]:
     """Returns the samples of a folder, sorted by name, each with its captions and the size of its bucket.
 
-    Every picture is decoded once, so that nothing fails later. Does not import torch, and never writes to the folder.
+    Every image is decoded once, so that nothing fails later. Does not import torch, and never writes to the folder.
 
     Raises:
         ConfigError: a setting of `data` that this base cannot use.
-        DataError: the folder cannot be used; all faults of its files are listed at once.
+        DataError: the folder cannot be used; all errors of its files are listed at once.
     """
     if config.captions not in _CAPTION_RULES:
         raise ConfigError(f"data.captions={config.captions} is unknown; use one of {', '.join(_CAPTION_RULES)}.")
@@ -56,16 +56,16 @@ def read(config: ImageDataConfig, info: BaseInfo) -> list[ImageText]:
         buckets = [(resolution, resolution)]
 
     folder = preflight.list_images(config.path)
-    faults: list[str] = []
-    sizes = preflight.measure(folder, config.skip_bad, faults)
-    num_unreadable = len(faults)
-    pictures = list(sizes) if config.skip_bad and sizes else list(folder.files)
-    repeats, class_words = _read_kohya_names(folder, pictures, faults)
-    texts = _fill_captions(folder, pictures, class_words, config, faults)
-    trigger = _find_trigger(folder, texts, class_words, config.trigger, faults)
-    caption_checks.check(folder, texts, trigger, info, config.flip, faults)
-    priors = {} if faults else _priors(texts, trigger)  # a picture that cannot be read has no hash either
-    stop(folder, "captions", faults, num_unreadable)
+    errors: list[str] = []
+    sizes = preflight.measure(folder, config.skip_bad, errors)
+    num_unreadable = len(errors)
+    image_paths = list(sizes) if config.skip_bad and sizes else list(folder.files)
+    repeats, class_words = _read_kohya_names(folder, image_paths, errors)
+    texts = _fill_captions(folder, image_paths, class_words, config, errors)
+    trigger = _find_trigger(folder, texts, class_words, config.trigger, errors)
+    caption_checks.check(folder, texts, trigger, info, config.flip, errors)
+    priors = {} if errors else _priors(texts, trigger)  # an image that cannot be read has no hash either
+    stop(folder, "captions", errors, num_unreadable)
 
     samples = [
         ImageText(
@@ -79,7 +79,7 @@ def read(config: ImageDataConfig, info: BaseInfo) -> list[ImageText]:
             original_size=sizes[path],
             crop=images.crop_margins(sizes[path], size),
         )
-        for path in pictures
+        for path in image_paths
         for size in [images.choose_bucket(sizes[path], buckets)]
     ]
     _report(samples, sizes)
@@ -87,13 +87,13 @@ def read(config: ImageDataConfig, info: BaseInfo) -> list[ImageText]:
 
 
 def _read_kohya_names(
-    folder: Folder, pictures: Sequence[Path], faults: list[str]
+    folder: Folder, image_paths: Sequence[Path], errors: list[str]
 ) -> tuple[dict[Path, int], dict[Path, str]]:
-    """Returns the repeats of each picture and, in folders such as "10_sks dog", the words after the number."""
-    repeats, words = dict.fromkeys(pictures, 1), {}
+    """Returns the repeats of each image and, in folders such as "10_sks dog", the words after the number."""
+    repeats, words = dict.fromkeys(image_paths, 1), {}
     folders: Counter[str] = Counter()
     of_root = _kohya_name(folder.root.absolute()) or _kohya_name(folder.root.resolve())
-    for path in pictures:
+    for path in image_paths:
         inner = [*path.relative_to(folder.root).parents][:-1]
         match = next(filter(None, map(_kohya_name, inner)), of_root)
         if match:
@@ -102,7 +102,7 @@ def _read_kohya_names(
     for name, count in folders.items():
         logger.info("Folder %s: each of its %d pictures is shown %s times an epoch.", name, count, name.split("_")[0])
         if int(name.split("_")[0]) == 0:
-            faults.append(f"{name}: asks for 0 repeats; rename the folder to 1_... or move it away.")
+            errors.append(f"{name}: asks for 0 repeats; rename the folder to 1_... or move it away.")
         elif int(name.split("_")[0]) > _MANY_REPEATS:
             logger.warning("A number before _ asks for repeats: rename folder %s if it was meant otherwise.", name)
     return repeats, words
@@ -115,32 +115,32 @@ def _kohya_name(folder: Path) -> re.Match[str] | None:
 
 def _fill_captions(
     folder: Folder,
-    pictures: Sequence[Path],
+    image_paths: Sequence[Path],
     class_words: Mapping[Path, str],
     config: ImageDataConfig,
-    faults: list[str],
+    errors: list[str],
 ) -> dict[Path, captions.Lines]:
-    """Returns at least one caption for each picture, or adds faults."""
-    found = captions.collect(folder, faults, config.caption_lines)
+    """Returns at least one caption for each image, or adds errors."""
+    by_image = captions.collect(folder, errors, config.caption_lines)
     preflight.warn_of_orphans(folder, "caption", captions.ENDINGS)
     is_required = config.captions == "required"
     filled: dict[Path, captions.Lines] = {}
     missing = []
-    for path in pictures:
-        lines = found.get(path, ())
+    for path in image_paths:
+        lines = by_image.get(path, ())
         fallback = class_words.get(path, "")
         if lines is None:
             continue
         if lines:
             filled[path] = lines
-        elif is_required and path in found:
-            faults.append(f"{folder.name(path)}: its caption is empty; write one, or set data.captions=optional.")
+        elif is_required and path in by_image:
+            errors.append(f"{folder.name(path)}: its caption is empty; write one, or set data.captions=optional.")
         elif fallback or not is_required:
             filled[path] = (fallback or " ".join(config.default_caption.split()),)
         else:
             missing.append(path)
     if missing:
-        preflight.add_missing_captions(folder, missing, len(pictures), faults)
+        preflight.add_missing_captions(folder, missing, len(image_paths), errors)
     return filled
 
 
@@ -149,17 +149,17 @@ def _find_trigger(
     texts: Mapping[Path, captions.Lines],
     class_words: Mapping[Path, str],
     wanted: str,
-    faults: list[str],
+    errors: list[str],
 ) -> Trigger:
     """Returns the words that are wanted, or those that are found, with a warning where others could be meant."""
     if wanted == _AUTO:
         every = [text for lines in texts.values() for text in lines]
         named = {class_words.get(path, "") for path in texts}
-        found = find(every) if len(texts) > 1 else Found(Trigger())
-        if found.trigger.units and len(named) == 1:
-            found = found._replace(trigger=in_folder_name(named.pop(), every) or found.trigger, is_doubtful=False)
-        caption_checks.warn_of_trigger(folder, texts, found)
-        return found.trigger
+        shared = find(every) if len(texts) > 1 else SharedWords(Trigger())
+        if shared.trigger.units and len(named) == 1:
+            shared = shared._replace(trigger=in_folder_name(named.pop(), every) or shared.trigger, is_doubtful=False)
+        caption_checks.warn_of_trigger(folder, texts, shared)
+        return shared.trigger
     units = (" ".join(unit.split()) for unit in wanted.split(","))
     trigger = Trigger(tuple(filter(None, units)))
     words = trigger.text
@@ -168,12 +168,12 @@ def _find_trigger(
         path: text for path, lines in texts.items() for text in reversed(lines) if text and not trigger.is_in(text)
     }
     if len(lacking) > 1 and not any(map(trigger.is_in, (text for lines in texts.values() for text in lines))):
-        faults.append(
+        errors.append(
             f'data.trigger="{words}" is in none of the {len(lacking)} captions, such as '
             f'"{shown(next(iter(lacking.values())))}"; add the words to the captions, or correct data.trigger.'
         )
         return trigger
-    faults.extend(
+    errors.extend(
         f'{folder.name(path)}: data.trigger="{words}" is not in its caption "{text}"; '
         "add the words to the caption, or correct data.trigger."
         for path, text in lacking.items()
@@ -182,7 +182,7 @@ def _find_trigger(
 
 
 def _priors(texts: Mapping[Path, captions.Lines], trigger: Trigger) -> dict[Path, captions.Lines]:
-    """Returns what the first caption of each picture is without the trigger where that makes a difference."""
+    """Returns what the first caption of each image is without the trigger where that makes a difference."""
     if not trigger.units:
         return {}
     return {
@@ -206,26 +206,26 @@ def _report(samples: Sequence[ImageText], sizes: Mapping[Path, tuple[int, int]])
 
 @dataclass(frozen=True)
 class ImageReport:
-    """Facts about a data set. Pictures are named by their key."""
+    """Facts about a data set. Images are named by their key."""
 
     num_pictures: int
     num_shown: int
-    """Pictures in an epoch, repeats counted."""
+    """Images in an epoch, repeats counted."""
     num_captions: int
     trigger: str
     prior_example: tuple[str, ...]
     """A caption, the same without the trigger, and with other words in its place."""
     buckets: dict[str, int]
-    """"width x height" -> pictures, most frequent first."""
+    """"width x height" -> images, most frequent first."""
     largest_crop: tuple[str, float]
-    """The picture that loses most of its area to the crop, and that share."""
+    """The image that loses most of its area to the crop, and that share."""
     num_upscaled: int
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with equal bytes."""
     near_duplicates: tuple[tuple[str, str], ...]
     """Pairs that look the same though their bytes differ."""
     longest_caption: tuple[str, int]
-    """The picture with the longest caption, and that caption's words."""
+    """The image with the longest caption, and that caption's words."""
 
     def lines(self) -> list[str]:
         """Returns the report as lines of plain text."""
@@ -259,7 +259,7 @@ class _Look:
 
 
 def describe(samples: Sequence[ImageText]) -> ImageReport:
-    """Looks at the pictures of samples that `read` returned.
+    """Looks at the images of samples that `read` returned.
 
     Args:
         samples: at least one.
@@ -301,12 +301,12 @@ def _groups(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], ...]:
 def _look_alikes(pairs: Sequence[tuple[ImageText, _Look]]) -> tuple[tuple[str, str], ...]:
     thumbnails = np.stack([np.frombuffer(look.thumbnail, np.uint8) for _, look in pairs]).astype(np.float32)
     squares = (thumbnails**2).sum(1)
-    found = []
+    alike = []
     for start in range(0, len(pairs), _ROWS):
         rows = slice(start, start + _ROWS)
         distances = squares[rows, None] + squares - 2 * thumbnails[rows] @ thumbnails.T
         for row, column in np.argwhere(distances <= thumbnails.shape[1] * _NEAR**2):
             first, second = start + int(row), int(column)
             if first < second and pairs[first][1].digest != pairs[second][1].digest:
-                found.append((pairs[first][0].key, pairs[second][0].key))
-    return tuple(found)
+                alike.append((pairs[first][0].key, pairs[second][0].key))
+    return tuple(alike)

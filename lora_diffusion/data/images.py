@@ -1,4 +1,4 @@
-"""Pictures as training sees them: upright sRGB, scaled and cropped to a bucket."""
+"""Images as training sees them: upright sRGB, scaled and cropped to a bucket."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
-"""Files with these endings are taken for pictures, in any case. Of animations the first frame is used."""
+"""Files with these endings are taken for images, in any case. Of animations the first frame is used."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,7 +37,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the picture upright. CIPA DC-008 (Exif 2.32), section 4.6.5.1.10."""
+"""EXIF orientation -> what turns the image upright. CIPA DC-008 (Exif 2.32), section 4.6.5.1.10."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHUNK = struct.Struct(">I4s")
 """Length and kind of a chunk of a PNG file, before its content."""
@@ -47,7 +47,7 @@ _ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 _PIXELS_AT_ONCE = 100_000_000
 _STRIP_PIXELS = 2**22
 _BYTES_PER_PIXEL = 16
-"""Most that a decoder and its picture need."""
+"""Most that a decoder and its image need."""
 _FINE_BUCKETS_FROM = 512
 _MIN_CELL_PIXELS = 128
 _LABEL_PIXELS = 150
@@ -58,7 +58,7 @@ Image.core.set_block_size(2**26)  # type: ignore[attr-defined]  # Pillow offers 
 
 
 class ImageError(DataError):
-    """A picture cannot be read."""
+    """An image cannot be read."""
 
     def __init__(self, path: Path, reason: str) -> None:
         """Keeps the reason by itself, for lists in which the file goes by another name."""
@@ -67,7 +67,7 @@ class ImageError(DataError):
 
 
 class _Room:
-    """Lets threads decode pictures as long as these have few pixels together; a giant waits until it is alone."""
+    """Lets threads decode images as long as these have few pixels together; a giant waits until it is alone."""
 
     def __init__(self) -> None:
         self._queue, self._freed, self._num_pixels = threading.Lock(), threading.Condition(), 0
@@ -92,13 +92,13 @@ _QUIET = threading.Lock()
 
 
 def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
-    """Returns a picture decoded in full: upright, 8-bit RGB, sRGB colours, white where it was transparent.
+    """Returns an image decoded in full: upright, 8-bit RGB, sRGB colours, white where it was transparent.
 
-    The content decides what kind of picture it is, not the ending of the name.
+    The content decides what kind of image it is, not the ending of the name.
 
     Args:
-        path: names the picture in messages, and is its file where no content is given.
-        content: the bytes of a picture that lies in a table.
+        path: names the image in messages, and is its file where no content is given.
+        content: the bytes of an image that lies in a table.
 
     Raises:
         ImageError: the file cannot be read.
@@ -109,20 +109,20 @@ def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
 
 
 def measure(path: Path, content: bytes | None = None) -> tuple[int, int]:
-    """Returns width and height of a picture as it stands upright, once it was decoded in full; raises as `open_rgb`."""
+    """Returns width and height of an image as it stands upright, once it was decoded in full; raises as `open_rgb`."""
     with _decoded(path, content) as image:
         return image.size
 
 
 def look(path: Path, side: int, content: bytes | None = None) -> tuple[tuple[int, int], bytes]:
-    """Returns width and height of a picture, and its RGB bytes when scaled to a square; raises as `open_rgb`."""
+    """Returns width and height of an image, and its RGB bytes when scaled to a square; raises as `open_rgb`."""
     with _decoded(path, content) as image:
         return image.size, _flatten(image).resize((side, side), Image.Resampling.BOX).tobytes()
 
 
 @contextmanager
 def _decoded(path: Path, content: bytes | None) -> Iterator[Image.Image]:
-    """Yields a picture upright, its colours as they are stored; other threads wait while it needs much memory."""
+    """Yields an image upright, its colours as they are stored; other threads wait while it needs much memory."""
     if content is None and (kind := not_a_file(path)):
         raise ImageError(path, f"is {kind} and no file; move it away.")
     size = (0, 0)
@@ -167,7 +167,7 @@ def _stream(path: Path, content: bytes | None) -> BinaryIO:
 def _text_chunks(stream: BinaryIO) -> Iterator[tuple[int, int]]:
     """Yields where in a PNG file a text begins and ends, but for those that may hold its orientation.
 
-    Programs that make pictures write how they did it; of more than 1 MiB Pillow refuses the picture.
+    Programs that make images write how they did it; of more than 1 MiB Pillow refuses the image.
 
     Source: PNG specification (third edition), sections 5.3 and 11.3.3.
     """
@@ -181,7 +181,7 @@ def _text_chunks(stream: BinaryIO) -> Iterator[tuple[int, int]]:
 
 
 def _open(stream: BinaryIO) -> Image.Image:
-    # Pillow warns about pictures of more than 89 million pixels and refuses twice that; the refusal is enough.
+    # Pillow warns about images of more than 89 million pixels and refuses twice that; the refusal is enough.
     # The lock is there because warning filters belong to the whole process.
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -189,7 +189,7 @@ def _open(stream: BinaryIO) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Returns a picture turned as its EXIF data wants it; damaged data says nothing."""
+    """Returns an image turned as its EXIF data wants it; damaged data says nothing."""
     turn = None
     with _QUIET, warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
@@ -198,7 +198,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _lacks_memory(error: Exception, num_pixels: int) -> bool:
-    """Says whether a picture could not be decoded for lack of memory, which some decoders call an error of the file."""
+    """Says whether an image could not be decoded for lack of memory, which some decoders call an error of the file."""
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return True
     try:
@@ -219,12 +219,12 @@ def _explain(error: Exception) -> str:
 def _explain_unknown(num_bytes: int) -> str:
     if num_bytes == 0:
         return "is empty (0 bytes); replace it or move it away."
-    kinds = f"{', '.join(name.lower() for name in _FORMATS[:-1])} or {_FORMATS[-1].lower()}"
-    return f"is no {kinds} picture, whatever its name says; convert it or move it away."
+    formats = f"{', '.join(name.lower() for name in _FORMATS[:-1])} or {_FORMATS[-1].lower()}"
+    return f"is no {formats} picture, whatever its name says; convert it or move it away."
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Returns a picture in RGB, made in strips, since giants in several modes at once take gigabytes."""
+    """Returns an image in RGB, made in strips, since giants in several modes at once take gigabytes."""
     to_srgb = _to_srgb(image)
     flat, rows = Image.new("RGB", image.size), max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, rows):
@@ -280,10 +280,10 @@ def bucket_sizes(resolution: int, info: BaseInfo) -> list[tuple[int, int]]:
 
 
 def choose_bucket(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the bucket whose shape is nearest to a picture's, measured on log(width / height).
+    """Returns the bucket whose shape is nearest to an image's, measured on log(width / height).
 
     Args:
-        size: width and height of the picture in pixels.
+        size: width and height of the image in pixels.
         sizes: as `bucket_sizes` gives them.
     """
     shape = math.log(max(size) / min(size))
@@ -292,20 +292,20 @@ def choose_bucket(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tu
 
 
 def cover_scale(size: tuple[int, int], bucket: tuple[int, int]) -> float:
-    """Returns the factor by which a picture is scaled so that it covers its bucket."""
+    """Returns the factor by which an image is scaled so that it covers its bucket."""
     return max(bucket[0] / size[0], bucket[1] / size[1])
 
 
 def crop_share(size: tuple[int, int], bucket: tuple[int, int]) -> float:
-    """Returns the share of a picture's area, 0 to 1, that the crop to its bucket takes away."""
+    """Returns the share of an image's area, 0 to 1, that the crop to its bucket takes away."""
     return 1 - bucket[0] * bucket[1] / (size[0] * size[1] * cover_scale(size, bucket) ** 2)
 
 
 def crop_margins(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Returns the pixels that `load_pixels` cuts off at the left, top, right and bottom of the scaled picture.
+    """Returns the pixels that `load_pixels` cuts off at the left, top, right and bottom of the scaled image.
 
     Args:
-        size: width and height of the picture in pixels.
+        size: width and height of the image in pixels.
         bucket: width and height of its bucket.
 
     >>> crop_margins((300, 100), (64, 64))
@@ -349,10 +349,10 @@ def output_grid(outputs: Sequence[Output], seeds: Sequence[int]) -> Image.Image:
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
-    """Returns pictures in a table with labels; small pictures are enlarged by whole factors.
+    """Returns images in a table with labels; small images are enlarged by whole factors.
 
     Args:
-        rows: the same number of pictures in each row.
+        rows: the same number of images in each row.
         row_labels: one for each row.
         column_labels: one for each column; empty for none.
     """

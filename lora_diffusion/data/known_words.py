@@ -30,7 +30,7 @@ LINKING = frozenset(_LINKING_WORDS.split())
 SAY_NOTHING = LINKING | frozenset(_MEDIA_WORDS.split())
 _LISTS = _read_lists()
 QUALITY = _LISTS["quality"]
-"""What taggers put at the front of a caption to ask for good pictures, and captioners to begin a sentence."""
+"""What taggers put at the front of a caption to ask for good images, and captioners to begin a sentence."""
 
 _LISTED = SAY_NOTHING | QUALITY | _LISTS["tags"] | _LISTS["other languages"]
 
@@ -113,7 +113,7 @@ def trimmed_unspaced(text: str) -> str:
 
 @cache
 def _known(rank: int) -> frozenset[str]:
-    """Returns the words that are one token of CLIP up to a rank of its merge table, spelled as there."""
+    """Returns the words that are one token of CLIP up to a rank of its merge table, written as there."""
     end = clip_tokenizer.END_OF_WORD
     lines = clip_tokenizer.merges()[:rank]
     return frozenset(line.replace(" ", "").removesuffix(end) for line in lines if line.endswith(end))

@@ -1,4 +1,4 @@
-"""Looks at a folder of pictures or recordings before anything else starts, and finds all that is wrong with it."""
+"""Looks at a folder of images or recordings before anything else starts, and finds all that is wrong with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_diffusion.data import audio, companions, images
 from lora_diffusion.data.folder import Folder, list_folder
 from lora_diffusion.runtime.progress import watch
 
-_OTHER_PICTURES = (
+_OTHER_IMAGES = (
     *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpf", ".svg", ".psd", ".xcf", ".tga", ".ico", ".exr", ".hdr"),
     *(".ppm", ".pgm", ".pnm", ".qoi", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".raw"),
 )
@@ -23,7 +23,7 @@ _NUM_THREADS = 8
 
 
 def list_images(path: str, setting: str = "data.path") -> Folder:
-    """Returns the pictures of a folder and its subfolders that are to be trained on.
+    """Returns the images of a folder and its subfolders that are to be trained on.
 
     Warns of those that are there for something else, and of names that mean trouble.
 
@@ -32,29 +32,29 @@ def list_images(path: str, setting: str = "data.path") -> Folder:
         setting: where the user gave it, for messages.
 
     Raises:
-        DataError: there is no such folder, or no picture in it.
+        DataError: there is no such folder, or no image in it.
     """
     folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting))
-    _warn_of_names(folder, _OTHER_PICTURES, "png", "caption")
+    _warn_of_names(folder, _OTHER_IMAGES, "png", "caption")
     return folder
 
 
 def find_images(path: str, setting: str) -> list[Path]:
-    """Returns the pictures of a folder and its subfolders, all of which can be read.
+    """Returns the images of a folder and its subfolders, all of which can be read.
 
     Args:
         path: the folder, as the user gave it.
         setting: where the user gave it, for messages.
 
     Raises:
-        DataError: there is no such folder, no picture in it, or some that cannot be read, which are all listed.
+        DataError: there is no such folder, no image in it, or some that cannot be read, which are all listed.
     """
     folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting), setting)
-    faults: list[str] = []
-    measure(folder, False, faults)
-    if faults:
+    errors: list[str] = []
+    measure(folder, False, errors)
+    if errors:
         num = len(folder.files)
-        raise DataError(f"{setting}={path}: {len(faults)} of {num} pictures cannot be read; correct them.", faults)
+        raise DataError(f"{setting}={path}: {len(errors)} of {num} pictures cannot be read; correct them.", errors)
     return list(folder.files)
 
 
@@ -94,13 +94,13 @@ def _warn_of_names(folder: Folder, other_endings: Sequence[str], target: str, te
         )
 
 
-def measure(folder: Folder, skip_bad: bool, faults: list[str]) -> dict[Path, tuple[int, int]]:
-    """Decodes every picture in full and returns the width and height of those that can be read.
+def measure(folder: Folder, skip_bad: bool, errors: list[str]) -> dict[Path, tuple[int, int]]:
+    """Decodes every image in full and returns the width and height of those that can be read.
 
     Args:
         folder: the files.
-        skip_bad: warn of the others instead of adding faults, as long as one picture is left.
-        faults: one line is added for each picture that cannot be read.
+        skip_bad: warn of the others instead of adding errors, as long as one image is left.
+        errors: one line is added for each image that cannot be read.
     """
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         results = list(watch(pool.map(_measure, folder.files), len(folder.files), "Checking pictures"))
@@ -110,7 +110,7 @@ def measure(folder: Folder, skip_bad: bool, faults: list[str]) -> dict[Path, tup
     if bad and skip_bad and sizes:
         logger.warning("Left out pictures that cannot be read: %d (%s).", len(bad), name_some(list(bad)))
     else:
-        faults.extend(f"{name}: {reason}" for name, reason in bad.items())
+        errors.extend(f"{name}: {reason}" for name, reason in bad.items())
     return sizes
 
 
@@ -121,28 +121,28 @@ def _measure(path: Path) -> tuple[int, int] | str:
         return error.reason
 
 
-def add_missing_captions(folder: Folder, missing: Sequence[Path], num_pictures: int, faults: list[str]) -> None:
-    """Adds a fault for each picture without a caption, or a single one if no picture has any.
+def add_missing_captions(folder: Folder, missing: Sequence[Path], num_images: int, errors: list[str]) -> None:
+    """Adds an error for each image without a caption, or a single one if no image has any.
 
-    Files that look like a picture's caption but have another name are pointed out.
+    Files that look like an image's caption but have another name are pointed out.
     """
     texts = {file.with_suffix(""): file for file in folder.others if file.suffix.lower() in _OTHER_CAPTIONS}
     guesses = {path: texts.get(path.with_suffix("")) or texts.get(path) for path in missing}
-    if len(missing) < num_pictures:
+    if len(missing) < num_images:
         for path, guess in guesses.items():
             hint = f"rename {folder.name(guess)} to" if guess else "write"
-            faults.append(f"{folder.name(path)}: has no caption; {hint} {path.stem}.txt beside it.")
+            errors.append(f"{folder.name(path)}: has no caption; {hint} {path.stem}.txt beside it.")
         return
     close = [folder.name(guess) for guess in guesses.values() if guess]
     advice = f"these look like captions, rename them: {name_some(close)}" if close else "write them"
-    faults.append(
-        f"None of the {num_pictures} pictures has a caption (name.txt or name.caption beside name.png, or a "
+    errors.append(
+        f"None of the {num_images} pictures has a caption (name.txt or name.caption beside name.png, or a "
         f"metadata.jsonl or metadata.csv); {advice}, or set data.captions=optional."
     )
 
 
 def warn_of_orphans(folder: Folder, text: str, endings: Sequence[str]) -> None:
-    """Warns once of text files that have no picture or recording.
+    """Warns once of text files that have no image or recording.
 
     Args:
         folder: the files.

@@ -42,9 +42,9 @@ class SampleType(ABC):
     """One type of sample. Every question whose answer depends on the type is a member here."""
 
     noun: ClassVar[str]
-    """What messages call the samples, say "pictures"."""
+    """What messages call the samples, say "images"."""
     task: ClassVar[str]
-    """What messages say that bases do with them, say "draw pictures"."""
+    """What messages say that bases do with them, say "draw images"."""
     section: ClassVar[type[DataConfig]]
     """The class of the `data:` section, which names the class of the samples."""
     metrics: ClassVar[tuple[str, ...]]
@@ -322,7 +322,7 @@ class Chats(SampleType):
 
     def identity(self, sample: Chat, config: ChatDataConfig) -> list[Any]:
         """Names the images by their bytes and the views of them, and the turns."""
-        names = [*self.view_identity(sample, config), chats.spelled(sample)]
+        names = [*self.view_identity(sample, config), chats.roles_and_texts(sample)]
         if chats.shows_one_at_first(sample):  # as older runs name it
             return names
         return [*names, [turn.num_images for turn in sample.turns]]
@@ -335,7 +335,7 @@ class Chats(SampleType):
     def text_identity(self, sample: Chat) -> list[Any]:
         """Names the turns, and the sizes of the images, which decide how many tokens they take."""
         sizes = [image.size for image in sample.images]
-        return [chats.spelled(sample), sizes, [turn.num_images for turn in sample.turns]]
+        return [chats.roles_and_texts(sample), sizes, [turn.num_images for turn in sample.turns]]
 
     def open(self, sample: Chat, config: ChatDataConfig) -> Chat:
         """Decodes the images at each zoom."""

@@ -34,7 +34,7 @@ _ABOUT = (".md", ".txt", "")
 """Endings of what people write about a data set."""
 
 
-def table_rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[int, dict[str | None, Any]]]:
+def table_rows(folder: Folder, file: Path, text: str, errors: list[str]) -> Iterator[tuple[int, dict[str | None, Any]]]:
     """Yields the number of the last line of each row, and the row by the names in the header.
 
     What a row has beyond the header stands under the key None.
@@ -43,7 +43,7 @@ def table_rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iter
         folder: holds the table.
         file: its name tells the delimiter.
         text: its content.
-        faults: one line is added where it cannot be read any further.
+        errors: one line is added where it cannot be read any further.
     """
     reader = csv.DictReader(io.StringIO(text), delimiter=DELIMITERS[file.suffix.lower()])
     start = 1
@@ -54,7 +54,7 @@ def table_rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iter
             start = reader.line_num + 1
     except csv.Error as error:
         place = f"{folder.name(file)}, line {start}"
-        faults.append(f"{place}: cannot be read ({error}); look for a quote without its pair.")
+        errors.append(f"{place}: cannot be read ({error}); look for a quote without its pair.")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def choose_split(folder: Folder, split: str) -> Folder:
             has_table and file.suffix.lower() not in _SPLIT_TABLES
         )
 
-    files, others = (tuple(filter(is_chosen, found)) for found in (folder.files, folder.others))
+    files, others = (tuple(filter(is_chosen, listed)) for listed in (folder.files, folder.others))
     every = (*folder.files, *folder.others)
     if not files:
         raise _no_split_left(list({name for file in every for name in _split_names(folder, file)}), split, folder.given)

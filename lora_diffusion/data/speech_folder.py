@@ -64,14 +64,14 @@ def read(config: RecordingDataConfig, info: SpeechInfo) -> list[AudioText]:
     Raises:
         DataError: the data cannot be used; all errors are listed at once.
     """
-    faults: list[str] = []
-    folder, recordings = (_list_rows if sources.are_rows(config.path) else _list_files)(config, faults)
-    checked = _check_all(folder, recordings, config, info, faults)
+    errors: list[str] = []
+    folder, recordings = (_list_rows if sources.are_rows(config.path) else _list_files)(config, errors)
+    checked = _check_all(folder, recordings, config, info, errors)
     samples = []
     for recording, facts in checked:
-        samples += _samples(recording, facts, config, info, faults)
-    samples = _count_tokens(samples, info, faults)
-    stop_or_leave_out(folder, "transcripts", faults, len(samples), skip_bad=config.skip_bad)
+        samples += _samples(recording, facts, config, info, errors)
+    samples = _count_tokens(samples, info, errors)
+    stop_or_leave_out(folder, "transcripts", errors, len(samples), skip_bad=config.skip_bad)
     _report(samples, checked, info)
     return samples
 
@@ -113,29 +113,29 @@ class _Recording:
     key: str
     path: Path
     transcript: Transcript | None
-    """None where it has none that can be used, which is a fault already."""
+    """None where it has none that can be used, which is an error already."""
     read_bytes: Callable[[], bytes] | None = None
 
 
-def _list_files(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, list[_Recording]]:
+def _list_files(config: RecordingDataConfig, errors: list[str]) -> tuple[Folder, list[_Recording]]:
     folder = sources.choose_split(preflight.list_recordings(config.path), config.split)
-    texts = transcripts.collect(folder, faults, config.split)
+    texts = transcripts.collect(folder, errors, config.split)
     plain = [file for file in folder.others if not file.name.lower().endswith(transcripts.OF_A_CHAPTER)]
     preflight.warn_of_orphans(replace(folder, others=tuple(plain)), "transcript", (transcripts.BESIDE,))
     lacking = [path for path in folder.files if path not in texts]
     tables = transcripts.tables_of_splits(folder, config.split)
     if len(lacking) == len(folder.files):
-        if not faults:  # else what is wrong with the table is the reason
-            faults.append(_explain_no_transcript(folder, len(lacking)))
+        if not errors:  # else what is wrong with the table is the reason
+            errors.append(_explain_no_transcript(folder, len(lacking)))
     elif tables and lacking:
         names = [folder.name(path) for path in lacking]
         where = name_some([folder.name(table) for table in tables])
         logger.warning("Left out recordings that do not stand in %s: %d (%s).", where, len(names), name_some(names))
         folder = replace(folder, files=tuple(path for path in folder.files if path in texts))
     else:
-        faults += [f"{folder.name(path)}: has no transcript; write {path.stem}.txt beside it." for path in lacking]
+        errors += [f"{folder.name(path)}: has no transcript; write {path.stem}.txt beside it." for path in lacking]
     named = {folder.name(path): texts.get(path) for path in folder.files}
-    usable = _with_words(named.items(), faults)
+    usable = _with_words(named.items(), errors)
     return folder, [_Recording(folder.name(path), path, usable.get(folder.name(path))) for path in folder.files]
 
 
@@ -148,7 +148,7 @@ def _explain_no_transcript(folder: Folder, count: int) -> str:
     )
 
 
-def _list_rows(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, list[_Recording]]:
+def _list_rows(config: RecordingDataConfig, errors: list[str]) -> tuple[Folder, list[_Recording]]:
     table = sources.read_rows(config.path, config.split, transcripts.FILE_KEYS, "Audio", "recordings")
     named: dict[str, Transcript | None] = {}
     for index in range(len(table.files)):
@@ -158,8 +158,8 @@ def _list_rows(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, 
                 raise ValueError("holds no recording; remove it.")
             named[name] = transcripts.of_row(table.texts[index], name)
         except ValueError as error:
-            faults.append(f"{name}: {error}")
-    usable = _with_words(named.items(), faults)
+            errors.append(f"{name}: {error}")
+    usable = _with_words(named.items(), errors)
     recordings = [
         _Recording(name, table.root, usable[name], files[0])
         for name, files in ((f"row {index}", files) for index, files in enumerate(table.files))
@@ -169,15 +169,15 @@ def _list_rows(config: RecordingDataConfig, faults: list[str]) -> tuple[Folder, 
     return Folder(table.root, "recordings", paths, (), f"data.path={config.path}"), recordings
 
 
-def _with_words(named: Iterable[tuple[str, Transcript | None]], faults: list[str]) -> dict[str, Transcript]:
-    """Returns the transcripts that hold a word, by the name of the recording; those that do not are faults."""
+def _with_words(named: Iterable[tuple[str, Transcript | None]], errors: list[str]) -> dict[str, Transcript]:
+    """Returns the transcripts that hold a word, by the name of the recording; those that do not are errors."""
     usable = {}
     for name, transcript in named:
         if transcript and transcripts.without_timestamps(transcript.text):
             usable[name] = transcript
         elif transcript:
             place = f" in {transcript.origin}" if transcript.origin != name else ""
-            faults.append(f"{name}: its transcript{place} is empty; write one.")
+            errors.append(f"{name}: its transcript{place} is empty; write one.")
     return usable
 
 
@@ -186,9 +186,9 @@ def _check_all(
     recordings: Sequence[_Recording],
     config: RecordingDataConfig,
     info: SpeechInfo,
-    faults: list[str],
+    errors: list[str],
 ) -> list[tuple[_Recording, Facts]]:
-    """Returns the recordings that can be used, with their facts; the others are faults."""
+    """Returns the recordings that can be used, with their facts; the others are errors."""
     longest_s = info.max_duration_s * min(config.speeds)
     remedy = "cut it, or set data.long=split if its transcript has timestamps"
     if config.long == "split":
@@ -201,25 +201,26 @@ def _check_all(
             return error.reason
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = list(watch(pool.map(check, recordings), len(recordings), f"Checking {folder.noun}"))
-    faults += [f"{own.key}: {facts}" for own, facts in zip(recordings, found, strict=True) if isinstance(facts, str)]
-    return [(own, facts) for own, facts in zip(recordings, found, strict=True) if not isinstance(facts, str)]
+        results = list(watch(pool.map(check, recordings), len(recordings), f"Checking {folder.noun}"))
+    pairs = list(zip(recordings, results, strict=True))
+    errors += [f"{recording.key}: {facts}" for recording, facts in pairs if isinstance(facts, str)]
+    return [(recording, facts) for recording, facts in pairs if not isinstance(facts, str)]
 
 
 def _samples(
-    recording: _Recording, facts: Facts, config: RecordingDataConfig, info: SpeechInfo, faults: list[str]
+    recording: _Recording, facts: Facts, config: RecordingDataConfig, info: SpeechInfo, errors: list[str]
 ) -> list[AudioText]:
-    """Returns a recording as one sample, or in pieces where it is long; none and a fault if that cannot be."""
-    told = recording.transcript
-    if told is None:
+    """Returns a recording as one sample, or in pieces where it is long; none and an error if that cannot be."""
+    transcript = recording.transcript
+    if transcript is None:
         return []
     try:
         whole = AudioText(
             key=recording.key,
             path=recording.path,
-            transcript=told.text,
-            language=_language(told, info),
-            task=told.task,
+            transcript=transcript.text,
+            language=_language(transcript, info),
+            task=transcript.task,
             duration_s=facts.duration_s,
             sampling_rate=info.sampling_rate,
             read_bytes=recording.read_bytes,
@@ -227,31 +228,32 @@ def _samples(
         longest_s = info.max_duration_s * min(config.speeds)
         return [whole] if facts.duration_s <= longest_s else list(_cut(whole, longest_s))
     except ValueError as error:
-        faults.append(f"{recording.key}: {error}")
+        errors.append(f"{recording.key}: {error}")
         return []
 
 
-def _language(told: Transcript, info: SpeechInfo) -> str | None:
+def _language(transcript: Transcript, info: SpeechInfo) -> str | None:
     """Returns the code of the language that a table names, maybe in words.
 
     Raises:
         ValueError: the base does not know it, or cannot translate.
     """
-    if told.task == "translate" and not info.languages:
+    if transcript.task == "translate" and not info.languages:
         raise ValueError(f"asks for a translation, and {info.source} knows English only; take a multilingual base.")
-    if not told.language:
+    if not transcript.language:
         return None
-    code = info.find_language(told.language) if info.find_language else told.language
+    code = info.find_language(transcript.language) if info.find_language else transcript.language
     known = info.languages or ("en",)
     if code in known:
         return code
     if not info.languages:
         raise ValueError(
-            f"is in {shown(told.language)}, and {info.source} knows English only; leave it out or take a multilingual "
-            "base."
+            f"is in {shown(transcript.language)}, and {info.source} knows English only; leave it out or take a "
+            "multilingual base."
         )
     raise ValueError(
-        f"the tokenizer of {info.source} has no token for {shown(told.language)}, only for {', '.join(known[:20])}."
+        f"the tokenizer of {info.source} has no token for {shown(transcript.language)}, only for "
+        f"{', '.join(known[:20])}."
     )
 
 
@@ -275,16 +277,16 @@ def _cut(whole: AudioText, longest_s: float) -> Iterator[AudioText]:
         raise ValueError(f"is {audio.clock(whole.duration_s)} long, but {error}; correct it or cut it.") from error
 
 
-def _count_tokens(samples: list[AudioText], info: SpeechInfo, faults: list[str]) -> list[AudioText]:
+def _count_tokens(samples: list[AudioText], info: SpeechInfo, errors: list[str]) -> list[AudioText]:
     if info.count_tokens is None:
         return samples
     counted = []
     counts = info.count_tokens([sample.transcript for sample in samples])
     for sample, count in zip(samples, counts, strict=True):
         if isinstance(count, str):
-            faults.append(f"{sample.key}: {count}")
+            errors.append(f"{sample.key}: {count}")
         elif count > info.max_tokens:
-            faults.append(
+            errors.append(
                 f"{sample.key}: its transcript has {count} tokens, and the base writes at most {info.max_tokens}; "
                 "cut it."
             )
@@ -336,16 +338,16 @@ def list_requests(paths: Sequence[Path], info: SpeechInfo) -> list[tuple[Path, R
         DataError: lists all that cannot be heard.
     """
     files = list_named(paths)
-    found: list[tuple[Path, Request]] = []
-    faults = []
+    requests: list[tuple[Path, Request]] = []
+    errors = []
     for file in files:
         try:
-            found += [(file, Request("", 0, sample=piece)) for piece in _pieces(file, info)]
+            requests += [(file, Request("", 0, sample=piece)) for piece in _pieces(file, info)]
         except RecordingError as error:
-            faults.append(f"{file}: {error.reason}")
-    if faults:
-        raise DataError(f"{len(faults)} of {len(files)} recordings cannot be heard; correct or leave them out.", faults)
-    return found
+            errors.append(f"{file}: {error.reason}")
+    if errors:
+        raise DataError(f"{len(errors)} of {len(files)} recordings cannot be heard; correct or leave them out.", errors)
+    return requests
 
 
 def _pieces(file: Path, info: SpeechInfo) -> list[AudioText]:

@@ -49,10 +49,10 @@ class Segment:
     text: str
 
 
-def collect(folder: Folder, faults: list[str], split: str = sources.AUTO_SPLIT) -> dict[Path, Transcript | None]:
+def collect(folder: Folder, errors: list[str], split: str = sources.AUTO_SPLIT) -> dict[Path, Transcript | None]:
     """Returns the transcript of each recording that has one: a text file beside it, or a line of a table.
 
-    None stands for one that cannot be used, which is a fault already.
+    None stands for one that cannot be used, which is an error already.
 
     Tables are metadata.csv, metadata.tsv and any .jsonl file, with the columns file_name and transcription (or text,
     sentence, transcript), and language (lang, locale) and task if need be; those of splits, such as Common Voice's
@@ -60,20 +60,20 @@ def collect(folder: Folder, faults: list[str], split: str = sources.AUTO_SPLIT) 
 
     Args:
         folder: the files.
-        faults: one line is added for each thing that is wrong.
+        errors: one line is added for each thing that is wrong.
         split: `data.split`, which may name a table.
     """
-    found: dict[Path, Transcript | None] = {}
+    by_path: dict[Path, Transcript | None] = {}
     for file in folder.others:
-        for path, transcript in _read(folder, file, faults, split):
-            earlier = found.get(path, transcript)
+        for path, transcript in _read(folder, file, errors, split):
+            earlier = by_path.get(path, transcript)
             if earlier and transcript and earlier.text != transcript.text:
                 origins = f"{earlier.origin} and {transcript.origin}"
-                faults.append(f"{folder.name(path)}: {origins} say different things; keep one of them.")
-                found[path] = None
-            else:  # what is a fault already stays one, whatever another line says
-                found[path] = transcript if earlier else None
-    return found
+                errors.append(f"{folder.name(path)}: {origins} say different things; keep one of them.")
+                by_path[path] = None
+            else:  # what is an error already stays one, whatever another line says
+                by_path[path] = transcript if earlier else None
+    return by_path
 
 
 def tables_of_splits(folder: Folder, split: str) -> list[Path]:
@@ -140,7 +140,7 @@ def later(text: str, seconds: float) -> str:
     >>> later("<|0.00|> one<|1.50|>", 30.0)
     '<|30.00|> one<|31.50|>'
     """
-    return _TIMESTAMP.sub(lambda found: f"<|{float(found[1]) + seconds:.2f}|>", text)
+    return _TIMESTAMP.sub(lambda match: f"<|{float(match[1]) + seconds:.2f}|>", text)
 
 
 def cues(text: str, start_s: float, end_s: float) -> list[Segment]:
@@ -187,19 +187,19 @@ def shifted(pieces: list[Segment]) -> str:
     return "".join(f"<|{p.start_s - start:.2f}|>{p.text}<|{p.end_s - start:.2f}|>" for p in pieces)
 
 
-def _read(folder: Folder, file: Path, faults: list[str], split: str) -> Iterator[tuple[Path, Transcript | None]]:
+def _read(folder: Folder, file: Path, errors: list[str], split: str) -> Iterator[tuple[Path, Transcript | None]]:
     if file.name.lower().endswith(OF_A_CHAPTER) or _is_table(file, split):
-        text = read_text(folder, file, faults)
-        yield from _read_table(folder, file, text or "", faults)
+        text = read_text(folder, file, errors)
+        yield from _read_table(folder, file, text or "", errors)
     elif file.suffix.lower() == BESIDE:
         recordings = folder.beside(file)
-        text = read_text(folder, file, faults, _LARGEST_BYTES) if recordings else None
+        text = read_text(folder, file, errors, _LARGEST_BYTES) if recordings else None
         for path in recordings:
             yield path, None if text is None else Transcript(" ".join(text.split()), origin=folder.name(file))
 
 
-def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
-    for number, content in _rows(folder, file, text, faults):
+def _read_table(folder: Folder, file: Path, text: str, errors: list[str]) -> Iterator[tuple[Path, Transcript | None]]:
+    for number, content in _rows(folder, file, text, errors):
         place = f"{folder.name(file)}, line {number}"
         try:
             row = _parsed(content) if isinstance(content, str) else content
@@ -210,11 +210,11 @@ def _read_table(folder: Folder, file: Path, text: str, faults: list[str]) -> Ite
                 raise ValueError('names no file; give it a column "file_name".')
             path = _find(folder, file.parent, name)
             if path is not None:
-                yield path, _usable(row, place, faults)
+                yield path, _usable(row, place, errors)
             elif not any(file.parent / below / name in folder.left_out for below in _SUBFOLDERS):
                 raise ValueError(f"there is no recording {shown(name)}; correct the name or remove the line.")
         except ValueError as error:
-            faults.append(f"{place}: {error}")
+            errors.append(f"{place}: {error}")
 
 
 def _find(folder: Folder, base: Path, name: str) -> Path | None:
@@ -227,15 +227,15 @@ def _find(folder: Folder, base: Path, name: str) -> Path | None:
     return None
 
 
-def _usable(row: Mapping[str, Any], place: str, faults: list[str]) -> Transcript | None:
+def _usable(row: Mapping[str, Any], place: str, errors: list[str]) -> Transcript | None:
     try:
         return of_row(row, place)
     except ValueError as error:
-        faults.append(f"{place}: {error}")
+        errors.append(f"{place}: {error}")
         return None
 
 
-def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[tuple[int, Any]]:
+def _rows(folder: Folder, file: Path, text: str, errors: list[str]) -> Iterator[tuple[int, Any]]:
     """Yields the number of each line, and what it holds: the JSON text, or a row of a table."""
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
@@ -247,9 +247,9 @@ def _rows(folder: Folder, file: Path, text: str, faults: list[str]) -> Iterator[
         yield from _common_voice(text)
     elif _has_no_header(text):
         cells = ((number, line.split("|")) for number, line in _lines(text))
-        yield from ((number, {FILE_KEYS[0]: own[0], TEXT_KEYS[0]: own[-1]}) for number, own in cells)
+        yield from ((number, {FILE_KEYS[0]: row[0], TEXT_KEYS[0]: row[-1]}) for number, row in cells)
     else:
-        yield from sources.table_rows(folder, file, text, faults)
+        yield from sources.table_rows(folder, file, text, errors)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:

@@ -70,15 +70,15 @@ def in_folder_name(words: str, captions: Sequence[str]) -> Trigger | None:
     """Returns the words after the number of a folder such as "10_sks dog" where each caption holds them as a trigger.
 
     Args:
-        words: the same of all pictures; "" where they are not.
-        captions: of all pictures.
+        words: the same of all images; "" where they are not.
+        captions: of all images.
     """
     trigger = Trigger((" ".join(words.split()),))
     is_one = bool(words.strip()) and max(_levels(words)) == RARE and all(map(trigger.is_in, captions))
     return trigger if is_one else None
 
 
-class Found(NamedTuple):
+class SharedWords(NamedTuple):
     """What captions have in common."""
 
     trigger: Trigger
@@ -96,7 +96,7 @@ class _Phrase(NamedTuple):
     is_tag: bool
 
 
-def find(captions: Sequence[str]) -> Found:
+def find(captions: Sequence[str]) -> SharedWords:
     """Returns the trigger of captions: of what they share, the words that are rarest, as the first caption spells them.
 
     Words that stand together in every caption are one phrase, with what joins them: "blob style", "sks dog",
@@ -107,14 +107,14 @@ def find(captions: Sequence[str]) -> Found:
     """
     filled = [caption for caption in captions if caption.strip()]
     if len(filled) <= 1:
-        return Found(Trigger())
+        return SharedWords(Trigger())
     texts = list(dict.fromkeys(filled))
     phrases = _shared_phrases(texts)
     highest = max((phrase.level for phrase in phrases), default=COMMON)
     units = tuple(dict.fromkeys(phrase.text for phrase in phrases if phrase.level == highest > COMMON))
     trigger = Trigger(tuple(unit for unit in units if not any(unit != other and unit in other for other in units)))
     common = [phrase.text for phrase in phrases if phrase.level == COMMON and (phrase.is_tag or not units)]
-    return Found(trigger, tuple(common), highest == DOUBTFUL, None if units else _nearly(texts))
+    return SharedWords(trigger, tuple(common), highest == DOUBTFUL, None if units else _nearly(texts))
 
 
 def _shared_phrases(texts: Sequence[str]) -> list[_Phrase]:
@@ -179,20 +179,20 @@ def _phrases(text: str, segment: Words, run: Words, texts: Sequence[str]) -> lis
     is_tag = len(run) == len(segment)
     if is_tag and max(_levels(whole)) == COMMON:
         return [] if all(word[0].casefold() in SAY_NOTHING for word in run) else [_Phrase(whole, COMMON, True)]
-    found = []
+    phrases = []
     for words in [run] if is_tag and re.search(r"[(\[]", whole) else _pieces(run):
         phrase = _closed(text, *_trimmed(text, words))
         rarity = max(_levels(phrase))
         if rarity == COMMON or all(map(phrase_pattern(phrase).search, texts)):
-            found.append(_Phrase(phrase, rarity, is_tag))
+            phrases.append(_Phrase(phrase, rarity, is_tag))
         else:
             single = [word[0] for word in words if not _IS_UNSPACED.match(word[0])]
-            found += [_Phrase(word, level(word), False) for word in single if word.casefold() not in _IDLE]
-    return found
+            phrases += [_Phrase(word, level(word), False) for word in single if word.casefold() not in _IDLE]
+    return phrases
 
 
 def _pieces(run: Words) -> list[Words]:
-    """Returns the words between those that say nothing: "zorg style" of "a zorg style picture of a dog".
+    """Returns the words between those that say nothing: "zorg style" of "a zorg style image of a dog".
 
     "style of zwx" is one piece.
     """
@@ -200,7 +200,7 @@ def _pieces(run: Words) -> list[Words]:
     for word in run:
         if word[0].casefold() not in SAY_NOTHING:
             pieces[-1].append(word)
-        elif pieces[-1] and not all(own[0].casefold() in _WEAK for own in pieces[-1]):
+        elif pieces[-1] and not all(word[0].casefold() in _WEAK for word in pieces[-1]):
             pieces.append([])
         elif pieces[-1]:
             pieces[-1].append(word)
@@ -240,15 +240,15 @@ def _levels(phrase: str) -> list[int]:
 
 def _nearly(texts: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
     """Returns a made-up word that most texts hold, and the others."""
-    spelled: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for text in texts:
         words = {word.casefold(): word for word in re.findall(rf"[^\W_{UNSPACED}]+", _without_weights(text))}
         counts.update(words.keys())
-        spelled = words | spelled
+        spellings = words | spellings
     frequent = [key for key, count in counts.most_common(50) if count >= max(_MOSTLY * len(texts), _FEWEST)]
     rare = next((key for key in frequent if level(key) == RARE), None)
     if rare is None:
         return None
     pattern = phrase_pattern(rare)
-    return spelled[rare], tuple(text for text in texts if not pattern.search(text))
+    return spellings[rare], tuple(text for text in texts if not pattern.search(text))

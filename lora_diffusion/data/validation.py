@@ -68,7 +68,8 @@ def split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], list
             "drop data.validation, or name other data."
         )
     pairs = list(zip(samples, contents, strict=True))
-    return [one for one, own in pairs if own not in held_out], [one for one, own in pairs if own in held_out]
+    trained = [sample for sample, content in pairs if content not in held_out]
+    return trained, [sample for sample, content in pairs if content in held_out]
 
 
 def _content(sample: Any) -> str:

@@ -50,7 +50,7 @@ _REASON = "load_lora_weights has no layer for it"
 
 
 class _Diffusers:
-    name = "diffusers"
+    name = naming = "diffusers"
     is_folder = False
     refused: Mapping[str, str] = {**NOT_IN_PEFT, "dora": WRONG_AXIS, "loha": _REASON, "lokr": _REASON}
 

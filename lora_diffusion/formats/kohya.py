@@ -46,7 +46,7 @@ _WRONG_AXIS = (
 
 
 class _Kohya:
-    name = "kohya"
+    name = naming = "kohya"
     is_folder = False
     refused: Mapping[str, str] = {"dora_out": _WRONG_AXIS, "loha+dora_out": _WRONG_AXIS, "lokr+dora_out": _WRONG_AXIS}
 

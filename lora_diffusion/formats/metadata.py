@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_diffusion.core.errors import ConfigError, UnsupportedError
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import suggestion
 from lora_diffusion.tensorfile.arrays import Array, raw
@@ -46,6 +46,11 @@ _BASES: Mapping[str, _Base] = {
     ),
     "stable-diffusion-xl-v1-base": _Base("sdxl_base_v1-0", False, "https://github.com/Stability-AI/generative-models"),
 }
+
+
+def _base(architecture: str) -> _Base:
+    """Returns what the header says of a base; that of another package has no version of kohya's."""
+    return _BASES.get(architecture, _Base("", False, "https://github.com/huggingface/diffusers"))
 
 
 _ARCHITECTURES = {
@@ -146,13 +151,7 @@ def build(
         about: what else modelspec tells, by its names without modelspec. (title, author, description, license,
             thumbnail, unet_dtype, ...). None values are left out; the title is otherwise the name.
 
-    Raises:
-        UnsupportedError: an unknown architecture.
     """
-    if architecture not in _BASES:
-        raise UnsupportedError(
-            f"Headers have no name for {architecture}, only for {', '.join(_BASES)}; use another format."
-        )
     values: dict[str, Any] = {
         **_version_of(architecture, prediction_type),
         "ss_network_module": _module_of(state),
@@ -162,7 +161,7 @@ def build(
         **{f"ss_{key}": value for key, value in (training or {}).items() if value is not None},
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": _BASES[architecture].implementation,
+        "modelspec.implementation": _base(architecture).implementation,
         "modelspec.title": name,
         "modelspec.date": spec_date(written_at),
     }
@@ -185,7 +184,7 @@ def spec_date(written_at: float) -> str:
 
 def _version_of(architecture: str, prediction: str | None) -> dict[str, str]:
     """Returns kohya's words for a base; none where it has none."""
-    version, is_v2, _ = _BASES[architecture]
+    version, is_v2, _ = _base(architecture)
     if prediction == "v_prediction" and version in ("sd_v1", "sd_v2"):
         version += "_v"
     return {"ss_base_model_version": version, "ss_v2": str(is_v2)} if version else {}

@@ -64,7 +64,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
 
 
 class _Peft:
-    name = "peft"
+    name = naming = "peft"
     is_folder = True
     refused: Mapping[str, str] = {"dora": WRONG_AXIS, **NOT_IN_PEFT}
 

@@ -217,7 +217,7 @@ class TestFaults:
 
     def test_a_file_of_another_encoding_is_one_fault(self, folder: Path) -> None:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
-        with pytest.raises(DataError, match="1 fault in 1 files and pictures") as caught:
+        with pytest.raises(DataError, match="1 error in 1 files and pictures") as caught:
             _read(folder)
         (told,) = caught.value.faults
         assert told.startswith("chats.json: byte 0xfc at position 14 (line 1) is not UTF-8")
@@ -381,7 +381,7 @@ class TestLeftOut:
         assert f"Left out, since data.skip_bad=true: {len(FAULTS)} (chats.json, entry 2, " in caplog.text
         assert "; kept: 1. For example, chats.json, entry 2: has no <image> in any turn" in caplog.text
         write_chats(tmp_path, [wrong for wrong, _ in FAULTS.values()])
-        with pytest.raises(DataError, match=f"{len(FAULTS)} faults in 1 files"):
+        with pytest.raises(DataError, match=f"{len(FAULTS)} errors in 1 files"):
             _read(tmp_path, skip_bad=True)
 
     def test_held_out_files_are_left_out_and_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -401,7 +401,7 @@ class TestLeftOut:
     def test_messages_name_what_was_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         write_chats(tmp_path, [entry("gone.png", "What?", "a cat")])
-        with pytest.raises(DataError, match=r"^data\.path=chats\.json: 1 fault in 1 files") as caught:
+        with pytest.raises(DataError, match=r"^data\.path=chats\.json: 1 error in 1 files") as caught:
             _read(Path("chats.json"))
         assert f"there is no picture gone.png in {tmp_path}" in caught.value.faults[0]
 

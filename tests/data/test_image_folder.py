@@ -5,6 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from lora_diffusion.config.schema import ImageDataConfig
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.data import image_folder
 from lora_diffusion.data.image_folder import describe
+from lora_diffusion.data.sample_types import IMAGES
 from tests.data.conftest import INFO
 
 
@@ -420,3 +424,18 @@ def test_links_to_folders_with_repeats(dataset, link, target):
 def test_dates_are_no_repeats(dataset):
     dataset.picture("20240115_holiday/a.png", "a cat")
     assert [sample.num_repeats for sample in dataset.read()] == [1]
+
+
+def test_an_image_from_bytes_is_the_image_of_the_file(dataset):
+    dataset.picture("a.png", "a red sks cat", size=(80, 40))
+    dataset.picture("b.png", "a blue sks dog", color="blue")
+    files, config = dataset.read(), dataset.config(flip=True)
+    contents = {sample.key: sample.path.read_bytes() for sample in files}
+    held = [
+        replace(sample, path=Path("table") / sample.key, read_bytes=partial(contents.get, sample.key))
+        for sample in files
+    ]
+    for one, other in zip(held, files, strict=True):
+        assert IMAGES.identity(one, config) == IMAGES.identity(other, config)
+        assert IMAGES.open(one, config).pixels.equal(IMAGES.open(other, config).pixels)
+    assert IMAGES.describe(held) == IMAGES.describe(files)

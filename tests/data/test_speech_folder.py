@@ -244,7 +244,7 @@ class TestFaults:
         )
         assert [sample.key for sample in _read(tmp_path, skip_bad=True, long="split")] == ["good.wav"]
         assert "Left out, since data.skip_bad=true: 9 (" in caplog.text
-        with pytest.raises(DataError, match=r"9 faults in 8 .* or set data\.skip_bad=true to leave out") as caught:
+        with pytest.raises(DataError, match=r"9 errors in 8 .* or set data\.skip_bad=true to leave out") as caught:
             _read(tmp_path)
         (tmp_path / "good.wav").unlink()
         with pytest.raises(DataError) as caught:

@@ -11,7 +11,6 @@ import torch
 
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.formats.metadata import build
 from lora_diffusion.tensorfile import safetensors_file
 from tests.tiny_adapters import key_map, random_state, tiny_loaded
@@ -52,10 +51,11 @@ def test_base_versions(architecture: str, prediction: str, version: str, is_v2: 
     assert (told["ss_base_model_version"], told["ss_v2"]) == (version, is_v2)
 
 
-def test_none_is_left_out_and_unknown_bases_are_refused() -> None:
+def test_none_is_left_out_and_kohyas_words_of_bases_that_it_does_not_know() -> None:
     assert "ss_clip_skip" not in _build(training={"clip_skip": None})
-    with pytest.raises(UnsupportedError, match="no name for unknown"):
-        _build(architecture="unknown")
+    values = _build(architecture="moon-v1")
+    assert values["modelspec.architecture"] == "moon-v1/lora"
+    assert "ss_base_model_version" not in values
 
 
 @pytest.mark.parametrize("rank", [4, 32])

@@ -95,7 +95,7 @@ def test_all_faults_of_the_data_at_once(training: Training) -> None:
     }.items():
         assert f"- {name}" in message
         assert reason in message
-    assert "5 faults" in message
+    assert "5 errors" in message
 
 
 def test_no_captions_at_all(training: Training) -> None:
@@ -133,7 +133,7 @@ def test_no_captions_at_all(training: Training) -> None:
         (["adapter.targets=re:*"], ["is not a regular expression"]),
         (["adapter.targets=re:.*norm1"], ["cannot hold an adapter"]),
         (["adapter.parts=[unet, tex_encoder]"], ["tex_encoder", 'did you mean "text_encoder"']),
-        (["adapter.variant=lorra"], ["adapter.variant=lorra", 'did you mean "lora"']),
+        (["adapter.variant=lorra"], ["adapter.variant=lorra", "write lora"]),
         (["data.resolution=18"], ["data.resolution=18", "use 16 or 20"]),
         (["data.trigger=zwx"], ['data.trigger="zwx" is in none of the 4 captions']),
         (["model.path=builtin:nothing"], ["builtin:nothing", "builtin:emoji"]),
@@ -174,7 +174,7 @@ def test_all_faults_of_the_config_at_once(training: Training) -> None:
     message = training.refused("train.sed=1", "adapter.rank=big", "data.flip=perhaps", "train.batch_size=0")
     for name in ("train.sed", "adapter.rank", "data.flip", "train.batch_size"):
         assert f"- {name}" in message
-    assert "4 fault(s)" in message
+    assert "4 error(s)" in message
 
 
 def test_all_faults_of_a_run_at_once(training: Training) -> None:

@@ -184,7 +184,7 @@ class TestScoreOptions:
         Path("c.yaml").write_text(f"model:\n  family: llava\n  path: {base}\ndata:\n  images: coco\n")
         outcome = command("ask", "--model", base, "--score", "c.json")
         assert outcome.code == 2
-        assert "data.path=c.json: 1 fault" in outcome.message and f"picture a.png in {tmp_path}" in outcome.message
+        assert "data.path=c.json: 1 error" in outcome.message and f"picture a.png in {tmp_path}" in outcome.message
         command.good("ask", "--model", base, "--score", "c.json", "--images", "coco", "--csv", "scores.csv")
         command.good("ask", "--config", "c.yaml", "--score", "c.json")
         (row,) = csv.DictReader(Path("scores.csv").read_text(encoding="utf-8").splitlines())

@@ -16,7 +16,7 @@ from lora_diffusion.core.text import shown
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _OtherFile:
     """A sort of file that is no config of ours."""
 
     title: str
@@ -39,31 +39,31 @@ def _holds(key: str, type_: type[Any], inside: str = "") -> Callable[[Mapping[st
 
 
 _SECTIONS = ("model", "data", "adapter", "train", "preview", "evaluate", "cache", "output")
-_KINDS = (
-    _Kind("a preset of the kohya_ss GUI", _has("LoRA_type")),
-    _Kind("a config of LoRA_Easy_Training_Scripts", _has("network_args", "general_args")),
-    _Kind("a config of ai-toolkit", _holds("config", dict, "process")),
-    _Kind(
+_OTHER_FILES = (
+    _OtherFile("a preset of the kohya_ss GUI", _has("LoRA_type")),
+    _OtherFile("a config of LoRA_Easy_Training_Scripts", _has("network_args", "general_args")),
+    _OtherFile("a config of ai-toolkit", _holds("config", dict, "process")),
+    _OtherFile(
         "a config of OneTrainer",
         _has_two("training_method", "base_model_name", "__version", "concept_file_name", "output_model_destination"),
     ),
-    _Kind(
+    _OtherFile(
         "a config of accelerate",
         _has_two("compute_environment", "distributed_type", "num_processes", "main_training_function"),
         "start training with it: accelerate launch --config_file FILE -m lora_diffusion train --config CONFIG",
     ),
-    _Kind("a config of DeepSpeed", _has("zero_optimization"), "training takes it from 'accelerate config' only"),
-    _Kind(
+    _OtherFile("a config of DeepSpeed", _has("zero_optimization"), "training takes it from 'accelerate config' only"),
+    _OtherFile(
         "the adapter_config.json of a PEFT folder",
         _has("peft_type", "target_modules"),
         "give the folder to a command that reads adapters, say lora-diffusion inspect FOLDER",
     ),
-    _Kind("the config.json of a model", _has("architectures"), "give its folder as model.path"),
-    _Kind("the config of a diffusers model", _has("_class_name"), "give the folder of the pipeline as model.path"),
-    _Kind(
+    _OtherFile("the config.json of a model", _has("architectures"), "give its folder as model.path"),
+    _OtherFile("the config of a diffusers model", _has("_class_name"), "give the folder of the pipeline as model.path"),
+    _OtherFile(
         "a workflow of ComfyUI", _has("nodes", "links"), "it draws pictures, and holds nothing that could be trained"
     ),
-    _Kind(
+    _OtherFile(
         "a training config of kohya's sd-scripts",
         _has_two(
             *("network_module", "network_dim", "network_alpha", "network_train_unet_only", "train_data_dir"),
@@ -84,13 +84,13 @@ _KINDS = (
             ),
         ),
     ),
-    _Kind("a config of SimpleTuner", _has_two("data_backend_config", "lora_rank", "model_family", "model_type")),
-    _Kind("the data set config of kohya's sd-scripts or musubi-tuner", _holds("datasets", list)),
-    _Kind(
+    _OtherFile("a config of SimpleTuner", _has_two("data_backend_config", "lora_rank", "model_family", "model_type")),
+    _OtherFile("the data set config of kohya's sd-scripts or musubi-tuner", _holds("datasets", list)),
+    _OtherFile(
         "a config of a trainer of language models",
         _has_two("base_model", "model_name_or_path", "datasets", "finetuning_type", "micro_batch_size", "lora_target"),
     ),
-    _Kind(
+    _OtherFile(
         "a suite of prompts",
         lambda values: all(isinstance(value, list) for value in values.values()) and not set(values) & set(_SECTIONS),
         "give it to 'lora-diffusion evaluate --prompts', or name it in evaluate.prompts",
@@ -122,11 +122,11 @@ def refuse_others(path: Path, text: str, values: Any) -> None:
         return
     levels = [*_levels(values, _DEPTH)]
     near = {key: value for level in reversed(levels[: 1 + len(values)]) for key, value in level.items()}
-    kind = next((kind for kind in _KINDS if near and kind.is_such(near)), None)
-    if kind or is_toml:
-        titles = [*(["a TOML file"] if is_toml else []), *([kind.title] if kind else [])]
+    other = next((other for other in _OTHER_FILES if near and other.is_such(near)), None)
+    if other or is_toml:
+        titles = [*(["a TOML file"] if is_toml else []), *([other.title] if other else [])]
         flat = {key: value for level in reversed(levels) for key, value in level.items()}
-        _refuse(path, ", ".join(titles), kind.advice if kind else "", flat)
+        _refuse(path, ", ".join(titles), other.advice if other else "", flat)
 
 
 def _as_other(path: Path, text: str, values: Any) -> tuple[bool, Any]:

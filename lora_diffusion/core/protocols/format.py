@@ -18,6 +18,8 @@ class Format(Protocol):
     """A spelling of adapter files. One object FORMAT in `formats/<name>.py`."""
 
     name: str
+    naming: str
+    """The format whose names of modules it takes, for which families have names: its own, kohya, diffusers or peft."""
     is_folder: bool
     """True if `write` makes a folder instead of one file."""
     refused: Mapping[str, str]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_diffusion.architectures.base import TextOutputArchitecture
 from lora_diffusion.core.base_model import Example, Loaded, LossOutput, Part, SpeechInfo
 from lora_diffusion.core.errors import UnsupportedError
+from lora_diffusion.core.keymap import KeyMap, naming
 from lora_diffusion.core.samples import PIECES, AudioText, Batch, Output, Prepared, Request
 from lora_diffusion.families.language.options import WhisperOptions
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lora_diffusion.core.keymap import KeyMap
     from lora_diffusion.families.language.training_loss import DrawnSpeech
 
 _MAX_BATCH = 16
@@ -72,7 +72,7 @@ class SpeechRecognition:
         """Maps linear layers to their paths in WhisperForConditionalGeneration; only PEFT has names for them."""
         from lora_diffusion.families.language import loading
 
-        if format_name != "peft":
+        if naming(format_name) != "peft":
             raise UnsupportedError(f"Whisper adapters have no format {format_name}; use peft.")
         return loading.peft_map(self.architecture, None if options is None else self.meta_modules(options))
 

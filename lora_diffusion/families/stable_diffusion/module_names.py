@@ -11,7 +11,7 @@ from lora_diffusion.architectures import ldm_names, modules
 from lora_diffusion.architectures.base import DiffusionArchitecture, TextEncoder
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import UnsupportedError
-from lora_diffusion.core.keymap import KeyMap
+from lora_diffusion.core.keymap import KeyMap, naming
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +56,8 @@ def _key_map(format_name: str, parts: Mapping[str, nn.Module], architecture: Dif
         return KeyMap(pairs, ((key, other) for key, name in pairs for other in ldm_names.other_names(key, name)))
     if format_name == "norms":
         paths, format_name = {"unet": [path for path in paths["unet"] if _NORM.fullmatch(path)]}, "kohya"
+    if format_name not in _NAMES:
+        format_name = naming(format_name)
     if format_name not in _NAMES:
         known = ", ".join(_NAMES)
         raise UnsupportedError(f"Stable Diffusion adapters have no format {format_name!r}; known: {known}.")
