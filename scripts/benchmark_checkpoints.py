@@ -122,9 +122,10 @@ def run_command(arguments: Sequence[str]) -> dict[str, Any]:
 def layer_errors(wanted_path: Path, found_path: Path) -> list[float]:
     """Returns the relative error of each layer of an extracted adapter; 1 for a layer that is missing."""
     from lora_diffusion.algebra.lowrank import Factors, norm, total
-    from lora_diffusion.workflows._files import read_alone
+    from lora_diffusion.formats.parsed_file import parse_file
+    from lora_diffusion.workflows._adapter_files import read_alone
 
-    (_, wanted), (_, found) = read_alone(wanted_path), read_alone(found_path)
+    (_, wanted), (_, found) = read_alone(parse_file(wanted_path)), read_alone(parse_file(found_path))
     errors = []
     for key, adapter in wanted:
         own = Factors(adapter.tensors["down"], adapter.tensors["up"], adapter.scale)

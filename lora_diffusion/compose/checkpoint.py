@@ -35,7 +35,7 @@ class Place(NamedTuple):
     """q, k or v: that third of the rows; t: transposed; else the whole tensor."""
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Returns the module's weight as a view of the tensor."""
+        """Returns the module's weight, [out, ...], as a view of the tensor, [out, ...], [3 * out, in] or transposed."""
         if self.mark in _ROW_THIRDS:
             return tensor.chunk(3)[_ROW_THIRDS[self.mark]]
         return tensor.T if self.mark == "t" else tensor
@@ -92,7 +92,7 @@ class Checkpoint:
         return tuple(_common_start(names) for names in found.values() if names)
 
     def read(self, key: ModuleKey) -> Tensor:
-        """Returns the weight of a module as stored, from the first of its places."""
+        """Returns the weight of a module, [out, ...], as stored, from the first of its places."""
         place = self.places(key)[0]
         return place.view(self.files[place.file].read(place.name))
 
@@ -125,13 +125,13 @@ def open_checkpoint(path: Path, parts: Iterable[str], names: KeyMap) -> Checkpoi
     if path.is_file():
         spelled = {
             key: tuple((None, name if "#" in name else f"{name}.weight") for name in own)
-            for key, own in names.spellings().items()
+            for key, own in names.all_names().items()
         }
         return Checkpoint(path, {path: TensorFile(path)}, spelled)
     files = [file for part in parts for file in sorted((path / part).glob("*.safetensors"))]
     if not files and (whole := sorted(path.glob("model*.safetensors"))):
         # Models of several networks are often saved under the names of older versions of transformers.
-        in_model = {key: tuple((None, f"{name}.weight") for name in own) for key, own in names.spellings().items()}
+        in_model = {key: tuple((None, f"{name}.weight") for name in own) for key, own in names.all_names().items()}
         return Checkpoint(path, {file: TensorFile(file) for file in whole}, in_model)
     if not files:
         raise ModelError(

@@ -92,7 +92,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
 
 
 def same_rounded(first: Tensor, second: Tensor) -> bool:
-    """Says whether two tensors are equal in the narrower dtype of the two, so that one may be a copy of the other."""
+    """Says whether two tensors of any shapes are equal in the narrower dtype of the two: one may be a copy."""
     import torch
 
     if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):

@@ -111,8 +111,8 @@ def as_written(made: Sum, format_: Format, dtype: torch.dtype) -> Sum:
         format_: that of the file; it may scale one factor by the other before they are rounded.
         dtype: number type in the file. Where it cannot hold a value the error is not finite.
     """
-    portable = format_.portable(AdapterState(made.modules))
-    errors = {key: math.hypot(error, _rounding(portable.modules[key], dtype)) for key, error in made.errors.items()}
+    normalized = format_.normalize(AdapterState(made.modules))
+    errors = {key: math.hypot(error, _rounding(normalized.modules[key], dtype)) for key, error in made.errors.items()}
     return replace(made, errors=errors)
 
 

@@ -37,7 +37,7 @@ class TensorInfo:
     """What a header says of one tensor."""
 
     dtype: str
-    """As safetensors spells it: F32, F16, BF16, ..."""
+    """As safetensors names it: F32, F16, BF16, ..."""
     shape: tuple[int, ...]
     place: tuple[int, int] = field(default=(0, 0), compare=False)
     """First byte, and the one behind the last, counted from the end of the header."""
@@ -188,7 +188,7 @@ def _tensor_info(path: Path, name: str, value: Any) -> TensorInfo:
         raise damaged(path, f"its header gives {name} an impossible place or shape")
     if not isinstance(dtype, str) or dtype not in _BYTES_OF:
         raise AdapterFileError(
-            f"{path}: {name} is of number type {shown(repr(dtype))}, which adapters do not use; make the file "
+            f"{path}: {name} is of dtype {shown(repr(dtype))}, which adapters do not use; make the file "
             "again in fp16, bf16 or fp32."
         )
     if end - start != math.prod(shape) * _BYTES_OF[dtype]:

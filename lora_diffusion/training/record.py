@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from lora_diffusion.config.load import to_values
 from lora_diffusion.config.schema import Config
+from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.files import content_hash, public_base, user_path
@@ -112,7 +113,8 @@ def metadata(
     named = {BASE: base} if base else {}
     return named | build(
         state,
-        architecture=info.architecture,
+        architecture=registry.find("families", config.model.family).architecture,
+        modelspec=info.architecture,
         name=run.name(config),
         written_at=written_at,
         prediction_type=info.prediction,

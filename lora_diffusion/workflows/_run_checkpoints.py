@@ -17,7 +17,7 @@ from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.formats.metadata import with_base, without_hashes
-from lora_diffusion.formats.peft import headers
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 
@@ -130,13 +130,13 @@ def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family:
     except (OSError, ValueError, TypeError):
         told = _metadata_of_finished(run, config)
     texts = {key: value for key, value in told.items() if isinstance(value, str)}
-    return at_step(with_base(without_hashes(texts), family.architecture.name), checkpoint.step, stem, written_at)
+    return at_step(with_base(without_hashes(texts), family.architecture), checkpoint.step, stem, written_at)
 
 
 def _metadata_of_finished(run: RunFolder, config: Config) -> dict[str, str]:
     """Returns what the finished adapter of a run of an older version tells of itself; nothing if there is none."""
     try:
-        return dict(headers(run.find_adapter(config))[0].metadata)
+        return dict(parse_file(run.find_adapter(config)).headers[0].metadata)
     except InputError:
         return {}
 

@@ -16,7 +16,7 @@ from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints, model_card, verify
-from lora_diffusion.workflows._files import check_target
+from lora_diffusion.workflows._adapter_files import check_target
 from lora_diffusion.workflows._steps import read_adapter
 
 

@@ -73,7 +73,7 @@ def push(
 
 def _check_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
@@ -88,7 +88,7 @@ def _upload(hub: Hub | None, repo: str, private: bool, package: model_card.Packa
     from huggingface_hub.errors import HfHubHTTPError
 
     # The error of whichever HTTP library the hub's client was built on: no route, no name, no answer in time.
-    transport_error = HfHubHTTPError.__bases__[0]
+    transport_error: Any = HfHubHTTPError.__bases__[0]
     api: Hub = hub or HfApi()  # type: ignore[assignment]
     operations = [CommitOperationAdd(name, path) for name, path in package.files.items()]
     operations.append(CommitOperationAdd(_CARD, card.encode()))

@@ -34,6 +34,7 @@ from lora_diffusion.evaluation.select import Choice, Preference, choose
 from lora_diffusion.evaluation.suites import check_used, read_cases
 from lora_diffusion.evaluation.table import Table
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.training import run_files
@@ -292,7 +293,7 @@ def _write(
     told |= marks(choice, evaluation)
     path = run.path / name
     run_files.claim(run.path, [*run_files.CHOICE, *([] if is_final else [name])], f"select {run.path}")
-    spelling = detect(final) if is_final else _spelling(config)
+    spelling = detect(parse_file(final)) if is_final else _spelling(config)
     _write_adapter(AdapterState(state.modules, told), family, config, path, spelling)
     chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
     run_files.discard(run.path, chosen - {name})
