@@ -105,7 +105,7 @@ def _take_scale(sim: Simulation) -> None:
 
 
 def _fuse_attention(sim: Simulation) -> None:
-    """Loses attention of OpenCLIP towers, where A1111 wants q, k, v and out together."""
+    """Loses attention of OpenCLIP text encoders, where A1111 wants q, k, v and out together."""
     part = next((own.part for own in sim.base.architecture.text_encoders if own.is_open_clip), None)
     layers: dict[str, list[str]] = {}
     for module in sim.applied():
@@ -165,8 +165,8 @@ def _shown_details(sim: Simulation) -> None:
         text = f"{', '.join(broken)} hold no JSON, on which the details page of {sim.app.title} fails"
         remedy = f"lora-diffusion metadata edit FILE {' '.join(f'--unset {name}' for name in broken)}"
         sim.report("details", HIDDEN, text, remedy)
-    told = metadata.get("sshs_model_hash")
-    if told and told != sim.file.parsed.parts[0].content_hash:
+    recorded = metadata.get("sshs_model_hash")
+    if recorded and recorded != sim.file.parsed.parts[0].content_hash:
         text = f"sshs_model_hash is not that of its tensors, so {sim.app.title} and model sites take it for another"
         sim.report("hash", HIDDEN, text, "lora-diffusion metadata edit FILE computes it again")
 
@@ -204,14 +204,14 @@ def _refuse_unconverted(sim: Simulation) -> None:
 
 def _drop_broken_embedding(sim: Simulation) -> None:
     """Drops a file with an embedding that is neither one tensor nor the two of SDXL, as A1111 does."""
-    found: dict[str, set[str]] = {}
+    vectors: dict[str, set[str]] = {}
     for name in sim.file.embeddings:
         _, _, rest = name.partition(".")
         owner, _, vector = rest.partition(".")
-        found.setdefault(owner, set()).add(vector.partition(".")[0])
+        vectors.setdefault(owner, set()).add(vector.partition(".")[0])
     broken = [
-        own
-        for own, names in found.items()
+        owner
+        for owner, names in vectors.items()
         if not (names & {"string_to_param"} or {"clip_l", "clip_g"} <= names or len(names) == 1) or "" in names
     ]
     what, remedy = "embedding(s) of a kind that it does not know", "take them out: lora-diffusion convert FILE NEW"
@@ -252,12 +252,12 @@ def _share_alphas(sim: Simulation) -> None:
     """Gives attention and text encoders the commonest alpha of a part, and so all that have none, as diffusers does."""
     factors: dict[str, float] = {}
     for part in dict.fromkeys(module.key.part for module in sim.applied() if module.key):
-        own = [module for module in sim.applied() if module.key and module.key.part == part]
-        counted = Counter(module.alpha for module in own if module.alpha is not None)
+        modules = [module for module in sim.applied() if module.key and module.key.part == part]
+        counted = Counter(module.alpha for module in modules if module.alpha is not None)
         if not counted:
             continue
         commonest = counted.most_common(1)[0][0]
-        for module in own:
+        for module in modules:
             if module.rank and module.scale and (module.alpha is None or _takes_commonest(module)):
                 factors[module.name] = commonest / module.rank / module.scale
     what = "an alpha other than the commonest, which diffusers gives to attention and text encoders"

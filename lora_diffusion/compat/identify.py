@@ -96,8 +96,8 @@ def other_architecture(file: ParsedFile) -> OtherBase | None:
     if _by_names(file.shapes, _OF_WHOLE_MODELS):
         return None
     keys = ("modelspec.architecture", "ss_base_model_version")
-    told = " ".join(header.metadata.get(key, "") for header in file.headers for key in keys)
-    other = find_other_base(_sizes(file), told)
+    words = " ".join(header.metadata.get(key, "") for header in file.headers for key in keys)
+    other = find_other_base(_sizes(file), words)
     return None if other is None or other.family in registry.available("families") else other
 
 

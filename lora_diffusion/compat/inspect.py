@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_diffusion.algebra.delta import change_shape, delta_norm
 from lora_diffusion.algebra.magnitude_limits import ABSURD, change_rms, is_absurd
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.compat.identify import guess_family, other_architecture, sized_as, told_by_content
 from lora_diffusion.compat.other_bases import OtherBase
 from lora_diffusion.core.adapter_state import ModuleAdapter
@@ -56,7 +57,7 @@ class FileReport:
     """Format names joined by "+"; more than one is among the problems."""
     variant: str
     family: str | None
-    """sd1, sd2, sdxl, llava or whisper; for other bases their name or what the metadata call it; None if unknown."""
+    """That of the base; for other bases their name or what the metadata call it; None if unknown."""
     num_modules: Mapping[str, int]
     """By part, guessed from the prefixes."""
     ranks: Mapping[str, int]
@@ -182,7 +183,8 @@ def _root_part(file: ParsedFile, part: ParsedPart) -> str:
         return "unet"
     if not any(map(_TEXT_ENCODER.match, bare)):
         return ""
-    return "text_encoder_2" if sized_as(file) == "sdxl" else "text_encoder"
+    sized = sized_as(file)
+    return DIFFUSION[sized].text_encoders[-1].part if sized else "text_encoder"
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:
@@ -299,7 +301,7 @@ def _oddities(
     """Yields what some programs can use, or what may be meant so."""
     if len(formats) > 1:
         yield f"formats {' and '.join(formats)} are mixed; no program reads all of it"
-    found = {
+    names_of = {
         "tensor(s) with unknown names": strange,
         ABSURD: [
             module.name
@@ -312,18 +314,18 @@ def _oddities(
         ],
     }
     if formats == ["kohya"]:
-        found["module(s) without alpha; most programs then take alpha = rank"] = [
+        names_of["module(s) without alpha; most programs then take alpha = rank"] = [
             module.name for module in modules if module.adapter and module.adapter.has_scale and module.alpha is None
         ]
-    yield from _told(found)
+    yield from _told(names_of)
 
 
-def _told(found: Mapping[str, list[str]]) -> Iterable[str]:
-    return (f"{len(names)} {what}: {name_some(names)}" for what, names in found.items() if names)
+def _told(names_of: Mapping[str, list[str]]) -> Iterable[str]:
+    return (f"{len(names)} {what}: {name_some(names)}" for what, names in names_of.items() if names)
 
 
 def _incomplete(modules: Iterable[_Module]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for module in modules:
         if module.parsed.lacking:
             there = sorted(module.parsed.names.keys() - {"alpha"})
@@ -334,5 +336,5 @@ def _incomplete(modules: Iterable[_Module]) -> dict[str, list[str]]:
             what = f"module(s) with {' and '.join(sorted(module.parsed.names))} and nothing else"
         else:
             continue
-        found.setdefault(what, []).append(module.name)
-    return found
+        names_of.setdefault(what, []).append(module.name)
+    return names_of

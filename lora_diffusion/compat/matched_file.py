@@ -47,13 +47,13 @@ NORM_OF = {
 
 def other_names(name: str) -> list[str]:
     """Returns names that other programs give to the same module: of attention of 2023, and of kohya's own OFT."""
-    found = []
+    names = []
     if name.startswith("oft_unet_"):
-        found.append(f"lora_unet_{name.removeprefix('oft_unet_')}")
+        names.append(f"lora_unet_{name.removeprefix('oft_unet_')}")
     if ".processor.to_" in name and not name.endswith("_lora"):
         plain = name.replace(".processor.to_", ".to_")
-        found.append(f"{plain}.0" if plain.endswith(".to_out") else plain)
-    return found
+        names.append(f"{plain}.0" if plain.endswith(".to_out") else plain)
+    return names
 
 
 def text_keys(name: str, architecture: DiffusionArchitecture) -> list[ModuleKey]:
@@ -140,10 +140,10 @@ class Base(NamedTuple):
     def find(self, name: str) -> ModuleKey | None:
         """Returns the module that some format calls so, if this base has it."""
         known = [name, *other_names(name)]
-        keys = (names.key(own) for own in known for names in self.names if own in names)
-        found = next((key for key in keys if key in self.shapes), None)
+        keys = (names.key(alias) for alias in known for names in self.names if alias in names)
+        key = next((key for key in keys if key in self.shapes), None)
         others = (key for key in (*text_keys(name, self.architecture), *self._norms(name)) if key in self.shapes)
-        return found or next(others, None)
+        return key or next(others, None)
 
     def _norms(self, name: str) -> list[ModuleKey]:
         """Returns the norm layer of the UNet that ComfyUI's own name means, found by the layer behind it."""

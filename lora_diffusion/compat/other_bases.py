@@ -231,36 +231,36 @@ def find_other_base(modules: Mapping[str, Sizes], told: str) -> OtherBase | None
     bare = {bare_name(name): sizes for name, sizes in modules.items()}
     num_of_unets = sum(bool(_IN_UNETS.search(name)) for name in bare)
     for of_text in (False, True):
-        found = [row for row in OTHER_BASES if (row.family in _OF_TEXT) is of_text and _fits(row, bare, num_of_unets)]
-        if found:
-            return _choose(found, told)
+        rows = [row for row in OTHER_BASES if (row.family in _OF_TEXT) is of_text and _fits(row, bare, num_of_unets)]
+        if rows:
+            return _choose(rows, told)
     return _REFINER if _is_refiner(bare) else None
 
 
 def _fits(row: OtherBase, bare: Mapping[str, Sizes], num_of_unets: int) -> bool:
     search = re.compile(row.names).search
-    own = [sizes for name, sizes in bare.items() if search(name)]
-    if not own or (len(own) < num_of_unets and row.family not in _AROUND_UNETS):
+    matching = [sizes for name, sizes in bare.items() if search(name)]
+    if not matching or (len(matching) < num_of_unets and row.family not in _AROUND_UNETS):
         return False
     if row.lacks and any(re.search(row.lacks, name) for name in bare):
         return False
-    return _has(row.widths, (inner for _, inner in own)) and _has(row.outputs, (outer for outer, _ in own))
+    return _has(row.widths, (inner for _, inner in matching)) and _has(row.outputs, (outer for outer, _ in matching))
 
 
-def _has(wanted: frozenset[int], found: Iterable[int]) -> bool:
-    known = set(found) - {0}
+def _has(wanted: frozenset[int], sizes: Iterable[int]) -> bool:
+    known = set(sizes) - {0}
     return not wanted or not known or bool(wanted & known)
 
 
-def _choose(found: Sequence[OtherBase], told: str) -> OtherBase:
+def _choose(rows: Sequence[OtherBase], told: str) -> OtherBase:
     """Returns the first kind, with the titles of those that nothing tells from it."""
-    first = found[0]
+    first = rows[0]
     if not first.told_by:
         return first
-    named = [row for row in found if row.told_by and told and re.search(row.told_by, told, re.IGNORECASE)]
+    named = [row for row in rows if row.told_by and told and re.search(row.told_by, told, re.IGNORECASE)]
     if named:
         return named[0]
-    titles = dict.fromkeys(row.title for row in found if row.told_by and row.names == first.names)
+    titles = dict.fromkeys(row.title for row in rows if row.told_by and row.names == first.names)
     return first._replace(title=" or ".join(titles))
 
 

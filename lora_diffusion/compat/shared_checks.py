@@ -390,17 +390,17 @@ def _is_along_inputs(sim: Simulation, module: MatchedModule) -> bool:
 
 def find_made_magnitudes(sim: Simulation) -> None:
     """Finds magnitudes that PEFT cannot load, and modules that get one of the base because others have one."""
-    made = [module for module in sim.modules if module.makes_magnitude and module.key]
+    modules = [module for module in sim.modules if module.makes_magnitude and module.key]
     misfits = [
         module.name
-        for module in made
+        for module in modules
         if "magnitude" in module.roles
         and module.key
         and tuple(module.roles["magnitude"].shape) != _peft_magnitude(sim.base.shapes[module.key])
     ]
     what = "module(s) whose DoRA magnitude is not of the shape that it makes"
     sim.fail("magnitude", sim.app.consequences["shape"], what, _CONVERT.format("diffusers"), misfits)
-    without = [own.name for own in made if "magnitude" not in own.roles and sim.factors[own.name] != 0]
+    without = [module.name for module in modules if "magnitude" not in module.roles and sim.factors[module.name] != 0]
     if without:
         text = f"{len(without)} module(s) without a DoRA magnitude, for which {sim.app.title} makes one"
         sim.report("magnitude missing", WRONG, text, "train it again with DoRA in all modules, or in none", without)
@@ -472,10 +472,10 @@ def _moves(module: MatchedModule) -> float:
     small_down, small_up = _rounded(down), _rounded(up)
     if bool((small_down == down.float()).all()) and bool((small_up == up.float()).all()):
         return 0.0
-    own = lowrank.Factors(down, up)
-    size = lowrank.norm(own)
-    off = lowrank.total([own, lowrank.Factors(small_down, small_up, -1.0)])
-    return lowrank.norm(off) / size if size else 0.0
+    factors = lowrank.Factors(down, up)
+    size = lowrank.norm(factors)
+    difference = lowrank.total([factors, lowrank.Factors(small_down, small_up, -1.0)])
+    return lowrank.norm(difference) / size if size else 0.0
 
 
 def _rounded(tensor: Tensor) -> Tensor:

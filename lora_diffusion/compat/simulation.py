@@ -40,26 +40,26 @@ _WHOLE: Mapping[str, tuple[frozenset[str], ...]] = {
 def taken(app: App, module: MatchedModule) -> list[str]:
     """Returns the kinds that an app takes a module for, the one that it applies to the weight first."""
     wanted = _TRIGGERS if app.by_trigger else _WHOLE
-    kinds = module.styles
-    found = []
+    styles = module.styles
+    applied = []
     for style in app.order:
-        roles = kinds.get(style, {}).keys() | (module.roles.keys() & SHARED)
-        if style in kinds and any(choice <= roles for choice in wanted.get(style, ())):
-            found.append(style)
-    return found
+        roles = styles.get(style, {}).keys() | (module.roles.keys() & SHARED)
+        if style in styles and any(choice <= roles for choice in wanted.get(style, ())):
+            applied.append(style)
+    return applied
 
 
 def choose(app: App, module: MatchedModule) -> MatchedModule:
     """Returns a module as an app takes it, with the style that it applies in front."""
-    found = taken(app, module)
-    return module.as_style(found[0]) if found else module
+    styles = taken(app, module)
+    return module.as_style(styles[0]) if styles else module
 
 
 def unused(app: App, module: MatchedModule) -> dict[str, str]:
     """Returns the tensors of a module that an app does not read, by role, with their style."""
-    kinds = module.styles
+    styles = module.styles
     read = taken(app, module)
-    left = {role: style for style, roles in kinds.items() for role in roles if not _reads(app, style, role, read)}
+    left = {role: style for style, roles in styles.items() for role in roles if not _reads(app, style, role, read)}
     left |= {role: "" for role in module.roles if role in SHARED and not _reads_shared(app, role, read)}
     return {role: style for role, style in left.items() if role != "mid" or "kohya" not in read or not app.reads_mid}
 
@@ -208,9 +208,9 @@ class Simulation:
     def scale(self, factors: Mapping[str, float | None]) -> None:
         """Says what modules are applied by; what is lost or unknown stays so."""
         for name, factor in factors.items():
-            own = self.factors.get(name, 0.0)
-            if own is not None and own != 0:
-                self.factors[name] = None if factor is None else own * factor
+            known = self.factors.get(name, 0.0)
+            if known is not None and known != 0:
+                self.factors[name] = None if factor is None else known * factor
 
     def lose_all(self) -> None:
         """Lets nothing of the file be applied."""

@@ -42,11 +42,11 @@ def check_fit(file: MatchedFile) -> None:
     pairs = [(module, shapes[module.key]) for module in file.modules if module.key and "down" in module.roles]
     fitting = [shape for module, shape in pairs if tuple(module.roles["down"].shape[1:2]) == shape[1:2]]
     if 2 * len(fitting) < len(pairs):
-        told = file.metadata.get("ss_sd_model_name", "")
+        base_name = file.metadata.get("ss_sd_model_name", "")
         raise AdapterFileError(
             f"{file.parsed.path} is not made for the published {file.base.architecture.name}: "
             f"{len(pairs) - len(fitting)} of {len(pairs)} modules have other sizes. Name its base with "
-            f"--base{f', say --base {shown(told)}' if told else ''}."
+            f"--base{f', say --base {shown(base_name)}' if base_name else ''}."
         )
 
 

@@ -130,11 +130,11 @@ def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> t
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
     """Returns the tensors of a checkpoint by a name that does not depend on the names of its files."""
-    found: dict[str, tuple[TensorFile, str]] = {}
+    tensors: dict[str, tuple[TensorFile, str]] = {}
     for path, file in checkpoint.files.items():
         for name in file.tensors:
-            found.setdefault(_identity(checkpoint, path, name), (file, name))
-    return found
+            tensors.setdefault(_identity(checkpoint, path, name), (file, name))
+    return tensors
 
 
 def _identity(checkpoint: Checkpoint, path: Path, name: str) -> str:

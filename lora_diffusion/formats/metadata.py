@@ -34,8 +34,8 @@ LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 
 def told_base(metadata: Mapping[str, str]) -> Architecture | None:
     """Returns the architecture of the base if the metadata tell it, in the words of kohya, ai-toolkit or modelspec."""
-    told = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
-    known = ((text, own) for text in told for own in ARCHITECTURES.values())
+    texts = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    known = ((text, own) for text in texts for own in ARCHITECTURES.values())
     return next((own for text, own in known if text.startswith(own.metadata_starts)), None)
 
 
@@ -56,12 +56,12 @@ _OTHER_VERSIONS = (
 def told_prediction(metadata: Mapping[str, str]) -> str | None:
     """Returns epsilon or v_prediction if the words for the base tell it."""
     version, modelspec = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    told = {_distinct(own.kohya_versions, version) for own in DIFFUSION.values()}
-    told |= {_distinct(own.modelspec, modelspec.split("/")[0]) for own in DIFFUSION.values()}
+    predictions = {_distinct(own.kohya_versions, version) for own in DIFFUSION.values()}
+    predictions |= {_distinct(own.modelspec, modelspec.split("/")[0]) for own in DIFFUSION.values()}
     # kohya appends it to the version of any base.
-    if version.endswith("_v") or "v_prediction" in told:
+    if version.endswith("_v") or "v_prediction" in predictions:
         return "v_prediction"
-    return "epsilon" if "epsilon" in told else None
+    return "epsilon" if "epsilon" in predictions else None
 
 
 def _distinct(words: Mapping[str, str], text: str) -> str | None:
@@ -82,8 +82,8 @@ def with_base(metadata: Mapping[str, str], architecture: Architecture) -> dict[s
     Nothing is added for bases that kohya has no name for, nor where the name depends on a prediction that is not told.
     """
     missing = [key for key in VISIBLE if key not in metadata]
-    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key", "")
-    prediction = told_prediction(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(told)
+    word = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key", "")
+    prediction = told_prediction(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(word)
     if not missing or not architecture.kohya_versions:
         return dict(metadata)
     if architecture.is_told_by_prediction and prediction is None:

@@ -181,9 +181,9 @@ def _parse_name(name: str, names: Collection[str]) -> ParsedTensor:
     module = name.removesuffix(IA3_FACTOR.end)
     if module != name and f"{module}.on_input" in names:
         return ParsedTensor(name, module, IA3_FACTOR)
-    found = split_name(name)
-    is_flat = found.suffix is None and module != name and "." not in module
-    return ParsedTensor(name, module, IA3_FACTOR) if is_flat else found
+    parsed = split_name(name)
+    is_flat = parsed.suffix is None and module != name and "." not in module
+    return ParsedTensor(name, module, IA3_FACTOR) if is_flat else parsed
 
 
 def is_read(tensor: ParsedTensor) -> bool:
@@ -228,10 +228,10 @@ def refuse_unread(names: Iterable[str], source: Path) -> None:
     Raises:
         UnsupportedError: names the variant.
     """
-    found = next(((variant, name) for name in names if (variant := unread_variant(name))), None)
-    if found:
+    unread = next(((variant, name) for name in names if (variant := unread_variant(name))), None)
+    if unread:
         raise UnsupportedError(
-            f"{source} holds an adapter of the kind {found[0]} ({shown(found[1])}), which cannot be read; merge it "
+            f"{source} holds an adapter of the kind {unread[0]} ({shown(unread[1])}), which cannot be read; merge it "
             "into its base with the program that made it. What can be read: lora, loha and lokr with and without dora, "
             "full differences, norms, and ia3, oft, boft and glora as LyCORIS writes them."
         )

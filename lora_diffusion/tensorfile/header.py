@@ -19,7 +19,7 @@ from lora_diffusion.core.files import not_a_file
 from lora_diffusion.core.text import shown
 
 LARGEST_HEADER_BYTES = 16 * 2**20
-"""An SDXL adapter of every module and a picture needs one; the library itself would take 100 MB."""
+"""An SDXL adapter of every module and an image needs one; the library itself would take 100 MB."""
 LARGEST_METADATA_CHARACTERS = 8 * 2**20
 """All names and texts together."""
 _LONGEST_NAME = 1000
@@ -70,8 +70,8 @@ def read_header(path: Path) -> Header:
     Raises:
         AdapterFileError: not a whole safetensors file; a pickle is refused, since reading one can run code.
     """
-    if kind := not_a_file(path):
-        raise AdapterFileError(f"{path} is {kind} and no file; name an adapter file.")
+    if obstacle := not_a_file(path):
+        raise AdapterFileError(f"{path} is {obstacle} and no file; name an adapter file.")
     if not path.is_file():
         raise AdapterFileError(f"There is no adapter file {path}.")
     num_bytes = path.stat().st_size
@@ -204,8 +204,8 @@ def _check_places(path: Path, tensors: Mapping[str, TensorInfo], num_bytes: int)
     for name, info in sorted(tensors.items(), key=lambda item: item[1].place):
         start, end = info.place
         if start != reached:
-            fault = "overlaps another tensor" if start < reached else "follows a gap"
-            raise damaged(path, f"{name} {fault}: it begins at byte {start:,} instead of {reached:,}")
+            problem = "overlaps another tensor" if start < reached else "follows a gap"
+            raise damaged(path, f"{name} {problem}: it begins at byte {start:,} instead of {reached:,}")
         reached = end
     if reached != num_bytes:
         raise damaged(path, f"its header announces {reached:,} bytes of tensors, but {num_bytes:,} follow")

@@ -104,12 +104,12 @@ def not_weights(tensors: Mapping[str, Array]) -> list[str]:
 def layout(tensors: Mapping[str, Array]) -> dict[str, TensorInfo]:
     """Returns the order in which the safetensors library would store tensors of any shape, and the place of each."""
     types = list(DTYPES)
-    found, start = {}, 0
+    places, start = {}, 0
     for name in sorted(tensors, key=lambda name: (-types.index(name_of(tensors[name])), name)):
         end = start + tensors[name].nbytes
-        found[name] = TensorInfo(name_of(tensors[name]), tensors[name].shape, (start, end))
+        places[name] = TensorInfo(name_of(tensors[name]), tensors[name].shape, (start, end))
         start = end
-    return found
+    return places
 
 
 def save(tensors: Mapping[str, Array], metadata: Mapping[str, str], path: Path) -> None:
@@ -121,8 +121,8 @@ def save(tensors: Mapping[str, Array], metadata: Mapping[str, str], path: Path) 
     places = layout(tensors)
     with atomic_path(path) as temporary:
         _write(temporary, encode(places, metadata), (raw(tensors[name]) for name in places))
-        again, told = load_unchecked(temporary), dict(read_header(temporary).metadata)
-        if told != dict(metadata) or again.keys() != tensors.keys():
+        again, read_metadata = load_unchecked(temporary), dict(read_header(temporary).metadata)
+        if read_metadata != dict(metadata) or again.keys() != tensors.keys():
             raise VerificationError(f"{path} was read back with other names or metadata; is the disk sound?")
         changed = [name for name, tensor in tensors.items() if not same_bits(tensor, again[name])]
         if changed:

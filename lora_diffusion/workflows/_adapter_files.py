@@ -170,9 +170,9 @@ def read_stored(
     if base is not None:
         return base.family, base.read(file)
     format_: Format = registry.find("formats", detect(file))
-    told = sized_as(file) if family_name in DIFFUSION else None
-    if told not in (None, family_name):
-        raise AdapterFileError(f"{file.path} has the sizes of {told}, not of {family_name}; leave --family out.")
+    sized = sized_as(file) if family_name in DIFFUSION else None
+    if sized not in (None, family_name):
+        raise AdapterFileError(f"{file.path} has the sizes of {sized}, not of {family_name}; leave --family out.")
     known = family_name or told_by_content(file)
     guess = known or _guess(file)
     # Names alone may deceive: some programs give all text encoders the prefix of SDXL's first.

@@ -111,7 +111,7 @@ def read(checkpoint: RunCheckpoint) -> tuple[Family, AdapterState]:
 
 
 def _plan(run: RunFolder, config: Config, family: Family) -> InjectionPlan:
-    """Returns what the run trains: from its record, which needs no base, else worked out anew."""
+    """Returns what the run trains: from its record, which needs no base, else worked out again."""
     from lora_diffusion.adapters.plan import InjectionPlan, plan
 
     try:
@@ -126,10 +126,10 @@ def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family:
     written_at = (checkpoint.folder / _STATE).stat().st_mtime
     stem = f"{run.name(config)}-{checkpoint.step:06d}"
     try:
-        told = dict(read_json(run.path / METADATA_NAME))
+        recorded = dict(read_json(run.path / METADATA_NAME))
     except (OSError, ValueError, TypeError):
-        told = _metadata_of_finished(run, config)
-    texts = {key: value for key, value in told.items() if isinstance(value, str)}
+        recorded = _metadata_of_finished(run, config)
+    texts = {key: value for key, value in recorded.items() if isinstance(value, str)}
     return at_step(with_base(without_hashes(texts), family.architecture), checkpoint.step, stem, written_at)
 
 

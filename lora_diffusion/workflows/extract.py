@@ -116,12 +116,12 @@ def extract(
     _warn_of_rounding(extraction, base, tuned)
     state = AdapterState(extraction.changes.modules)
     texts = _metadata(state, family, base, output_path.stem)
-    made_from = {
+    sources = {
         "base": public_path(base.path),
         "tuned": public_path(tuned.path),
         "relative_error": extraction.changes.error,
     }
-    state = replace(state, metadata={**texts, "lora_diffusion.extracted": json.dumps(made_from)})
+    state = replace(state, metadata={**texts, "lora_diffusion.extracted": json.dumps(sources)})
     with dtype_named():
         write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
     return ExtractResult(output_path, extraction, dtype)

@@ -85,17 +85,17 @@ def merge(
     names = file_names([path for path, _ in adapters])
     terms = [_term(path, weights, name, family, model) for (path, weights), name in zip(adapters, names, strict=True)]
     _warn_of_copies(checkpoint)
-    made_from = [
+    sources = [
         {"file": term.name, "sha256": hash_adapter(path), "weights": dict(term.weights)}
         for term, (path, _) in zip(terms, adapters, strict=True)
     ]
     metadata = {
         "modelspec.merged_from": ", ".join([Path(model.path).name, *names]),
-        "lora_diffusion.merged": json.dumps({"model": public_path(model.path), "adapters": made_from}),
+        "lora_diffusion.merged": json.dumps({"model": public_path(model.path), "adapters": sources}),
     }
     chosen = None if dtype == "auto" else find_dtype(dtype)
     merged = merging.merge(checkpoint, terms, output_path, chosen, metadata)
-    return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(made_from))
+    return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(sources))
 
 
 def _term(path: Path, weights: float | Mapping[str, float], name: str, family: Family, model: ModelOptions) -> Term:

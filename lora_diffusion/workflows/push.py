@@ -32,8 +32,8 @@ class Publication:
         lines = [f"  {name} ({num_bytes:,} bytes)" for name, num_bytes in self.files.items()]
         if self.url:
             return "\n".join([f"Uploaded to {self.url}:", *lines])
-        told = f"Nothing was uploaded: this was a dry run. The card ({_CARD}) would be:"
-        return "\n".join([f"To {self.repo} would go:", *lines, told, "", self.card])
+        announcement = f"Nothing was uploaded: this was a dry run. The card ({_CARD}) would be:"
+        return "\n".join([f"To {self.repo} would go:", *lines, announcement, "", self.card])
 
 
 class Hub(Protocol):
@@ -49,7 +49,7 @@ class Hub(Protocol):
 def push(
     source: Path, repo: str, *, private: bool = False, dry_run: bool = False, hub: Hub | None = None
 ) -> Publication:
-    """Uploads an adapter with its card and pictures. The token is that of the hub's own login or environment.
+    """Uploads an adapter with its card and images. The token is that of the hub's own login or environment.
 
     Args:
         source: run folder, adapter file or PEFT folder.
