@@ -54,12 +54,13 @@ JOBS = {
 
 def module_shapes() -> dict[Any, Shape]:
     """Returns module -> (out, in) of the 794 modules."""
-    from lora_diffusion.compat.verify import published
+    from lora_diffusion.architectures import DIFFUSION
+    from lora_diffusion.architectures.modules import published_shapes
 
     patterns = {"unet": _KOHYA_UNET, "text_encoder": _KOHYA_TEXT}
     found = {
         key: shape
-        for key, shape in published("sdxl").items()
+        for key, shape in published_shapes(DIFFUSION["sdxl"]).items()
         if key.part in patterns and patterns[key.part].fullmatch(key.path)
     }
     assert len(found) == 794 and all(len(shape) == 2 for shape in found.values())
