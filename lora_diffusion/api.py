@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from lora_diffusion.workflows.convert import Conversion
     from lora_diffusion.workflows.estimate import Estimate
     from lora_diffusion.workflows.export import Export
+    from lora_diffusion.workflows.extract import ExtractResult
     from lora_diffusion.workflows.generate import GeneratedImages
     from lora_diffusion.workflows.load import Model
-    from lora_diffusion.workflows.merge import ExtractResult, MergeResult
+    from lora_diffusion.workflows.merge import MergeResult
     from lora_diffusion.workflows.report import Report
     from lora_diffusion.workflows.select import Selection
     from lora_diffusion.workflows.train import TrainResult
@@ -303,7 +304,7 @@ def export(
     """
     from lora_diffusion.workflows.export import export
 
-    return export(Path(run), to, Path(output), step=step, clients=apps, card=card, overwrite=overwrite)
+    return export(Path(run), to, Path(output), step=step, apps=apps, card=card, overwrite=overwrite)
 
 
 def convert(
@@ -416,7 +417,7 @@ def resize(
     overwrite: bool = False,
 ) -> Composition:
     """Writes an adapter file at a smaller rank; either `rank` or `energy` must be given, see `compose`."""
-    from lora_diffusion.workflows.compose import resize
+    from lora_diffusion.workflows.resize import resize
 
     return resize(
         Path(input),
@@ -449,7 +450,8 @@ def merge(
         family: kind of base; None finds it from the files.
         overwrite: replace what is there.
     """
-    from lora_diffusion.workflows.merge import find_weights, merge
+    from lora_diffusion.workflows.bases import find_weights
+    from lora_diffusion.workflows.merge import merge
 
     pairs = adapters.items() if isinstance(adapters, Mapping) else adapters
     weighted = [(Path(path), weight) for path, weight in pairs]
@@ -485,7 +487,8 @@ def extract(
         family: kind of base; None finds it from the files.
         overwrite: replace what is there.
     """
-    from lora_diffusion.workflows.merge import extract, find_weights
+    from lora_diffusion.workflows.bases import find_weights
+    from lora_diffusion.workflows.extract import extract
 
     return extract(
         find_weights(str(base), family),
@@ -510,7 +513,7 @@ def _texts(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _base(base: AnyPath | ModelOptions, family: str | None = None) -> ModelOptions:
-    from lora_diffusion.workflows.merge import find_model
+    from lora_diffusion.workflows.bases import find_model
 
     return find_model(str(base), family) if isinstance(base, str | Path) else base
 

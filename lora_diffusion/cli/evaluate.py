@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     configured = base_of(args) if args.config or args.model is not None else None
     set_up_logs(args)
+    from lora_diffusion.workflows.bases import find_model
     from lora_diffusion.workflows.evaluate import EvaluationRequest, check_gates, evaluate
-    from lora_diffusion.workflows.merge import find_model
 
     request = EvaluationRequest(
         output_path=args.output,

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         args.to,
         args.output,
         step=args.step,
-        clients=args.client,
+        apps=args.client,
         card=args.card,
         overwrite=args.overwrite,
     )

@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
-    from lora_diffusion.workflows.merge import extract, find_weights
+    from lora_diffusion.workflows.bases import find_weights
+    from lora_diffusion.workflows.extract import extract
 
     result = extract(
         find_weights(args.base, args.family),

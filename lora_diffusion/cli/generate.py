@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
     configured = base_of(args)
     adapters = [weighted_file(text) for text in args.adapter]
     set_up_logs(args)
+    from lora_diffusion.workflows.bases import find_model
     from lora_diffusion.workflows.generate import generate
-    from lora_diffusion.workflows.merge import find_model
 
     result = generate(
         configured or find_model(args.model),

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     adapters = [weighted_parts(text) for text in args.adapter]
     set_up_logs(args)
-    from lora_diffusion.workflows.merge import find_weights, merge
+    from lora_diffusion.workflows.bases import find_weights
+    from lora_diffusion.workflows.merge import merge
 
     model = find_weights(args.model, args.family)
     result = merge(model, adapters, args.output, dtype=args.dtype or "auto", overwrite=args.overwrite)

@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
     actions = parser.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print all texts")
     edit = actions.add_parser("edit", help="set or take out single texts; the tensors keep every byte")
-    strip = actions.add_parser("strip", help="take out all that clients do not need")
+    strip = actions.add_parser("strip", help="take out all that apps do not need")
     for action in (show, edit, strip):
         action.add_argument("path", type=Path, metavar="FILE", help=".safetensors file")
         # Without a default of their own, so that they do not undo what stands before the action.

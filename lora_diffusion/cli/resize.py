@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     set_up_logs(args)
-    from lora_diffusion.workflows.compose import resize
+    from lora_diffusion.workflows.resize import resize
 
     result = resize(
         args.input,

@@ -35,5 +35,5 @@ def run(args: argparse.Namespace) -> None:
     verification = verify(args.path, args.client, args.base)
     print_result(args, verification)
     if not verification.is_sound:
-        bad = [verdict.title for verdict in verification.verdicts if not verdict.is_sound]
+        bad = [result.title for result in verification.results if not result.is_sound]
         raise VerificationError(f"{args.path} would not work as it is meant in {', '.join(bad)}.")

@@ -7,62 +7,61 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures import DIFFUSION, TEXT_OUTPUT
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat.other_bases import Architecture, Sizes, find_architecture
+from lora_diffusion.compat.other_bases import OtherBase, Sizes, find_other_base
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.text import shown
-from lora_diffusion.formats.metadata import told_architecture, told_family
-from lora_diffusion.formats.peft import full_name, headers, part_folders, tensor_files
-from lora_diffusion.formats.tensor_names import split_name, unread_kind
-from lora_diffusion.tensorfile import safetensors_file
+from lora_diffusion.formats.metadata import told_base, told_other
+from lora_diffusion.formats.parsed_file import ParsedFile
+from lora_diffusion.formats.tensor_names import ParsedTensor, is_read, unread_variant
 
 if TYPE_CHECKING:
     from lora_diffusion.core.keymap import KeyMap
 
 Shape = tuple[int, ...]
 
-_BY_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_BY_TEXT_WIDTH = {1024: "sd2", 1280: "sdxl"}
-_BY_NAME = (
-    (r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.", "sdxl"),
-    (r"attentions[._]\d[._]transformer_blocks[._][1-9]|_blocks_\d_1_transformer_blocks[._][1-9]|label_emb", "sdxl"),
-    (r"add_embedding|lora_te1_", "sdxl"),
-    (r"text_encoders\.clip_h\.", "sd2"),
-    (r"lora_te_|text_encoder\.", "sd1"),
-    (r"(lora_unet_|unet\.)(up|down)_blocks[._]3|(in|out)put_blocks[._](9|10|11)[._]", "sd1"),
-    (r"^(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\.", "sd1"),
+_LAST_FIRST = list(DIFFUSION.values())[::-1]
+"""What the names of the later say is more particular."""
+_BY_WIDTH = {own.unet.context: own.name for own in DIFFUSION.values()}
+_TEXT_WIDTHS = Counter(
+    width for own in DIFFUSION.values() for width in {encoder.width for encoder in own.text_encoders}
 )
-_OF_WHOLE_MODELS = (
-    (r"(^|\.)(language_model|vision_tower|multi_modal_projector)\.", "llava"),
-    (r"^model\.(en|de)coder\.layers\.|\.encoder_attn\.", "whisper"),
-)
+_BY_TEXT_WIDTH = {
+    encoder.width: own.name
+    for own in DIFFUSION.values()
+    for encoder in own.text_encoders
+    if _TEXT_WIDTHS[encoder.width] == 1
+}
+_BY_PROJECTION = {own.unet.has_linear_projections: own.name for own in _LAST_FIRST}
+"""Whether it is linear -> the first architecture that has it so; a convolution is in one of them only."""
+_BY_NAME = [(mark, own.name) for own in _LAST_FIRST for mark in own.name_marks]
+_OF_WHOLE_MODELS = [(mark, own.name) for own in list(TEXT_OUTPUT.values())[::-1] for mark in own.name_marks]
 """Expression found in a name of a PEFT folder of a whole model -> the family of the model."""
 _TEXT = re.compile(
     r"(^|text_encoder(_2)?\.|text_encoders\.clip_\w\.transformer\.|lora_te[12]?_)(text_model[._])?encoder[._]layers[._]\d+[._]"
     r"(self_attn|mlp[._]fc1)"
 )
 """Layer of a text encoder whose inputs are as many as its width; other models have some of the same widths."""
-_PLACES: Mapping[str, tuple[str, int, int]] = {
-    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".down.weight"), ("a", 1, 1)),
-    **dict.fromkeys((".lora_linear_layer.down.weight", ".lora_A.default.weight", ".lora_A"), ("a", 1, 1)),
-    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight", ".up.weight"), ("a", 0, 0)),
-    **dict.fromkeys((".lora_linear_layer.up.weight", ".lora_B.default.weight", ".lora_B"), ("a", 0, 0)),
-    ".hada_w1_b": ("a", 1, 1),
-    ".hada_w1_a": ("a", 0, 0),
-    **{f".lokr_w{n}_b": (f"w{n}", 1, 1) for n in (1, 2)},
-    **{f".lokr_w{n}_a": (f"w{n}", 0, 0) for n in (1, 2)},
+_AXES: Mapping[tuple[str, str], tuple[str, tuple[int, ...]]] = {
+    ("lora", "down"): ("a", (1,)),
+    ("lora", "up"): ("a", (0,)),
+    ("loha", "w1_b"): ("a", (1,)),
+    ("loha", "w1_a"): ("a", (0,)),
+    ("full", "diff"): ("a", (0, 1)),
+    **{
+        ("lokr", f"w{n}{end}"): (f"w{n}", axes)
+        for n in (1, 2)
+        for end, axes in (("", (0, 1)), ("_a", (0,)), ("_b", (1,)))
+    },
 }
-"""End of a name -> its factor, the axis of the weight (0 outputs, 1 inputs) that it tells, and the axis of its own."""
-_WHOLE: Mapping[str, str] = {".diff": "a", ".lokr_w1": "w1", ".lokr_w2": "w2"}
-"""End of a name -> the factor whose outputs and inputs it has."""
+"""Variant and tensor -> its factor, and the axes of the weight (0 outputs, 1 inputs) that its own tell."""
 
 
-def guess_family(path: Path) -> str:
+def guess_family(file: ParsedFile) -> str:
     """Returns sd1, sd2 or sdxl, as an adapter's sizes, metadata or, at last, names tell.
 
     Names come last, since some programs give all text encoders the prefix of SDXL's first.
@@ -71,96 +70,85 @@ def guess_family(path: Path) -> str:
         AdapterFileError: nothing tells it, or metadata tell another architecture.
         UnsupportedError: names and sizes tell a base of another kind.
     """
-    refuse_other(path)
-    for kind in (told_architecture(header.metadata) for header in headers(path)):
-        if kind:
-            raise _other_architecture(path, kind)
-    shapes = _shapes(path)
-    found = told_by_content(path) or _by_names(_without_misfits(shapes), _BY_NAME)
-    if found is not None and found in DIFFUSION:
-        return found
-    if found is not None:
-        raise _other_architecture(path, found)
-    names = list(shapes)
+    refuse_other(file)
+    file.check_record()
+    for architecture in (told_other(header.metadata) for header in file.headers):
+        if architecture:
+            raise _other_architecture(file, architecture)
+    family = told_by_content(file) or _by_names(_without_misfits(file), _BY_NAME)
+    if family is not None and family in DIFFUSION:
+        return family
+    if family is not None:
+        raise _other_architecture(file, family)
+    names = list(file.shapes)
     if not names:
-        raise AdapterFileError(f"{path} holds no tensors; get the file again.")
-    if not any(split_name(name) or unread_kind(name) for name in names):
-        raise AdapterFileError(f"{path} is not an adapter in a known spelling. Its first tensors:", names[:5])
+        raise AdapterFileError(f"{file.path} holds no tensors; get the file again.")
+    if not any(is_read(tensor) or unread_variant(tensor.name) for tensor in file.tensors):
+        raise AdapterFileError(f"{file.path} is not an adapter in a known format. Its first tensors:", names[:5])
     raise AdapterFileError(
-        f"{path} does not tell which base it is for: its names and sizes fit no published one, or several. Say it with "
-        "--base sd1, sd2, sdxl or a folder."
+        f"{file.path} does not tell which base it is for: its names and sizes fit no published one, or several. Say it "
+        "with --base sd1, sd2, sdxl or a folder."
     )
 
 
-def other_architecture(path: Path) -> Architecture | None:
-    """Returns the kind of base that is not known here which a file is for, as names and sizes tell, if it is.
-
-    Raises:
-        AdapterFileError: it cannot be read.
-    """
-    shapes = _shapes(path)
-    if _by_names(shapes, _OF_WHOLE_MODELS):
+def other_architecture(file: ParsedFile) -> OtherBase | None:
+    """Returns the kind of base that is not known here which a file is for, as names and sizes tell, if it is."""
+    if _by_names(file.shapes, _OF_WHOLE_MODELS):
         return None
-    metadata = [header.metadata for header in _headers(path)]
-    told = " ".join(own.get(key, "") for own in metadata for key in ("modelspec.architecture", "ss_base_model_version"))
-    found = find_architecture(_sizes(shapes), told)
-    return None if found is None or found.family in registry.available("families") else found
+    keys = ("modelspec.architecture", "ss_base_model_version")
+    words = " ".join(header.metadata.get(key, "") for header in file.headers for key in keys)
+    other = find_other_base(_sizes(file), words)
+    return None if other is None or other.family in registry.available("families") else other
 
 
-def refuse_other(path: Path) -> None:
+def refuse_other(file: ParsedFile) -> None:
     """Raises UnsupportedError, with its name, where a file is for a kind of base that is not known here."""
-    found = other_architecture(path)
-    if found:
-        raise UnsupportedError(f"{path} was made for {found.title}, a kind of base that is not known here.")
+    other = other_architecture(file)
+    if other:
+        raise UnsupportedError(f"{file.path} was made for {other.title}, a kind of base that is not known here.")
 
 
-def sized_as(path: Path) -> str | None:
-    """Returns sd1, sd2 or sdxl, if an adapter's sizes tell it."""
-    return _sized(_shapes(path))
-
-
-def told_by_content(path: Path) -> str | None:
+def told_by_content(file: ParsedFile) -> str | None:
     """Returns the family of the base, if sizes, metadata or the names of a whole model's modules tell it."""
-    told = next(filter(None, (told_family(header.metadata) for header in headers(path))), None)
-    shapes = _shapes(path)
-    return _sized(shapes) or told or _by_names(shapes, _OF_WHOLE_MODELS)
+    told = next(filter(None, (told_base(header.metadata) for header in file.headers)), None)
+    return sized_as(file) or (told.name if told else None) or _by_names(file.shapes, _OF_WHOLE_MODELS)
 
 
-def _sized(shapes: Mapping[str, Shape]) -> str | None:
+def sized_as(file: ParsedFile) -> str | None:
     """Returns the one family whose modules have these names and sizes, else what single widths tell."""
-    fits = _fits(shapes)
+    fits = _fits(file)
     best = [family for family, num in fits.items() if num == max(fits.values())]
     if len(best) == 1 and fits[best[0]]:
         return best[0]
-    return _commonest(found for name, shape in shapes.items() if (found := _by_shape(name, shape)) in best)
+    return _commonest(family for tensor in file.tensors if (family := _by_shape(file, tensor)) in best)
 
 
-def _fits(shapes: Mapping[str, Shape], sides: Callable[[Iterable[bool]], bool] = all) -> dict[str, int]:
+def _fits(file: ParsedFile, sides: Callable[[Iterable[bool]], bool] = all) -> dict[str, int]:
     """Returns for each published base how many modules it has by the same name and in the same size.
 
     Args:
-        shapes: of the tensors, by name.
+        file: the adapter.
         sides: whether outputs and inputs must fit, all or any.
     """
-    sizes = {name: own for name, own in _sizes(shapes).items() if any(own)}
+    sizes = {name: own for name, own in _sizes(file).items() if any(own)}
     flat = any(name.startswith(("lora_", "lycoris_")) for name in sizes)
     fits = {}
     for family in DIFFUSION:
-        names, known = _names(family, "kohya" if flat else "diffusers"), published_shapes(DIFFUSION[family])
+        names, shapes = _names(family, "kohya" if flat else "diffusers"), published_shapes(DIFFUSION[family])
         fits[family] = sum(
-            any(_fits_one(own, known.get(names.key(full), ()), sides) for full in _standard(name) if full in names)
+            any(_fits_one(own, shapes.get(names.key(alias), ()), sides) for alias in _aliases(name) if alias in names)
             for name, own in sizes.items()
         )
     return fits
 
 
 @cache
-def _names(family: str, spelling: str) -> KeyMap:
-    names: KeyMap = registry.find("families", family).key_map(spelling, None)
+def _names(family: str, format_name: str) -> KeyMap:
+    names: KeyMap = registry.find("families", family).key_map(format_name, None)
     return names
 
 
-def _standard(name: str) -> list[str]:
+def _aliases(name: str) -> list[str]:
     """Returns how diffusers may call a module that ComfyUI or the folder of one part names otherwise."""
     part = re.match(r"text_encoders\.clip_([lhg])\.transformer\.", name)
     if part:
@@ -173,30 +161,27 @@ def _fits_one(own: Sizes, shape: Shape, sides: Callable[[Iterable[bool]], bool])
     return bool(shape) and sides(size == known for size, known in zip(own, (*shape, 0), strict=False) if size)
 
 
-def _sizes(shapes: Mapping[str, Shape]) -> dict[str, Sizes]:
+def _sizes(file: ParsedFile) -> dict[str, Sizes]:
     """Returns outputs and inputs of each module's weight, 0 where no tensor tells them."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for name, shape in shapes.items():
-        module, factor, axes = _told_axes(name, shape)
-        sizes = found.setdefault(module, {}).setdefault(factor, [0, 0])
+    modules: dict[str, dict[str, list[int]]] = {}
+    for tensor in file.tensors:
+        module, factor, axes = _told_axes(tensor, file.shapes[tensor.name])
+        sizes = modules.setdefault(module, {}).setdefault(factor, [0, 0])
         for axis, size in axes.items():
             sizes[axis] = size
-    return {module: _product(factors) for module, factors in found.items()}
+    return {module: _product(factors) for module, factors in modules.items()}
 
 
-def _told_axes(name: str, shape: Shape) -> tuple[str, str, dict[int, int]]:
+def _told_axes(tensor: ParsedTensor, shape: Shape) -> tuple[str, str, dict[int, int]]:
     """Returns module and factor that a tensor belongs to, and the axis of the weight -> the size that it tells."""
-    for end, (factor, axis, own) in _PLACES.items():
-        if name.endswith(end) and len(shape) > own:
-            return name.removesuffix(end), factor, {axis: shape[own]}
-    for end, factor in _WHOLE.items():
-        if name.endswith(end) and len(shape) > 1:
-            return name.removesuffix(end), factor, {0: shape[0], 1: shape[1]}
-    blocks = re.search(r"\.oft_blocks$", name)
-    if blocks and len(shape) > 2:
-        return name[: blocks.start()], "a", {0: math.prod(shape[-3:-1])}
-    found = split_name(name)
-    return (found[0] if found else re.split(r"\.(?=\w+(\.weight)?$)", name)[0]), "a", {}
+    row = tensor.suffix
+    if row is None:
+        return re.split(r"\.(?=\w+(\.weight)?$)", tensor.name)[0], "a", {}
+    if row.tensor == "blocks":
+        return tensor.module, "a", {0: math.prod(shape[-3:-1])} if len(shape) > 2 else {}
+    variant = "lora" if row.role in ("down", "up") else row.variant or ""
+    factor, axes = _AXES.get((variant, row.tensor), ("a", ()))
+    return tensor.module, factor, {axis: shape[axis] for axis in axes} if len(shape) > max(axes, default=0) else {}
 
 
 def _product(factors: Mapping[str, list[int]]) -> Sizes:
@@ -206,29 +191,16 @@ def _product(factors: Mapping[str, list[int]]) -> Sizes:
     return factors["a"][0], factors["a"][1]
 
 
-def _without_misfits(shapes: Mapping[str, Shape]) -> list[str]:
+def _without_misfits(file: ParsedFile) -> list[str]:
     """Returns the names, or none where modules have sizes, and no published base has one of them."""
-    sizes, fits = _sizes(shapes), _fits(shapes, any)
-    return [] if any(any(own) for own in sizes.values()) and not any(fits.values()) else list(shapes)
+    sizes, fits = _sizes(file), _fits(file, any)
+    return [] if any(any(own) for own in sizes.values()) and not any(fits.values()) else list(file.shapes)
 
 
-def _other_architecture(path: Path, kind: str) -> AdapterFileError:
+def _other_architecture(file: ParsedFile, name: str) -> AdapterFileError:
     return AdapterFileError(
-        f"{path} is for the architecture {shown(kind)}; rules are known for Stable Diffusion 1, 2 and XL only."
+        f"{file.path} is for the architecture {shown(name)}; rules are known for Stable Diffusion 1, 2 and XL only."
     )
-
-
-def _headers(path: Path) -> list[safetensors_file.Header]:
-    return [safetensors_file.read_header(file) for file in (tensor_files(path) if path.is_dir() else [path])]
-
-
-def _shapes(path: Path) -> dict[str, Shape]:
-    folders = part_folders(path) if path.is_dir() else [path]
-    return {
-        full_name(name, "" if folder == path else folder.name): info.shape
-        for folder, header in zip(folders, _headers(path), strict=True)
-        for name, info in header.tensors.items()
-    }
 
 
 def _by_names(names: Iterable[str], marks: Iterable[tuple[str, str]]) -> str | None:
@@ -240,12 +212,13 @@ def _commonest(families: Iterable[str | None]) -> str | None:
     return votes.most_common(1)[0][0] if votes else None
 
 
-def _by_shape(name: str, shape: Shape) -> str | None:
-    axes = _told_axes(name, shape)[2]
+def _by_shape(file: ParsedFile, tensor: ParsedTensor) -> str | None:
+    name, shape = tensor.name, file.shapes[tensor.name]
+    axes = _told_axes(tensor, shape)[2]
     if 1 not in axes:
         return None
     if re.search(r"attn2[._](processor\.)?to[._][kv]", name):
         return _BY_WIDTH.get(axes[1])
     if re.search(r"attentions[._]\d[._]proj_(in|out)\.", name) and len(shape) > 2:
-        return "sd1"  # a convolution there, a linear layer in the others
+        return _BY_PROJECTION.get(False)  # a linear layer in the others
     return _BY_TEXT_WIDTH.get(axes[1]) if _TEXT.search(name) else None

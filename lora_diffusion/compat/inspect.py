@@ -7,24 +7,24 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from lora_diffusion.algebra.delta import change_shape, delta_norm
 from lora_diffusion.algebra.magnitude_limits import ABSURD, change_rms, is_absurd
+from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.compat.identify import guess_family, other_architecture, sized_as, told_by_content
-from lora_diffusion.compat.other_bases import Architecture
+from lora_diffusion.compat.other_bases import OtherBase
 from lora_diffusion.core.adapter_state import ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError, LoraDiffusionError
 from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.formats.detect import formats_of
-from lora_diffusion.formats.diffusers import read_configs
 from lora_diffusion.formats.metadata import told_kind
-from lora_diffusion.formats.peft import full_name, headers, part_folders, read_config, tensor_files
-from lora_diffusion.formats.peft_config import find_alpha, find_rank
-from lora_diffusion.formats.tensor_names import EMBEDDING, PEFT_PREFIX, Group, fits_magnitude, group_names, unread_kind
+from lora_diffusion.formats.parsed_file import ParsedFile, ParsedPart
+from lora_diffusion.formats.peft_config import recorded_alpha, recorded_rank
+from lora_diffusion.formats.read_modules import fits_magnitude
+from lora_diffusion.formats.tensor_names import EMBEDDING, ParsedModule, ParsedTensor, group, unread_variant
 from lora_diffusion.tensorfile import safetensors_file
-from lora_diffusion.tensorfile.arrays import Array, as_array, widen
+from lora_diffusion.tensorfile.arrays import Array, as_array, upcast
 
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -57,7 +57,7 @@ class FileReport:
     """Format names joined by "+"; more than one is among the problems."""
     variant: str
     family: str | None
-    """sd1, sd2, sdxl, llava or whisper; for other bases their name or what the metadata call it; None if unknown."""
+    """That of the base; for other bases their name or what the metadata call it; None if unknown."""
     num_modules: Mapping[str, int]
     """By part, guessed from the prefixes."""
     ranks: Mapping[str, int]
@@ -65,7 +65,7 @@ class FileReport:
     alphas: Mapping[str, int]
     """Alpha, divided by the rank the scale of a change -> number of modules."""
     dtypes: Mapping[str, int]
-    """Number type -> number of tensors."""
+    """Dtype -> number of tensors."""
     block_norms: Mapping[str, float]
     """Part and block -> Frobenius norm of all its changes of weight."""
     metadata: Mapping[str, str]
@@ -86,7 +86,7 @@ class FileReport:
             "tensors": [f"{count} {dtype}" for dtype, count in self.dtypes.items()],
         }
         base = f" for {shown(self.family)}" if self.family else " for an unknown base"
-        lines = [self.path, f"{self.format} spelling, {self.variant}{base}"]
+        lines = [self.path, f"{self.format} format, {self.variant}{base}"]
         lines += [f"{label:<9}{', '.join(values)}" for label, values in counts.items()]
         lines += ["norm of the change of each block:"]
         lines += [f"  {block:<36}{norm:.4g}" for block, norm in self.block_norms.items()]
@@ -101,9 +101,9 @@ class FileReport:
 @dataclass(frozen=True)
 class _Module:
     name: str
-    group: Group
+    parsed: ParsedModule
     adapter: ModuleAdapter | None
-    """None where tensors are missing, of several kinds, or do not fit each other."""
+    """None where tensors are missing, of several variants, or do not fit each other."""
     alpha: float | None
     recorded_rank: int | None = None
     """What the record beside the tensors says."""
@@ -112,111 +112,116 @@ class _Module:
 
     @property
     def variant(self) -> str:
-        """Kind of adapter; the axis of a magnitude is not looked at."""
-        has_magnitude = bool({"magnitude", "magnitude_out"} & self.group.names.keys())
+        """That of its tensors; the axis of a magnitude is not looked at."""
+        has_magnitude = bool({"magnitude", "magnitude_out"} & self.parsed.names.keys())
         if self.adapter and self.adapter.variant == "boft":
             return "boft"
         return "+".join(
-            [*sorted(self.group.kinds - {"lora"} if has_magnitude else self.group.kinds), *["dora"] * has_magnitude]
+            [
+                *sorted(self.parsed.variants - {"lora"} if has_magnitude else self.parsed.variants),
+                *["dora"] * has_magnitude,
+            ]
         )
 
 
-def describe_file(path: Path) -> FileReport:
-    """Reads an adapter file or folder and says what is in it and what is wrong with it.
+def describe_file(file: ParsedFile) -> FileReport:
+    """Says what is in an adapter file or folder and what is wrong with it.
 
     Raises:
         AdapterFileError: it cannot be read at all.
     """
-    folders = part_folders(path) if path.is_dir() else [path]
-    files = tensor_files(path) if path.is_dir() else [path]
-    found = headers(path)
+    file.check_record()
+    names: dict[str, ParsedTensor] = {}
     tensors: dict[str, Array] = {}
-    configs: dict[str, dict[str, Any]] = {} if path.is_dir() else read_configs(found[0].metadata, path)
-    for folder, file in zip(folders, files, strict=True):
-        own = safetensors_file.load_unchecked(file)
-        if path.is_dir():
-            part = folder.name if folder != path else _root_part(path, own)
-            own = {full_name(name, part): tensor for name, tensor in own.items()}
-            configs[part] = read_config(folder)
-        tensors |= own
-    names = [name for header in found for name in header.tensors]
-    formats = formats_of(names)
-    groups, strange = group_names(tensors)
-    modules = [_module(name, group, tensors, configs) for name, group in groups.items()]
+    configs = file.diffusers_record
+    for part in file.parts:
+        in_file = part.tensors
+        if file.is_folder:
+            name = part.part or _root_part(file, part)
+            in_file = part.tensors_in(name)
+            configs[name] = part.config
+        stored = zip(in_file, part.tensors, strict=True)
+        tensors |= {tensor.name: part.unchecked[old.name] for tensor, old in stored}
+        names |= {tensor.name: tensor for tensor in in_file}
+    formats = formats_of(file.names)
+    parsed, strange = group(names.values())
+    modules = [_module(name, module, tensors, configs) for name, module in parsed.items()]
     norms, faults = _norms(modules), tuple(_faults(modules, tensors))
-    metadata = {key: value for header in found for key, value in header.metadata.items()}
     packed = [name for name in strange if name.startswith(EMBEDDING)]
     strange = [name for name in strange if name not in packed]
-    other = other_architecture(path)
-    variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_kind, strange)))
+    other = other_architecture(file)
+    variants = Counter(module.variant for module in modules) + Counter(filter(None, map(unread_variant, strange)))
     variants += Counter("embedding" for _ in packed)
     return FileReport(
-        path=str(path),
+        path=str(file.path),
         format="+".join(formats) or "unknown",
         variant=" and ".join(name for name in variants if name) or "unknown",
-        family=other.title if other else _family(path, metadata),
+        family=other.title if other else _family(file),
         num_modules=_count(_part(module.name) for module in modules),
         ranks=_count(str(module.adapter.rank) for module in modules if module.adapter),
         alphas=_count("none" if module.alpha is None else f"{module.alpha:g}" for module in modules if module.adapter),
-        dtypes=_count(info.dtype for header in found for info in header.tensors.values()),
+        dtypes=_count(info.dtype for header in file.headers for info in header.tensors.values()),
         block_norms=_block_norms(norms),
-        metadata=metadata,
+        metadata=file.metadata,
         problems=(*faults, *_other_base(other), *_oddities(formats, strange, modules, norms)),
         faults=faults,
     )
 
 
-def _family(path: Path, metadata: Mapping[str, str]) -> str | None:
+def _family(file: ParsedFile) -> str | None:
     try:
-        return told_by_content(path) or guess_family(path)
+        return told_by_content(file) or guess_family(file)
     except LoraDiffusionError:
-        kind = told_kind(metadata)[0]
-        return kind.removesuffix("/lora") if kind else None
+        architecture = told_kind(file.metadata)[0]
+        return architecture.removesuffix("/lora") if architecture else None
 
 
-def _root_part(path: Path, names: Iterable[str]) -> str:
+def _root_part(file: ParsedFile, part: ParsedPart) -> str:
     """Returns the part that a PEFT folder which is not named after one is for; "" for a whole model."""
-    bare = [name.removeprefix(PEFT_PREFIX) for name in names]
+    bare = [tensor.name for tensor in part.tensors_in("")]
     if any(map(_UNET.match, bare)):
         return "unet"
     if not any(map(_TEXT_ENCODER.match, bare)):
         return ""
-    return "text_encoder_2" if sized_as(path) == "sdxl" else "text_encoder"
+    sized = sized_as(file)
+    return DIFFUSION[sized].text_encoders[-1].part if sized else "text_encoder"
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values))
 
 
-def _module(name: str, group: Group, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]) -> _Module:
-    own = {tensor: tensors[full] for tensor, full in group.names.items()}
+def _module(
+    name: str, parsed: ParsedModule, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]
+) -> _Module:
+    own = {tensor: tensors[full] for tensor, full in parsed.names.items()}
     part = next((part for part in configs if not part or name.startswith(f"{part}.")), None)
     path = name.removeprefix(f"{part}.")
-    alpha = None if part is None else find_alpha(configs[part], path)
-    rank = None if part is None or group.kinds != {"lora"} else find_rank(configs[part], path)
+    alpha = None if part is None else recorded_alpha(configs[part], path)
+    rank = None if part is None or parsed.variants != {"lora"} else recorded_rank(configs[part], path)
     if "alpha" in own:
-        beside = widen(own.pop("alpha"))
+        beside = upcast(own.pop("alpha"))
         alpha = float(beside.reshape(-1)[0]) if beside.size else None
     # What a magnitude does depends on the base; the change before it is known.
     plain: dict[str, Any] = {
         tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude") and tensor != "shape"
     }
-    if len(group.kinds) != 1 or group.lacking:
-        return _Module(name, group, None, alpha)
-    (kind,) = group.kinds
-    adapter = ModuleAdapter("boft" if kind == "oft" and plain["blocks"].ndim == 4 else kind, plain, 1.0)
+    if len(parsed.variants) != 1 or parsed.lacking:
+        return _Module(name, parsed, None, alpha)
+    (variant,) = parsed.variants
+    adapter = ModuleAdapter("boft" if variant == "oft" and plain["blocks"].ndim == 4 else variant, plain, 1.0)
     try:
         is_empty = not all(values.size for values in plain.values())
-        if adapter.changes_weight and kind not in ("ia3", "oft"):
+        if adapter.changes_weight and variant not in ("ia3", "oft"):
             is_empty |= not math.prod(change_shape(adapter))
         is_empty |= not adapter.rank
     except (AdapterFileError, IndexError):
-        return _Module(name, group, None, alpha)
+        return _Module(name, parsed, None, alpha)
     if is_empty:
-        return _Module(name, group, None, alpha)
+        return _Module(name, parsed, None, alpha)
     adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
-    has_misfit = kind in ("lora", "loha", "lokr") and not fits_magnitude(own)
-    return _Module(name, group, adapter, alpha, rank, has_misfit)
+    has_misfit = variant in ("lora", "loha", "lokr") and not fits_magnitude(own)
+    return _Module(name, parsed, adapter, alpha, rank, has_misfit)
 
 
 def _part(name: str) -> str:
@@ -243,7 +248,7 @@ def _norms(modules: Iterable[_Module]) -> dict[str, float]:
 
 
 def _widened(adapter: ModuleAdapter) -> ModuleAdapter:
-    tensors: dict[str, Any] = {name: widen(as_array(array)) for name, array in adapter.tensors.items()}
+    tensors: dict[str, Any] = {name: upcast(as_array(array)) for name, array in adapter.tensors.items()}
     return replace(adapter, tensors=tensors)
 
 
@@ -268,12 +273,12 @@ def _faults(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[st
             "tensor(s) with NaN, infinity or more than float32 can hold": safetensors_file.non_finite(tensors),
             "tensor(s) that are empty or hold whole numbers": safetensors_file.not_weights(tensors),
             "module(s) whose tensors do not fit each other": [
-                m.name for m in modules if not m.adapter and not m.group.lacking and len(m.group.kinds) == 1
+                m.name for m in modules if not m.adapter and not m.parsed.lacking and len(m.parsed.variants) == 1
             ],
             "module(s) whose alpha is not one number": [
                 module.name
                 for module in modules
-                if "alpha" in module.group.names and tensors[module.group.names["alpha"]].size != 1
+                if "alpha" in module.parsed.names and tensors[module.parsed.names["alpha"]].size != 1
             ],
             "module(s) of another rank than the record beside the tensors says; PEFT and diffusers refuse them": [
                 m.name for m in modules if m.adapter and m.recorded_rank not in (None, m.adapter.rank)
@@ -285,7 +290,7 @@ def _faults(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[st
     )
 
 
-def _other_base(other: Architecture | None) -> Iterable[str]:
+def _other_base(other: OtherBase | None) -> Iterable[str]:
     if other:
         yield f"made for {other.title}, a kind of base that is not known here; other commands refuse it"
 
@@ -295,8 +300,8 @@ def _oddities(
 ) -> Iterable[str]:
     """Yields what some programs can use, or what may be meant so."""
     if len(formats) > 1:
-        yield f"spellings of {' and '.join(formats)} are mixed; no program reads all of it"
-    found = {
+        yield f"formats {' and '.join(formats)} are mixed; no program reads all of it"
+    names_of = {
         "tensor(s) with unknown names": strange,
         ABSURD: [
             module.name
@@ -309,27 +314,27 @@ def _oddities(
         ],
     }
     if formats == ["kohya"]:
-        found["module(s) without alpha; most programs then take alpha = rank"] = [
+        names_of["module(s) without alpha; most programs then take alpha = rank"] = [
             module.name for module in modules if module.adapter and module.adapter.has_scale and module.alpha is None
         ]
-    yield from _told(found)
+    yield from _told(names_of)
 
 
-def _told(found: Mapping[str, list[str]]) -> Iterable[str]:
-    return (f"{len(names)} {what}: {name_some(names)}" for what, names in found.items() if names)
+def _told(names_of: Mapping[str, list[str]]) -> Iterable[str]:
+    return (f"{len(names)} {what}: {name_some(names)}" for what, names in names_of.items() if names)
 
 
 def _incomplete(modules: Iterable[_Module]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for module in modules:
-        if module.group.lacking:
-            there = sorted(module.group.names.keys() - {"alpha"})
-            what = f"module(s) with {' and '.join(there)} but no {' and '.join(module.group.lacking)}"
-        elif len(module.group.kinds) > 1:
-            what = f"module(s) of several kinds at once, {' and '.join(sorted(module.group.kinds))}"
-        elif not module.group.kinds:
-            what = f"module(s) with {' and '.join(sorted(module.group.names))} and nothing else"
+        if module.parsed.lacking:
+            there = sorted(module.parsed.names.keys() - {"alpha"})
+            what = f"module(s) with {' and '.join(there)} but no {' and '.join(module.parsed.lacking)}"
+        elif len(module.parsed.variants) > 1:
+            what = f"module(s) of several kinds at once, {' and '.join(sorted(module.parsed.variants))}"
+        elif not module.parsed.variants:
+            what = f"module(s) with {' and '.join(sorted(module.parsed.names))} and nothing else"
         else:
             continue
-        found.setdefault(what, []).append(module.name)
-    return found
+        names_of.setdefault(what, []).append(module.name)
+    return names_of

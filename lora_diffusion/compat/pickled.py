@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.formats import peft
+from lora_diffusion.formats.parsed_file import CONFIG, PICKLE, TENSORS, part_folders
 from lora_diffusion.tensorfile import safetensors_file
 from lora_diffusion.tensorfile.arrays import as_array
 
@@ -22,7 +22,7 @@ _DEEPEST = 16
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a pickle by name; tables in tables give names joined by ".".
+    """Returns the tensors of a pickle, in any shape, by name; tables in tables give names joined by ".".
 
     torch's restricted reader (`weights_only=True`) builds tensors and plain values only. A table that holds nothing but
     one other table, such as {"state_dict": ...}, is a wrapper and adds no name.
@@ -77,14 +77,14 @@ def as_safetensors(path: Path) -> Iterator[Path]:
 
 
 def _copy_folder(path: Path, copy: Path) -> None:
-    folders = [folder for folder in peft.part_folders(path) if (folder / peft.PICKLE).is_file()]
+    folders = [folder for folder in part_folders(path) if (folder / PICKLE).is_file()]
     if not folders:
-        raise AdapterFileError(f"{path} holds no {peft.PICKLE}; leave --from-pickle out.")
+        raise AdapterFileError(f"{path} holds no {PICKLE}; leave --from-pickle out.")
     for folder in folders:
         own = copy / folder.relative_to(path)
         own.mkdir(parents=True)
-        shutil.copyfile(folder / peft.CONFIG, own / peft.CONFIG)
-        _rewrite(folder / peft.PICKLE, own / peft.TENSORS)
+        shutil.copyfile(folder / CONFIG, own / CONFIG)
+        _rewrite(folder / PICKLE, own / TENSORS)
 
 
 def _rewrite(pickle: Path, path: Path) -> None:

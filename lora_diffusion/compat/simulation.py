@@ -1,4 +1,4 @@
-"""One client reading one file: which modules it applies, by how much, and what goes wrong."""
+"""One app reading one file: which modules it applies, by how much, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_diffusion.compat.adapter_file import PAIRS, SHARED, AdapterFile, Base, FileModule
-from lora_diffusion.compat.app_rules import HIDDEN, LOST, WRONG, Client, Fate
+from lora_diffusion.compat.app_rules import HIDDEN, LOST, WRONG, App, Consequence
+from lora_diffusion.compat.matched_file import PAIRS, SHARED, Base, MatchedFile, MatchedModule
 from lora_diffusion.core.text import name_some, shown
 
 _TRIGGERS: Mapping[str, tuple[frozenset[str], ...]] = {
@@ -37,50 +37,50 @@ _WHOLE: Mapping[str, tuple[frozenset[str], ...]] = {
 """Kind -> the tensors without which A1111 does not take a module for it."""
 
 
-def taken(client: Client, module: FileModule) -> list[str]:
-    """Returns the kinds that a client takes a module for, the one that it applies to the weight first."""
-    wanted = _TRIGGERS if client.by_trigger else _WHOLE
-    kinds = module.kinds
-    found = []
-    for style in client.order:
-        roles = kinds.get(style, {}).keys() | (module.roles.keys() & SHARED)
-        if style in kinds and any(choice <= roles for choice in wanted.get(style, ())):
-            found.append(style)
-    return found
+def taken(app: App, module: MatchedModule) -> list[str]:
+    """Returns the kinds that an app takes a module for, the one that it applies to the weight first."""
+    wanted = _TRIGGERS if app.by_trigger else _WHOLE
+    styles = module.styles
+    applied = []
+    for style in app.order:
+        roles = styles.get(style, {}).keys() | (module.roles.keys() & SHARED)
+        if style in styles and any(choice <= roles for choice in wanted.get(style, ())):
+            applied.append(style)
+    return applied
 
 
-def choose(client: Client, module: FileModule) -> FileModule:
-    """Returns a module as a client takes it, with the kind that it applies in front."""
-    found = taken(client, module)
-    return module.as_style(found[0]) if found else module
+def choose(app: App, module: MatchedModule) -> MatchedModule:
+    """Returns a module as an app takes it, with the style that it applies in front."""
+    styles = taken(app, module)
+    return module.as_style(styles[0]) if styles else module
 
 
-def unused(client: Client, module: FileModule) -> dict[str, str]:
-    """Returns the tensors of a module that a client does not read, by role, with their style."""
-    kinds = module.kinds
-    read = taken(client, module)
-    left = {role: style for style, roles in kinds.items() for role in roles if not _reads(client, style, role, read)}
-    left |= {role: "" for role in module.roles if role in SHARED and not _reads_shared(client, role, read)}
-    return {role: style for role, style in left.items() if role != "mid" or "kohya" not in read or not client.reads_mid}
+def unused(app: App, module: MatchedModule) -> dict[str, str]:
+    """Returns the tensors of a module that an app does not read, by role, with their style."""
+    styles = module.styles
+    read = taken(app, module)
+    left = {role: style for style, roles in styles.items() for role in roles if not _reads(app, style, role, read)}
+    left |= {role: "" for role in module.roles if role in SHARED and not _reads_shared(app, role, read)}
+    return {role: style for role, style in left.items() if role != "mid" or "kohya" not in read or not app.reads_mid}
 
 
-def _reads(client: Client, style: str, role: str, read: Iterable[str]) -> bool:
-    if client.by_trigger and style == "lokr" and "lokr" in client.order:
+def _reads(app: App, style: str, role: str, read: Iterable[str]) -> bool:
+    if app.by_trigger and style == "lokr" and "lokr" in app.order:
         return True  # every one of its tensors is marked as read by itself
-    if style == "full" and role in client.biases:
+    if style == "full" and role in app.biases:
         return True
-    applied = read if client.by_trigger else list(read)[:1]
+    applied = read if app.by_trigger else list(read)[:1]
     return style in applied and role != "mid"
 
 
-def _reads_shared(client: Client, role: str, read: list[str]) -> bool:
+def _reads_shared(app: App, role: str, read: list[str]) -> bool:
     if role == "reshape":
-        return client.reads_reshape and bool(read) and any(style in PAIRS for style in read)
+        return app.reads_reshape and bool(read) and any(style in PAIRS for style in read)
     if role == "scale":
-        return client.reads_scale
+        return app.reads_scale
     if role == "magnitude":
-        return client.dora == "own"
-    return role == "alpha" or client.dora != "ignored"
+        return app.dora == "own"
+    return role == "alpha" or app.dora != "ignored"
 
 
 _ORDER = (LOST, WRONG, HIDDEN)
@@ -88,15 +88,21 @@ _ORDER = (LOST, WRONG, HIDDEN)
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that a client gets wrong."""
+    """One thing that an app gets wrong."""
 
-    kind: str
+    fault: str
+    """What it is, in a word or two that do not change."""
     severity: str
     """lost, wrong or hidden."""
     text: str
     remedy: str
     modules: tuple[str, ...] = ()
-    """Names as the file spells them; empty where the file as a whole is meant."""
+    """Names in the file; empty where the file as a whole is meant."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        values = {"severity": self.severity, "text": self.text, "remedy": self.remedy, "modules": list(self.modules)}
+        return {"kind": self.fault, **values}
 
     def lines(self) -> list[str]:
         """Returns lines for people."""
@@ -105,10 +111,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of a file in a client."""
+class AppResult:
+    """What becomes of a file in an app."""
 
-    client: str
+    app: str
     title: str
     num_modules: int
     num_applied: int
@@ -117,7 +123,7 @@ class Verdict:
     infinity where numbers overflow. None where it depends on the base's weights."""
     problems: tuple[Problem, ...]
     factors: Mapping[str, float | None] = field(default_factory=dict, repr=False)
-    """Module -> what is applied as a multiple of our change, see `Trial`."""
+    """Module -> what is applied as a multiple of our change, see `Simulation`."""
 
     @property
     def is_sound(self) -> bool:
@@ -128,12 +134,12 @@ class Verdict:
         """Returns plain values; infinity, which JSON lacks, becomes the text "inf"."""
         difference = self.largest_difference
         return {
-            "client": self.client,
+            "client": self.app,
             "sound": self.is_sound,
             "num_modules": self.num_modules,
             "num_applied": self.num_applied,
             "largest_difference": "inf" if difference == math.inf else difference,
-            "problems": [{**vars(problem), "modules": list(problem.modules)} for problem in self.problems],
+            "problems": [problem.to_json() for problem in self.problems],
         }
 
     def lines(self) -> list[str]:
@@ -150,72 +156,76 @@ def _share(difference: float | None) -> str:
 
 
 @dataclass
-class Trial:
-    """Collects what a client does; every check adds to it."""
+class Simulation:
+    """Collects what an app does; every check adds to it."""
 
-    client: Client
-    file: AdapterFile
-    base: Base
+    app: App
+    file: MatchedFile
     factors: dict[str, float | None] = field(default_factory=dict)
-    """Module -> what the client applies as a multiple of our change: 0 where it is lost, infinity where it overflows,
+    """Module -> what the app applies as a multiple of our change: 0 where it is lost, infinity where it overflows,
     None where it depends on the base."""
     moved: dict[str, float] = field(default_factory=dict)
     """Module -> what its change is off by besides, as a share of it."""
     problems: dict[str, Problem] = field(default_factory=dict)
-    """By kind."""
-    modules: list[FileModule] = field(default_factory=list)
-    """As the client takes them: with the kind in front that it applies."""
+    """By fault."""
+    modules: list[MatchedModule] = field(default_factory=list)
+    """As the app takes them: with the style in front that it applies."""
     is_lost: bool = False
     """Nothing of the file is applied, so that no more need be looked for."""
 
     def __post_init__(self) -> None:
         """Begins with every module applied as we would."""
-        self.modules = [choose(self.client, module) for module in self.file.modules]
+        self.modules = [choose(self.app, module) for module in self.file.modules]
         self.factors = {module.name: 1.0 for module in self.file.modules}
 
-    def applied(self) -> list[FileModule]:
+    @property
+    def base(self) -> Base:
+        """The base that the file is used with."""
+        return self.file.base
+
+    def applied(self) -> list[MatchedModule]:
         """Returns the modules that are not lost so far."""
         return [module for module in self.modules if self.factors[module.name] != 0]
 
-    def report(self, kind: str, severity: str, text: str, remedy: str, modules: Iterable[str] = ()) -> None:
-        """Adds a problem, or its modules to the one of that kind."""
+    def report(self, fault: str, severity: str, text: str, remedy: str, modules: Iterable[str] = ()) -> None:
+        """Adds a problem, or its modules to that of the same fault."""
         names = tuple(modules)
-        known = self.problems.get(kind)
-        self.problems[kind] = Problem(kind, severity, text, remedy, (*known.modules, *names) if known else names)
+        known = self.problems.get(fault)
+        self.problems[fault] = Problem(fault, severity, text, remedy, (*known.modules, *names) if known else names)
 
-    def suffer(self, kind: str, fate: Fate, what: str, remedy: str, names: Iterable[str]) -> None:
-        """Lets a fate befall modules, or the file because of them."""
+    def fail(self, fault: str, consequence: Consequence, what: str, remedy: str, names: Iterable[str]) -> None:
+        """Lets a consequence befall modules, or the file because of them."""
         names = list(names)
         if not names:
             return
-        text = f"{len(names)} {what}; {self.client.title} {fate.text}"
-        self.report(kind, fate.severity, text, remedy, names)
-        if fate.scope == "file":
+        text = f"{len(names)} {what}; {self.app.title} {consequence.text}"
+        self.report(fault, consequence.severity, text, remedy, names)
+        if consequence.scope == "file":
             self.lose_all()
         else:
-            self.scale(dict.fromkeys(names, 0.0 if fate.severity == LOST else None))
+            self.scale(dict.fromkeys(names, 0.0 if consequence.severity == LOST else None))
 
     def scale(self, factors: Mapping[str, float | None]) -> None:
         """Says what modules are applied by; what is lost or unknown stays so."""
         for name, factor in factors.items():
-            own = self.factors.get(name, 0.0)
-            if own is not None and own != 0:
-                self.factors[name] = None if factor is None else own * factor
+            known = self.factors.get(name, 0.0)
+            if known is not None and known != 0:
+                self.factors[name] = None if factor is None else known * factor
 
     def lose_all(self) -> None:
         """Lets nothing of the file be applied."""
         self.factors = dict.fromkeys(self.factors, 0.0)
         self.is_lost = True
 
-    def verdict(self) -> Verdict:
+    def result(self) -> AppResult:
         """Sums up."""
         off = [self._difference(name) for name in self.factors]
         known = [difference for difference in off if difference is not None]
         largest = max(known, default=0.0) if len(known) == len(off) else None
         problems = sorted(self.problems.values(), key=lambda problem: _ORDER.index(problem.severity))
-        return Verdict(
-            self.client.name,
-            self.client.title,
+        return AppResult(
+            self.app.name,
+            self.app.title,
             len(self.factors),
             sum(factor != 0 for factor in self.factors.values()),
             largest,

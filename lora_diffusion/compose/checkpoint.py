@@ -35,7 +35,7 @@ class Place(NamedTuple):
     """q, k or v: that third of the rows; t: transposed; else the whole tensor."""
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Returns the module's weight as a view of the tensor."""
+        """Returns the module's weight, [out, ...], as a view of the tensor, [out, ...], [3 * out, in] or transposed."""
         if self.mark in _ROW_THIRDS:
             return tensor.chunk(3)[_ROW_THIRDS[self.mark]]
         return tensor.T if self.mark == "t" else tensor
@@ -53,22 +53,22 @@ class Checkpoint:
     "#"."""
 
     def places(self, key: ModuleKey, tensor: str = "weight") -> tuple[Place, ...]:
-        """Returns every place of a module's weight, or of its bias: a folder may hold it in several number types.
+        """Returns every place of a module's weight, or of its bias: a folder may hold it in several dtypes.
 
         Raises:
             ModelError: there is none.
         """
-        found = []
+        places = []
         for path, file in self.files.items():
-            for folder, spelled in self.names.get(key, ()):
-                name, _, mark = spelled.partition("#")
+            for folder, marked in self.names.get(key, ()):
+                name, _, mark = marked.partition("#")
                 name = name.removesuffix("weight") + "bias" if tensor == "bias" else name
                 if folder in (None, path.parent.name) and name in file.tensors:
-                    found.append(Place(path, name, mark))
+                    places.append(Place(path, name, mark))
                     break
-        if not found:
+        if not places:
             raise ModelError(f"{self.path} has no {tensor} of {key.part}/{key.path}.")
-        return tuple(found)
+        return tuple(places)
 
     def weights(self, path: Path) -> list[str]:
         """Returns the names of all weights and biases of its networks in one of its files, stored unquantized.
@@ -85,14 +85,14 @@ class Checkpoint:
 
     def _prefixes(self, file: TensorFile) -> tuple[str, ...]:
         """Returns how the names of each network begin in a single file."""
-        found: dict[str, list[str]] = {}
-        for key, own in self.names.items():
-            spelled = (name.partition("#")[0] for _, name in own)
-            found.setdefault(key.part, []).extend(name for name in spelled if name in file.tensors)
-        return tuple(_common_start(names) for names in found.values() if names)
+        names_of: dict[str, list[str]] = {}
+        for key, pairs in self.names.items():
+            plain = (name.partition("#")[0] for _, name in pairs)
+            names_of.setdefault(key.part, []).extend(name for name in plain if name in file.tensors)
+        return tuple(_common_start(names) for names in names_of.values() if names)
 
     def read(self, key: ModuleKey) -> Tensor:
-        """Returns the weight of a module as stored, from the first of its places."""
+        """Returns the weight of a module, [out, ...], as stored, from the first of its places."""
         place = self.places(key)[0]
         return place.view(self.files[place.file].read(place.name))
 
@@ -100,7 +100,7 @@ class Checkpoint:
 def _common_start(names: Sequence[str]) -> str:
     """Returns the words that all names begin with."""
     words = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return "".join(f"{found[0]}." for found in takewhile(lambda found: len(set(found)) == 1, words))
+    return "".join(f"{column[0]}." for column in takewhile(lambda column: len(set(column)) == 1, words))
 
 
 def is_plain(dtype: torch.dtype) -> bool:
@@ -123,15 +123,17 @@ def open_checkpoint(path: Path, parts: Iterable[str], names: KeyMap) -> Checkpoi
         ModelError: nothing is there, or it is no safetensors file.
     """
     if path.is_file():
-        spelled = {
-            key: tuple((None, name if "#" in name else f"{name}.weight") for name in own)
-            for key, own in names.spellings().items()
+        in_file = {
+            key: tuple((None, name if "#" in name else f"{name}.weight") for name in aliases)
+            for key, aliases in names.all_names().items()
         }
-        return Checkpoint(path, {path: TensorFile(path)}, spelled)
+        return Checkpoint(path, {path: TensorFile(path)}, in_file)
     files = [file for part in parts for file in sorted((path / part).glob("*.safetensors"))]
     if not files and (whole := sorted(path.glob("model*.safetensors"))):
         # Models of several networks are often saved under the names of older versions of transformers.
-        in_model = {key: tuple((None, f"{name}.weight") for name in own) for key, own in names.spellings().items()}
+        in_model = {
+            key: tuple((None, f"{name}.weight") for name in aliases) for key, aliases in names.all_names().items()
+        }
         return Checkpoint(path, {file: TensorFile(file) for file in whole}, in_model)
     if not files:
         raise ModelError(

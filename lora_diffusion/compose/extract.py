@@ -92,7 +92,7 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
 
 
 def same_rounded(first: Tensor, second: Tensor) -> bool:
-    """Says whether two tensors are equal in the narrower dtype of the two, so that one may be a copy of the other."""
+    """Says whether two tensors of any shapes are equal in the narrower dtype of the two: one may be a copy."""
     import torch
 
     if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):
@@ -130,11 +130,11 @@ def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> t
 
 def _tensors(checkpoint: Checkpoint) -> dict[str, tuple[TensorFile, str]]:
     """Returns the tensors of a checkpoint by a name that does not depend on the names of its files."""
-    found: dict[str, tuple[TensorFile, str]] = {}
+    tensors: dict[str, tuple[TensorFile, str]] = {}
     for path, file in checkpoint.files.items():
         for name in file.tensors:
-            found.setdefault(_identity(checkpoint, path, name), (file, name))
-    return found
+            tensors.setdefault(_identity(checkpoint, path, name), (file, name))
+    return tensors
 
 
 def _identity(checkpoint: Checkpoint, path: Path, name: str) -> str:

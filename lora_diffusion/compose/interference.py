@@ -59,9 +59,9 @@ def overlaps(terms: Sequence[Term], num_modules: int = 5) -> list[Overlap]:
 class _Side:
     def __init__(self, term: Term) -> None:
         self.term = term
-        found = {key: term.factors(key) for key in term.state.modules}
-        self.factors: dict[ModuleKey, Factors] = {key: own for key, own in found.items() if own is not None}
-        self.norms = {key: lowrank.norm(own) for key, own in self.factors.items()}
+        products = ((key, term.factors(key)) for key in term.state.modules)
+        self.factors: dict[ModuleKey, Factors] = {key: factors for key, factors in products if factors is not None}
+        self.norms = {key: lowrank.norm(factors) for key, factors in self.factors.items()}
 
     def norm(self, part: str) -> float:
         return math.hypot(*(norm for key, norm in self.norms.items() if key.part == part))

@@ -87,33 +87,33 @@ def add(
     norms: dict[ModuleKey, float] = {}
     errors: dict[ModuleKey, float] = {}
     for key in keys(terms):
-        own = [term for term in terms if key in term.state.modules]
-        changing = [term for term in own if term.state.modules[key].changes_weight]
+        present = [term for term in terms if key in term.state.modules]
+        changing = [term for term in present if term.state.modules[key].changes_weight]
         if all(_is_vector(term.state.modules[key]) for term in changing):
             modules[key] = _add_vectors(changing, key)
             norms[key], errors[key] = delta_norm(modules[key]), 0.0
         else:
             truncated = _add_module(changing, key, rule, (kernels or {}).get(key, ()))
             modules[key], norms[key], errors[key] = as_lora(truncated.factors), truncated.norm, truncated.error
-        if bias := [term.weights[key.part] * found for term in own if (found := _bias(term, key)) is not None]:
+        if bias := [term.weights[key.part] * change for term in present if (change := _bias(term, key)) is not None]:
             modules[key] = replace(modules[key], tensors={**modules[key].tensors, "bias": sum(bias[1:], start=bias[0])})
     return Sum(modules, norms, errors)
 
 
-def as_written(made: Sum, format_: Format, dtype: torch.dtype) -> Sum:
-    """Returns a sum whose errors are those of a file of it, of which the number type takes its part.
+def as_written(total: Sum, format_: Format, dtype: torch.dtype) -> Sum:
+    """Returns a sum whose errors are those of a file of it, of which the dtype takes its part.
 
     What was cut off of a change has no direction in common with what is left of it, so that the squares of both losses
     add up, but for the product of the roundings of both factors, a millionth in bf16.
 
     Args:
-        made: the sum, in float32.
+        total: the sum, in float32.
         format_: that of the file; it may scale one factor by the other before they are rounded.
-        dtype: number type in the file. Where it cannot hold a value the error is not finite.
+        dtype: that of the file. Where it cannot hold a value the error is not finite.
     """
-    portable = format_.portable(AdapterState(made.modules))
-    errors = {key: math.hypot(error, _rounding(portable.modules[key], dtype)) for key, error in made.errors.items()}
-    return replace(made, errors=errors)
+    normalized = format_.normalize(AdapterState(total.modules))
+    errors = {key: math.hypot(error, _rounding(normalized.modules[key], dtype)) for key, error in total.errors.items()}
+    return replace(total, errors=errors)
 
 
 def _rounding(adapter: ModuleAdapter, dtype: torch.dtype) -> float:
@@ -126,14 +126,14 @@ def _rounding(adapter: ModuleAdapter, dtype: torch.dtype) -> float:
     return float((change - change.to(dtype).float()).double().norm())
 
 
-def share_left(terms: Iterable[Term], made: Sum) -> float:
+def share_left(terms: Iterable[Term], total: Sum) -> float:
     """Returns the size of a sum in terms of the size that its adapters have, taken by themselves, at their weights.
 
     It is 0 where they cancel each other, and where nothing is added.
     """
     before = [abs(term.weights[key.part]) * _size(adapter) for term in terms for key, adapter in term.state]
     whole = math.hypot(*before)
-    return math.hypot(*map(_size, made.modules.values())) / whole if whole else 0.0
+    return math.hypot(*map(_size, total.modules.values())) / whole if whole else 0.0
 
 
 def _size(adapter: ModuleAdapter) -> float:
@@ -170,30 +170,30 @@ def as_lora(factors: Factors) -> ModuleAdapter:
     return ModuleAdapter("lora", {"down": factors.down, "up": factors.up}, float(factors.rank))
 
 
-def part_weights(state: AdapterState, asked: float | Mapping[str, float], name: str) -> dict[str, float]:
+def part_weights(state: AdapterState, weights: float | Mapping[str, float], name: str) -> dict[str, float]:
     """Returns the weight of each part of an adapter.
 
     Args:
         state: the adapter.
-        asked: one weight for all parts, or the weight of each.
+        weights: one weight for all parts, or the weight of each.
         name: what the message calls the adapter.
 
     Raises:
         ConfigError: a part without weight, or a weight without part.
     """
     parts = state.parts()
-    if not isinstance(asked, Mapping):
-        return dict.fromkeys(parts, asked)
-    if set(asked) != set(parts):
+    if not isinstance(weights, Mapping):
+        return dict.fromkeys(parts, weights)
+    if set(weights) != set(parts):
         raise ConfigError(
-            f"{name} has the parts {', '.join(parts)}, but weights are given for {', '.join(asked)}; "
+            f"{name} has the parts {', '.join(parts)}, but weights are given for {', '.join(weights)}; "
             f"write {name}:{','.join(f'{part}=1' for part in parts)}, with 0 for a part to leave out."
         )
-    return dict(asked)
+    return dict(weights)
 
 
 def _add_module(terms: Sequence[Term], key: ModuleKey, rule: RankRule | None, kernel: tuple[int, ...]) -> Truncated:
-    factors = [own for term in terms if (own := term.factors(key))]
+    factors = [product for term in terms if (product := term.factors(key))]
     if len(factors) == len(terms):
         whole = lowrank.total(factors)
         return lowrank.truncate(whole, rule) if rule else Truncated(whole, lowrank.norm(whole), 0.0)
@@ -226,7 +226,8 @@ def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
                 f"{term.name} is a {', '.join(sorted(unfactored))} adapter, which becomes a lora with some error only; "
                 "give --rank to say how exact it must be. The error is then reported."
             )
-    misfits = [f"{key.part}/{key.path}: {' and '.join(found)}" for key in keys(terms) if (found := _shapes(terms, key))]
+    disagreements = {key: shapes for key in keys(terms) if (shapes := _shapes(terms, key))}
+    misfits = [f"{key.part}/{key.path}: {' and '.join(shapes)}" for key, shapes in disagreements.items()]
     if misfits:
         raise AdapterFileError(
             f"The adapters were made for different bases: {len(misfits)} modules have another shape in each.",
@@ -236,6 +237,6 @@ def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
 
 def _shapes(terms: Sequence[Term], key: ModuleKey) -> list[str]:
     """Returns the sizes of one module's change if the adapters disagree about it."""
-    own = [term.state.modules[key] for term in terms if key in term.state.modules]
-    found = {change_shape(adapter) for adapter in own if adapter.changes_weight}
-    return [f"{out}x{width}" for out, width in sorted(found)] if len(found) > 1 else []
+    adapters = [term.state.modules[key] for term in terms if key in term.state.modules]
+    shapes = {change_shape(adapter) for adapter in adapters if adapter.changes_weight}
+    return [f"{out}x{width}" for out, width in sorted(shapes)] if len(shapes) > 1 else []

@@ -37,11 +37,11 @@ class Merged:
     num_changed: int
     """Tensors that differ from the base; one may hold several modules, and a folder may hold a module twice."""
     num_kept: int
-    """Tensors of the rewritten files that are those of the base, apart from their number type."""
+    """Tensors of the rewritten files that are those of the base, apart from their dtype."""
 
 
 def merge(
-    checkpoint: Checkpoint, terms: Sequence[Term], path: Path, dtype: torch.dtype | None, told: Mapping[str, str]
+    checkpoint: Checkpoint, terms: Sequence[Term], path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
 ) -> Merged:
     """Writes a base with the weighted changes of adapters added: summed in float32, cast once, read back and compared.
 
@@ -52,15 +52,15 @@ def merge(
         checkpoint: the base, left as it is.
         terms: adapters that fit it.
         path: folder if the base is one, else file; replaced if it exists.
-        dtype: number type of the weights and biases of the networks that can hold adapters; None keeps each its own.
+        dtype: that of the weights and biases of the networks that can hold adapters; None keeps each its own.
             All else keeps its own anyhow: noise schedules that programs sample by, marks, ids, the VAE.
-        told: added to the metadata of every changed file.
+        metadata: added to the metadata of every changed file.
 
     Raises:
         ModelError: the base lacks the weight of a module.
         UnsupportedError: the base is stored quantized.
         ConfigError: the disk has too little room.
-        NonFiniteError: a sum does not fit the number type.
+        NonFiniteError: a sum does not fit the dtype.
         VerificationError: what was read back differs.
     """
     changes = _changes(checkpoint, terms)
@@ -74,9 +74,9 @@ def merge(
             target = temporary / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in rewritten:
-                own = changes.get(file, {})
-                rewritten[file].rewrite(target, own, dtypes[file], told if own else {})
-                rewritten[file].verify(target, own, dtypes[file])
+                changes_of_file = changes.get(file, {})
+                rewritten[file].rewrite(target, changes_of_file, dtypes[file], metadata if changes_of_file else {})
+                rewritten[file].verify(target, changes_of_file, dtypes[file])
             else:
                 _copy(file, target)
         if dtype:
@@ -90,16 +90,16 @@ def _changes(checkpoint: Checkpoint, terms: Sequence[Term]) -> dict[Path, dict[s
     """Returns file -> tensor name -> what is to be done to it."""
     pieces: dict[Path, dict[str, list[_Piece]]] = {}
     for key in keys(terms):
-        own = [term for term in terms if key in term.state.modules]
-        if weighted := [term for term in own if term.state.modules[key].changes_weight]:
+        present = [term for term in terms if key in term.state.modules]
+        if weighted := [term for term in present if term.state.modules[key].changes_weight]:
             for place in checkpoint.places(key):
                 pieces.setdefault(place.file, {}).setdefault(place.name, []).append(_Piece(place, key, weighted))
-        if biased := [term for term in own if "bias" in term.state.modules[key].tensors]:
+        if biased := [term for term in present if "bias" in term.state.modules[key].tensors]:
             for place in checkpoint.places(key, "bias"):
                 pieces.setdefault(place.file, {}).setdefault(place.name, []).append(_Bias(place, key, biased))
     for file, names in pieces.items():
         _check_floating(checkpoint.files[file], names)
-    return {file: {name: _change(own) for name, own in names.items()} for file, names in pieces.items()}
+    return {file: {name: _change(parts) for name, parts in names.items()} for file, names in pieces.items()}
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def _correct_indices(folder: Path) -> None:
-    """Writes the size of the shards, which changes with their number type, into their indices."""
+    """Writes the size of the shards, which changes with their dtype, into their indices."""
     for path in folder.rglob(f"*{_INDEX}"):
         index = read_json(path)
         shards = {path.parent / name for name in index.get("weight_map", {}).values()}

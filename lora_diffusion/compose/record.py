@@ -49,25 +49,25 @@ def check_one_base(sources: Sequence[Source]) -> None:
         AdapterFileError: lists what they disagree about.
     """
     faults = []
-    kinds = {source.name: told_kind(source.metadata) for source in sources}
+    told_kinds = {source.name: told_kind(source.metadata) for source in sources}
     for index, what in enumerate(("base", "prediction")):
-        told = {name: value for name, kind in kinds.items() if (value := kind[index])}
-        if len(set(told.values())) > 1:
-            faults.append(f"{what}: " + ", ".join(f"{value} in {name}" for name, value in told.items()))
+        named = {name: value for name, words in told_kinds.items() if (value := words[index])}
+        if len(set(named.values())) > 1:
+            faults.append(f"{what}: " + ", ".join(f"{value} in {name}" for name, value in named.items()))
     if faults:
         raise AdapterFileError(
             "The adapters were made for different kinds of base and cannot be added; take adapters of one kind.", faults
         )
 
 
-def metadata(sources: Sequence[Source], made: Sum, name: str, written_at: float) -> dict[str, str]:
+def metadata(sources: Sequence[Source], total: Sum, name: str, written_at: float) -> dict[str, str]:
     """Returns the metadata of a file that holds a sum.
 
     One source alone keeps all that it told; of several, what holds for the base stays, and their triggers are joined.
 
     Args:
         sources: in the order of the sum.
-        made: the sum.
+        total: the sum.
         name: how users call the new adapter: its file name without ending.
         written_at: seconds since 1970.
     """
@@ -76,8 +76,8 @@ def metadata(sources: Sequence[Source], made: Sum, name: str, written_at: float)
     else:
         kept = _agreed(sources)
     triggers = dict.fromkeys(source.metadata[_TRIGGER] for source in sources if source.metadata.get(_TRIGGER))
-    rank = max((adapter.rank for adapter in made.modules.values()), default=0)
-    made_from: list[dict[str, Any]] = [
+    rank = max((adapter.rank for adapter in total.modules.values()), default=0)
+    parts_of_sum: list[dict[str, Any]] = [
         {"file": source.name, "sha256": source.sha256, "weights": dict(source.weights)} for source in sources
     ]
     return {
@@ -90,11 +90,11 @@ def metadata(sources: Sequence[Source], made: Sum, name: str, written_at: float)
         "modelspec.title": name,
         "modelspec.date": datetime.fromtimestamp(int(written_at)).isoformat(),
         "modelspec.merged_from": ", ".join(source.name for source in sources),
-        "lora_diffusion.made_from": json.dumps(made_from),
-        "lora_diffusion.relative_error": f"{made.error:.6g}",
+        "lora_diffusion.made_from": json.dumps(parts_of_sum),
+        "lora_diffusion.relative_error": f"{total.error:.6g}",
     }
 
 
 def _agreed(sources: Sequence[Source]) -> dict[str, str]:
-    told = {key: {source.metadata[key] for source in sources if key in source.metadata} for key in _OF_THE_BASE}
-    return {key: values.pop() for key, values in told.items() if len(values) == 1}
+    values_of = {key: {source.metadata[key] for source in sources if key in source.metadata} for key in _OF_THE_BASE}
+    return {key: texts.pop() for key, texts in values_of.items() if len(texts) == 1}

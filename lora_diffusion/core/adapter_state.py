@@ -41,7 +41,7 @@ class ModuleAdapter:
                 "a1" [rank, in], "a2" [in, rank], "b1" [rank, in, (k, k)], "b2" [out, rank]
     any         and ("bias" [out]), the change of the bias, which no alpha scales
 
-    Float32, or numpy arrays of any number type in what `Format.read_stored` gives.
+    Float32, or numpy arrays of any dtype in what `Format.read` gives.
     """
     alpha: float
     """Of oft and boft the largest norm that the skew-symmetric matrix of a rotation may have, 0 for none. It means

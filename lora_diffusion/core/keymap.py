@@ -46,7 +46,7 @@ class KeyMap:
         """Says whether a file name or an alias is known."""
         return name in self._keys
 
-    def spellings(self) -> dict[ModuleKey, tuple[str, ...]]:
+    def all_names(self) -> dict[ModuleKey, tuple[str, ...]]:
         """Returns all names of each module, the one that is written first."""
         found = {key: [name] for key, name in self}
         for name, key in self._keys.items():

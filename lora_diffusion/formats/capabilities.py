@@ -1,4 +1,4 @@
-"""Which spelling can hold which kind of adapter."""
+"""Which format can hold which variant of adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_holds(format_: Format, variants: Iterable[str]) -> None:
             others = [name for name in registry.available("formats") if variant not in _find(name).refused]
             able = f"Formats that can: {', '.join(others)}." if others else "No format can; merge it into its base."
             raise UnsupportedError(
-                f"The {format_.name} spelling cannot hold {_TITLES.get(variant, f'{variant} adapters')}: "
+                f"The {format_.name} format cannot hold {_TITLES.get(variant, f'{variant} adapters')}: "
                 f"{format_.refused[variant]}. {able}"
             )
 

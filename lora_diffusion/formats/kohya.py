@@ -1,4 +1,4 @@
-"""The spelling of kohya sd-scripts and LyCORIS, which ComfyUI, A1111, Forge and diffusers read too.
+"""The format of kohya sd-scripts and LyCORIS, which ComfyUI, A1111, Forge and diffusers read too.
 
 `<module>.lora_down.weight`, `<module>.lora_up.weight`, `<module>.alpha` and so on, where <module> is a prefix and the
 path of the module with "_" for ".".
@@ -18,20 +18,12 @@ from lora_diffusion.core.text import name_some
 from lora_diffusion.formats.capabilities import check_holds_state
 from lora_diffusion.formats.metadata import hashes, without_hashes
 from lora_diffusion.formats.normalize import complete_attention, share_alpha
-from lora_diffusion.formats.tensor_names import (
-    EMBEDDING,
-    FLAGS,
-    KOHYA,
-    SCALED,
-    group_names,
-    one_alpha,
-    read_modules,
-    split_embeddings,
-    split_name,
-    unread_kind,
-)
+from lora_diffusion.formats.parsed_file import ParsedFile
+from lora_diffusion.formats.peft_config import DIFFUSERS_RECORD
+from lora_diffusion.formats.read_modules import FLAGS, SCALED, alpha_of, read_modules, split_embeddings
+from lora_diffusion.formats.tensor_names import EMBEDDING, KOHYA, is_read, split_name, unread_variant
 from lora_diffusion.tensorfile import safetensors_file
-from lora_diffusion.tensorfile.arrays import Array, as_array, in_float32
+from lora_diffusion.tensorfile.arrays import Array, as_array
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +44,10 @@ class _Kohya:
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a module name without a dot is followed by a suffix of kohya or LyCORIS."""
-        flat = [name for name in names if name.startswith(_PREFIXES) and "." in name]
-        return any((split_name(name) and "." not in _module(name)) or unread_kind(name) for name in flat)
+        flat = [split_name(name) for name in names if name.startswith(_PREFIXES) and "." in name]
+        return any((is_read(own) and "." not in own.module) or unread_variant(own.name) for own in flat)
 
-    def portable(self, state: AdapterState) -> AdapterState:
+    def normalize(self, state: AdapterState) -> AdapterState:
         """Gives each part one alpha, and each attention of a text encoder all its matrices."""
         return share_alpha(complete_attention(state))
 
@@ -65,7 +57,7 @@ class _Kohya:
         Raises:
             AdapterFileError: the map lacks a module.
             NonFiniteError: a value does not fit `dtype`.
-            UnsupportedError: a module is of a variant that the readers of this spelling misread.
+            UnsupportedError: a module is of a variant that the readers of this format misread.
         """
         check_holds_state(self, state)
         tensors: dict[str, Array] = {}
@@ -75,48 +67,41 @@ class _Kohya:
         # Words for prompts are no weights of the adapter and keep their dtype.
         tensors |= {EMBEDDING + name: as_array(tensor) for name, tensor in state.embeddings.items()}
         # diffusers refuses a file with alphas that also holds its own record of them.
-        told = {key: value for key, value in without_hashes(state.metadata).items() if key != "lora_adapter_metadata"}
-        safetensors_file.save(tensors, {**told, **hashes(tensors, told)}, path)
+        metadata = {key: text for key, text in without_hashes(state.metadata).items() if key != DIFFUSERS_RECORD}
+        safetensors_file.save(tensors, {**metadata, **hashes(tensors, metadata)}, path)
 
-    def read(self, path: Path, key_map: KeyMap) -> AdapterState:
+    def read(self, file: ParsedFile, key_map: KeyMap) -> AdapterState:
         """Reads a file; a module without alpha has alpha = rank, and a warning tells how programs take it."""
-        return in_float32(self.read_stored(path, key_map))
-
-    def read_stored(self, path: Path, key_map: KeyMap) -> AdapterState:
-        """Reads a file as `read` does, and keeps the numbers as arrays of their own type."""
-        loaded, metadata = safetensors_file.load(path)
+        (part,) = file.parts
+        loaded = part.arrays()
         tensors, embeddings = split_embeddings(loaded)
-        groups, _ = group_names(tensors)
-        without = [name for name, group in groups.items() if "alpha" not in group.names and group.kinds & SCALED]
+        modules, _ = part.modules
+        scaled = [name for name, module in modules.items() if module.variants & SCALED]
+        without = [name for name in scaled if "alpha" not in modules[name].names]
 
         def find_alpha(name: str) -> float | None:
-            full = groups[name].names.get("alpha")
-            return None if full is None else one_alpha(tensors[full], full, path)
+            full = modules[name].names.get("alpha")
+            return None if full is None else alpha_of(tensors[full], full, file.path)
 
-        modules = read_modules(tensors, key_map, find_alpha, path)
+        adapters = read_modules(part.modules, tensors, key_map, find_alpha, file.path)
         if without:
-            _warn_of_alpha(path, without, len([name for name, group in groups.items() if group.kinds & SCALED]))
-        return AdapterState(modules, metadata, embeddings)  # type: ignore[arg-type]  # arrays
+            _warn_of_alpha(file.path, without, len(scaled))
+        return AdapterState(adapters, file.metadata, embeddings)  # type: ignore[arg-type]  # arrays
 
 
 def _tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype | None) -> dict[str, Array]:
     """Returns the tensors of a module by their names in a file."""
-    kind = "lora" if adapter.variant == "dora" else adapter.variant.partition("+")[0]
-    suffixes = {"bias": ".diff_b", **KOHYA[kind]}
+    variant = "lora" if adapter.variant == "dora" else adapter.variant.partition("+")[0]
+    suffixes = {"bias": ".diff_b", **KOHYA[variant]}
     tensors = {
         f"{name}{suffix}": safetensors_file.cast(name, adapter.tensors[tensor], None if tensor in FLAGS else dtype)
         for tensor, suffix in suffixes.items()
         if tensor in adapter.tensors
     }
-    if kind in SCALED or "blocks" in adapter.tensors:
-        # Always float32: every client takes it, and an alpha of 1.3 would be another number in bf16.
+    if variant in SCALED or "blocks" in adapter.tensors:
+        # Always float32: every app takes it, and an alpha of 1.3 would be another number in bf16.
         tensors[f"{name}.alpha"] = numpy.array(adapter.alpha, numpy.float32)
     return tensors
-
-
-def _module(name: str) -> str:
-    found = split_name(name)
-    return found[0] if found else name
 
 
 def _warn_of_alpha(path: Path, without: Sequence[str], num_modules: int) -> None:

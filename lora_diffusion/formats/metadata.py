@@ -12,8 +12,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from lora_diffusion.architectures import ARCHITECTURES, DIFFUSION
 from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import suggestion
@@ -21,63 +22,28 @@ from lora_diffusion.tensorfile.arrays import Array, raw
 from lora_diffusion.tensorfile.safetensors_file import TensorInfo, encode, layout
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL import Image as Images
 
     from lora_diffusion.core.adapter_state import AdapterState
+    from lora_diffusion.core.base_model import Architecture
 
 
 LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 """Place and length of what the older hash of a file covers."""
 
 
-class _Base(NamedTuple):
-    version: str
-    """Empty where kohya has no name for it."""
-    is_v2: bool
-    implementation: str
+def told_base(metadata: Mapping[str, str]) -> Architecture | None:
+    """Returns the architecture of the base if the metadata tell it, in the words of kohya, ai-toolkit or modelspec."""
+    texts = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+    known = ((text, own) for text in texts for own in ARCHITECTURES.values())
+    return next((own for text, own in known if text.startswith(own.metadata_starts)), None)
 
 
-_BASES: Mapping[str, _Base] = {
-    "stable-diffusion-v1": _Base("sd_v1", False, "diffusers"),
-    "stable-diffusion-v2-512": _Base("sd_v2", True, "diffusers"),
-    "stable-diffusion-v2-768-v": _Base("sd_v2_v", True, "diffusers"),
-    **dict.fromkeys(
-        ("whisper", "llava", "llava-next"), _Base("", False, "https://github.com/huggingface/transformers")
-    ),
-    "stable-diffusion-xl-v1-base": _Base("sdxl_base_v1-0", False, "https://github.com/Stability-AI/generative-models"),
-}
-
-
-def _base(architecture: str) -> _Base:
-    """Returns what the header says of a base; that of another package has no version of kohya's."""
-    return _BASES.get(architecture, _Base("", False, "https://github.com/huggingface/diffusers"))
-
-
-_ARCHITECTURES = {
-    "sd1": ("stable-diffusion-v1", "stable-diffusion-v1"),
-    "sd2": ("stable-diffusion-v2-512", "stable-diffusion-v2-768-v"),
-    "sdxl": ("stable-diffusion-xl-v1-base", "stable-diffusion-xl-v1-base"),
-}
-"""Family -> architecture where epsilon is predicted, and where v is."""
-_FAMILIES = {
-    **dict.fromkeys(("sdxl", "stable-diffusion-xl"), "sdxl"),
-    **dict.fromkeys(("sd_v2", "sd_2", "stable-diffusion-v2"), "sd2"),
-    **dict.fromkeys(("sd_v1", "sd_1", "stable-diffusion-v1"), "sd1"),
-}
-"""How `ss_base_model_version` (of kohya, then of ai-toolkit) and `modelspec.architecture` begin -> family."""
-
-
-def told_family(metadata: Mapping[str, str]) -> str | None:
-    """Returns sd1, sd2 or sdxl if the metadata tell it."""
-    told = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
-    return next((family for text in told for start, family in _FAMILIES.items() if text.startswith(start)), None)
-
-
-def told_architecture(metadata: Mapping[str, str]) -> str | None:
-    """Returns what the metadata call the base, if that is none of sd1, sd2 and sdxl."""
-    kind, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
-    if kind and not told_family({"modelspec.architecture": kind}):
-        return kind
+def told_other(metadata: Mapping[str, str]) -> str | None:
+    """Returns what the metadata call the base, if that is none of the published diffusion bases."""
+    modelspec, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
+    if modelspec and not told_base({"modelspec.architecture": modelspec}):
+        return modelspec
     return version if re.search(_OTHER_VERSIONS, version, re.IGNORECASE) else None
 
 
@@ -89,44 +55,58 @@ _OTHER_VERSIONS = (
 
 def told_prediction(metadata: Mapping[str, str]) -> str | None:
     """Returns epsilon or v_prediction if the words for the base tell it."""
-    version, architecture = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    if version.endswith("_v") or "-768-v" in architecture:
+    version, modelspec = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
+    predictions = {_distinct(own.kohya_versions, version) for own in DIFFUSION.values()}
+    predictions |= {_distinct(own.modelspec, modelspec.split("/")[0]) for own in DIFFUSION.values()}
+    # kohya appends it to the version of any base.
+    if version.endswith("_v") or "v_prediction" in predictions:
         return "v_prediction"
-    return "epsilon" if version in ("sd_v1", "sd_v2") or "v2-512" in architecture else None
+    return "epsilon" if "epsilon" in predictions else None
+
+
+def _distinct(words: Mapping[str, str], text: str) -> str | None:
+    """Returns the prediction that a word stands for, if it does not stand for several."""
+    predictions = [prediction for prediction, word in words.items() if word == text]
+    return predictions[0] if len(predictions) == 1 else None
 
 
 def told_kind(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
-    """Returns family and prediction, as far as the metadata tell them; an architecture of another kind as it is."""
-    return told_family(metadata) or metadata.get("modelspec.architecture"), told_prediction(metadata)
+    """Returns family and prediction, as far as the metadata tell them; another architecture as they call it."""
+    base = told_base(metadata)
+    return base.name if base else metadata.get("modelspec.architecture"), told_prediction(metadata)
 
 
-def with_base(metadata: Mapping[str, str], family: str) -> dict[str, str]:
+def with_base(metadata: Mapping[str, str], architecture: Architecture) -> dict[str, str]:
     """Returns metadata that also hold what A1111 and Forge list a file by; what is there stays.
 
-    Nothing is added for other families than sd1, sd2 and sdxl, nor for sd2 where the prediction is not told.
+    Nothing is added for bases that kohya has no name for, nor where the name depends on a prediction that is not told.
     """
     missing = [key for key in VISIBLE if key not in metadata]
-    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key", "")
-    prediction = told_prediction(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(told)
-    if not missing or family not in _ARCHITECTURES:
+    word = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key", "")
+    prediction = told_prediction(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(word)
+    if not missing or not architecture.kohya_versions:
         return dict(metadata)
-    if family == "sd2" and prediction is None:
+    if architecture.is_told_by_prediction and prediction is None:
+        epsilon, velocity = (architecture.kohya_versions[key] for key in ("epsilon", "v_prediction"))
         logger.warning(
-            "The metadata do not tell whether the base predicts epsilon (sd_v2) or v (sd_v2_v), so that A1111 and "
-            "Forge may hide the new file: lora-diffusion metadata edit FILE --set ss_base_model_version=sd_v2_v "
-            "--set ss_v2=True"
+            "The metadata do not tell whether the base predicts epsilon (%s) or v (%s), so that A1111 and Forge may "
+            "hide the new file: lora-diffusion metadata edit FILE --set ss_base_model_version=%s --set ss_v2=%s",
+            *(epsilon, velocity, velocity, architecture.is_v2),
         )
         return dict(metadata)
-    epsilon, velocity = _ARCHITECTURES[family]
-    architecture = velocity if prediction == "v_prediction" else epsilon
-    known = {**_version_of(architecture, prediction), "modelspec.architecture": f"{architecture}/lora"}
+    prediction = prediction or "epsilon"
+    known = {
+        **_version_of(architecture, prediction),
+        "modelspec.architecture": f"{architecture.modelspec[prediction]}/lora",
+    }
     return {**metadata, **{key: known[key] for key in missing}}
 
 
 def build(
     state: AdapterState,
     *,
-    architecture: str,
+    architecture: Architecture,
+    modelspec: str,
     name: str,
     written_at: float,
     resolution: tuple[int, int] | None = None,
@@ -139,10 +119,11 @@ def build(
 
     Args:
         state: gives `ss_network_dim` and `ss_network_alpha`; where modules differ, the largest.
-        architecture: `BaseInfo.architecture`, say stable-diffusion-v1.
+        architecture: that of the family.
+        modelspec: `BaseInfo.architecture`, say stable-diffusion-v1.
         name: how users call the adapter in prompts: the file name without ending.
         written_at: seconds since 1970.
-        resolution: width and height in pixels of the pictures it was trained on, if it was pictures.
+        resolution: width and height in pixels of the images it was trained on, if it was images.
         prediction_type: epsilon or v_prediction; "" where nothing of the kind is predicted.
         trigger: words that call up what was trained, "" for none.
         training: what else kohya tells, by its names without ss_ (learning_rate, steps, seed, clip_skip, ...): numbers,
@@ -150,7 +131,6 @@ def build(
             publish caption words and folder names.
         about: what else modelspec tells, by its names without modelspec. (title, author, description, license,
             thumbnail, unet_dtype, ...). None values are left out; the title is otherwise the name.
-
     """
     values: dict[str, Any] = {
         **_version_of(architecture, prediction_type),
@@ -160,8 +140,8 @@ def build(
         "ss_output_name": name,
         **{f"ss_{key}": value for key, value in (training or {}).items() if value is not None},
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": _base(architecture).implementation,
+        "modelspec.architecture": f"{modelspec}/lora",
+        "modelspec.implementation": architecture.implementation,
         "modelspec.title": name,
         "modelspec.date": spec_date(written_at),
     }
@@ -182,16 +162,14 @@ def spec_date(written_at: float) -> str:
     return datetime.fromtimestamp(int(written_at)).isoformat()
 
 
-def _version_of(architecture: str, prediction: str | None) -> dict[str, str]:
+def _version_of(architecture: Architecture, prediction: str) -> dict[str, str]:
     """Returns kohya's words for a base; none where it has none."""
-    version, is_v2, _ = _base(architecture)
-    if prediction == "v_prediction" and version in ("sd_v1", "sd_v2"):
-        version += "_v"
-    return {"ss_base_model_version": version, "ss_v2": str(is_v2)} if version else {}
+    version = architecture.kohya_versions.get(prediction)
+    return {"ss_base_model_version": version, "ss_v2": str(architecture.is_v2)} if version else {}
 
 
 def _module_of(state: AdapterState) -> str:
-    """Returns the Python module by which sd-scripts makes adapters of this kind."""
+    """Returns the Python module by which sd-scripts makes such adapters."""
     return "networks.lora" if {adapter.variant for _, adapter in state} == {"lora"} else "lycoris.kohya"
 
 
@@ -203,10 +181,10 @@ def count_tags(captions: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int
     """
     counts: dict[str, dict[str, int]] = {}
     for folder, texts in captions.items():
-        own = counts.setdefault(folder, {})
+        of_folder = counts.setdefault(folder, {})
         for tag in (tag.strip().lower() for text in texts for tag in text.split(",")):
             if tag:
-                own[tag] = own.get(tag, 0) + 1
+                of_folder[tag] = of_folder.get(tag, 0) + 1
     return counts
 
 
@@ -215,7 +193,7 @@ BASE = "base_model_name_or_path"
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """What depends on the tensors, and the second on the ss_ metadata too."""
 VISIBLE = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
-"""What A1111 and Forge tell the kind of base from; without it they hide a file, or list it with the wrong ones."""
+"""What A1111 and Forge tell the base from; without it they hide a file, or list it with the wrong ones."""
 
 
 def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -226,7 +204,7 @@ def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
 def hashes(
     tensors: Mapping[str, Array], metadata: Mapping[str, str], places: Mapping[str, TensorInfo] | None = None
 ) -> dict[str, str]:
-    """Returns `sshs_model_hash` and `sshs_legacy_hash` of a file with these tensors, and modelspec's own hash.
+    """Returns `sshs_model_hash`, `sshs_legacy_hash` and modelspec's hash of a file with these tensors, of any shape.
 
     Args:
         tensors: by name.
@@ -248,7 +226,7 @@ def hashes(
         digest.update(piece)
         legacy += piece[max(0, LEGACY_START - position) : max(0, LEGACY_START + LEGACY_BYTES - position)]
         position += len(piece)
-    found = {
+    values = {
         "sshs_model_hash": digest.hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
     }
@@ -256,8 +234,8 @@ def hashes(
         by_name = hashlib.sha256()
         for name in sorted(tensors):
             by_name.update(raw(tensors[name]))
-        found["modelspec.hash_sha256"] = f"0x{by_name.hexdigest()}"
-    return found
+        values["modelspec.hash_sha256"] = f"0x{by_name.hexdigest()}"
+    return values
 
 
 def change(metadata: Mapping[str, str], values: Mapping[str, str], removed: Iterable[str] = ()) -> dict[str, str]:
@@ -267,17 +245,17 @@ def change(metadata: Mapping[str, str], values: Mapping[str, str], removed: Iter
         ConfigError: a text that is not there, is computed, or decides what the adapter does.
     """
     removed = list(removed)
-    faults = [f"{key}: is computed from the tensors" for key in (*values, *removed) if key in HASHES]
-    faults += [f"{key}: decides how strong the adapter is" for key in (*values, *removed) if key in _DECIDING]
-    faults += [f"{key}: is not there{suggestion(key, metadata)}" for key in removed if key not in metadata]
-    faults += [f"{key}: is both set and taken out" for key in removed if key in values]
-    if faults:
-        raise ConfigError("These metadata cannot be changed so:", faults)
+    errors = [f"{key}: is computed from the tensors" for key in (*values, *removed) if key in HASHES]
+    errors += [f"{key}: decides how strong the adapter is" for key in (*values, *removed) if key in _DECIDING]
+    errors += [f"{key}: is not there{suggestion(key, metadata)}" for key in removed if key not in metadata]
+    errors += [f"{key}: is both set and taken out" for key in removed if key in values]
+    if errors:
+        raise ConfigError("These metadata cannot be changed so:", errors)
     return {key: value for key, value in {**metadata, **values}.items() if key not in removed}
 
 
 def strip(metadata: Mapping[str, str], kept: Iterable[str] = ()) -> dict[str, str]:
-    """Returns the least metadata: what decides how strong the adapter is and where clients list it, and hashes.
+    """Returns the least metadata: what decides how strong the adapter is and where apps list it, and hashes.
 
     Args:
         metadata: all.
@@ -314,19 +292,19 @@ MOST_CHARACTERS = 64 * 2**10
 _QUALITIES = (85, 70, 50, 30)
 
 
-def data_url(picture: Picture) -> str:
-    """Returns an RGB picture, which is made small in place, as a data URL.
+def data_url(image: Images.Image) -> str:
+    """Returns an RGB image, which is made small in place, as a data URL.
 
     It is a JPEG of at most LONGEST_SIDE pixels and MOST_CHARACTERS characters.
     """
     from PIL import Image
 
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     # Noise of this size takes 30,000 characters at the lowest quality.
-    return next(url for quality in _QUALITIES if len(url := _encoded(picture, quality)) <= MOST_CHARACTERS)
+    return next(url for quality in _QUALITIES if len(url := _encoded(image, quality)) <= MOST_CHARACTERS)
 
 
-def _encoded(picture: Picture, quality: int) -> str:
+def _encoded(image: Images.Image, quality: int) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=quality, optimize=True)
+    image.save(buffer, format="JPEG", quality=quality, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

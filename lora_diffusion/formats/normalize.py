@@ -75,8 +75,9 @@ def share_alpha(state: AdapterState) -> AdapterState:
 def complete_attention(state: AdapterState) -> AdapterState:
     """Adds lora zeros for those of q, k, v and out of a text encoder's layer that are missing where another is there.
 
-    A1111 applies attention in OpenCLIP towers only where all four are there, of whatever kinds, and diffusers refuses a
-    text encoder without any out and without mlp. What is dora_out stays alone, since no reader of it mixes kinds.
+    A1111 applies attention in OpenCLIP text encoders only where all four are there, of whatever variants, and diffusers
+    refuses a text encoder without any out and without mlp. What is dora_out stays alone, since no reader of it mixes
+    variants.
     """
     modules: dict[ModuleKey, ModuleAdapter] = {}
     for key, adapter in state:
@@ -93,7 +94,7 @@ def complete_attention(state: AdapterState) -> AdapterState:
 def with_attention(state: AdapterState) -> AdapterState:
     """Adds lora zeros for the attention of one layer of each text encoder that has changes in mlp, but in no attention.
 
-    diffusers tells the spelling of a text encoder by attention, where the names hold dots, and refuses it without any.
+    diffusers tells the format of a text encoder by attention, where the names hold dots, and refuses it without any.
 
     Args:
         state: the adapter; tensors or arrays.
@@ -120,7 +121,7 @@ def _zeros_like(adapter: ModuleAdapter) -> ModuleAdapter:
 
 
 def _square_zeros(like: ModuleAdapter, width: int) -> ModuleAdapter:
-    """Returns what changes nothing of a square matrix, in the number type of another; one row is enough."""
+    """Returns what changes nothing of a square matrix, in the dtype of another; one row is enough."""
     some: Any = next(iter(like.tensors.values()))
     zeros: Any = partial(numpy.zeros, dtype=some.dtype) if isinstance(some, numpy.ndarray) else some.new_zeros
     return ModuleAdapter("lora", {"down": zeros((1, width)), "up": zeros((width, 1))}, like.alpha)

@@ -16,17 +16,20 @@ import numpy
 from lora_diffusion.algebra.delta import kronecker_split
 from lora_diffusion.core.adapter_state import ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
+from lora_diffusion.core.files import parse_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.formats.capabilities import BIAS, EMBEDDINGS
 from lora_diffusion.formats.tensor_names import PEFT
 from lora_diffusion.tensorfile import safetensors_file
-from lora_diffusion.tensorfile.arrays import Array, as_array, widen
+from lora_diffusion.tensorfile.arrays import Array, as_array, upcast
 
 if TYPE_CHECKING:
     import torch
 
 
+DIFFUSERS_RECORD = "lora_adapter_metadata"
+"""Key of diffusers' metadata under which it stands."""
 _KERNELS = (1, 9)
 """Sizes of kernels that a flattened factor may hold; the tensors do not tell."""
 _SHOWN = 10
@@ -68,7 +71,7 @@ def kronecker_settings(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
     odd = [path for path, own in sizes.items() if not any(_is_made(own, factor, is_both) for factor in (-1, *sides))]
     raise UnsupportedError(
         "PEFT cannot hold this lokr adapter, since it works out the sizes of the factors from one setting, and no "
-        "setting gives these. Keep it in kohya's spelling.",
+        "setting gives these. Keep it in the kohya format.",
         (odd or list(sizes))[:_SHOWN],
     )
 
@@ -115,17 +118,17 @@ _MUTATING_STARTS: Mapping[str, str] = {
 """Beginning of init_lora_weights with which PEFT changes the base's weights too -> what to do with the adapter."""
 
 
-class _Kind(NamedTuple):
-    peft_type: str
+class _PeftType(NamedTuple):
+    name: str
     alpha: str = "alpha"
-    """What PEFT calls alpha in the configuration of this kind."""
+    """What PEFT calls alpha in the configuration of this type."""
 
 
-_KINDS: Mapping[str, _Kind] = {
-    "lora": _Kind("LORA", "lora_alpha"),
-    "dora_out": _Kind("LORA", "lora_alpha"),
-    "loha": _Kind("LOHA"),
-    "lokr": _Kind("LOKR"),
+_PEFT_TYPES: Mapping[str, _PeftType] = {
+    "lora": _PeftType("LORA", "lora_alpha"),
+    "dora_out": _PeftType("LORA", "lora_alpha"),
+    "loha": _PeftType("LOHA"),
+    "lokr": _PeftType("LOKR"),
 }
 
 
@@ -157,7 +160,7 @@ def write_config(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
-        _KINDS[variant].alpha: alpha,
+        _PEFT_TYPES[variant].alpha: alpha,
         "target_modules": _either(adapters),
         "rank_pattern": _pattern({path: own for path, own in ranks.items() if own != rank}),
         "alpha_pattern": _pattern({path: own for path, own in alphas.items() if own != alpha}),
@@ -166,28 +169,30 @@ def write_config(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
 
 
 def peft_type(adapters: Mapping[str, ModuleAdapter]) -> str:
-    """Returns PEFT's name of the kind of these adapters."""
-    return _KINDS[next(iter(adapters.values())).variant].peft_type
+    """Returns PEFT's name of the type of these adapters."""
+    return _PEFT_TYPES[next(iter(adapters.values())).variant].name
 
 
-def find_alpha(config: Mapping[str, Any], path: str) -> float:
+def recorded_alpha(config: Mapping[str, Any], path: str) -> float:
     """Returns the alpha of a module, whose scale is alpha / rank.
 
     PEFT takes the first pattern that fits the end of the path, or the general value; with use_rslora its scale is
     alpha / sqrt(rank).
     """
-    alpha = float(_found(config, "alpha_pattern", path, _alpha(config)))
-    return alpha * math.sqrt(find_rank(config, path)) if config.get("use_rslora") else alpha
+    alpha = float(_matched(config, "alpha_pattern", path, _alpha(config)))
+    return alpha * math.sqrt(recorded_rank(config, path)) if config.get("use_rslora") else alpha
 
 
-def find_rank(config: Mapping[str, Any], path: str) -> int:
+def recorded_rank(config: Mapping[str, Any], path: str) -> int:
     """Returns the rank of the layer that PEFT makes for a module."""
-    return int(_found(config, "rank_pattern", path, config.get("r", 1)))
+    return int(_matched(config, "rank_pattern", path, config.get("r", 1)))
 
 
 def warn_of_ranks(adapters: Mapping[str, ModuleAdapter], config: Mapping[str, Any], source: Path) -> None:
     """Warns of lora modules, by path, of another rank than the record says; PEFT could not load them."""
-    other = [path for path, own in adapters.items() if "down" in own.tensors and own.rank != find_rank(config, path)]
+    other = [
+        path for path, own in adapters.items() if "down" in own.tensors and own.rank != recorded_rank(config, path)
+    ]
     if other:
         logger.warning(
             "%s: %d modules are of another rank than the record beside them says, so that PEFT and diffusers refuse "
@@ -202,8 +207,8 @@ def without_recorded_scale(adapter: ModuleAdapter, config: Mapping[str, Any], pa
     """Returns an adapter whose scale is what PEFT makes of the record: lokr with two whole factors has none."""
     if not is_whole(adapter):
         return adapter
-    scale = find_alpha(config, path) / find_rank(config, path)
-    first: Any = adapter.tensors["w1"] if scale == 1 else widen(as_array(adapter.tensors["w1"])) * numpy.float32(scale)
+    scale = recorded_alpha(config, path) / recorded_rank(config, path)
+    first: Any = adapter.tensors["w1"] if scale == 1 else upcast(as_array(adapter.tensors["w1"])) * numpy.float32(scale)
     return replace(adapter, tensors={**adapter.tensors, "w1": first}, alpha=float(adapter.rank))
 
 
@@ -216,7 +221,7 @@ def check_config(config: Any, source: Path) -> None:
     """
     if not isinstance(config, dict) or not isinstance(config.get("peft_type", "LORA"), str):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: it is no table, or tells no kind.")
-    _check_kind(config, source)
+    _check_type(config, source)
     if not _is_number(_alpha(config)):
         raise AdapterFileError(f"{source} cannot be read as a LoRA configuration: an alpha is missing or no number.")
     if not _is_number(config.get("r", 1)) or config.get("r", 1) < 1:
@@ -227,20 +232,41 @@ def check_config(config: Any, source: Path) -> None:
         _check_patterns(config.get(field) or {}, field, source)
 
 
-def _check_kind(config: Mapping[str, Any], source: Path) -> None:
-    """Refuses kinds of adapter, and settings of a known kind, that the tensors alone do not tell."""
-    kind = config.get("peft_type", "LORA")
-    known = dict.fromkeys(own.peft_type for own in _KINDS.values())
-    if kind not in known:
+def read_diffusers_record(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """Returns part -> the record of its ranks and alphas; empty if the file has none.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+        UnsupportedError: it describes another kind of adapter.
+    """
+    try:
+        flat = parse_json(metadata.get(DIFFUSERS_RECORD, "{}"))
+        configs: dict[str, dict[str, Any]] = {}
+        for dotted, value in flat.items():
+            part, field = dotted.split(".", 1)
+            configs.setdefault(part, {})[field] = value
+    except (ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: its {DIFFUSERS_RECORD} cannot be read ({error}).") from error
+    for config in configs.values():
+        check_config(config, path)
+    return configs
+
+
+def _check_type(config: Mapping[str, Any], source: Path) -> None:
+    """Refuses types of adapter, and settings of a known type, that the tensors alone do not tell."""
+    peft_type = config.get("peft_type", "LORA")
+    known = dict.fromkeys(peft_type.name for peft_type in _PEFT_TYPES.values())
+    if peft_type not in known:
         raise UnsupportedError(
-            f"{source} describes an adapter of the kind {shown(kind.lower())}; {', '.join(known).lower()} can be read."
+            f"{source} describes an adapter of the kind {shown(peft_type.lower())}; {', '.join(known).lower()} can be "
+            "read."
         )
-    asked = [name for name in _OTHER_SETTINGS if config.get(name)]
+    unreadable = [name for name in _OTHER_SETTINGS if config.get(name)]
     if config.get("bias", "none") != "none":
-        asked.append("bias")
-    if asked:
+        unreadable.append("bias")
+    if unreadable:
         raise UnsupportedError(
-            f"{source} is {kind.lower()} with {', '.join(asked)}; {', '.join(known)} without it can be read."
+            f"{source} is {peft_type.lower()} with {', '.join(unreadable)}; {', '.join(known)} without it can be read."
         )
     start = str(config.get("init_lora_weights")).lower()
     remedy = next((remedy for name, remedy in _MUTATING_STARTS.items() if start.startswith(name)), None)
@@ -284,7 +310,7 @@ def _alpha(config: Mapping[str, Any]) -> Any:
     return config.get("lora_alpha", config.get("alpha"))
 
 
-def _found(config: Mapping[str, Any], patterns: str, path: str, default: Any) -> Any:
+def _matched(config: Mapping[str, Any], patterns: str, path: str, default: Any) -> Any:
     for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
@@ -315,10 +341,10 @@ NOT_IN_PEFT = {
     BIAS: "neither PEFT nor diffusers reads a change of a bias as a difference",
     EMBEDDINGS: "PEFT and diffusers keep them in files of their own; leave them out with --embeddings drop",
 }
-"""What the spellings of PEFT and diffusers cannot hold -> the reason."""
+"""What the formats of PEFT and diffusers cannot hold -> the reason."""
 
 
-def check_one_kind(part: str, adapters: Iterable[ModuleAdapter]) -> None:
+def check_one_variant(part: str, adapters: Iterable[ModuleAdapter]) -> None:
     """Checks that adapters are of one variant, which PEFT records once for all of them.
 
     Raises:
@@ -328,12 +354,12 @@ def check_one_kind(part: str, adapters: Iterable[ModuleAdapter]) -> None:
     if len(variants) > 1:
         raise UnsupportedError(
             f"PEFT and diffusers hold one kind of adapter in each part, but {part} has {' and '.join(variants)}. "
-            "Keep the kohya spelling."
+            "Keep the kohya format."
         )
 
 
 def peft_tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype | None) -> dict[str, Array]:
-    """Returns the tensors of a module by their names in a file.
+    """Returns the tensors of a module, magnitudes as [out] or [1, out, 1, 1], by their names in a file.
 
     Raises:
         NonFiniteError: a value does not fit `dtype`.
@@ -341,7 +367,7 @@ def peft_tensors(name: str, adapter: ModuleAdapter, dtype: torch.dtype | None) -
     """
     if "mid" in adapter.tensors:
         raise UnsupportedError(
-            f"{name} is a lora with a Tucker core, which PEFT and diffusers do not have; keep the kohya spelling."
+            f"{name} is a lora with a Tucker core, which PEFT and diffusers do not have; keep the kohya format."
         )
     tensors = dict(adapter.tensors)
     if "magnitude" in tensors:

@@ -14,8 +14,9 @@ from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import VerificationError
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols.format import Format
-from lora_diffusion.formats.tensor_names import FLAGS
-from lora_diffusion.tensorfile.arrays import Array, as_array, same_bits, widen
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.formats.read_modules import FLAGS
+from lora_diffusion.tensorfile.arrays import Array, as_array, same_bits, upcast
 from lora_diffusion.tensorfile.safetensors_file import cast
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Written:
 
     path: Path
     rounding: float
-    """Norm of what rounding to the file's number type changed, relative to the norm of all tensors; 0 if nothing."""
+    """Norm of what rounding to the file's dtype changed, relative to the norm of all tensors; 0 if nothing."""
 
 
 def write_verified(state: AdapterState, key_map: KeyMap, format_: Format, path: Path, dtype: torch.dtype) -> Path:
@@ -37,9 +38,9 @@ def write_verified(state: AdapterState, key_map: KeyMap, format_: Format, path: 
     Args:
         state: the adapter; tensors float32.
         key_map: names of the base's modules in this format.
-        format_: how to spell the file.
+        format_: format of the file.
         path: file or folder; replaced if it exists.
-        dtype: number type in the file.
+        dtype: dtype in the file.
 
     Returns:
         The path.
@@ -48,7 +49,7 @@ def write_verified(state: AdapterState, key_map: KeyMap, format_: Format, path: 
         VerificationError: the file differs from the state by more than the rounding to `dtype`.
         UnsupportedError: the format cannot hold a variant.
     """
-    return write_exactly(format_.portable(state), key_map, format_, path, dtype).path
+    return write_exactly(format_.normalize(state), key_map, format_, path, dtype).path
 
 
 def write_exactly(
@@ -57,18 +58,18 @@ def write_exactly(
     """Writes a state as it is, reads the file back and compares every bit.
 
     Args:
-        state: the adapter; tensors, or arrays as `Format.read_stored` gives them.
+        state: the adapter; tensors, or arrays as `Format.read` gives them.
         key_map: names of the base's modules in this format.
-        format_: how to spell the file.
+        format_: format of the file.
         path: file or folder; replaced if it exists.
-        dtype: number type in the file; None keeps that of each tensor.
+        dtype: dtype in the file; None keeps that of each tensor.
 
     Raises:
         VerificationError: the file holds anything but the state rounded to `dtype`.
         UnsupportedError: the format cannot hold a variant.
     """
     format_.write(state, key_map, path, dtype)
-    again = format_.read_stored(path, key_map)
+    again = format_.read(parse_file(path), key_map)
     faults = [f"{key.part}/{key.path}: is missing" for key in state.modules if key not in again.modules]
     faults += [f"{key.part}/{key.path}: was not written" for key in again.modules if key not in state.modules]
     lost = whole = 0.0
@@ -82,32 +83,32 @@ def write_exactly(
             faults += [f"{key.part}/{key.path}: {fault}"] if fault else []
             if dtype is not None:
                 lost += _squares(
-                    widen(as_array(tensor)) - widen(rounded[name]) for name, tensor in adapter.tensors.items()
+                    upcast(as_array(tensor)) - upcast(rounded[name]) for name, tensor in adapter.tensors.items()
                 )
-                whole += _squares(map(widen, rounded.values()))
+                whole += _squares(map(upcast, rounded.values()))
     faults += _changed_embeddings(state, again)
     if faults:
         raise VerificationError(f"{path} does not hold what was to be written; do not use it.", faults[:10])
     return Written(path, math.sqrt(lost / whole) if whole else 0.0)
 
 
-def _changed_embeddings(told: AdapterState, found: AdapterState) -> list[str]:
-    names = {**told.embeddings, **found.embeddings}
-    both = told.embeddings.keys() & found.embeddings.keys()
+def _changed_embeddings(written: AdapterState, read: AdapterState) -> list[str]:
+    names = {**written.embeddings, **read.embeddings}
+    both = written.embeddings.keys() & read.embeddings.keys()
     return [
         f"the embedding {name} differs"
         for name in names
-        if name not in both or not same_bits(as_array(told.embeddings[name]), as_array(found.embeddings[name]))
+        if name not in both or not same_bits(as_array(written.embeddings[name]), as_array(read.embeddings[name]))
     ]
 
 
-def _difference(told: ModuleAdapter, rounded: Mapping[str, Array], found: ModuleAdapter) -> str:
-    if (found.variant, found.tensors.keys()) != (told.variant, told.tensors.keys()):
-        return f"is {found.variant} of {', '.join(found.tensors)}"
+def _difference(written: ModuleAdapter, rounded: Mapping[str, Array], read: ModuleAdapter) -> str:
+    if (read.variant, read.tensors.keys()) != (written.variant, written.tensors.keys()):
+        return f"is {read.variant} of {', '.join(read.tensors)}"
     # An alpha is kept as float32.
-    if not math.isclose(found.scale, told.scale, rel_tol=1e-6):
-        return f"its scale became {found.scale:g} instead of {told.scale:g}"
-    changed = [name for name, array in rounded.items() if not same_bits(array, as_array(found.tensors[name]))]
+    if not math.isclose(read.scale, written.scale, rel_tol=1e-6):
+        return f"its scale became {read.scale:g} instead of {written.scale:g}"
+    changed = [name for name, array in rounded.items() if not same_bits(array, as_array(read.tensors[name]))]
     return f"the numbers of {', '.join(changed)} differ" if changed else ""
 
 

@@ -1,7 +1,7 @@
 """Tensors as files hold them: numpy arrays of the stored numbers.
 
 Work that only moves numbers between files needs nothing else, and so does not wait for torch, whose import takes
-longer than all of it. Of number types that numpy lacks an array holds the bits.
+longer than all of it. Of dtypes that numpy lacks an array holds the bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.errors import AdapterFileError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Array = numpy.ndarray[Any, Any]
@@ -49,46 +50,58 @@ _ENDLESS = {
     "F8_E5M2": 0x7C,
     "F8_E4M3": 0x7F,
 }
-"""Number type -> the bits that are all set in NaN and infinity, and in nothing else."""
+"""Dtype -> the bits that are all set in NaN and infinity, and in nothing else."""
 _IN_TORCH = {"BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn"}
-"""Number type that numpy lacks -> torch's name of it."""
+"""Dtype that numpy lacks -> torch's name of it."""
 _FROM_TORCH = {_IN_TORCH.get(name, dtype.name): name for name, dtype in DTYPES.items()}
-"""Torch's name of a number type -> the name in safetensors."""
+"""Torch's name of a dtype -> the name in safetensors."""
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """Returns torch's dtype of a name in safetensors, None where it is not known here."""
+    import torch
+
+    return getattr(torch, _IN_TORCH.get(name, DTYPES[name].name)) if name in DTYPES else None
+
+
+def stored_name(dtype: torch.dtype) -> str:
+    """Returns the name in safetensors of a dtype of torch."""
+    return _FROM_TORCH[str(dtype).removeprefix("torch.")]
 
 
 def name_of(array: Array) -> str:
-    """Returns the number type as safetensors spells it."""
+    """Returns the dtype of an array of any shape, as safetensors names it."""
     return _NAMES[array.dtype]
 
 
 def is_floating(array: Array) -> bool:
-    """Says whether an array holds floating-point numbers."""
+    """Says whether an array of any shape holds floating-point numbers."""
     return name_of(array) in _ENDLESS
 
 
 def bits(array: Array) -> Array:
-    """Returns the same memory as whole numbers, by which NaN equals NaN."""
+    """Returns the same memory as whole numbers in the same shape, by which NaN equals NaN."""
     return array.view(f"<u{array.itemsize}")
 
 
 def same_bits(first: Array, second: Array) -> bool:
-    """Says whether two arrays are equal in type, shape and every bit."""
+    """Says whether two arrays of any shapes are equal in dtype, shape and every bit."""
     return first.dtype == second.dtype and numpy.array_equal(bits(first), bits(second))
 
 
 def raw(array: Array) -> memoryview:
-    """Returns the bytes of an array."""
+    """Returns the bytes of an array of any shape."""
     return array.reshape(-1).view(numpy.uint8).data
 
 
 def is_finite(array: Array) -> bool:
-    """Says whether an array is free of NaN and infinity."""
+    """Says whether an array of any shape is free of NaN and infinity."""
     endless = _ENDLESS.get(name_of(array))
     return endless is None or not bool(((bits(array) & endless) == endless).any())
 
 
-def widen(array: Array) -> Array:
-    """Returns the numbers as float32."""
+def upcast(array: Array) -> Array:
+    """Returns the numbers as float32 in the same shape."""
     if name_of(array) == "BF16":
         return (bits(array).astype("<u4") << 16).view("<f4")
     if name_of(array) in _IN_TORCH:
@@ -99,7 +112,7 @@ def widen(array: Array) -> Array:
 
 
 def to_torch(array: Array) -> Tensor:
-    """Returns a tensor that shares the memory."""
+    """Returns a tensor of the same shape that shares the memory."""
     import torch
 
     other = _IN_TORCH.get(name_of(array))
@@ -111,10 +124,10 @@ def to_torch(array: Array) -> Tensor:
 
 
 def as_array(tensor: Any) -> Array:
-    """Returns a tensor of torch as an array; an array is returned as it is.
+    """Returns a tensor of torch as an array of the same shape; an array is returned as it is.
 
     Raises:
-        AdapterFileError: its number type is none that adapters use.
+        AdapterFileError: its dtype is none that adapters use.
     """
     if isinstance(tensor, numpy.ndarray):
         return tensor

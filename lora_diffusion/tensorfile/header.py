@@ -19,7 +19,7 @@ from lora_diffusion.core.files import not_a_file
 from lora_diffusion.core.text import shown
 
 LARGEST_HEADER_BYTES = 16 * 2**20
-"""An SDXL adapter of every module and a picture needs one; the library itself would take 100 MB."""
+"""An SDXL adapter of every module and an image needs one; the library itself would take 100 MB."""
 LARGEST_METADATA_CHARACTERS = 8 * 2**20
 """All names and texts together."""
 _LONGEST_NAME = 1000
@@ -37,7 +37,7 @@ class TensorInfo:
     """What a header says of one tensor."""
 
     dtype: str
-    """As safetensors spells it: F32, F16, BF16, ..."""
+    """As safetensors names it: F32, F16, BF16, ..."""
     shape: tuple[int, ...]
     place: tuple[int, int] = field(default=(0, 0), compare=False)
     """First byte, and the one behind the last, counted from the end of the header."""
@@ -70,8 +70,8 @@ def read_header(path: Path) -> Header:
     Raises:
         AdapterFileError: not a whole safetensors file; a pickle is refused, since reading one can run code.
     """
-    if kind := not_a_file(path):
-        raise AdapterFileError(f"{path} is {kind} and no file; name an adapter file.")
+    if obstacle := not_a_file(path):
+        raise AdapterFileError(f"{path} is {obstacle} and no file; name an adapter file.")
     if not path.is_file():
         raise AdapterFileError(f"There is no adapter file {path}.")
     num_bytes = path.stat().st_size
@@ -188,7 +188,7 @@ def _tensor_info(path: Path, name: str, value: Any) -> TensorInfo:
         raise damaged(path, f"its header gives {name} an impossible place or shape")
     if not isinstance(dtype, str) or dtype not in _BYTES_OF:
         raise AdapterFileError(
-            f"{path}: {name} is of number type {shown(repr(dtype))}, which adapters do not use; make the file "
+            f"{path}: {name} is of dtype {shown(repr(dtype))}, which adapters do not use; make the file "
             "again in fp16, bf16 or fp32."
         )
     if end - start != math.prod(shape) * _BYTES_OF[dtype]:
@@ -204,8 +204,8 @@ def _check_places(path: Path, tensors: Mapping[str, TensorInfo], num_bytes: int)
     for name, info in sorted(tensors.items(), key=lambda item: item[1].place):
         start, end = info.place
         if start != reached:
-            fault = "overlaps another tensor" if start < reached else "follows a gap"
-            raise damaged(path, f"{name} {fault}: it begins at byte {start:,} instead of {reached:,}")
+            problem = "overlaps another tensor" if start < reached else "follows a gap"
+            raise damaged(path, f"{name} {problem}: it begins at byte {start:,} instead of {reached:,}")
         reached = end
     if reached != num_bytes:
         raise damaged(path, f"its header announces {reached:,} bytes of tensors, but {num_bytes:,} follow")

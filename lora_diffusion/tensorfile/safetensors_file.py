@@ -22,7 +22,7 @@ from lora_diffusion.tensorfile.arrays import (
     raw,
     same_bits,
     to_torch,
-    widen,
+    upcast,
 )
 from lora_diffusion.tensorfile.header import LENGTH_BYTES, damaged
 from lora_diffusion.tensorfile.header import Header as Header
@@ -37,14 +37,12 @@ if TYPE_CHECKING:
 _SHOWN_NAMES = 10
 
 
-def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Reads all tensors, as they are stored, and the metadata.
+def check_numbers(path: Path, tensors: Mapping[str, Array]) -> None:
+    """Checks that tensors of any shape are such as an adapter has.
 
     Raises:
-        AdapterFileError: see `read_header`; or tensors hold NaN or infinity, or no weights at all, up to ten named.
+        AdapterFileError: some hold NaN or infinity, or no weights at all, up to ten named.
     """
-    header = read_header(path)
-    tensors = load_unchecked(path)
     broken = non_finite(tensors)
     if broken:
         raise AdapterFileError(
@@ -59,18 +57,27 @@ def load(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             "make the file again with the tool that wrote it.",
             odd[:_SHOWN_NAMES],
         )
-    return tensors, dict(header.metadata)
 
 
 def load_unchecked(path: Path) -> dict[str, Array]:
-    """Reads all tensors whatever numbers they hold, in the order in which they are stored."""
+    """Reads all tensors, of any shape and whatever numbers they hold, in the order in which they are stored."""
     header = read_header(path)
+    return arrays_of(header, read_content(path, header))
+
+
+def read_content(path: Path, header: Header) -> bytearray:
+    """Returns all bytes that follow the header of a file."""
     start = LENGTH_BYTES + header.num_bytes
     content = bytearray(path.stat().st_size - start)
     with path.open("rb") as stream:
         stream.seek(start)
         if stream.readinto(content) != len(content):
             raise damaged(path, "it was cut off while it was read")
+    return content
+
+
+def arrays_of(header: Header, content: bytearray) -> dict[str, Array]:
+    """Returns the tensors of a file, of any shape, as views of its bytes behind the header, in the order of storage."""
     stored = sorted(header.tensors.items(), key=lambda item: item[1].place)
     return {
         name: numpy.ndarray(info.shape, DTYPES[info.dtype], buffer=content, offset=info.place[0])
@@ -81,11 +88,11 @@ def load_unchecked(path: Path) -> dict[str, Array]:
 def non_finite(tensors: Mapping[str, Any]) -> list[str]:
     """Returns the names of tensors that hold NaN, infinity or more than float32, in which all compute, can hold."""
     arrays = ((name, as_array(tensor)) for name, tensor in tensors.items())
-    return [name for name, array in arrays if not is_finite(widen(array) if name_of(array) == "F64" else array)]
+    return [name for name, array in arrays if not is_finite(upcast(array) if name_of(array) == "F64" else array)]
 
 
 def not_weights(tensors: Mapping[str, Array]) -> list[str]:
-    """Returns the names of tensors that are empty, or hold several whole numbers that are neither flag nor shape."""
+    """Returns the names of tensors, of any shape, that are empty, or whole numbers that are neither flag nor shape."""
     return [
         name
         for name, tensor in tensors.items()
@@ -95,18 +102,18 @@ def not_weights(tensors: Mapping[str, Array]) -> list[str]:
 
 
 def layout(tensors: Mapping[str, Array]) -> dict[str, TensorInfo]:
-    """Returns the order in which the safetensors library would store tensors, and the place of each."""
+    """Returns the order in which the safetensors library would store tensors of any shape, and the place of each."""
     types = list(DTYPES)
-    found, start = {}, 0
+    places, start = {}, 0
     for name in sorted(tensors, key=lambda name: (-types.index(name_of(tensors[name])), name)):
         end = start + tensors[name].nbytes
-        found[name] = TensorInfo(name_of(tensors[name]), tensors[name].shape, (start, end))
+        places[name] = TensorInfo(name_of(tensors[name]), tensors[name].shape, (start, end))
         start = end
-    return found
+    return places
 
 
 def save(tensors: Mapping[str, Array], metadata: Mapping[str, str], path: Path) -> None:
-    """Writes tensors that `cast` gave atomically, after reading them back and comparing them bit for bit.
+    """Writes tensors of any shape that `cast` gave atomically, after reading them back and comparing them bit for bit.
 
     Raises:
         VerificationError: what was read back differs; nothing stands under the name then.
@@ -114,8 +121,8 @@ def save(tensors: Mapping[str, Array], metadata: Mapping[str, str], path: Path) 
     places = layout(tensors)
     with atomic_path(path) as temporary:
         _write(temporary, encode(places, metadata), (raw(tensors[name]) for name in places))
-        again, told = load_unchecked(temporary), dict(read_header(temporary).metadata)
-        if told != dict(metadata) or again.keys() != tensors.keys():
+        again, read_metadata = load_unchecked(temporary), dict(read_header(temporary).metadata)
+        if read_metadata != dict(metadata) or again.keys() != tensors.keys():
             raise VerificationError(f"{path} was read back with other names or metadata; is the disk sound?")
         changed = [name for name, tensor in tensors.items() if not same_bits(tensor, again[name])]
         if changed:
@@ -128,14 +135,13 @@ def _write(path: Path, header: bytes, pieces: Iterable[memoryview]) -> None:
         stream.writelines(pieces)
 
 
-def rewrite(path: Path, metadata: Mapping[str, str], output: Path) -> None:
+def rewrite(path: Path, old: Header, metadata: Mapping[str, str], output: Path) -> None:
     """Writes a file with other metadata atomically; the bytes of the tensors are copied as they are.
 
     Raises:
         AdapterFileError: the file cannot be read, or the metadata are too large.
         VerificationError: what was read back differs; nothing stands under the name then.
     """
-    old = read_header(path)
     with atomic_path(output) as temporary:
         with path.open("rb") as source, temporary.open("wb") as target:
             source.seek(LENGTH_BYTES + old.num_bytes)
@@ -156,12 +162,12 @@ def content_hash(path: Path, header: Header) -> str:
 
 
 def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
-    """Returns a tensor of torch, or an array, as a file can hold it: in its number type and in one piece.
+    """Returns a tensor of torch, or an array, as a file can hold it: in its dtype, the same shape and one piece.
 
     Args:
         module: whose it is, for messages.
         tensor: the numbers.
-        dtype: number type in the file; None keeps that of the tensor.
+        dtype: dtype in the file; None keeps that of the tensor.
 
     Raises:
         NonFiniteError: it holds NaN or infinity; names the module.
@@ -174,5 +180,5 @@ def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
     if not is_finite(own):
         raise NonFiniteError(f"The adapter of {module} holds NaN or infinity; use an earlier checkpoint.")
     raise NumberRangeError(
-        f"The adapter of {module} has values up to {numpy.abs(widen(own)).max():g}, which {dtype} cannot hold"
+        f"The adapter of {module} has values up to {numpy.abs(upcast(own)).max():g}, which {dtype} cannot hold"
     )

@@ -5,20 +5,19 @@ The library maps a file into memory, where every page that was touched counts as
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_diffusion.core.errors import ModelError, NonFiniteError, VerificationError
+from lora_diffusion.tensorfile.arrays import stored_name, torch_dtype
+from lora_diffusion.tensorfile.header import LENGTH_BYTES, TensorInfo, encode
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_LENGTH_BYTES = 8
-_ALIGNMENT = 8
 _OUTDATED = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _SHOWN = 10
 
@@ -44,14 +43,14 @@ class TensorFile:
         """Reads the header; the library checks it.
 
         Raises:
-            ModelError: missing, cut off, no such file, or of a number type that torch lacks.
+            ModelError: missing, cut off, no such file, or of a dtype that torch lacks.
         """
         from safetensors import SafetensorError, safe_open
 
         self.path = path
         try:
             with safe_open(path, framework="pt") as file, path.open("rb") as stream:
-                start = _LENGTH_BYTES + int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+                start = LENGTH_BYTES + int.from_bytes(stream.read(LENGTH_BYTES), "little")
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 self.tensors: dict[str, _Stored] = {}
                 # Tensors lie one behind the other without gaps, or the library would have refused the file.
@@ -64,7 +63,7 @@ class TensorFile:
             raise ModelError(f"{path} is missing or no whole .safetensors file ({error}); fetch it again.") from error
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor, as stored."""
+        """Returns a tensor of any shape, as stored."""
         import torch
 
         stored = self.tensors[name]
@@ -82,7 +81,7 @@ class TensorFile:
         return sum(stored.num_bytes for stored in self._recast(dtypes).values())
 
     def rewrite(
-        self, target: Path, changes: Mapping[str, Change], dtypes: Mapping[str, torch.dtype], told: Mapping[str, str]
+        self, target: Path, changes: Mapping[str, Change], dtypes: Mapping[str, torch.dtype], added: Mapping[str, str]
     ) -> None:
         """Writes the file again with some tensors changed.
 
@@ -90,16 +89,16 @@ class TensorFile:
             target: written; what stands there is lost.
             changes: tensor name -> change.
             dtypes: tensor name -> its new dtype; all others keep their own.
-            told: added to the metadata.
+            added: to the metadata.
 
         Raises:
-            NonFiniteError: a value does not fit its number type.
+            NonFiniteError: a value does not fit its dtype.
         """
         layout = self._recast(dtypes)
         kept = {key: text for key, text in self.metadata.items() if key not in _OUTDATED}
         with target.open("wb") as new:
             # transformers refuses a file that has metadata but does not say "pt".
-            new.write(_header(layout, {"format": "pt", **kept, **told}))
+            new.write(_header(layout, {"format": "pt", **kept, **added}))
             for name, stored in layout.items():
                 new.write(_bits(self._expected(name, stored.dtype, changes)).numpy().data)
 
@@ -123,7 +122,7 @@ class TensorFile:
             raise VerificationError(f"{target} was read back with other numbers; is the disk sound?", wrong[:_SHOWN])
 
     def _recast(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, _Stored]:
-        """Returns what the new file holds, largest numbers first: a tensor begins at a multiple of its number type."""
+        """Returns what the new file holds, largest numbers first: a tensor begins at a multiple of its dtype."""
         layout = {name: stored._replace(dtype=dtypes.get(name, stored.dtype)) for name, stored in self.tensors.items()}
         return dict(sorted(layout.items(), key=lambda item: -item[1].dtype.itemsize))
 
@@ -140,16 +139,12 @@ class TensorFile:
 
 
 def _header(layout: Mapping[str, _Stored], metadata: Mapping[str, str]) -> bytes:
-    names = {dtype: name for name, dtype in _dtypes().items()}
-    values: dict[str, Any] = {"__metadata__": dict(metadata)}
-    start = 0
+    tensors, start = {}, 0
     for name, stored in layout.items():
         end = start + stored.num_bytes
-        values[name] = {"dtype": names[stored.dtype], "shape": stored.shape, "data_offsets": [start, end]}
+        tensors[name] = TensorInfo(stored_name(stored.dtype), stored.shape, (start, end))
         start = end
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return encode(tensors, metadata)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -159,26 +154,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _dtype(path: Path, tensor: str, name: str) -> torch.dtype:
-    dtype = _dtypes().get(name)
+    dtype = torch_dtype(name)
     if dtype is None:
         raise ModelError(f"{path} stores {tensor} as {name}, which cannot be read here; take another copy of it.")
     return dtype
-
-
-def _dtypes() -> dict[str, torch.dtype]:
-    import torch
-
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }

@@ -99,7 +99,8 @@ def metadata(run: CheckedRun, batches: Batches, state: AdapterState, step: int) 
     named = {BASE: base} if base else {}
     return named | build(
         state,
-        architecture=info.architecture,
+        architecture=run.family.architecture,
+        modelspec=info.architecture,
         name=run.folder.name(config),
         written_at=written_at,
         prediction_type=info.prediction,

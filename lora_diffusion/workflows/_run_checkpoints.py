@@ -17,7 +17,7 @@ from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.formats.metadata import with_base, without_hashes
-from lora_diffusion.formats.peft import headers
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 
@@ -111,7 +111,7 @@ def read(checkpoint: RunCheckpoint) -> tuple[Family, AdapterState]:
 
 
 def _plan(run: RunFolder, config: Config, family: Family) -> InjectionPlan:
-    """Returns what the run trains: from its record, which needs no base, else worked out anew."""
+    """Returns what the run trains: from its record, which needs no base, else worked out again."""
     from lora_diffusion.adapters.plan import InjectionPlan, plan
 
     try:
@@ -126,17 +126,17 @@ def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family:
     written_at = (checkpoint.folder / _STATE).stat().st_mtime
     stem = f"{run.name(config)}-{checkpoint.step:06d}"
     try:
-        told = dict(read_json(run.path / METADATA_NAME))
+        recorded = dict(read_json(run.path / METADATA_NAME))
     except (OSError, ValueError, TypeError):
-        told = _metadata_of_finished(run, config)
-    texts = {key: value for key, value in told.items() if isinstance(value, str)}
-    return at_step(with_base(without_hashes(texts), family.architecture.name), checkpoint.step, stem, written_at)
+        recorded = _metadata_of_finished(run, config)
+    texts = {key: value for key, value in recorded.items() if isinstance(value, str)}
+    return at_step(with_base(without_hashes(texts), family.architecture), checkpoint.step, stem, written_at)
 
 
 def _metadata_of_finished(run: RunFolder, config: Config) -> dict[str, str]:
     """Returns what the finished adapter of a run of an older version tells of itself; nothing if there is none."""
     try:
-        return dict(headers(run.find_adapter(config))[0].metadata)
+        return dict(parse_file(run.find_adapter(config)).headers[0].metadata)
     except InputError:
         return {}
 

@@ -16,7 +16,9 @@ from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.data import sample_types
 from lora_diffusion.data.sample_types import SampleType
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.tensorfile.arrays import in_float32
 from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._adapter_files import open_adapter
 
 
 def find_family(model: ModelOptions, wanted: SampleType | None) -> Family:
@@ -55,8 +57,9 @@ def read_unchecked(path: Path, family: Family, model: ModelOptions) -> AdapterSt
     """Returns an adapter as `read_adapter` does, also one for parts that the base lacks."""
     if (found := _run_checkpoints.find(path)) is not None:
         return _run_checkpoints.read(found)[1]
-    format_: Format = registry.find("formats", detect(path))
-    return format_.read(path, family.key_map(format_.name, model))
+    file = open_adapter(path)
+    format_: Format = registry.find("formats", detect(file))
+    return in_float32(format_.read(file, family.key_map(format_.name, model)))
 
 
 def attach(loaded: Loaded, states: Sequence[AdapterState], weights: Sequence[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Adapter files in another spelling; no base model is needed."""
+"""Adapter files in another format; no base model is needed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from lora_diffusion.formats.normalize import with_attention
 from lora_diffusion.formats.verified import write_exactly
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.workflows import _run_checkpoints
-from lora_diffusion.workflows._files import (
+from lora_diffusion.workflows._adapter_files import (
     check_target,
     common_dtype,
     dtype_named,
     find_base,
     names_of,
-    read_stored_alone,
+    open_adapter,
+    read_stored,
     stored_dtype,
     with_embeddings,
 )
@@ -32,19 +33,19 @@ from lora_diffusion.workflows._files import (
 
 @dataclass(frozen=True)
 class Conversion:
-    """An adapter file in another spelling."""
+    """An adapter file in another format."""
 
     path: Path
     source_format: str
     format: str
     family: str
     variants: Mapping[str, int]
-    """Kind of adapter -> number of modules."""
+    """Variant -> number of modules."""
     num_modules: Mapping[str, int]
     """Part -> number of modules."""
     dtype: str
     rounding: float
-    """Norm of what rounding to the number type changed, relative to the norm of all tensors."""
+    """Norm of what rounding to the dtype changed, relative to the norm of all tensors."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -82,7 +83,7 @@ def convert(
     embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Conversion:
-    """Writes an adapter in another spelling, with the same tensors, alphas and metadata.
+    """Writes an adapter in another format, with the same tensors, alphas and metadata.
 
     The kind of base, by which A1111 and Forge list files, is added to the metadata where it is missing, and zeros to a
     text encoder that diffusers would refuse.
@@ -90,7 +91,7 @@ def convert(
     Args:
         input_path: adapter file, folder saved by PEFT, or checkpoint of a run.
         output_path: file, or folder if the format is one.
-        format_name: spelling, or a program that reads it.
+        format_name: format, or a program that reads it.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
         model_path: base whose modules give the names; needed only for networks of another build than the published.
         family_name: kind of base; without it, what the tensors tell.
@@ -101,27 +102,26 @@ def convert(
     Raises:
         ConfigError: the output exists, or there is no such format or family.
         AdapterFileError: the file cannot be read, or does not fit the base.
-        UnsupportedError: the format cannot hold this kind of adapter.
+        UnsupportedError: the format cannot hold this variant.
     """
     format_: Format = registry.find("formats", READERS.get(format_name, format_name))
     check_target(output_path, format_, overwrite)
     with as_safetensors(input_path) if is_pickle else _run_checkpoints.as_file(input_path) as path:
-        source: Format = registry.find("formats", detect(path))
+        file = open_adapter(path, input_path)
+        source_format = detect(file)
         base = find_base(model_path, family_name)
-        family, state = (base.family, base.read_stored(path)) if base else read_stored_alone(path, family_name)
-        state = replace(
-            with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.architecture.name)
-        )
+        family, state = read_stored(file, base, family_name)
+        state = replace(with_embeddings(state, embeddings), metadata=with_base(state.metadata, family.architecture))
         state = with_attention(state) if format_.name == "diffusers" else state
-        kept = stored_dtype(path) if dtype == "auto" else None
-        dtype = common_dtype([path]) if dtype == "auto" else dtype
+        kept = stored_dtype(file) if dtype == "auto" else None
+        dtype = common_dtype([file]) if dtype == "auto" else dtype
         with dtype_named():
             written = write_exactly(
                 state, names_of(family, format_.name, base), format_, output_path, None if kept else find_dtype(dtype)
             )
     return Conversion(
         output_path,
-        "checkpoint" if _run_checkpoints.find(input_path) else source.name,
+        "checkpoint" if _run_checkpoints.find(input_path) else source_format,
         format_.name,
         family.architecture.name,
         Counter(adapter.variant for _, adapter in state),

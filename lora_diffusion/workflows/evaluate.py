@@ -48,7 +48,7 @@ from lora_diffusion.workflows import _candidates
 from lora_diffusion.workflows._candidates import CandidateSampler, Entry
 from lora_diffusion.workflows._faults import Faults
 from lora_diffusion.workflows._steps import attach, find_family, read_adapter
-from lora_diffusion.workflows.merge import find_model
+from lora_diffusion.workflows.bases import find_model
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""The adapter of a run in other spellings."""
+"""The adapter of a run in other formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints, model_card, verify
-from lora_diffusion.workflows._files import check_target
+from lora_diffusion.workflows._adapter_files import check_target
 from lora_diffusion.workflows._steps import read_adapter
 
 
@@ -42,35 +42,35 @@ def export(
     output_path: Path,
     *,
     step: int | None = None,
-    clients: Sequence[str] = (),
+    apps: Sequence[str] = (),
     card: bool = False,
     overwrite: bool = False,
 ) -> Export:
-    """Writes the adapter of a run in a format, if the clients of that format would apply all of it.
+    """Writes the adapter of a run in a format, if the apps of that format would apply all of it.
 
     Args:
         run_path: folder of a finished run, or one of its checkpoints.
-        format_name: spelling.
+        format_name: that of the file.
         output_path: file, or folder if the format is one.
         step: take the checkpoint of this step, of a run that need not have finished.
-        clients: those that must apply it; without any, those that read the spelling and the kind of adapter.
+        apps: those that must apply it; without any, those that read the format and the variant.
         card: write a model card, README.md, beside it.
         overwrite: replace what is there.
 
     Raises:
         ConfigError: no run, no adapter in it, or the output exists and is not to be, or must not be, replaced.
-        VerificationError: a client would lose or misread something; nothing is written then.
+        VerificationError: an app would lose or misread something; nothing is written then.
     """
-    found = _run_checkpoints.find(run_path)
-    if found and step not in (None, found.step):
-        raise ConfigError(f"--step {step}: {run_path} is the checkpoint of step {found.step}; drop --step.")
-    run = RunFolder(found.run_path if found else run_path)
+    checkpoint = _run_checkpoints.find(run_path)
+    if checkpoint and step not in (None, checkpoint.step):
+        raise ConfigError(f"--step {step}: {run_path} is the checkpoint of step {checkpoint.step}; drop --step.")
+    run = RunFolder(checkpoint.run_path if checkpoint else run_path)
     config = run.config()
     family: Family = registry.find("families", config.model.family)
     format_: Format = registry.find("formats", format_name)
-    if not found and step is not None:
-        found = _run_checkpoints.at_step(run.path, step)
-    source = found.folder if found else run.find_adapter(config)
+    if not checkpoint and step is not None:
+        checkpoint = _run_checkpoints.at_step(run.path, step)
+    source = checkpoint.folder if checkpoint else run.find_adapter(config)
     check_target(output_path, format_, overwrite)
     card_path = output_path.parent / "README.md"
     if card and card_path.exists() and not overwrite:
@@ -79,7 +79,7 @@ def export(
     key_map = family.key_map(format_name, config.model)
     with atomic_path(output_path) as temporary:
         write_verified(state, key_map, format_, temporary, find_dtype(config.output.dtype))
-        faults = verify.faults(temporary, format_name, family, config.model, clients)
+        faults = verify.faults(temporary, format_name, family, config.model, apps)
         verify.require_sound(output_path, faults)
     if card:
         package = model_card.collect_exported(output_path, format_name, run)

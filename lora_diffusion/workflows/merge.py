@@ -1,41 +1,31 @@
-"""Adapters into base checkpoints, and out of them."""
+"""Adapters into base checkpoints."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.adapters.plan import plan
-from lora_diffusion.algebra.lowrank import required_rank_rule
 from lora_diffusion.algebra.magnitude_limits import check_sizes
-from lora_diffusion.compose import extract as extracting
 from lora_diffusion.compose import merge as merging
-from lora_diffusion.compose.checkpoint import Checkpoint, open_checkpoint
-from lora_diffusion.compose.extract import Extraction
-from lora_diffusion.compose.linear import Term, as_written, part_weights
+from lora_diffusion.compose.checkpoint import Checkpoint
+from lora_diffusion.compose.linear import Term, part_weights
 from lora_diffusion.compose.merge import Merged
-from lora_diffusion.config.schema import AdapterConfig, ModelOptions
-from lora_diffusion.core import registry
-from lora_diffusion.core.adapter_state import AdapterState
-from lora_diffusion.core.base_model import BaseInfo
-from lora_diffusion.core.errors import ConfigError, MissingModelError, ModelError, UnsupportedError, UntrainableError
+from lora_diffusion.config.schema import ModelOptions
+from lora_diffusion.core.errors import ConfigError, ModelError, UnsupportedError
 from lora_diffusion.core.files import check_writable
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.privacy import public_path
 from lora_diffusion.core.protocols.family import Family
-from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.core.text import name_some
-from lora_diffusion.formats import metadata
 from lora_diffusion.formats.detect import is_adapter
-from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.tensorfile.streaming import TensorFile
-from lora_diffusion.workflows._files import check_target, dtype_named, file_names, hash_adapter
+from lora_diffusion.workflows._adapter_files import file_names, hash_adapter
 from lora_diffusion.workflows._steps import read_unchecked
+from lora_diffusion.workflows.bases import open_base
 
 _UNET = ("model.diffusion_model.", "diffusion_model.", "input_blocks.", "down_blocks.", "unet.down_blocks.")
 """How names of the UNet begin in a base in one file."""
@@ -90,25 +80,25 @@ def merge(
     Raises:
         InputError: the base, an adapter or the output cannot be used.
     """
-    family, checkpoint = _open(model)
+    family, checkpoint = open_base(model)
     _check_output(checkpoint.path, output_path, overwrite)
     names = file_names([path for path, _ in adapters])
-    terms = [_term(path, asked, name, family, model) for (path, asked), name in zip(adapters, names, strict=True)]
+    terms = [_term(path, weights, name, family, model) for (path, weights), name in zip(adapters, names, strict=True)]
     _warn_of_copies(checkpoint)
-    made_from = [
+    sources = [
         {"file": term.name, "sha256": hash_adapter(path), "weights": dict(term.weights)}
         for term, (path, _) in zip(terms, adapters, strict=True)
     ]
-    told = {
+    metadata = {
         "modelspec.merged_from": ", ".join([Path(model.path).name, *names]),
-        "lora_diffusion.merged": json.dumps({"model": public_path(model.path), "adapters": made_from}),
+        "lora_diffusion.merged": json.dumps({"model": public_path(model.path), "adapters": sources}),
     }
     chosen = None if dtype == "auto" else find_dtype(dtype)
-    merged = merging.merge(checkpoint, terms, output_path, chosen, told)
-    return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(made_from))
+    merged = merging.merge(checkpoint, terms, output_path, chosen, metadata)
+    return MergeResult(merged, "as stored" if dtype == "auto" else dtype, tuple(sources))
 
 
-def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Family, model: ModelOptions) -> Term:
+def _term(path: Path, weights: float | Mapping[str, float], name: str, family: Family, model: ModelOptions) -> Term:
     """Returns an adapter with its weights, without the parts that the base lacks and a weight of 0 leaves out.
 
     Raises:
@@ -116,20 +106,20 @@ def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Fam
         UnsupportedError: it changes parts that the base lacks.
     """
     state = read_unchecked(path, family, model)
-    weights = part_weights(state, asked, name)
-    skeleton = family.meta_modules(model)
-    lacking = [part for part in state.parts() if part not in skeleton]
-    if wanted := [part for part in lacking if weights[part]]:
-        kept = ",".join(f"{part}={0 if part in lacking else weights[part]:g}" for part in state.parts())
+    by_part = part_weights(state, weights, name)
+    networks = family.meta_modules(model)
+    lacking = [part for part in state.parts() if part not in networks]
+    if wanted := [part for part in lacking if by_part[part]]:
+        kept = ",".join(f"{part}={0 if part in lacking else by_part[part]:g}" for part in state.parts())
         raise UnsupportedError(
             f"{model.path} holds no {' and no '.join(wanted)}, which {name} changes; give --adapter {path}:{kept} to "
             "merge the rest of it, or take a base with all parts."
         )
-    modules = {key: own for key, own in state if key.part not in lacking}
+    modules = {key: adapter for key, adapter in state if key.part not in lacking}
     state = replace(state, modules=modules)
     from lora_diffusion.adapters.state import check_fit
 
-    check_fit(state, skeleton, str(path))
+    check_fit(state, networks, str(path))
     check_sizes(state, str(path))
     if state.embeddings:
         logger.warning(
@@ -138,7 +128,7 @@ def _term(path: Path, asked: float | Mapping[str, float], name: str, family: Fam
             len(state.embeddings),
             name_some(list(state.embeddings)),
         )
-    return Term(name, state, {part: weights[part] for part in state.parts()})
+    return Term(name, state, {part: by_part[part] for part in state.parts()})
 
 
 def _warn_of_copies(checkpoint: Checkpoint) -> None:
@@ -150,212 +140,6 @@ def _warn_of_copies(checkpoint: Checkpoint) -> None:
             checkpoint.path,
             len(copies),
         )
-
-
-@dataclass(frozen=True)
-class ExtractResult:
-    """What `extract` wrote."""
-
-    path: Path
-    extraction: Extraction
-    dtype: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
-        changes = self.extraction.changes
-        others = self.extraction.others
-        return {
-            "file": str(self.path),
-            "dtype": self.dtype,
-            "modules": len(changes.modules),
-            "equal_modules": self.extraction.num_equal,
-            "relative_error": changes.error,
-            "rounding": self.extraction.rounding,
-            "errors": {f"{key.part}/{key.path}": changes.relative(key) for key in changes.modules},
-            "ranks": {f"{key.part}/{key.path}": adapter.rank for key, adapter in changes.modules.items()},
-            "not_held": None if others is None else list(others),
-        }
-
-    def text(self) -> str:
-        """Returns lines for people."""
-        changes = self.extraction.changes
-        ranks = sorted(adapter.rank for adapter in changes.modules.values())
-        lines = [
-            f"Wrote {self.path} and read it back: equal. {len(ranks)} modules of rank {ranks[0]} to {ranks[-1]}, "
-            f"{self.dtype}, relative error {changes.error:.2g} with the rounding to it; {self.extraction.num_equal} "
-            "modules do not differ."
-        ]
-        lines += [f"  {key.part}/{key.path}: {changes.relative(key):.2g}" for key in changes.worst()]
-        return "\n".join(lines)
-
-
-def extract(
-    base: ModelOptions,
-    tuned: ModelOptions,
-    output_path: Path,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    parts: Sequence[str] = (),
-    targets: Sequence[str] = (),
-    format_name: str = "kohya",
-    dtype: str = "fp16",
-    overwrite: bool = False,
-) -> ExtractResult:
-    """Writes the difference of two bases as an adapter.
-
-    Args:
-        base: what the adapter is to be used with.
-        tuned: a fine-tuned model of the same family; may be laid out differently.
-        output_path: file, or folder for peft.
-        rank: of each module.
-        energy: share of each module's squared norm to keep; given instead of a rank.
-        parts: networks to look at; none takes all that the base holds.
-        targets: as `adapter.targets`; none takes every group of the family.
-        format_name: spelling of the file.
-        dtype: fp32, fp16 or bf16.
-        overwrite: replace what is there.
-
-    Raises:
-        InputError: a base or the output cannot be used, a target matches nothing, or nothing differs.
-    """
-    rule = required_rank_rule(rank, energy)
-    format_: Format = registry.find("formats", format_name)
-    check_target(output_path, format_, overwrite)
-    if base.family != tuned.family:
-        raise ModelError(f"{base.path} is of family {base.family}, {tuned.path} of {tuned.family}; give two of one.")
-    family, before = _open(base, "vae")
-    _, after = _open(tuned, "vae")
-    skeleton = family.meta_modules(base)
-    parts = tuple(parts or (part for part in family.parts if part in skeleton))
-    groups = dict.fromkeys(group for name in parts if name in family.parts for group in family.parts[name].groups)
-    asked = AdapterConfig(rank=1, parts=parts, targets=tuple(targets or groups))
-    modules = [module.key for module in plan(skeleton, family.parts, asked).modules]
-    extraction = extracting.extract(before, after, modules, rule, seed=0)
-    extraction = replace(extraction, changes=as_written(extraction.changes, format_, find_dtype(dtype)))
-    _warn_of_others(extraction, base, tuned)
-    _warn_of_rounding(extraction, base, tuned)
-    state = AdapterState(extraction.changes.modules)
-    told = _told(state, family, base, output_path.stem)
-    made_from = {
-        "base": public_path(base.path),
-        "tuned": public_path(tuned.path),
-        "relative_error": extraction.changes.error,
-    }
-    state = replace(state, metadata={**told, "lora_diffusion.extracted": json.dumps(made_from)})
-    with dtype_named():
-        write_verified(state, family.key_map(format_name, base), format_, output_path, find_dtype(dtype))
-    return ExtractResult(output_path, extraction, dtype)
-
-
-def _told(state: AdapterState, family: Family, base: ModelOptions, name: str) -> dict[str, str]:
-    """Returns the metadata of an extracted adapter; less is known of a base that is not whole."""
-    try:
-        info: BaseInfo = family.check(base)
-    except UntrainableError:
-        return metadata.with_base(
-            {"modelspec.title": name, "ss_sd_model_name": Path(base.path).name}, family.architecture.name
-        )
-    return metadata.build(
-        state,
-        architecture=info.architecture,
-        name=name,
-        written_at=time.time(),
-        resolution=(info.resolution, info.resolution),
-        prediction_type=info.prediction,
-        training={"sd_model_name": Path(base.path).name},
-    )
-
-
-def _warn_of_others(extraction: Extraction, base: ModelOptions, tuned: ModelOptions) -> None:
-    if extraction.others is None:
-        logger.warning(
-            "%s and %s are laid out differently, so only the weights of the asked modules were compared, not norms, "
-            "biases and embeddings.",
-            base.path,
-            tuned.path,
-        )
-    elif extraction.others:
-        logger.warning(
-            "%d other tensor(s) differ too, which this adapter does not hold: %s",
-            len(extraction.others),
-            name_some(list(extraction.others)),
-        )
-
-
-def _warn_of_rounding(extraction: Extraction, base: ModelOptions, tuned: ModelOptions) -> None:
-    if extraction.dtypes:
-        logger.warning(
-            "%s is stored in %s and %s in %s: rounding makes up to %.2g of the norm of the changes, and the adapter "
-            "holds this noise too. Extract between copies of one dtype.",
-            base.path,
-            extraction.dtypes[0],
-            tuned.path,
-            extraction.dtypes[1],
-            extraction.rounding,
-        )
-
-
-def find_model(path: str, family: str | None = None) -> ModelOptions:
-    """Returns the options of a base of the named family, or of the first that takes it.
-
-    Raises:
-        ModelError: no family takes it; says why for each.
-    """
-    return _find(path, family, lambda found, options: found.check(options))
-
-
-def find_weights(path: str, family: str | None = None) -> ModelOptions:
-    """Returns the options of a base as `find_model`, also of one that can be neither trained nor run.
-
-    Such are bases for inpainting, UNets alone, and files without VAE or text encoders.
-
-    Raises:
-        ModelError: no family takes it; says why for each.
-    """
-    return _find(path, family, _place)
-
-
-def _place(family: Family, options: ModelOptions) -> Path:
-    """Returns where the weights of a base lie on this machine.
-
-    Raises:
-        ModelError: they are not of this family.
-    """
-    try:
-        return family.check(options).path
-    except UntrainableError as error:
-        return error.path
-
-
-def _find(path: str, family: str | None, check: Callable[[Family, ModelOptions], Any]) -> ModelOptions:
-    faults: dict[str, list[str]] = {}
-    for name in [family] if family else registry.available("families"):
-        found: Family = registry.find("families", name)
-        options: ModelOptions = found.options_type(family=name, path=path)
-        try:
-            check(found, options)
-        except MissingModelError as error:
-            faults.setdefault(str(error) if family else error.message, []).append(name)
-        except UntrainableError as error:
-            raise ModelError(str(error)) from error
-        except ModelError as error:
-            faults.setdefault(str(error), []).append(name)
-        else:
-            return options
-    if len(faults) == 1:
-        raise ModelError(next(iter(faults)))
-    raise ModelError(
-        f"{path} is no base of a known family.", [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
-    )
-
-
-def _open(model: ModelOptions, *more: str) -> tuple[Family, Checkpoint]:
-    """Opens the networks of a base that can hold adapters, and more of its folders."""
-    family: Family = registry.find("families", model.family)
-    path = _place(family, model)
-    names = family.key_map("ldm" if path.is_file() else "peft", model)
-    return family, open_checkpoint(path, [*family.parts, *more], names)
 
 
 def _check_output(base: Path, output: Path, overwrite: bool) -> None:

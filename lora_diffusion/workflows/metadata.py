@@ -12,8 +12,8 @@ from lora_diffusion.core.files import check_writable, is_text
 from lora_diffusion.core.text import shown
 from lora_diffusion.formats import metadata as texts
 from lora_diffusion.formats.metadata import data_url
-from lora_diffusion.tensorfile.safetensors_file import load_unchecked, read_header, rewrite
-from lora_diffusion.workflows._files import check_replaceable
+from lora_diffusion.tensorfile.safetensors_file import Header, arrays_of, read_content, read_header, rewrite
+from lora_diffusion.workflows._adapter_files import check_replaceable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MetadataChange:
     changed: tuple[str, ...]
     removed: tuple[str, ...]
     kept: tuple[str, ...]
-    """Those that clients tell the kind of base from."""
+    """Those that apps tell the base from."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -66,7 +66,7 @@ def show_metadata(path: Path) -> Metadata:
     Raises:
         AdapterFileError: it is no safetensors file.
     """
-    return Metadata(dict(sorted(read_header(_file(path)).metadata.items())))
+    return Metadata(dict(sorted(_header(path).metadata.items())))
 
 
 def edit_metadata(
@@ -78,34 +78,34 @@ def edit_metadata(
     output_path: Path | None = None,
     overwrite: bool = False,
 ) -> MetadataChange:
-    """Sets and takes out texts, computes the hashes of the file anew and writes it.
+    """Sets and takes out texts, computes the hashes of the file again and writes it.
 
     Args:
         path: safetensors file.
         values: name -> text.
         removed: names.
-        thumbnail: a picture that becomes modelspec.thumbnail.
+        thumbnail: an image that becomes modelspec.thumbnail.
         output_path: where to write; the file itself without one.
         overwrite: replace another adapter that is there.
 
     Raises:
-        InputError: the file, a picture or a name cannot be used; nothing is written then.
+        InputError: the file, an image or a name cannot be used; nothing is written then.
     """
     if odd := [f"{key}={value}" for key, value in values.items() if not is_text(key + value)]:
         raise ConfigError(f"--set {odd[0]} is not UTF-8; type it in a terminal that is set to UTF-8.")
-    pictures = {}
+    images = {}
     if thumbnail:
         from lora_diffusion.data.images import open_rgb  # the other edits do not wait for Pillow
 
-        pictures["modelspec.thumbnail"] = data_url(open_rgb(thumbnail))
-    old = read_header(_file(path)).metadata
-    return _write(path, texts.change(old, {**values, **pictures}, removed), output_path, overwrite)
+        images["modelspec.thumbnail"] = data_url(open_rgb(thumbnail))
+    header = _header(path)
+    return _write(path, header, texts.change(header.metadata, {**values, **images}, removed), output_path, overwrite)
 
 
 def strip_metadata(
     path: Path, kept: Sequence[str] = (), output_path: Path | None = None, *, overwrite: bool = False
 ) -> MetadataChange:
-    """Takes out all texts but those that clients need to list the file, and those that are asked for.
+    """Takes out all texts but those that apps need to list the file, and those that are asked for.
 
     Args:
         path: safetensors file.
@@ -116,29 +116,31 @@ def strip_metadata(
     Raises:
         InputError: the file or a name cannot be used; nothing is written then.
     """
-    return _write(path, texts.strip(read_header(_file(path)).metadata, kept), output_path, overwrite)
+    header = _header(path)
+    return _write(path, header, texts.strip(header.metadata, kept), output_path, overwrite)
 
 
-def _file(path: Path) -> Path:
+def _header(path: Path) -> Header:
     if path.is_dir():
         inside = ", ".join(str(file) for file in sorted(path.rglob("*.safetensors"))[:3]) or "none in it"
         raise AdapterFileError(f"{path} is a folder; name a file of it: {inside}.")
-    return path
+    return read_header(path)
 
 
-def _write(path: Path, metadata: Mapping[str, str], output_path: Path | None, overwrite: bool) -> MetadataChange:
+def _write(
+    path: Path, header: Header, metadata: Mapping[str, str], output_path: Path | None, overwrite: bool
+) -> MetadataChange:
     target = output_path or path
     check_writable(target.absolute().parent, "--output")
     if target.is_dir():
         raise ConfigError(f"--output {target} is a folder; name a file.")
     if target.resolve() != path.resolve():
         check_replaceable(target, overwrite)
-    header = read_header(path)
-    old, tensors = header.metadata, load_unchecked(path)
+    old, tensors = header.metadata, arrays_of(header, read_content(path, header))
     # The tensors stay in the order that the file has, which need not be that of the safetensors library.
     computed = texts.hashes(tensors, metadata, {name: header.tensors[name] for name in tensors})
     new = {**metadata, **{key: value for key, value in computed.items() if key in metadata}}
-    rewrite(path, new, target)
+    rewrite(path, header, new, target)
     return MetadataChange(
         target,
         new,

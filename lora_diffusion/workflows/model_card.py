@@ -1,4 +1,4 @@
-"""The page that a model site shows beside an adapter: what it is, what it draws, how to load it."""
+"""The page that a model site shows beside an adapter: what it is, what it generates, how to load it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion import __version__
+from lora_diffusion.architectures import find_modelspec
+from lora_diffusion.architectures.base import DiffusionArchitecture, TextOutputArchitecture
+from lora_diffusion.compat.app_rules import APPS
 from lora_diffusion.compat.inspect import describe_file
-from lora_diffusion.compat.verify import CLIENTS
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, DataError, ModelError
 from lora_diffusion.core.files import sha256
@@ -22,16 +24,18 @@ from lora_diffusion.core.text import shown
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats.detect import detect
-from lora_diffusion.formats.metadata import told_family, told_prediction
+from lora_diffusion.formats.metadata import told_base, told_prediction
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
-from lora_diffusion.workflows.merge import find_model
+from lora_diffusion.workflows._adapter_files import open_adapter
+from lora_diffusion.workflows.bases import find_model
 
-_MOST_PICTURES = 4
+_MOST_IMAGES = 4
 _LONGEST_NAME = 200
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MARKDOWN = re.compile(r"([\\`*_\[\]!#~|])")
-"""Signs that make links, pictures, headings and the like of a text."""
+"""Signs that make links, images, headings and the like of a text."""
 _SETTINGS = {
     "base": "ss_sd_model_name",
     "trained parts and modules": "ss_network_args",
@@ -51,15 +55,6 @@ _SETTINGS = {
 }
 """Label -> metadata that tells it."""
 _IMPORT_BUILTIN = "from lora_diffusion.core.files import builtin_path"
-_READS = {"comfyui": "kohya", "a1111": "kohya", "forge": "kohya", "kohya": "kohya"}
-"""Client -> the spelling that it reads; diffusers reads its own and kohya's."""
-_USUAL_SKIP = {"sd1": 1, "sd2": 1, "sdxl": 2}
-"""Family -> layer of the text encoders that is read unless something else is asked, counted from the end."""
-_WRITERS = {
-    "llava": ("image-text-to-text", "AutoModelForImageTextToText"),
-    "whisper": ("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq"),
-}
-"""Families that write -> what the hub calls what they do, and the class of transformers that loads their bases."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,10 @@ class Package:
     """What belongs together on a model site."""
 
     files: Mapping[str, Path]
-    """Name there -> file here; adapters first, then pictures."""
+    """Name there -> file here; adapters first, then images."""
     adapters: Mapping[str, str]
-    """Spelling -> name of the file or folder."""
-    pictures: tuple[str, ...]
+    """Format -> name of the file or folder."""
+    images: tuple[str, ...]
     metadata: Mapping[str, str]
     variant: str
     base: str
@@ -80,13 +75,20 @@ class Package:
     """It was trained with this program, as far as can be told."""
 
     @property
-    def writer(self) -> tuple[str, str] | None:
-        """What _WRITERS says of its family."""
-        return _WRITERS.get(self.metadata.get("modelspec.architecture", "").split("/")[0])
+    def text_output(self) -> TextOutputArchitecture | None:
+        """That of its base, if it answers in text."""
+        own = find_modelspec(self.metadata.get("modelspec.architecture", ""))
+        return own if isinstance(own, TextOutputArchitecture) else None
+
+    @property
+    def diffusion(self) -> DiffusionArchitecture | None:
+        """That of its base, if it makes images and the metadata tell it."""
+        own = told_base(self.metadata)
+        return own if isinstance(own, DiffusionArchitecture) else None
 
 
 def collect(source: Path) -> Package:
-    """Gathers the adapters, pictures and scores of a run, or the one adapter file.
+    """Gathers the adapters, images and scores of a run, or the one adapter file.
 
     Raises:
         InputError: it is neither, the run has not finished, or a file cannot be read.
@@ -97,7 +99,7 @@ def collect(source: Path) -> Package:
             f"{checkpoint.run_path} --step {checkpoint.step}'."
         )
     if not (source / "config.yaml").is_file():
-        return _package({detect(source): source})
+        return _package({detect(open_adapter(source)): source})
     run = RunFolder(source)
     config = run.config()
     run.find_adapter(config)
@@ -108,7 +110,7 @@ def collect(source: Path) -> Package:
 
 
 def collect_exported(path: Path, format_name: str, run: RunFolder) -> Package:
-    """Gathers one exported file with what its run says of it; pictures stay in the run."""
+    """Gathers one exported file with what its run says of it; images stay in the run."""
     return _package({format_name: path}, (), run.config().model.path, _evaluation(run.path))
 
 
@@ -132,21 +134,21 @@ def write(package: Package, repo: str) -> str:
 
 def _package(
     adapters: Mapping[str, Path],
-    pictures: Sequence[Path] = (),
+    images: Sequence[Path] = (),
     base: str | None = None,
     evaluation: Evaluation | None = None,
 ) -> Package:
-    report = describe_file(next(iter(adapters.values())))
+    report = describe_file(parse_file(next(iter(adapters.values()))))
     if not report.num_modules:
         raise AdapterFileError(f"{report.path} holds no adapter.")
     if report.faults:
         raise AdapterFileError(f"{report.path} is broken; get it again, or use an earlier checkpoint.", report.faults)
-    shown_pictures = {picture.name: picture for picture in pictures[:_MOST_PICTURES]}
+    shown_images = {image.name: image for image in images[:_MOST_IMAGES]}
     contents = {name: path for adapter in adapters.values() for name, path in _contents(adapter).items()}
     return Package(
-        files={**contents, **shown_pictures},
-        adapters={spelling: path.name for spelling, path in adapters.items()},
-        pictures=tuple(shown_pictures),
+        files={**contents, **shown_images},
+        adapters={format_name: path.name for format_name, path in adapters.items()},
+        images=tuple(shown_images),
         metadata=report.metadata,
         variant=report.variant,
         base=_base_name(base or report.metadata.get("ss_sd_model_name", "an unknown base")),
@@ -168,9 +170,9 @@ def _contents(path: Path) -> dict[str, Path]:
 
 def _evaluation(run: Path) -> Evaluation | None:
     """Returns the evaluation in a run, the newest if there are several."""
-    found = sorted(run.rglob("evaluation.json"), key=lambda path: path.stat().st_mtime)
+    paths = sorted(run.rglob("evaluation.json"), key=lambda path: path.stat().st_mtime)
     try:
-        return results.read(found[-1].parent) if found else None
+        return results.read(paths[-1].parent) if paths else None
     except DataError:
         return None
 
@@ -178,7 +180,7 @@ def _evaluation(run: Path) -> Evaluation | None:
 def _head(package: Package) -> dict[str, Any]:
     metadata = package.metadata
     trigger = metadata.get("modelspec.trigger_phrase")
-    widget = [{"text": trigger or " ", "output": {"url": name}} for name in package.pictures]
+    widget = [{"text": trigger or " ", "output": {"url": name}} for name in package.images]
     head = {
         "license": metadata.get("modelspec.license", "").lower() or None,
         "base_model": package.base if _HUB_ID.fullmatch(package.base) and not Path(package.base).exists() else None,
@@ -187,8 +189,8 @@ def _head(package: Package) -> dict[str, Any]:
     }
     kept = {key: value for key, value in head.items() if value}
     made_with = ["lora-diffusion"] * package.is_of_run
-    if package.writer:
-        task = package.writer[0]
+    if package.text_output:
+        task = package.text_output.task
         return {"library_name": "peft", "pipeline_tag": task, "tags": [task, "lora", *made_with], **kept}
     tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", *made_with]
     return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **kept}
@@ -197,31 +199,31 @@ def _head(package: Package) -> dict[str, Any]:
 def _values(package: Package, repo: str) -> dict[str, Any]:
     metadata = {key: _code(shown(value, 1000)) for key, value in package.metadata.items()}
     # kohya writes None for what was not set.
-    told = {label: metadata.get(key, "None") for label, key in _SETTINGS.items()}
-    settings = {label: value.replace("|", "/") for label, value in told.items() if value != "None"}
+    texts = {label: metadata.get(key, "None") for label, key in _SETTINGS.items()}
+    settings = {label: value.replace("|", "/") for label, value in texts.items() if value != "None"}
     trigger = metadata.get("modelspec.trigger_phrase", "")
-    clients, others = _clients(package)
+    apps, others = _apps(package)
     values = {
         "title": metadata.get("modelspec.title") or Path(next(iter(package.adapters.values()))).stem,
         "description": metadata.get("modelspec.description"),
         "variant": package.variant,
         "base": package.base,
         "version": __version__ if package.is_of_run else None,
-        "pictures": package.pictures,
+        "images": package.images,
         "trigger": trigger,
         "trigger_code": _code(f" {trigger}" if trigger else ""),
-        "model_class": package.writer and package.writer[1],
+        "model_class": package.text_output and package.text_output.auto_class,
         "folder": package.adapters.get("peft"),
-        "clients": clients,
+        "apps": apps,
         "others": others,
         "network_module": metadata.get("ss_network_module", "networks.lora"),
         "clip_skip": _unusual_skip(package),
-        "usual_skip": _USUAL_SKIP.get(told_family(package.metadata) or ""),
+        "usual_skip": package.diffusion and package.diffusion.usual_clip_skip,
         **_loading(package),
         "repo_code": _code(json.dumps(repo)),
         "prompt_code": _code(json.dumps(trigger or "a picture")),
         "settings": {label: public_text(public_path(value)) for label, value in settings.items()},
-        "files": [_file(name, path) for name, path in package.files.items() if name not in package.pictures],
+        "files": [_file(name, path) for name, path in package.files.items() if name not in package.images],
         "license": metadata.get("modelspec.license"),
     }
     return {**values, **_scores(package.evaluation)}
@@ -229,49 +231,49 @@ def _values(package: Package, repo: str) -> dict[str, Any]:
 
 def _unusual_skip(package: Package) -> int | None:
     """Returns which layer of the text encoders it was trained with, None for the one that is read anyhow."""
-    family, text = told_family(package.metadata), package.metadata.get("ss_clip_skip", "")
+    architecture, text = package.diffusion, package.metadata.get("ss_clip_skip", "")
     # sd-scripts writes the option for other bases too, but trains them with their usual layer.
-    is_meant = family == "sd1" or (family in _USUAL_SKIP and package.is_of_run)
+    is_meant = architecture and (architecture.is_clip_skip_kohyas or package.is_of_run)
     skip = int(text) if is_meant and re.fullmatch("[1-9][0-9]?", text) else None
-    return None if skip == _USUAL_SKIP.get(family or "") else skip
+    return None if architecture is None or skip == architecture.usual_clip_skip else skip
 
 
-def _layer(client: str, family: str, skip: int) -> int | None:
+def _layer(app: str, architecture: DiffusionArchitecture, skip: int) -> int | None:
     """Returns how a program calls a layer of the text encoders, None if it cannot read this one.
 
     Sources: `encode_prompt` of diffusers 0.42; `set_clip_options` in comfy/sd1_clip.py of ComfyUI;
     modules/sd_hijack_clip.py of A1111; backend/text_processing/classic_engine.py of Forge; gen_img.py of sd-scripts.
     """
-    if client == "diffusers":
-        return skip - _USUAL_SKIP[family]
-    if client == "comfyui":
-        # The text encoder of SD 2 comes to diffusers, and to us, without its last layer.
-        return -skip - (family == "sd2")
-    can_read = {"a1111": family == "sd1", "forge": family != "sdxl" or skip > 1, "kohya": family != "sd2"}
-    return skip if can_read[client] else None
+    if app == "diffusers":
+        return skip - architecture.usual_clip_skip
+    if app == "comfyui":
+        return -skip - architecture.text_encoders[0].num_dropped_layers
+    least = architecture.clip_skip_apps.get(app)
+    return skip if least is not None and skip >= least else None
 
 
 def _loading(package: Package) -> dict[str, str | bool]:
     """Returns what the code that loads the base is made of, and whether its prediction must be told."""
     builtin = _builtin_folder(package.base)
     base = f'builtin_path("{builtin}")' if builtin else _code(json.dumps(package.base))
-    metadata, family = package.metadata, told_family(package.metadata)
+    metadata, architecture = package.metadata, package.diffusion
+    # Where bases of one architecture predict either, programs tell.
+    is_told = architecture is not None and architecture.is_told_by_prediction
     is_velocity = _predicts_velocity(metadata)
     values: dict[str, str | bool] = {
         "base_code": base,
         "base_import": _IMPORT_BUILTIN if builtin else "",
-        # A base of SD 2 may predict either, and programs tell.
-        "is_unusual": is_velocity and family != "sd2",
+        "is_unusual": is_velocity and not is_told,
     }
     if not package.base.endswith(".safetensors"):
         return {**values, "pipeline": "AutoPipelineForText2Image", "loader": "from_pretrained"}
-    pipeline = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    pipeline = architecture.pipeline if architecture else DiffusionArchitecture.pipeline
     # A single file holds no scheduler, and diffusers can but guess.
     scheduler = ['prediction_type="v_prediction"' if is_velocity else 'prediction_type="epsilon"']
     if metadata.get("ss_zero_terminal_snr") == "True":
         scheduler += ["rescale_betas_zero_snr=True", 'timestep_spacing="trailing"']
-    told = ", ".join(scheduler) if is_velocity or family == "sd2" else ""
-    return {**values, "pipeline": pipeline, "loader": "from_single_file", "scheduler": told}
+    settings = ", ".join(scheduler) if is_velocity or is_told else ""
+    return {**values, "pipeline": pipeline, "loader": "from_single_file", "scheduler": settings}
 
 
 def _predicts_velocity(metadata: Mapping[str, str]) -> bool:
@@ -305,21 +307,18 @@ def _file(name: str, path: Path) -> dict[str, Any]:
     return {"name": name, "num_bytes": f"{path.stat().st_size:,}", "sha256": sha256(path)}
 
 
-def _clients(package: Package) -> tuple[list[dict[str, str | int | None]], list[str]]:
-    """Returns the clients that can apply it, each with its file, and the titles of those that cannot apply its kind."""
+def _apps(package: Package) -> tuple[list[dict[str, str | int | None]], list[str]]:
+    """Returns the apps that can apply it, each with its file, and the titles of those that cannot apply its variant."""
     able, others = [], []
-    skip, family = _unusual_skip(package), told_family(package.metadata) or ""
-    for client in CLIENTS.values():
-        file = package.adapters.get(_READS.get(client.name, "diffusers")) or package.adapters.get("kohya")
-        reads_kind = {*package.variant.split(" and ")} <= {
-            *client.variants,
-            *([] if client.dora == "ignored" else ["dora"]),
-        }
-        if not reads_kind:
-            others.append(client.title)
-        elif file and (client.name == "diffusers" or "kohya" in package.adapters):
-            layer = _layer(client.name, family, skip) if skip else None
-            able.append({"name": client.name, "title": client.title, "file": _code(file), "layer": layer})
+    skip, architecture = _unusual_skip(package), package.diffusion
+    for app in APPS.values():
+        file = package.adapters.get(app.format) or package.adapters.get("kohya")
+        variants = {*app.variants, *([] if app.dora == "ignored" else ["dora"])}
+        if not {*package.variant.split(" and ")} <= variants:
+            others.append(app.title)
+        elif file and (app.name == "diffusers" or "kohya" in package.adapters):
+            layer = _layer(app.name, architecture, skip) if skip and architecture else None
+            able.append({"name": app.name, "title": app.title, "file": _code(file), "layer": layer})
     return able, others
 
 

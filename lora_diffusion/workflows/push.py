@@ -32,8 +32,8 @@ class Publication:
         lines = [f"  {name} ({num_bytes:,} bytes)" for name, num_bytes in self.files.items()]
         if self.url:
             return "\n".join([f"Uploaded to {self.url}:", *lines])
-        told = f"Nothing was uploaded: this was a dry run. The card ({_CARD}) would be:"
-        return "\n".join([f"To {self.repo} would go:", *lines, told, "", self.card])
+        announcement = f"Nothing was uploaded: this was a dry run. The card ({_CARD}) would be:"
+        return "\n".join([f"To {self.repo} would go:", *lines, announcement, "", self.card])
 
 
 class Hub(Protocol):
@@ -49,7 +49,7 @@ class Hub(Protocol):
 def push(
     source: Path, repo: str, *, private: bool = False, dry_run: bool = False, hub: Hub | None = None
 ) -> Publication:
-    """Uploads an adapter with its card and pictures. The token is that of the hub's own login or environment.
+    """Uploads an adapter with its card and images. The token is that of the hub's own login or environment.
 
     Args:
         source: run folder, adapter file or PEFT folder.
@@ -73,7 +73,7 @@ def push(
 
 def _check_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
@@ -88,7 +88,7 @@ def _upload(hub: Hub | None, repo: str, private: bool, package: model_card.Packa
     from huggingface_hub.errors import HfHubHTTPError
 
     # The error of whichever HTTP library the hub's client was built on: no route, no name, no answer in time.
-    transport_error = HfHubHTTPError.__bases__[0]
+    transport_error: Any = HfHubHTTPError.__bases__[0]
     api: Hub = hub or HfApi()  # type: ignore[assignment]
     operations = [CommitOperationAdd(name, path) for name, path in package.files.items()]
     operations.append(CommitOperationAdd(_CARD, card.encode()))

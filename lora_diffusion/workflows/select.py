@@ -33,6 +33,7 @@ from lora_diffusion.evaluation.select import Choice, choose
 from lora_diffusion.evaluation.select import Preference as Preference
 from lora_diffusion.evaluation.suites import check_used, control_prompts, read_cases
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.training import run_files
@@ -289,7 +290,7 @@ def _write(
     metadata |= marks(choice, evaluation)
     path = run.path / name
     run_files.claim(run.path, [*run_files.CHOICE, *([] if is_final else [name])], f"select {run.path}")
-    format_name = detect(final) if is_final else _format_name(config)
+    format_name = detect(parse_file(final)) if is_final else _format_name(config)
     _write_adapter(AdapterState(state.modules, metadata), family, config, path, format_name)
     chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
     run_files.discard(run.path, chosen - {name})

@@ -1,4 +1,4 @@
-"""What clients would make of adapter files; none of it loads a base model."""
+"""What apps would make of adapter files; none of it loads a base model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.architectures import DIFFUSION
+from lora_diffusion.architectures.base import DiffusionArchitecture
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat import verify as apps
-from lora_diffusion.compat.verify import Base, Verdict
+from lora_diffusion.compat.app_rules import HIDDEN
+from lora_diffusion.compat.identify import guess_family
+from lora_diffusion.compat.matched_file import Base, match_file
+from lora_diffusion.compat.simulation import AppResult
+from lora_diffusion.compat.verify import check_fit, default_apps
+from lora_diffusion.compat.verify import verify as simulate_apps
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import VerificationError
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._adapter_files import open_adapter
+from lora_diffusion.workflows.bases import find_model
 
-_SPELLINGS = ("kohya", "diffusers", "peft", "norms")
+_FORMATS = ("kohya", "diffusers", "peft", "norms")
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,12 @@ class Verification:
 
     path: Path
     base: str
-    verdicts: tuple[Verdict, ...]
+    results: tuple[AppResult, ...]
 
     @property
     def is_sound(self) -> bool:
-        """Says whether every client applies all of it as we would."""
-        return all(verdict.is_sound for verdict in self.verdicts)
+        """Says whether every app applies all of it as we would."""
+        return all(result.is_sound for result in self.results)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -40,88 +48,89 @@ class Verification:
             "file": str(self.path),
             "base": self.base,
             "sound": self.is_sound,
-            "clients": [verdict.to_json() for verdict in self.verdicts],
+            "clients": [result.to_json() for result in self.results],
         }
 
     def text(self) -> str:
         """Returns lines for people."""
-        lines = [f"{self.path} on {self.base}", *(line for verdict in self.verdicts for line in verdict.lines())]
+        lines = [f"{self.path} on {self.base}", *(line for result in self.results for line in result.lines())]
         return "\n".join(lines)
 
 
-def verify(path: Path, client_names: Sequence[str] = (), base: str | None = None) -> Verification:
-    """Says what clients would ignore, misread or hide of an adapter file.
+def verify(path: Path, app_names: Sequence[str] = (), base: str | None = None) -> Verification:
+    """Says what apps would ignore, misread or hide of an adapter file.
 
     Args:
         path: file, PEFT folder, or checkpoint of a run, which is looked at as the file that it would become.
-        client_names: all known clients without any.
+        app_names: all known apps without any.
         base: sd1, sd2, sdxl, or what `model.path` takes; without it, the published base that the content is made for.
 
     Raises:
         AdapterFileError: the file cannot be read, or does not tell its base.
-        ConfigError: there is no such client.
+        ConfigError: there is no such app.
         ModelError: the base cannot be used.
         UnsupportedError: the file is for a kind of base that is not known here.
     """
-    with _run_checkpoints.as_file(path) as file:
-        apps.refuse_other(file)
-        name = base or apps.guess_family(file)
-        found = published_base(name) if name in DIFFUSION else _named(name)
+    with _run_checkpoints.as_file(path) as inside:
+        file = open_adapter(inside)
+        name = base or guess_family(file)
+        matched = match_file(file, published_base(name) if name in DIFFUSION else _named(name))
         if base is None:
-            apps.check_fit(file, found)
-        return Verification(path, name, tuple(apps.verify(file, found, client_names)))
+            check_fit(matched)
+        return Verification(path, name, tuple(simulate_apps(matched, app_names)))
 
 
-def faults(path: Path, format_name: str, family: Family, model: ModelOptions, client_names: Sequence[str]) -> list[str]:
-    """Returns what the clients of a written file would lose or misread, one line for each fault.
+def faults(path: Path, format_name: str, family: Family, model: ModelOptions, app_names: Sequence[str]) -> list[str]:
+    """Returns what the apps of a written file would lose or misread, one line for each fault.
 
     Args:
         path: the file or folder.
-        format_name: its spelling.
-        family: of the base. For one that clients do not know, nothing is looked for.
+        format_name: that of the file.
+        family: of the base. For one that apps do not know, nothing is looked for.
         model: the base.
-        client_names: without any, those that the spelling is meant for and that read its kind of adapter.
+        app_names: without any, those that the format is meant for and that read its variant.
     """
-    if family.architecture.name not in DIFFUSION:
+    architecture = family.architecture
+    if not isinstance(architecture, DiffusionArchitecture) or not architecture.app_prefixes:
         return []
-    base = _of(family, model)
-    names = client_names or apps.default_clients(format_name, path, base)
-    verdicts = apps.verify(path, base, names) if names else []
+    file = match_file(parse_file(path), _base_of(family, architecture, model))
+    names = app_names or default_apps(format_name, file)
     return [
-        f"{verdict.title}: {problem.text}. {problem.remedy}"
-        for verdict in verdicts
-        for problem in verdict.problems
-        if problem.severity != apps.HIDDEN
+        f"{result.title}: {problem.text}. {problem.remedy}"
+        for result in (simulate_apps(file, names) if names else [])
+        for problem in result.problems
+        if problem.severity != HIDDEN
     ]
 
 
-def require_sound(path: Path, found: Sequence[str]) -> None:
+def require_sound(path: Path, faults: Sequence[str]) -> None:
     """Raises VerificationError if there are faults."""
-    if found:
-        raise VerificationError(f"{path} was not written: clients would not apply all of it.", found)
+    if faults:
+        raise VerificationError(f"{path} was not written: apps would not apply all of it.", faults)
 
 
-def warn(path: Path, found: Sequence[str]) -> None:
+def warn(path: Path, faults: Sequence[str]) -> None:
     """Logs faults as warnings."""
-    for fault in found:
+    for fault in faults:
         logger.warning("%s: %s", path.name, fault)
 
 
 def published_base(name: str) -> Base:
     """Returns sd1, sd2 or sdxl as they were published."""
     family: Family = registry.find("families", name)
-    return Base(name, published_shapes(DIFFUSION[name]), [family.key_map(spelling, None) for spelling in _SPELLINGS])
+    architecture = DIFFUSION[name]
+    names = [family.key_map(format_name, None) for format_name in _FORMATS]
+    return Base(architecture, published_shapes(architecture), names)
 
 
 def _named(path: str) -> Base:
-    from lora_diffusion.workflows.merge import find_model
-
     model = find_model(path)
-    return _of(registry.find("families", model.family), model)
+    family: Family = registry.find("families", model.family)
+    return _base_of(family, DIFFUSION[family.architecture.name], model)
 
 
-def _of(family: Family, model: ModelOptions) -> Base:
+def _base_of(family: Family, architecture: DiffusionArchitecture, model: ModelOptions) -> Base:
     from lora_diffusion.adapters.state import weight_shapes
 
     shapes = weight_shapes(family.meta_modules(model))
-    return Base(family.architecture.name, shapes, [family.key_map(name, model) for name in _SPELLINGS])
+    return Base(architecture, shapes, [family.key_map(name, model) for name in _FORMATS])

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_diffusion.compat import verify
-from lora_diffusion.compat.verify import Base
+from lora_diffusion.compat.matched_file import Base, match_file
+from lora_diffusion.compat.verify import verify
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.workflows.verify import published_base
 from scripts.apps.agreement import Agreement, compare
 from scripts.apps.diffusers_loader import Diffusers, full_size
@@ -51,7 +52,7 @@ def programs(family: str, arguments: argparse.Namespace, base: Base) -> Iterable
     if arguments.sd_scripts:
         from scripts.apps.kohya import Kohya
 
-        names = {name: key for key, own in base.names[0].spellings().items() for name in own}
+        names = {name: key for key, own in base.names[0].all_names().items() for name in own}
         yield Kohya(arguments.sd_scripts, family, names)
 
 
@@ -82,10 +83,10 @@ def _compare_file(base: Base, seed: int, path: Path, chosen: list[Any], found: d
     if not tensors:
         return
     save_file(tensors, path, _METADATA[base.family])
-    file = verify.read_file(path, base)
-    verdicts = verify.verify(path, base, [program.name for program in chosen])
-    for program, verdict in zip(chosen, verdicts, strict=True):
-        agreement = compare(file, verdict, program.load(path))
+    file = match_file(parse_file(path), base)
+    results = verify(match_file(parse_file(path), base), [program.name for program in chosen])
+    for program, result in zip(chosen, results, strict=True):
+        agreement = compare(file, result, program.load(path))
         found.setdefault(program.name, []).append(agreement)
         if not agreement.is_whole:
             print(f"{base.family} {seed} [{label}] {program.name}: {agreement.text()}", flush=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_diffusion.adapters.merge import delta_weight
-from lora_diffusion.compat.adapter_file import AdapterFile, FileModule
-from lora_diffusion.compat.verify import HIDDEN, Verdict
+from lora_diffusion.compat.app_rules import HIDDEN
+from lora_diffusion.compat.matched_file import MatchedFile, MatchedModule
+from lora_diffusion.compat.simulation import AppResult
 from lora_diffusion.core.adapter_state import ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError
 from scripts.apps.weights import Outcome, Place
@@ -37,24 +38,24 @@ class Agreement:
         return "; ".join([*([self.other_file] if self.other_file else []), *self.other_modules[:6]])
 
 
-def compare(file: AdapterFile, verdict: Verdict, outcome: Outcome) -> Agreement:
+def compare(file: MatchedFile, result: AppResult, outcome: Outcome) -> Agreement:
     """Compares module by module, and whether all of the file is applied as it is meant.
 
     A module that `verify` calls lost must not change, one that it calls applied must change, and where the file alone
     tells the change, by the factor that `verify` tells.
     """
     modules = [module for module in file.modules if module.key]
-    others = [text for module in modules if (text := _differs(module, verdict, outcome, modules))]
-    return Agreement(len(modules), others, _file_differs(verdict, outcome, modules))
+    others = [text for module in modules if (text := _differs(module, result, outcome, modules))]
+    return Agreement(len(modules), others, _file_differs(result, outcome, modules))
 
 
-def _file_differs(verdict: Verdict, outcome: Outcome, modules: Sequence[FileModule]) -> str:
-    said = {problem.kind for problem in verdict.problems if problem.severity != HIDDEN} - _ABOUT_CONTENT
+def _file_differs(result: AppResult, outcome: Outcome, modules: Sequence[MatchedModule]) -> str:
+    said = {problem.fault for problem in result.problems if problem.severity != HIDDEN} - _ABOUT_CONTENT
     whole = not outcome.error and not outcome.num_unmatched and all(map(_is_applied(outcome), modules))
     if not said and not whole:
         return f"said to be sound, but {outcome.error or f'{outcome.num_unmatched} tensors did not match'}"
-    if outcome.error and verdict.num_applied:
-        return f"refused ({outcome.error}), but {verdict.num_applied} modules were said to be applied"
+    if outcome.error and result.num_applied:
+        return f"refused ({outcome.error}), but {result.num_applied} modules were said to be applied"
     return "" if said or whole else "said to be sound"
 
 
@@ -62,12 +63,12 @@ def _is_applied(outcome: Outcome):  # type: ignore[no-untyped-def]
     return lambda module: bool(_changes(module, outcome))
 
 
-def _changes(module: FileModule, outcome: Outcome) -> Mapping[Place, Tensor]:
+def _changes(module: MatchedModule, outcome: Outcome) -> Mapping[Place, Tensor]:
     return {place: change for place, change in outcome.changes.items() if place.key == module.key and change.any()}
 
 
-def _differs(module: FileModule, verdict: Verdict, outcome: Outcome, all_modules: Sequence[FileModule]) -> str:
-    factor, changes = verdict.factors[module.name], _changes(module, outcome)
+def _differs(module: MatchedModule, result: AppResult, outcome: Outcome, all_modules: Sequence[MatchedModule]) -> str:
+    factor, changes = result.factors[module.name], _changes(module, outcome)
     if sum(other.key == module.key for other in all_modules) > 1:
         return ""  # only one of two names is applied, and each program takes another
     if factor == 0 and changes:
@@ -83,7 +84,7 @@ def _differs(module: FileModule, verdict: Verdict, outcome: Outcome, all_modules
     return ""
 
 
-def _change(module: FileModule) -> Tensor | None:
+def _change(module: MatchedModule) -> Tensor | None:
     """Returns the change of weight that a file alone tells; None where it takes the base, or has several kinds."""
     if module.beside or module.is_dora or not module.is_whole or module.variant not in _TOLD:
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diffusion.compat.verify import Base
+from lora_diffusion.compat.matched_file import Base
 from lora_diffusion.core.adapter_state import ModuleKey
 
 Tensors = dict[str, Tensor]
@@ -107,7 +107,7 @@ def _kohya(base: Base, key: ModuleKey) -> str:
 
 def _other_blocks(base: Base, key: ModuleKey) -> str:
     """Returns kohya's names with the blocks that it does not use for this base: LDM for SD 1, diffusers for XL."""
-    spelled = [own for own in base.names[0].spellings()[key] if own.startswith(("lora_unet_", "lora_te"))]
+    spelled = [own for own in base.names[0].all_names()[key] if own.startswith(("lora_unet_", "lora_te"))]
     return spelled[1] if key.part == "unet" and len(spelled) > 1 else spelled[0]
 
 
@@ -120,7 +120,7 @@ def _comfyui(base: Base, key: ModuleKey) -> str:
         clip = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[key.part]
         bare = key.path.removeprefix("text_model.")
         return f"text_encoders.{clip}.transformer.text_model.{bare}"
-    names = base.names[1].spellings()[key]
+    names = base.names[1].all_names()[key]
     return next((own for own in names if own.startswith("diffusion_model.")), "")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lora_diffusion.compat.verify import Base
+from lora_diffusion.compat.matched_file import Base
 from lora_diffusion.core.adapter_state import ModuleKey
 from scripts.apps.weights import Outcome, Place, refused
 

@@ -130,9 +130,10 @@ def _command_cost(arguments: Sequence[str]) -> dict[str, float]:
 def layer_errors(wanted_path: Path, extracted_path: Path) -> list[float]:
     """Returns the relative error of each layer of an extracted adapter; 1 for a layer that is missing."""
     from lora_diffusion.algebra.lowrank import Factors, norm, total
-    from lora_diffusion.workflows._files import read_alone
+    from lora_diffusion.formats.parsed_file import parse_file
+    from lora_diffusion.workflows._adapter_files import read_alone
 
-    (_, wanted), (_, extracted) = read_alone(wanted_path), read_alone(extracted_path)
+    (_, wanted), (_, extracted) = read_alone(parse_file(wanted_path)), read_alone(parse_file(extracted_path))
     errors = []
     for key, adapter in wanted:
         own = Factors(adapter.tensors["down"], adapter.tensors["up"], adapter.scale)

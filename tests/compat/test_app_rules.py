@@ -13,7 +13,9 @@ from peft.tuners.lora import LoraLayer
 from lora_diffusion.adapters.state import load_state
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.tensorfile.arrays import in_float32
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import answers, key_map, random_state, tiny_loaded
 
@@ -68,7 +70,7 @@ def test_diffusers_loads_a_text_encoder_without_attention(format_name: str, tmp_
     state = random_state(loaded, groups="ff")
     path = tmp_path / "adapter.safetensors"
     format_ = registry.find("formats", format_name)
-    written = format_.read(write_verified(state, key_map(format_name, loaded), format_, path, torch.float32), key_map(format_name, loaded))  # fmt: skip # noqa: E501
+    written = in_float32(format_.read(parse_file(write_verified(state, key_map(format_name, loaded), format_, path, torch.float32)), key_map(format_name, loaded)))  # fmt: skip # noqa: E501
     added = [key.path for key in written.modules if key not in state.modules]
     assert len(added) == (4 if format_name == "diffusers" else 0)
     pipeline = tiny_pipeline()
@@ -105,7 +107,7 @@ def test_what_diffusers_writes_is_read(tmp_path: Path) -> None:
 
     loaded = tiny_loaded()
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    state = registry.find("formats", "diffusers").read(path, key_map("diffusers", loaded))
+    state = in_float32(registry.find("formats", "diffusers").read(parse_file(path), key_map("diffusers", loaded)))
     assert len(state.modules) == 4 * 8 + 4
     expected = answers(_with_unet(pipeline.unet))[0]
     load_state(loaded, state, "theirs")

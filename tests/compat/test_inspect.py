@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from lora_diffusion.adapters.merge import delta_weight
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat import verify
 from lora_diffusion.compat.inspect import describe_file
+from lora_diffusion.compat.matched_file import Base, match_file
+from lora_diffusion.compat.verify import verify
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.families.stable_diffusion.module_names import key_map as published_names
+from lora_diffusion.formats.parsed_file import parse_file
 from tests.tiny_adapters import key_map, random_state, tiny_loaded
 
 
@@ -28,7 +30,7 @@ def test_sound_file(name: str, tmp_path: Path) -> None:
     state = AdapterState(random_state(loaded).modules, {"ss_seed": "1"})
     path = tmp_path / "a.safetensors"
     registry.find("formats", name).write(state, key_map(name, loaded), path, torch.float32)
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert (report.format, report.variant, report.problems) == (name, "lora", ())
     assert report.num_modules == {part: sum(key.part == part for key in state.modules) for part in state.parts()}
     assert report.ranks == {"4": len(state.modules)}
@@ -60,7 +62,7 @@ def test_problems_are_listed(tmp_path: Path) -> None:
         path,
         {"title": "\x1b[31mred\nroses"},
     )
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     text = "\n".join(report.problems)
     assert r"title: \x1b[31mred\nroses" in report.text()
     for part in (
@@ -84,9 +86,9 @@ def test_missing_alpha_and_other_variants(tmp_path: Path) -> None:
         random_state(loaded, groups="attn"), key_map("kohya", loaded), path, torch.float32
     )
     save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith("alpha")}, path)
-    assert "40 module(s) without alpha" in describe_file(path).problems[0]
+    assert "40 module(s) without alpha" in describe_file(parse_file(path)).problems[0]
     save_file({"lora_unet_a.hada_w1_a": torch.ones(2, 2)}, path)
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert (report.format, report.variant) == ("kohya", "loha")
 
 
@@ -111,7 +113,7 @@ def test_root_folder_of_peft_is_read_as_its_record_says(stem: str, family: str, 
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {names[1].removeprefix("base_model.model."): 5}}  # fmt: skip # noqa: E501
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    report = describe_file(tmp_path)
+    report = describe_file(parse_file(tmp_path))
     assert (report.family, report.alphas, report.problems[1:]) == (family, {"3": 1, "5": 1}, ())
     norms = [
         alpha
@@ -140,10 +142,10 @@ def test_family_of_the_base_is_told_with_the_problems(
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     path = tmp_path / "a.safetensors"
     save_file({f"{name}.lora_down.weight": torch.ones(2, width)}, path, metadata)
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert report.family == family
     lines = report.text().splitlines()
-    assert lines[1] == f"kohya spelling, lora for {family or 'an unknown base'}"
+    assert lines[1] == f"kohya format, lora for {family or 'an unknown base'}"
     assert f"problems of this adapter for {family or 'an unknown base'}:" in lines
 
 
@@ -173,23 +175,28 @@ def test_what_the_tools_refuse_is_a_fault(
     path = tmp_path / "a.safetensors"
     stem = _STEM if spelling == "kohya" else "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     save_file({f"{stem}.{end}": tensor for end, tensor in {**_FACTORS, "alpha": torch.tensor(2.0), **changed}.items()}, path)  # fmt: skip # noqa: E501
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert report.faults[0].startswith(fault)
     assert set(report.faults) <= set(report.problems)
     assert not any("change nothing" in problem for problem in report.problems)
     json.dumps(report.to_json(), allow_nan=False)
     with pytest.raises(AdapterFileError, match=re.escape(told)):
-        registry.find("formats", spelling).read_stored(path, published_names(spelling, None, DIFFUSION["sd1"]))
-    (verdict,) = verify.verify(path, verify.Base("sd1", published_shapes(DIFFUSION["sd1"]), [published_names(spelling, None, DIFFUSION["sd1"])]), ["a1111"])  # fmt: skip # noqa: E501
-    assert not verdict.is_sound
+        registry.find("formats", spelling).read(parse_file(path), published_names(spelling, None, DIFFUSION["sd1"]))
+    (result,) = verify(match_file(parse_file(path), _published(spelling)), ["a1111"])
+    assert not result.is_sound
+
+
+def _published(format_name: str) -> Base:
+    architecture = DIFFUSION["sd1"]
+    return Base(architecture, published_shapes(architecture), [published_names(format_name, None, architecture)])
 
 
 def test_file_without_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({}, path)
-    assert describe_file(path).faults == ("no tensors at all; get the file again",)
+    assert describe_file(parse_file(path)).faults == ("no tensors at all; get the file again",)
     with pytest.raises(AdapterFileError, match="holds no tensors"):
-        verify.verify(path, verify.Base("sd1", published_shapes(DIFFUSION["sd1"]), []))
+        match_file(parse_file(path), _published("kohya"))
 
 
 def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -197,8 +204,8 @@ def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCa
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 768), f"{name}.lora_B.weight": torch.ones(1280, 2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8}))
-    assert "1 module(s) of another rank than the record" in describe_file(tmp_path).faults[0]
-    registry.find("formats", "peft").read_stored(tmp_path, published_names("peft", None, DIFFUSION["sd1"]))
+    assert "1 module(s) of another rank than the record" in describe_file(parse_file(tmp_path)).faults[0]
+    registry.find("formats", "peft").read(parse_file(tmp_path), published_names("peft", None, DIFFUSION["sd1"]))
     assert "1 modules are of another rank than the record" in caplog.text
 
 
@@ -207,12 +214,12 @@ def test_loha_with_dora_is_told(tmp_path: Path) -> None:
     factors = {"hada_w1_a": (1280, 2), "hada_w1_b": (2, 768), "hada_w2_a": (1280, 2), "hada_w2_b": (2, 768)}
     shapes = {**factors, "dora_scale": (1, 768), "alpha": ()}
     save_file({f"{_STEM}.{end}": torch.full(shape, 0.1) for end, shape in shapes.items()}, path)
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert (len(report.problems), report.faults) == (1, ())
     assert "1 module(s) of loha or lokr with DoRA" in report.problems[0]
     (adapter,) = (
         registry.find("formats", "kohya")
-        .read_stored(path, published_names("kohya", None, DIFFUSION["sd1"]))
+        .read(parse_file(path), published_names("kohya", None, DIFFUSION["sd1"]))
         .modules.values()
     )
     assert adapter.variant == "loha+dora"
@@ -231,6 +238,6 @@ def test_other_kinds_are_told_without_false_faults(tmp_path: Path) -> None:
         "bundle_emb.me.clip_l": (2, 768),
     }
     save_file({name: torch.full(shape, 0.01) for name, shape in shapes.items()}, path)
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert report.problems == ()
     assert set(report.variant.split(" and ")) == {"norm", "oft", "boft", "full", "ia3", "embedding"}

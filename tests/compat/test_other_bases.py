@@ -15,11 +15,11 @@ from torch import nn
 
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat import verify
+from lora_diffusion.compat.identify import guess_family, refuse_other
 from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import LoraDiffusionError, UnsupportedError
-from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.tensorfile.safetensors_file import read_header
 
 _PAIR = (".lora_down.weight", ".lora_up.weight")
@@ -109,12 +109,12 @@ def _of_class(name: str, arguments: Mapping[str, Any]) -> dict[str, tuple[int, .
 
 
 def _assert_named(path: Path, title: str) -> None:
-    for read in (verify.guess_family, detect):
+    for read in (guess_family, refuse_other):
         with pytest.raises(UnsupportedError, match=rf"was made for .*{title}.*, a kind of base that is not known here"):
-            read(path)
+            read(parse_file(path))
     if any(name.startswith("base_model.model.") for name in read_header(path).tensors):
         return
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     assert title in str(report.family)
     assert any(title in problem for problem in report.problems)
 
@@ -144,7 +144,7 @@ def test_metadata_choose_between_networks_of_the_same_blocks(architecture: str, 
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 3072), f"{name}.lora_up.weight": torch.ones(9216, 1)}
     save_file(tensors, path, {"modelspec.architecture": architecture})
     with pytest.raises(UnsupportedError, match=f"made for {title},"):
-        verify.guess_family(path)
+        guess_family(parse_file(path))
 
 
 def test_other_kinds_of_adapter_tell_their_network(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_published_bases_stay_what_they_are(family: str, pattern: str, rank: int
         tensors[f"{name}.lora_down.weight"] = torch.ones(1, 1, *shape[2:]).expand(rank, shape[1], *shape[2:]).clone().half()  # fmt: skip # noqa: E501
         tensors[f"{name}.lora_up.weight"] = torch.ones(shape[0], rank, *(1,) * len(shape[2:])).half()
     save_file(tensors, path)
-    assert verify.guess_family(path) == family
-    assert describe_file(path).family == family
+    assert guess_family(parse_file(path)) == family
+    assert describe_file(parse_file(path)).family == family
 
 
 def test_a_file_that_fits_nothing_is_unknown(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_file_that_fits_nothing_is_unknown(tmp_path: Path) -> None:
         "lora_unet_something_else",
     ):
         save_file({f"{name}.lora_down.weight": torch.ones(1, 999), f"{name}.lora_up.weight": torch.ones(999, 1)}, path)
-        assert describe_file(path).family is None
-        assert " for an unknown base" in describe_file(path).text()
+        assert describe_file(parse_file(path)).family is None
+        assert " for an unknown base" in describe_file(parse_file(path)).text()
         with pytest.raises(LoraDiffusionError, match="does not tell which base"):
-            verify.guess_family(path)
+            guess_family(parse_file(path))

@@ -15,6 +15,7 @@ import torch
 from lora_diffusion.compat.pickled import as_safetensors, load_pickle
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 
 _TENSORS = {"lora_unet_x.lora_down.weight": torch.randn(2, 3), "lora_unet_x.alpha": torch.tensor(1.0)}
 
@@ -36,7 +37,7 @@ def test_tensors_come_out_bit_for_bit(content: Any, is_zip: bool, tmp_path: Path
     assert tensors.keys() == _TENSORS.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in _TENSORS.items())
     with as_safetensors(path) as copy:
-        assert detect(copy) == "kohya"
+        assert detect(parse_file(copy)) == "kohya"
     assert not copy.exists()
 
 

@@ -1,4 +1,4 @@
-"""What clients make of files: the rules against the faults they must find, and against diffusers itself."""
+"""What apps make of files: the rules against the faults they must find, and against diffusers itself."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from torch import Tensor
 from lora_diffusion.adapters.state import weight_shapes
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat import verify
-from lora_diffusion.compat.verify import Base, Verdict
+from lora_diffusion.compat.app_rules import APPS
+from lora_diffusion.compat.identify import guess_family
+from lora_diffusion.compat.matched_file import Base, match_file
+from lora_diffusion.compat.simulation import AppResult
+from lora_diffusion.compat.verify import default_apps, verify
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.families.stable_diffusion.module_names import key_map
+from lora_diffusion.formats.parsed_file import parse_file
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 from tests.tiny_adapters import random_state, tiny_loaded
 
 Tensors = dict[str, Tensor]
-ALL = tuple(verify.CLIENTS)
+ALL = tuple(APPS)
 _FORMATS = ("kohya", "diffusers", "peft")
 _Q = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 _METADATA = {"ss_base_model_version": "sd_v1", "ss_v2": "False", "modelspec.architecture": "stable-diffusion-v1/lora"}
 
 
 def _base_of(parts: Mapping[str, torch.nn.Module], family: str) -> Base:
-    return Base(
-        family, weight_shapes(parts), [key_map(name, parts, DIFFUSION[family]) for name in (*_FORMATS, "norms")]
-    )
+    names = [key_map(name, parts, DIFFUSION[family]) for name in (*_FORMATS, "norms")]
+    return Base(DIFFUSION[family], weight_shapes(parts), names)
 
 
 @pytest.fixture(scope="module")
@@ -61,25 +64,25 @@ def files(tmp_path_factory: pytest.TempPathFactory, base: Base) -> dict[str, Pat
     return paths
 
 
-def only(path: Path, base: Base, client: str) -> Verdict:
-    (verdict,) = verify.verify(path, base, [client])
-    return verdict
+def only(path: Path, base: Base, app: str) -> AppResult:
+    (result,) = verify(match_file(parse_file(path), base), [app])
+    return result
 
 
-def kinds(verdict: Verdict) -> dict[str, str]:
-    return {problem.kind: problem.severity for problem in verdict.problems}
+def kinds(result: AppResult) -> dict[str, str]:
+    return {problem.fault: problem.severity for problem in result.problems}
 
 
-@pytest.mark.parametrize("client", ALL)
-def test_what_we_write_is_applied_whole(client: str, files: dict[str, Path], base: Base) -> None:
-    verdict = only(files["kohya"], base, client)
-    assert verdict.problems == ()
-    assert verdict.is_sound
-    assert verdict.num_applied == verdict.num_modules == len(load_file(files["kohya"])) // 3
-    assert verdict.largest_difference == (pytest.approx(0, abs=1e-3) if client == "a1111" else 0)
+@pytest.mark.parametrize("app", ALL)
+def test_what_we_write_is_applied_whole(app: str, files: dict[str, Path], base: Base) -> None:
+    result = only(files["kohya"], base, app)
+    assert result.problems == ()
+    assert result.is_sound
+    assert result.num_applied == result.num_modules == len(load_file(files["kohya"])) // 3
+    assert result.largest_difference == (pytest.approx(0, abs=1e-3) if app == "a1111" else 0)
     for name in ("diffusers", "peft"):
-        verdict = only(files[name], base, client)
-        assert verdict.is_sound == (client == "diffusers"), (name, verdict.lines())
+        result = only(files[name], base, app)
+        assert result.is_sound == (app == "diffusers"), (name, result.lines())
 
 
 def _rename(old: str, new: str) -> Callable[[Tensors], Tensors]:
@@ -223,9 +226,9 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
         ),
         {"comfyui": {}, "a1111": {"float16 overflow": _WRONG}, "kohya": {"float16 overflow": _WRONG}},
     ),
-    "absurd alpha": (
+    "implausible alpha": (
         _change(f"{_Q}.alpha", lambda tensor: tensor * 1e4),
-        {client: {"too large": _WRONG} for client in ("comfyui", "forge", "a1111", "kohya")},
+        {app: {"too large": _WRONG} for app in ("comfyui", "forge", "a1111", "kohya")},
     ),
     "nan": (_change(f"{_Q}.lora_up.weight", lambda t: t * math.nan), _all({"not finite": _WRONG})),
     "wrong size": (
@@ -373,18 +376,18 @@ def faulty(fault: str, files: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_fault_is_found_for_each_client(fault: str, faulty: Path, base: Base) -> None:
-    for client, expected in FAULTS[fault][1].items():
-        verdict = only(faulty, base, client)
-        assert kinds(verdict) == expected, (client, verdict.lines())
-        assert verdict.is_sound == (set(expected.values()) <= {_HIDDEN})
-        if any(factor is None for factor in verdict.factors.values()):
-            assert verdict.largest_difference is None
+    for app, expected in FAULTS[fault][1].items():
+        result = only(faulty, base, app)
+        assert kinds(result) == expected, (app, result.lines())
+        assert result.is_sound == (set(expected.values()) <= {_HIDDEN})
+        if any(factor is None for factor in result.factors.values()):
+            assert result.largest_difference is None
         elif (
             expected
             not in ({}, {"stray": _LOST}, {"embedding": _LOST}, {"alpha missing": _HIDDEN}, {"too large": _WRONG})
-            or verdict.num_applied == 0
+            or result.num_applied == 0
         ):
-            assert verdict.largest_difference > 0.05
+            assert result.largest_difference > 0.05
 
 
 def _real_changes(pipeline: Any, path: Path) -> dict[ModuleKey, Tensor] | None:
@@ -406,14 +409,14 @@ def _real_changes(pipeline: Any, path: Path) -> dict[ModuleKey, Tensor] | None:
 def _assert_diffusers_does_what_the_rules_say(pipeline: Any, path: Path, base: Base) -> None:
     """For every module, what diffusers adds is the factor that the rules tell, times what the file says."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    verdict, real = only(path, base, "diffusers"), _real_changes(pipeline, path)
+    result, real = only(path, base, "diffusers"), _real_changes(pipeline, path)
     if real is None:
-        assert set(verdict.factors.values()) == {0.0}, verdict.lines()
+        assert set(result.factors.values()) == {0.0}, result.lines()
         return
-    assert verdict.num_applied or not real
-    for module in verify.read_file(path, base).modules:
+    assert result.num_applied or not real
+    for module in match_file(parse_file(path), base).modules:
         # Without its magnitude a DoRA is its factors.
-        factor = 1.0 if verdict.factors[module.name] is None else verdict.factors[module.name]
+        factor = 1.0 if result.factors[module.name] is None else result.factors[module.name]
         if not module.key or not module.is_whole or module.variant != "lora" or not math.isfinite(factor):
             continue
         own = module.scale * (module.roles["up"].float().flatten(1) @ module.roles["down"].float().flatten(1))
@@ -483,9 +486,12 @@ def sdxl_pipeline() -> Any:
 
 @pytest.fixture(scope="module")
 def sdxl() -> Base:
-    return Base(
-        "sdxl", published_shapes(DIFFUSION["sdxl"]), [key_map(name, None, DIFFUSION["sdxl"]) for name in _FORMATS]
-    )
+    return _published("sdxl")
+
+
+def _published(family: str) -> Base:
+    architecture = DIFFUSION[family]
+    return Base(architecture, published_shapes(architecture), [key_map(name, None, architecture) for name in _FORMATS])
 
 
 _SDXL_MODULES = (
@@ -524,15 +530,15 @@ def _in_diffusers_blocks(key: ModuleKey) -> str:
 
 def test_sdxl_in_our_spelling_is_applied_whole(sdxl: Base, tmp_path: Path) -> None:
     path = _sdxl_file(tmp_path / "a.safetensors", sdxl, sdxl.names[0].name, _SDXL_MODULES)
-    assert verify.guess_family(path) == "sdxl"
-    for verdict in verify.verify(path, sdxl):
-        assert (verdict.problems, verdict.largest_difference) == ((), 0)
+    assert guess_family(parse_file(path)) == "sdxl"
+    for result in verify(match_file(parse_file(path), sdxl)):
+        assert (result.problems, result.largest_difference) == ((), 0)
 
 
 def test_sdxl_in_the_wrong_block_spelling(sdxl: Base, tmp_path: Path) -> None:
     path = _sdxl_file(tmp_path / "a.safetensors", sdxl, _in_diffusers_blocks, _SDXL_MODULES)
-    verdicts = {verdict.client: kinds(verdict) for verdict in verify.verify(path, sdxl)}
-    assert verdicts == {**_all({}), "a1111": {"missed": _LOST}}
+    results = {result.app: kinds(result) for result in verify(match_file(parse_file(path), sdxl))}
+    assert results == {**_all({}), "a1111": {"missed": _LOST}}
     mixed = _sdxl_file(
         tmp_path / "b.safetensors",
         sdxl,
@@ -540,26 +546,26 @@ def test_sdxl_in_the_wrong_block_spelling(sdxl: Base, tmp_path: Path) -> None:
         _SDXL_MODULES,
     )
     assert kinds(only(mixed, sdxl, "diffusers")) == {"two spellings": _LOST}
-    sd1 = Base("sd1", published_shapes(DIFFUSION["sd1"]), [key_map(name, None, DIFFUSION["sd1"]) for name in _FORMATS])
+    sd1 = _published("sd1")
     keys = (ModuleKey("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),)
     ldm = _sdxl_file(
         tmp_path / "c.safetensors", sd1, lambda _: "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", keys
     )
-    verdicts = {verdict.client: kinds(verdict) for verdict in verify.verify(ldm, sd1)}
+    results = {result.app: kinds(result) for result in verify(match_file(parse_file(ldm), sd1))}
     hidden = {"version": "hidden"}
-    assert verdicts["kohya"] == {"spelling": _LOST}
-    assert verdicts["diffusers"] == {"spelling": _LOST}
-    assert (verdicts["comfyui"], verdicts["forge"], verdicts["a1111"]) == ({}, hidden, hidden)
+    assert results["kohya"] == {"spelling": _LOST}
+    assert results["diffusers"] == {"spelling": _LOST}
+    assert (results["comfyui"], results["forge"], results["a1111"]) == ({}, hidden, hidden)
 
 
 def test_a1111_wants_all_of_fused_attention(sdxl: Base, tmp_path: Path) -> None:
     keys = tuple(key for key in _SDXL_MODULES if not key.path.endswith("out_proj"))
     path = _sdxl_file(tmp_path / "a.safetensors", sdxl, sdxl.names[0].name, keys)
-    verdict = only(path, sdxl, "a1111")
-    (problem,) = verdict.problems
-    assert (problem.kind, problem.severity) == ("fused attention", _LOST)
+    result = only(path, sdxl, "a1111")
+    (problem,) = result.problems
+    assert (problem.fault, problem.severity) == ("fused attention", _LOST)
     assert sorted(problem.modules) == sorted(sdxl.names[0].name(key) for key in keys if key.part == "text_encoder_2")
-    assert verdict.num_applied == len(keys) - 3
+    assert result.num_applied == len(keys) - 3
 
 
 def test_metadata_decide_where_people_find_a_file(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
@@ -572,10 +578,10 @@ def test_metadata_decide_where_people_find_a_file(files: dict[str, Path], base: 
     }
     for kind, metadata in hidden.items():
         save_file(tensors, path, metadata)
-        for client in ("a1111", "forge"):
-            verdict = only(path, base, client)
-            assert kinds(verdict) == {kind: "hidden"}
-            assert verdict.is_sound
+        for app in ("a1111", "forge"):
+            result = only(path, base, app)
+            assert kinds(result) == {kind: "hidden"}
+            assert result.is_sound
     save_file(tensors, path, {**_METADATA, "ss_tag_frequency": json.dumps({"x" * 2**20: 1})})
     assert kinds(only(path, base, "comfyui")) == {"large header": "hidden"}
     content = path.read_bytes().replace(b'{"', b'{ "', 1)
@@ -587,8 +593,8 @@ def test_metadata_decide_where_people_find_a_file(files: dict[str, Path], base: 
 def test_numbers_too_small_for_float16(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(_change("lora_up.weight", lambda t: 1e-6 * t)(load_file(files["kohya"])), path, _METADATA)
-    verdict = only(path, base, "a1111")
-    assert kinds(verdict) == {"float16 underflow": _WRONG}
+    result = only(path, base, "a1111")
+    assert kinds(result) == {"float16 underflow": _WRONG}
     adapter = load_file(path)
     down, up = adapter[f"lora_unet_{_Q}.lora_down.weight"], adapter[f"lora_unet_{_Q}.lora_up.weight"]
     own = up.double() @ down.double()
@@ -614,9 +620,9 @@ def test_rank_other_than_the_record_says(
         config_path.write_text(json.dumps({**json.loads(config_path.read_text()), "r": 5}))
         with pytest.raises(RuntimeError, match="size mismatch"):
             PeftModel.from_pretrained(copy.deepcopy(pipeline.unet), path / "unet")
-    verdict = only(path, base, "diffusers")
-    assert kinds(verdict) == {"rank": _LOST}
-    assert verdict.num_applied == 0
+    result = only(path, base, "diffusers")
+    assert kinds(result) == {"rank": _LOST}
+    assert result.num_applied == 0
 
 
 _RANK_5 = {"r": 5, "lora_alpha": 5, "target_modules": ".*attn1.to_q"}
@@ -626,16 +632,20 @@ def test_truncated_file_and_unknown_client(files: dict[str, Path], base: Base, t
     path = tmp_path / "a.safetensors"
     path.write_bytes(files["kohya"].read_bytes()[:-1])
     with pytest.raises(AdapterFileError, match="is damaged: its header announces"):
-        verify.verify(path, base)
-    with pytest.raises(ConfigError, match=r'no client \'comfy\' \(did you mean "comfyui"'):
-        verify.verify(files["kohya"], base, ["comfy"])
+        verify(match_file(parse_file(path), base))
+    with pytest.raises(ConfigError, match=r'no app \'comfy\' \(did you mean "comfyui"'):
+        verify(match_file(parse_file(files["kohya"]), base), ["comfy"])
 
 
 def test_clients_that_a_written_file_is_meant_for(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
-    assert verify.default_clients("kohya", files["kohya"], base) == list(ALL)
-    assert verify.default_clients("peft", files["peft"], base) == ["diffusers"]
+    assert default_apps("kohya", match_file(parse_file(files["kohya"]), base)) == list(ALL)
+    assert default_apps("peft", match_file(parse_file(files["peft"]), base)) == ["diffusers"]
     save_file(_loha(load_file(files["kohya"])), tmp_path / "a.safetensors")
-    assert verify.default_clients("kohya", tmp_path / "a.safetensors", base) == ["comfyui", "a1111", "forge"]
+    assert default_apps("kohya", match_file(parse_file(tmp_path / "a.safetensors"), base)) == [
+        "comfyui",
+        "a1111",
+        "forge",
+    ]
 
 
 def test_family_is_told_by_content(files: dict[str, Path], tmp_path: Path) -> None:
@@ -643,15 +653,15 @@ def test_family_is_told_by_content(files: dict[str, Path], tmp_path: Path) -> No
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
     for width, family in ((768, "sd1"), (1024, "sd2"), (2048, "sdxl")):
         save_file({stem: torch.ones(1, width)}, path)
-        assert verify.guess_family(path) == family
+        assert guess_family(parse_file(path)) == family
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path)
     with pytest.raises(AdapterFileError, match="does not tell which base"):
-        verify.guess_family(path)
+        guess_family(parse_file(path))
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, path, {"ss_base_model_version": "sd_v2_v"})
-    assert verify.guess_family(path) == "sd2"
+    assert guess_family(parse_file(path)) == "sd2"
     save_file({stem: torch.ones(1, 768)}, path, {"modelspec.architecture": "whisper/lora"})
     with pytest.raises(AdapterFileError, match="architecture whisper/lora; rules are known"):
-        verify.guess_family(path)
+        guess_family(parse_file(path))
 
 
 _TE1 = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
@@ -674,4 +684,4 @@ def test_sizes_then_metadata_then_names_tell_the_base(
 ) -> None:
     path = tmp_path / "a.safetensors"
     save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path, {"ss_base_model_version": version})
-    assert verify.guess_family(path) == family
+    assert guess_family(parse_file(path)) == family

@@ -42,7 +42,7 @@ def test_errors_of_a_file_hold_its_rounding(format_name: str, dtype: torch.dtype
     terms = [term(lora(0, rank=4), 0.8, 0.5), term(lora(1, rank=3, keys=(QUERY, TEXT)), -0.6)]
     format_ = registry.find("formats", format_name)
     made = as_written(add(terms, rule), format_, dtype)
-    state = format_.portable(AdapterState(made.modules))
+    state = format_.normalize(AdapterState(made.modules))
     rounded = {
         key: replace(own, tensors={name: tensor.to(dtype) for name, tensor in own.tensors.items()})
         for key, own in state

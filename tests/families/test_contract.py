@@ -36,7 +36,9 @@ from lora_diffusion.core.protocols.family import Family, step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import AudioText, Batch, Chat, ImageText, Output, Request, Sample
 from lora_diffusion.data import cache, sample_types
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.tensorfile.arrays import in_float32
 from tests.tiny import save_tiny_pipeline, save_tiny_sd2_pipeline, save_tiny_sdxl_pipeline
 from tests.tiny_llava import entry, save_tiny_llava, write_chats, write_picture
 from tests.tiny_whisper import save_tiny_whisper, write_recording
@@ -312,7 +314,7 @@ class TestNames:
         state = read_state(loaded)
         format_, key_map = registry.find("formats", format_name), setup.family.key_map(format_name, setup.options())
         path = write_verified(state, key_map, format_, tmp_path / "adapter", torch.float32)
-        again = format_.read(path, key_map)
+        again = in_float32(format_.read(parse_file(path), key_map))
         assert again.modules.keys() == state.modules.keys()
         for key, adapter in state:
             assert again.modules[key].alpha == adapter.alpha

@@ -21,7 +21,9 @@ from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.core.samples import Request
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.tensorfile.arrays import in_float32
 from tests.adapters.test_variants import state_of
 
 STORED = {
@@ -77,7 +79,7 @@ def composed(kind: str, stored: str, base: Path, path: Path) -> Loaded:
     made = add([term(kind)], AtRank(600), kernels)
     kohya, names = registry.find("formats", "kohya"), FAMILY.key_map("kohya", loaded.options)
     write_verified(AdapterState(made.modules), names, kohya, path, torch.float32)
-    load_state(loaded, kohya.read(path, names), "sum")
+    load_state(loaded, in_float32(kohya.read(parse_file(path), names)), "sum")
     return loaded
 
 

@@ -37,7 +37,9 @@ from lora_diffusion.core.samples import AudioText, Batch, Request
 from lora_diffusion.data.sample_types import RECORDINGS
 from lora_diffusion.families.language import speech
 from lora_diffusion.families.whisper import FAMILY, WhisperOptions
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.tensorfile.arrays import in_float32
 from tests.tiny_whisper import RATE, chirp, save_tiny_whisper, write_recording
 
 CPU = torch.device("cpu")
@@ -375,7 +377,7 @@ class TestNamesItsBase:
             ]
         for logits in theirs:
             torch.testing.assert_close(logits, ours, rtol=1e-5, atol=1e-5)
-        read = format_.read(folder, key_map)
+        read = in_float32(format_.read(parse_file(folder), key_map))
         assert read.metadata["base_model_name_or_path"] == "someone/base"
         again = write_verified(read, key_map, format_, tmp_path / "b", torch.float32)
         assert json.loads((again / "adapter_config.json").read_text("utf-8")) == record
@@ -403,7 +405,9 @@ class TestNamesItsBase:
         folder = write_verified(read_state(loaded), key_map, format_, tmp_path / "a", torch.float32)
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | told))
-        again = write_verified(format_.read(folder, key_map), key_map, format_, tmp_path / "b", torch.float32)
+        again = write_verified(
+            in_float32(format_.read(parse_file(folder), key_map)), key_map, format_, tmp_path / "b", torch.float32
+        )
         record = json.loads((again / "adapter_config.json").read_text("utf-8"))
         nothing = dict.fromkeys(("base_model_name_or_path", "task_type", "auto_mapping"))
         assert {key: record[key] for key in nothing} == nothing | kept

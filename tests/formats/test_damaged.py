@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from lora_diffusion.compat.inspect import describe_file
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.tensorfile import safetensors_file
+from lora_diffusion.tensorfile.arrays import in_float32
 
 
 def _good(path: Path) -> bytes:
@@ -58,10 +60,10 @@ _ENTRY = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         (_with_header('{"a": {"dtype": "F32", "shape": [1e0], "data_offsets": [0, 4]}}', bytes(4)), "impossible"),
         (
             _with_header('{"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)),
-            "number type 'Q4', which",
+            "dtype 'Q4', which",
         ),
         (_with_header('{"a": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}', bytes(8)), "again in fp16"),
-        (_with_header('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "number type"),
+        (_with_header('{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "of dtype"),
         (_with_header('{"a": {"dtype": "F16", "shape": [1], "data_offsets": [0, 4]}}', bytes(4)), "another number"),
         (_with_header('{"a": {"dtype": "F32", "shape": [9999999999, 9999999999], "data_offsets": [0, 4]}}'), "another"),
         (_with_header(f'{{"a": {_ENTRY}, "b": {_ENTRY}}}', bytes(4)), "b overlaps another tensor"),
@@ -85,11 +87,11 @@ def test_pickle_by_ending_and_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"anything at all")
     with pytest.raises(AdapterFileError, match=rf"is a pickle.*convert {path} NEW.*--from-pickle"):
-        detect(path)
+        detect(parse_file(path))
     with pytest.raises(AdapterFileError, match="There is no adapter file"):
-        detect(tmp_path / "none.safetensors")
+        detect(parse_file(tmp_path / "none.safetensors"))
     with pytest.raises(AdapterFileError, match="not a PEFT adapter"):
-        detect(tmp_path)
+        detect(parse_file(tmp_path))
 
 
 def test_every_cut_and_many_changed_bytes_end_in_our_error_or_in_a_whole_file(tmp_path: Path) -> None:
@@ -106,8 +108,8 @@ def test_every_cut_and_many_changed_bytes_end_in_our_error_or_in_a_whole_file(tm
     for damaged_content in (*cuts, *changed):
         path.write_bytes(damaged_content)
         try:
-            describe_file(path)
-            safetensors_file.load(path)
+            describe_file(parse_file(path))
+            parse_file(path).parts[0].arrays()
         except AdapterFileError:
             refused += 1
     assert refused >= len(cuts)
@@ -117,7 +119,7 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"good": torch.ones(2), "bad": torch.tensor([1.0, float("inf")])}, path)
     with pytest.raises(AdapterFileError) as caught:
-        safetensors_file.load(path)
+        parse_file(path).parts[0].arrays()
     assert caught.value.faults == ("bad",)
 
 
@@ -126,18 +128,18 @@ def test_what_cannot_be_weights_is_refused_by_name(tensor: torch.Tensor, tmp_pat
     path = tmp_path / "a.safetensors"
     save_file({"good": torch.ones(2), "alpha": torch.tensor(4), "odd": tensor}, path)
     with pytest.raises(AdapterFileError, match="empty or hold whole numbers") as caught:
-        safetensors_file.load(path)
+        parse_file(path).parts[0].arrays()
     assert caught.value.faults == ("odd",)
 
 
 def test_mixed_and_unknown_spellings_are_not_guessed(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"lora_unet_x.alpha": torch.tensor(1.0), "unet.x.lora_A.weight": torch.ones(1, 1)}, path)
-    with pytest.raises(AdapterFileError, match="mixes the spellings of diffusers and kohya"):
-        detect(path)
+    with pytest.raises(AdapterFileError, match="mixes the formats diffusers and kohya"):
+        detect(parse_file(path))
     save_file({"model.weight": torch.ones(1)}, path)
     with pytest.raises(AdapterFileError, match="not an adapter in a known format"):
-        detect(path)
+        detect(parse_file(path))
 
 
 def test_broken_peft_config(tmp_path: Path) -> None:
@@ -159,11 +161,11 @@ def test_broken_peft_config(tmp_path: Path) -> None:
     for text in ("", "{", "[" * 100_000, *map(json.dumps, faults)):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterFileError, match="cannot be read as a LoRA configuration"):
-            registry.find("formats", "peft").read(tmp_path, key_map)
+            in_float32(registry.find("formats", "peft").read(parse_file(tmp_path), key_map))
     for pattern, told in (("(", "no regular expression"), ("(x+)+", "for ever"), ("x?x?x?", "for ever")):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**good, "alpha_pattern": {pattern: 1}}))
         with pytest.raises(AdapterFileError, match=told):
-            registry.find("formats", "peft").read(tmp_path, key_map)
+            in_float32(registry.find("formats", "peft").read(parse_file(tmp_path), key_map))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_what_the_factors_do_not_tell_is_refused(setting: dict[str, object], tol
     save_file({f"unet.{name}": tensor for name, tensor in tensors.items()}, path, {"lora_adapter_metadata": record})
     for source in (tmp_path, path):
         with pytest.raises(UnsupportedError, match=told):
-            describe_file(source)
+            describe_file(parse_file(source))
 
 
 @pytest.mark.parametrize(
@@ -200,4 +202,4 @@ def test_starts_that_change_the_base_are_refused_and_no_others(start: object, tm
     changes_base = not torch.equal(network[0].get_base_layer().weight, before)
     model.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="path_initial_model") if changes_base else nullcontext():
-        describe_file(tmp_path)
+        describe_file(parse_file(tmp_path))

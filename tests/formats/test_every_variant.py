@@ -24,7 +24,9 @@ from lora_diffusion.core.errors import UnsupportedError
 from lora_diffusion.families.stable_diffusion.module_names import key_map
 from lora_diffusion.formats.capabilities import check_output
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_exactly, write_verified
+from lora_diffusion.tensorfile.arrays import in_float32
 from scripts.benchmarks.published_networks import shared_networks
 from tests.formats.trained import FAMILIES, MIXED, PIPELINES, answers, bare, names_of, parts_of, trained
 from tests.tiny_adapters import same
@@ -75,8 +77,8 @@ def test_round_trip_through_every_pair_of_formats(family: str, variant: str, par
     for number, name in enumerate(chains[len(HOLDING[variant])]):
         path, format_, names = tmp_path / f"{number}", registry.find("formats", name), names_of(name, family)
         assert write_exactly(found, names, format_, path, torch.float32).rounding == 0
-        assert detect(path) == name
-        found = format_.read(path, names)
+        assert detect(parse_file(path)) == name
+        found = in_float32(format_.read(parse_file(path), names))
         assert _same(found, state)
         assert {key: found.metadata[key] for key in state.metadata} == state.metadata
 
@@ -89,10 +91,10 @@ def test_rounding_is_told_and_happens_once(variant: str, dtype: torch.dtype, tmp
     format_, names = registry.find("formats", name), names_of(name, "sd1")
     written = write_exactly(state, names, format_, tmp_path / "1", dtype)
     assert 1e-6 < written.rounding < torch.finfo(dtype).eps / 2
-    again = format_.read(tmp_path / "1", names)
+    again = in_float32(format_.read(parse_file(tmp_path / "1"), names))
     assert _same(again, _rounded(state, dtype))
     assert write_exactly(again, names, format_, tmp_path / "2", dtype).rounding == 0
-    assert _same(format_.read(tmp_path / "2", names), again)
+    assert _same(in_float32(format_.read(parse_file(tmp_path / "2"), names)), again)
 
 
 def _same(found: AdapterState, expected: AdapterState) -> bool:
@@ -109,9 +111,7 @@ def _same(found: AdapterState, expected: AdapterState) -> bool:
 def test_formats_refuse_what_they_cannot_hold(variant: str, tmp_path: Path) -> None:
     for name in FORMATS:
         if name not in HOLDING[variant]:
-            with pytest.raises(
-                UnsupportedError, match=f"The {name} spelling cannot hold.*Formats that can: "
-            ) as caught:
+            with pytest.raises(UnsupportedError, match=f"The {name} format cannot hold.*Formats that can: ") as caught:
                 write_verified(
                     trained("sd1", variant), names_of(name, "sd1"), registry.find("formats", name), tmp_path / "x",
                     torch.float32,
@@ -187,14 +187,16 @@ def test_ranks_and_alphas_of_single_modules_go_through_all_formats(variant: str,
     for name in HOLDING[variant]:
         path, format_, names = tmp_path / name, registry.find("formats", name), names_of(name, "sd1")
         assert write_exactly(state, names, format_, path, torch.float32).rounding == 0
-        assert _same(format_.read(path, names), state)
-        write_verified(state, names, format_, tmp_path / f"portable-{name}", torch.float32)
-        portable = format_.read(tmp_path / f"portable-{name}", names)
-        assert {key: portable.modules[key].rank for key in state.modules} == {key: own.rank for key, own in state}
-        for part, answer in _expected(portable, "sd1").items():
+        assert _same(in_float32(format_.read(parse_file(path), names)), state)
+        write_verified(state, names, format_, tmp_path / f"normalized-{name}", torch.float32)
+        normalize = in_float32(format_.read(parse_file(tmp_path / f"normalized-{name}"), names))
+        assert {key: normalize.modules[key].rank for key in state.modules} == {key: own.rank for key, own in state}
+        for part, answer in _expected(normalize, "sd1").items():
             torch.testing.assert_close(answer, expected[part], **_CLOSE)
     if "kohya" in HOLDING[variant] and VARIANTS[variant].stored == "lora":
-        again = registry.find("formats", "kohya").read(tmp_path / "portable-kohya", names_of("kohya", "sd1"))
+        again = in_float32(
+            registry.find("formats", "kohya").read(parse_file(tmp_path / "normalized-kohya"), names_of("kohya", "sd1"))
+        )
         assert [len({own.alpha for key, own in again if key.part == part}) for part in again.parts()] == [1, 1]
 
 
@@ -205,7 +207,7 @@ def test_peft_holds_lokr_of_any_one_factor(factor: int, tmp_path: Path) -> None:
     assert kinds == {(frozenset({"w1", "w2_a", "w2_b"}), 0.5), (frozenset({"w1", "w2"}), 1.0)}
     peft, names = registry.find("formats", "peft"), names_of("peft", "sd1")
     write_exactly(state, names, peft, tmp_path / "p", torch.float32)
-    assert _same(peft.read(tmp_path / "p", names), state)
+    assert _same(in_float32(peft.read(parse_file(tmp_path / "p"), names)), state)
     key, adapter = next((key, own) for key, own in state if "w2_a" in own.tensors)
     mixed = {**state.modules, key: replace(adapter, tensors={"w1": torch.ones(1, 1), "w2": torch.ones(32, 32)})}
     with pytest.raises(UnsupportedError, match="works out the sizes"):
@@ -217,8 +219,13 @@ def test_only_kohya_holds_several_kinds_in_one_part(tmp_path: Path) -> None:
     mixed = AdapterState({key: kinds[index % 4].modules[key] for index, key in enumerate(kinds[0].modules)})
     kohya = registry.find("formats", "kohya")
     write_verified(mixed, names_of("kohya", "sd1"), kohya, tmp_path / "a.safetensors", torch.float32)
-    assert same(kohya.read(tmp_path / "a.safetensors", names_of("kohya", "sd1")), mixed)
-    assert set(describe_file(tmp_path / "a.safetensors").variant.split(" and ")) == {"lora", "dora", "loha", "lokr"}
+    assert same(in_float32(kohya.read(parse_file(tmp_path / "a.safetensors"), names_of("kohya", "sd1"))), mixed)
+    assert set(describe_file(parse_file(tmp_path / "a.safetensors")).variant.split(" and ")) == {
+        "lora",
+        "dora",
+        "loha",
+        "lokr",
+    }
     several = AdapterState({key: kinds[index % 2 * 2].modules[key] for index, key in enumerate(kinds[0].modules)})
     with pytest.raises(UnsupportedError, match="one kind of adapter in each part, but unet has loha and lora"):
         registry.find("formats", "peft").write(several, names_of("peft", "sd1"), tmp_path / "p", torch.float32)
@@ -234,7 +241,7 @@ def test_kohya_files_are_complete_and_have_one_alpha_in_each_part(family: str, t
     }
     uneven, kohya, names = AdapterState(modules), registry.find("formats", "kohya"), names_of("kohya", family)
     path = write_verified(uneven, names, kohya, tmp_path / "a.safetensors", torch.float32)
-    again = kohya.read(path, names)
+    again = in_float32(kohya.read(parse_file(path), names))
     for part in again.parts():
         assert len({own.alpha for key, own in again if key.part == part}) == 1
     towers = [part for part in again.parts() if part != "unet"]
@@ -253,7 +260,7 @@ def test_attention_of_a_text_encoder_is_completed_beside_other_kinds(variant: st
     modules = {key: own for key, own in state if key.path.endswith(("q_proj", "v_proj"))}
     partial, kohya, names = AdapterState(modules), registry.find("formats", "kohya"), names_of("kohya", "sd2")
     path = write_verified(partial, names, kohya, tmp_path / "a.safetensors", torch.float32)
-    again = kohya.read(path, names)
+    again = in_float32(kohya.read(parse_file(path), names))
     added = [own for key, own in again if key not in modules]
     assert len(added) == len(modules)
     assert {(own.variant, float(own.tensors["up"].abs().sum())) for own in added} == {("lora", 0.0)}
@@ -267,7 +274,7 @@ def test_dora_along_outputs_stays_alone(tmp_path: Path) -> None:
     modules = {key: own for key, own in state if key.path.endswith("q_proj")}
     names, diffusers = names_of("diffusers", "sd1"), registry.find("formats", "diffusers")
     path = write_verified(AdapterState(modules), names, diffusers, tmp_path / "a.safetensors", torch.float32)
-    assert diffusers.read(path, names).modules.keys() == modules.keys()
+    assert in_float32(diffusers.read(parse_file(path), names)).modules.keys() == modules.keys()
 
 
 def _full_state(family: str, *variants: str) -> AdapterState:
@@ -300,7 +307,7 @@ def test_full_size_modules_are_all_consumed(
         format_ = registry.find("formats", name)
         keys = key_map(name, shared_networks(family), DIFFUSION[family])
         format_.write(state, keys, tmp_path / f"{number}", torch.float16)
-        again = format_.read(tmp_path / f"{number}", key_map(name, None, DIFFUSION[family]))
+        again = in_float32(format_.read(parse_file(tmp_path / f"{number}"), key_map(name, None, DIFFUSION[family])))
         assert same(again, state)
         state = again
 

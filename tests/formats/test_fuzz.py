@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from lora_diffusion.architectures import DIFFUSION
-from lora_diffusion.compat import verify
+from lora_diffusion.compat.identify import guess_family
 from lora_diffusion.compat.inspect import describe_file
+from lora_diffusion.compat.matched_file import Base, match_file
 from lora_diffusion.compat.pickled import load_pickle
+from lora_diffusion.compat.verify import verify
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import ModuleKey
 from lora_diffusion.core.errors import LoraDiffusionError
 from lora_diffusion.families.stable_diffusion.module_names import key_map
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.tensorfile.arrays import in_float32
 
 _FORMATS = ("kohya", "diffusers", "peft")
 _LINEAR = ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -31,7 +35,7 @@ _NORM = ModuleKey("unet", "mid_block.resnets.0.norm1")
 _SHAPES = {_LINEAR: (6, 6), _CONV: (6, 4, 3, 3), _TEXT: (4, 4)}
 _NAMES = [key_map(name, None, DIFFUSION["sd1"]) for name in (*_FORMATS, "norms")]
 _NORM_NAME = _NAMES[3].name(_NORM)
-_BASE = verify.Base("sd1", {**_SHAPES, _NORM: (4,)}, _NAMES)
+_BASE = Base(DIFFUSION["sd1"], {**_SHAPES, _NORM: (4,)}, _NAMES)
 _LOKR = {
     _LINEAR: {"w1": (2, 2), "w2": (3, 3)},
     _TEXT: {"w1_a": (2, 1), "w1_b": (1, 2), "w2": (2, 2)},
@@ -217,31 +221,31 @@ def _attempt(work: Callable[[], object]) -> None:
 
 
 def _inspect(path: Path) -> None:
-    report = describe_file(path)
+    report = describe_file(parse_file(path))
     report.text().encode()
     json.dumps(report.to_json())
 
 
 def _verify(path: Path) -> None:
-    for verdict in verify.verify(path, _BASE):
-        "\n".join(verdict.lines()).encode()
-        json.dumps(verdict.to_json(), allow_nan=False)
+    for result in verify(match_file(parse_file(path), _BASE)):
+        "\n".join(result.lines()).encode()
+        json.dumps(result.to_json(), allow_nan=False)
 
 
 def _read(path: Path) -> None:
-    name = detect(path)
-    state = registry.find("formats", name).read(path, _NAMES[_FORMATS.index(name)])
+    name = detect(parse_file(path))
+    state = in_float32(registry.find("formats", name).read(parse_file(path), _NAMES[_FORMATS.index(name)]))
     for other, names in zip(_FORMATS, _NAMES[:-1], strict=True):
         format_ = registry.find("formats", other)
         _attempt(lambda own=(format_, names): own[0].write(state, own[1], path.parent / own[0].name, torch.float32))
-        _attempt(lambda own=format_: own.portable(state))
+        _attempt(lambda own=format_: own.normalize(state))
 
 
 def _look(path: Path) -> None:
     """Does with a file what the commands do before anything is loaded."""
     _attempt(lambda: _inspect(path))
     _attempt(lambda: _verify(path))
-    _attempt(lambda: verify.guess_family(path))
+    _attempt(lambda: guess_family(parse_file(path)))
     _attempt(lambda: _read(path))
     if path.is_file():
         _attempt(lambda: load_pickle(path))
@@ -305,4 +309,4 @@ def test_unchanged_files_are_read(kind: str, tmp_path: Path) -> None:
         (path / "unet" / "adapter_model.safetensors").write_bytes(CONTENTS[kind])
         (path / "unet" / "adapter_config.json").write_text(json.dumps(_CONFIG))
     _inspect(path)
-    assert all(verdict.num_modules >= 2 for verdict in verify.verify(path, _BASE))
+    assert all(result.num_modules >= 2 for result in verify(match_file(parse_file(path), _BASE)))

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_diffusion.architectures import find_modelspec
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, ModuleKey
-from lora_diffusion.formats.metadata import build
+from lora_diffusion.core.base_model import Architecture
+from lora_diffusion.formats.metadata import build, with_base
 from lora_diffusion.tensorfile import safetensors_file
 from tests.tiny_adapters import key_map, random_state, tiny_loaded
 
@@ -19,8 +21,14 @@ _STATE = AdapterState({ModuleKey("unet", "x"): ModuleAdapter("lora", {"down": to
 
 
 def _build(**values: object) -> dict[str, str]:
-    defaults = {"architecture": "stable-diffusion-v1", "name": "mine", "written_at": 0.0, "resolution": (512, 768)}
-    return build(_STATE, **{**defaults, **values})  # type: ignore[arg-type]
+    modelspec = values.get("modelspec", "stable-diffusion-v1")
+    defaults = {
+        "architecture": find_modelspec(str(modelspec)),
+        "modelspec": modelspec,
+        "name": "mine",
+        "written_at": 0.0,
+    }
+    return build(_STATE, **{**defaults, "resolution": (512, 768), **values})  # type: ignore[arg-type]
 
 
 def test_texts() -> None:
@@ -38,7 +46,7 @@ def test_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "prediction", "version", "is_v2"),
+    ("modelspec", "prediction", "version", "is_v2"),
     [
         ("stable-diffusion-v1", "v_prediction", "sd_v1_v", "False"),
         ("stable-diffusion-v2-512", "epsilon", "sd_v2", "True"),
@@ -46,16 +54,24 @@ def test_texts() -> None:
         ("stable-diffusion-xl-v1-base", "epsilon", "sdxl_base_v1-0", "False"),
     ],
 )
-def test_base_versions(architecture: str, prediction: str, version: str, is_v2: str) -> None:
-    told = _build(architecture=architecture, prediction_type=prediction)
+def test_base_versions(modelspec: str, prediction: str, version: str, is_v2: str) -> None:
+    told = _build(modelspec=modelspec, prediction_type=prediction)
     assert (told["ss_base_model_version"], told["ss_v2"]) == (version, is_v2)
 
 
-def test_none_is_left_out_and_kohyas_words_of_bases_that_it_does_not_know() -> None:
+def test_none_is_left_out() -> None:
     assert "ss_clip_skip" not in _build(training={"clip_skip": None})
-    values = _build(architecture="moon-v1")
-    assert values["modelspec.architecture"] == "moon-v1/lora"
-    assert "ss_base_model_version" not in values
+
+
+def test_base_of_another_package_is_named_as_its_description_says() -> None:
+    other = Architecture(
+        name="mine", title="Mine", modelspec={"epsilon": "mine-v1"}, implementation="https://example.org/mine"
+    )
+    told = _build(architecture=other, modelspec="mine-v1")
+    assert told["modelspec.architecture"] == "mine-v1/lora"
+    assert told["modelspec.implementation"] == "https://example.org/mine"
+    assert "ss_base_model_version" not in told
+    assert with_base({"a": "b"}, other) == {"a": "b"}
 
 
 @pytest.mark.parametrize("rank", [4, 32])

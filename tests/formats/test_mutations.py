@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from lora_diffusion.compat import verify
-from lora_diffusion.compat.verify import Base
+from lora_diffusion.compat.matched_file import Base, match_file
+from lora_diffusion.compat.verify import verify
+from lora_diffusion.formats.parsed_file import parse_file
 from scripts.apps.agreement import compare
 from scripts.apps.diffusers_loader import Diffusers
 from scripts.apps.mutations import draw
@@ -61,7 +62,7 @@ def test_peft_does_with_mutated_folders_what_is_said(piece: int, base: Base, pef
 
 
 def _differs(path: Path, base: Base, program: Any, label: str) -> list[str]:
-    (verdict,) = verify.verify(path, base, [program.name])
-    json.dumps(verdict.to_json())
-    agreement = compare(verify.read_file(path, base), verdict, program.load(path))
+    (result,) = verify(match_file(parse_file(path), base), [program.name])
+    json.dumps(result.to_json())
+    agreement = compare(match_file(parse_file(path), base), result, program.load(path))
     return [] if agreement.is_whole else [f"{label}: {agreement.text()}"]

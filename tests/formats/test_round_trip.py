@@ -16,7 +16,9 @@ from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, Modul
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.core.errors import AdapterFileError, NonFiniteError, UnsupportedError
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.formats.verified import write_verified
+from lora_diffusion.tensorfile.arrays import in_float32
 from tests.tiny_adapters import key_map, random_state, same, tiny_loaded
 
 _FORMATS = ["kohya", "diffusers", "peft"]
@@ -42,9 +44,9 @@ def test_write_read_is_identity(name: str, dtype: torch.dtype, loaded: Loaded, t
     state = AdapterState(rounded, {"ss_output_name": "mine"})
     path = tmp_path / "adapter.safetensors"
     format_.write(state, names, path, dtype)
-    again = format_.read(path, names)
+    again = in_float32(format_.read(parse_file(path), names))
     assert path.is_dir() == format_.is_folder
-    assert detect(path) == name
+    assert detect(parse_file(path)) == name
     assert same(again, state)
     assert again.metadata["ss_output_name"] == "mine"
     write_verified(random_state(loaded), names, format_, path, dtype)
@@ -57,7 +59,7 @@ def test_conversion_there_and_back_is_identity(start: str, other: str, loaded: L
     for number, name in enumerate((start, other, start)):
         format_ = registry.find("formats", name)
         format_.write(state, key_map(name, loaded), tmp_path / f"{number}", torch.float32)
-        state = format_.read(tmp_path / f"{number}", key_map(name, loaded))
+        state = in_float32(format_.read(parse_file(tmp_path / f"{number}"), key_map(name, loaded)))
     assert same(state, random_state(loaded, groups="attn"))
 
 
@@ -79,7 +81,7 @@ def test_kohya_files_have_one_alpha_for_each_part_and_the_same_change(loaded: Lo
     modules[key] = replace(modules[key], alpha=5.0)
     format_, names = registry.find("formats", "kohya"), key_map("kohya", loaded)
     path = write_verified(AdapterState(modules), names, format_, tmp_path / "a.safetensors", torch.float16)
-    again = format_.read(path, names)
+    again = in_float32(format_.read(parse_file(path), names))
     assert {adapter.alpha for _, adapter in again} == {2.0}
     assert torch.allclose(again.modules[key].tensors["up"], 2.5 * modules[key].tensors["up"], rtol=1e-3, atol=1e-6)
 
@@ -93,7 +95,7 @@ def test_missing_alpha_is_the_rank_and_is_told(
     logger = logging.getLogger("lora_diffusion")
     logger.propagate = True
     with caplog.at_level(logging.WARNING, logger="lora_diffusion"):
-        state = registry.find("formats", "kohya").read(path, key_map("kohya", loaded))
+        state = in_float32(registry.find("formats", "kohya").read(parse_file(path), key_map("kohya", loaded)))
     assert state.modules[ModuleKey("unet", "conv_in")].alpha == 2.0
     assert "has no alpha; alpha = rank is assumed" in caplog.text
 
@@ -102,12 +104,12 @@ def test_peft_folder_of_one_part_is_told_by_its_names(loaded: Loaded, tmp_path: 
     format_, names = registry.find("formats", "peft"), key_map("peft", loaded)
     state = random_state(loaded, groups="attn")
     format_.write(state, names, tmp_path / "p", torch.float32)
-    alone = format_.read(tmp_path / "p" / "text_encoder", names)
+    alone = in_float32(format_.read(parse_file(tmp_path / "p" / "text_encoder"), names))
     assert alone.parts() == ("text_encoder",)
     config = json.loads((tmp_path / "p" / "unet" / "adapter_config.json").read_text())
     (tmp_path / "p" / "unet" / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
     with pytest.raises(UnsupportedError, match="lora with lora_bias"):
-        format_.read(tmp_path / "p", names)
+        in_float32(format_.read(parse_file(tmp_path / "p"), names))
 
 
 @pytest.mark.parametrize("name", _FORMATS)
@@ -130,7 +132,7 @@ def test_unknown_modules_are_listed(loaded: Loaded, tmp_path: Path) -> None:
     loaded_without = tiny_loaded()
     del loaded_without.parts["text_encoder"]
     with pytest.raises(AdapterFileError, match="8 of its modules do not exist") as caught:
-        kohya.read(path, key_map("kohya", loaded_without))
+        in_float32(kohya.read(parse_file(path), key_map("kohya", loaded_without)))
     assert "lora_te_text_model_encoder_layers_0_self_attn_k_proj" in str(caught.value)
 
 
@@ -180,4 +182,4 @@ def test_wrong_tensors_are_refused(
     path = tmp_path / "a.safetensors"
     save_file(extra, path)
     with pytest.raises(error, match=text):
-        registry.find("formats", "kohya").read(path, key_map("kohya", loaded))
+        in_float32(registry.find("formats", "kohya").read(parse_file(path), key_map("kohya", loaded)))

@@ -18,6 +18,8 @@ from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter, Modul
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.families.stable_diffusion.module_names import key_map
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.tensorfile.arrays import in_float32
 from scripts.benchmarks.published_networks import shared_networks
 from tests.formats.wild import Name, dotted, flat, old_processor, spelled
 from tests.tiny_adapters import same
@@ -47,8 +49,8 @@ def _state(family: str, parts: tuple[str, ...] = ("unet", "text_encoder", "text_
 
 def _read(tensors: dict[str, torch.Tensor], family: str, path: Path) -> AdapterState:
     save_file(tensors, path)
-    format_ = registry.find("formats", detect(path))
-    return format_.read(path, key_map(format_.name, None, DIFFUSION[family]))
+    format_ = registry.find("formats", detect(parse_file(path)))
+    return in_float32(format_.read(parse_file(path), key_map(format_.name, None, DIFFUSION[family])))
 
 
 SPELLINGS: list[tuple[str, str, Name, tuple[str, str]]] = [
@@ -83,7 +85,7 @@ def test_spelling(
     logging.getLogger("lora_diffusion").propagate = True
     with caplog.at_level(logging.WARNING, logger="lora_diffusion"):
         found = _read(spelled(state, name, *ends, with_alpha=with_alpha), family, path)
-    assert detect(path) == format_name
+    assert detect(parse_file(path)) == format_name
     alpha = 0.5 if with_alpha else 1.0
     assert same(found, AdapterState({key: replace(own, alpha=alpha) for key, own in state}))
     assert ("has no alpha" in caplog.text) == (format_name == "kohya" and not with_alpha)
@@ -221,5 +223,7 @@ def test_peft_record_of_rslora_and_patterns(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "rank_pattern": {"to_k": 9}, "alpha_pattern": {"to_k": 6}}
     for use_rslora, scales in ((True, [2.0, 1.0]), (False, [6 / 9, 0.5])):
         (folder / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": use_rslora}))
-        state = registry.find("formats", "peft").read(tmp_path, key_map("peft", None, DIFFUSION["sd1"]))
+        state = in_float32(
+            registry.find("formats", "peft").read(parse_file(tmp_path), key_map("peft", None, DIFFUSION["sd1"]))
+        )
         assert [own.scale for _, own in state] == pytest.approx(scales)

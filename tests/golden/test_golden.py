@@ -11,6 +11,8 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState
 from lora_diffusion.families.sd1 import FAMILY, SD1Options
 from lora_diffusion.formats.detect import detect
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.tensorfile.arrays import in_float32
 
 FOLDER = Path(__file__).parent
 RELEASES = sorted(path.name for path in FOLDER.iterdir() if (path / "tiny.safetensors").is_file())
@@ -19,8 +21,8 @@ NORMS = {"0.1.0": 0.006336}
 
 
 def read(path: Path, base: Path) -> AdapterState:
-    format_ = registry.find("formats", detect(path))
-    return format_.read(path, FAMILY.key_map(format_.name, SD1Options(path=str(base))))
+    format_ = registry.find("formats", detect(parse_file(path)))
+    return in_float32(format_.read(parse_file(path), FAMILY.key_map(format_.name, SD1Options(path=str(base)))))
 
 
 def test_there_are_golden_files() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from PIL import Image
 
 from lora_diffusion.adapters import variants
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
-from lora_diffusion.core.base_model import BaseInfo
 from lora_diffusion.core.evidence import Evidence, Scores
 from lora_diffusion.families.sd1 import FAMILY as SD1
 from lora_diffusion.families.sd1 import SD1Options
+from lora_diffusion.families.stable_diffusion.family import StableDiffusion
+from lora_diffusion.formats.parsed_file import ParsedFile
 from lora_diffusion.tensorfile import safetensors_file
-from lora_diffusion.tensorfile.arrays import Array, as_array, in_float32
+from lora_diffusion.tensorfile.arrays import Array, as_array
 
 
 @dataclass(frozen=True)
@@ -31,39 +32,16 @@ class MoonOptions(SD1Options):
     """A setting that no other family has."""
 
 
-class Moon:
-    """Stable Diffusion 1 under another name, on bases of the same layout."""
-
-    architecture = replace(
-        SD1.architecture,
-        name="moon",
-        title="Moon",
-        modelspec={"epsilon": "moon-v1", "v_prediction": "moon-v1"},
-        kohya_versions={},
-        metadata_starts=("moon",),
-        name_marks=(),
-    )
-    options_type = MoonOptions
-    sample_type, parts = SD1.sample_type, SD1.parts
-
-    def check(self, options: MoonOptions) -> BaseInfo:
-        """Looks at the base, and calls it by its own name."""
-        return replace(SD1.check(_as_sd1(options)), architecture="moon-v1")
-
-    def __getattr__(self, name: str) -> Any:
-        """Returns what Stable Diffusion 1 does, with its options in place of those of the moon."""
-        method = getattr(SD1, name)
-        return lambda *args, **kwargs: method(*map(_as_sd1, args), **kwargs)
-
-
-def _as_sd1(value: Any) -> Any:
-    if not isinstance(value, MoonOptions):
-        return value
-    shared = {field.name: getattr(value, field.name) for field in fields(SD1Options)}
-    return SD1Options(**{**shared, "family": "sd1"})
-
-
-FAMILY = Moon()
+ARCHITECTURE = replace(
+    SD1.architecture,
+    name="moon",
+    title="Moon",
+    modelspec=dict.fromkeys(("epsilon", "v_prediction"), "moon-v1"),
+    kohya_versions={},
+    metadata_starts=("moon",),
+    name_marks=(),
+)
+FAMILY = StableDiffusion(ARCHITECTURE, MoonOptions)
 
 
 class Plain:
@@ -78,7 +56,7 @@ class Plain:
         """Says whether the names have the mark."""
         return all("!" in name for name in names)
 
-    def portable(self, state: AdapterState) -> AdapterState:
+    def normalize(self, state: AdapterState) -> AdapterState:
         """Returns the state."""
         return state
 
@@ -92,13 +70,10 @@ class Plain:
             tensors[f"{name}!alpha"] = as_array(np.array(adapter.alpha, np.float32))
         safetensors_file.save(tensors, dict(state.metadata), path)
 
-    def read(self, path: Path, key_map: Any) -> AdapterState:
-        """Reads a file in float32."""
-        return in_float32(self.read_stored(path, key_map))
-
-    def read_stored(self, path: Path, key_map: Any) -> AdapterState:
+    def read(self, file: ParsedFile, key_map: Any) -> AdapterState:
         """Reads a file as its numbers are stored."""
-        tensors, metadata = safetensors_file.load(path)
+        (part,) = file.parts
+        tensors, metadata = part.arrays(), file.metadata
         modules: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         for name, values in tensors.items():
             module, _, tensor = name.partition("!")
@@ -112,28 +87,28 @@ FORMAT = Plain()
 
 
 class Brightness:
-    """How bright the pictures are, 0 to 1."""
+    """How bright the images are, 0 to 1."""
 
     name = "brightness"
-    meaning = "how bright the picture is"
+    meaning = "how bright the image is"
     higher_is_better = True
-    judges = "asked"
+    outputs = "concept"
     needs: frozenset[str] = frozenset()
     scorers: tuple[str, ...] = ()
     per_prompt = False
 
     def score(self, evidence: Evidence) -> Scores:
-        """Returns the mean of each picture's pixels."""
+        """Returns the mean of each image's pixels."""
         import torch
 
-        opened = (Image.open(one) if isinstance(one, Path) else one for one in evidence.pictures)
+        opened = (Image.open(one) if isinstance(one, Path) else one for one in evidence.images)
         return Scores(torch.tensor([float(np.asarray(one.convert("L")).mean()) / 255 for one in opened]))
 
-    def chance(self, evidence: Evidence) -> float | None:
+    def random_baseline(self, evidence: Evidence) -> float | None:
         """Gives none."""
         del evidence
 
-    def real(self, evidence: Evidence) -> float | None:
+    def reference_score(self, evidence: Evidence) -> float | None:
         """Gives none."""
         del evidence
 

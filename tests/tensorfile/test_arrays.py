@@ -47,7 +47,7 @@ def test_file_is_that_of_the_library(metadata: dict[str, str], tmp_path: Path) -
 def test_numbers_are_those_of_torch(name: str) -> None:
     tensor = TENSORS[name]
     array = arrays.as_array(tensor)
-    assert torch.equal(torch.from_numpy(arrays.widen(array)), tensor.float())
+    assert torch.equal(torch.from_numpy(arrays.upcast(array)), tensor.float())
     assert arrays.is_finite(array)
     for bad in (float("nan"), float("inf"), -float("inf")):
         spoilt = tensor.clone()

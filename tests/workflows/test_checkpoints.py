@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.algebra.delta import delta_weight
-from lora_diffusion.workflows._files import read_alone
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.workflows._adapter_files import read_alone
 from tests.workflows.conftest import Commands
 
 PROMPT = ("--prompt", "a red cat, sks style", "--seed", 3, "--steps", 3)
@@ -59,7 +60,7 @@ def test_merge_tells_what_it_did(command: Commands, trained: Path, tiny_base: Pa
     adapter, output = trained / "run.safetensors", tmp_path / "out"
     asked = ("--adapter", f"{adapter}:unet=0.5,text_encoder=0", "--adapter", trained / "run.peft", "--dtype", "fp16")
     told = json.loads(command.good("merge", "--model", tiny_base, *asked, "--output", output, "--json").out)
-    assert told["modules"] == told["changed_tensors"] == len(read_alone(adapter)[1].modules)
+    assert told["modules"] == told["changed_tensors"] == len(read_alone(parse_file(adapter))[1].modules)
     assert [entry["file"] for entry in told["adapters"]] == ["run.safetensors", "run.peft"]
     assert told["adapters"][0]["weights"] == {"text_encoder": 0.0, "unet": 0.5}
     with safe_open(next((output / "unet").glob("*.safetensors")), "pt") as file:
@@ -76,8 +77,8 @@ def test_extract_gives_the_adapter_back(
 ) -> None:
     output = tmp_path / "back.safetensors"
     told = json.loads(command.good("extract", tiny_base, merged, output, "--rank", 4, "--dtype", "fp32", "--json").out)
-    _, wanted = read_alone(trained / "run.safetensors")
-    _, found = read_alone(output)
+    _, wanted = read_alone(parse_file(trained / "run.safetensors"))
+    _, found = read_alone(parse_file(output))
     assert told["modules"] == len(wanted.modules) == len(found.modules)
     assert told["equal_modules"] > 0
     assert told["not_held"] == []
@@ -97,8 +98,8 @@ def test_errors_of_extract_are_those_of_the_file(
     arguments = ("extract", tiny_base, merged, output, *rule, "--to", format_name, "--dtype", "bf16", "--json")
     told = json.loads(command.good(*arguments).out)
     assert told["dtype"] == "bf16"
-    found, lost, size = read_alone(output)[1].modules, 0.0, 0.0
-    for key, adapter in read_alone(trained / "run.safetensors")[1]:
+    found, lost, size = read_alone(parse_file(output))[1].modules, 0.0, 0.0
+    for key, adapter in read_alone(parse_file(trained / "run.safetensors"))[1]:
         exact = 0.7 * delta_weight(adapter).double()
         error = float((exact - delta_weight(found[key]).double().reshape(exact.shape)).norm())
         # The merged weights were rounded to float32 too.
@@ -117,7 +118,7 @@ def test_extract_of_one_part_takes_its_own_groups(
 ) -> None:
     output = tmp_path / "text.safetensors"
     command.good("extract", tiny_base, merged, output, "--rank", 2, "--to", "kohya", "--parts", "text_encoder")
-    assert read_alone(output)[1].parts() == ("text_encoder",)
+    assert read_alone(parse_file(output))[1].parts() == ("text_encoder",)
 
 
 @pytest.mark.parametrize("format_name", ["diffusers", "peft"])
@@ -130,7 +131,7 @@ def test_extract_of_some_modules_warns_of_the_others(
         *("--parts", "unet", "--targets", "attn", "re:.*conv1"),
     )
     assert "other tensor(s) differ too, which this adapter does not hold" in outcome.message
-    _, state = read_alone(output)
+    _, state = read_alone(parse_file(output))
     assert state.parts() == ("unet",)
     assert all(".attn" in key.path or key.path.endswith("conv1") for key in state.modules)
     assert "relative error" in outcome.out

@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.algebra.delta import delta_weight
-from lora_diffusion.workflows._files import read_alone
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.workflows._adapter_files import read_alone
 from tests.workflows.conftest import Commands
 
 
 def changes(path: Path) -> dict[object, torch.Tensor]:
-    _, state = read_alone(path)
+    _, state = read_alone(parse_file(path))
     return {key: delta_weight(adapter).double() for key, adapter in state}
 
 

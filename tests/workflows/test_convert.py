@@ -212,6 +212,13 @@ def test_pickle_is_taken_apart_if_asked(command: Commands, tmp_path: Path) -> No
     assert all(torch.equal(new[name], tensor) for name, tensor in load_file(first).items())
 
 
+def test_messages_name_the_pickle_and_not_what_was_made_of_it(command: Commands, tmp_path: Path) -> None:
+    torch.save({"weights": torch.ones(2, 2)}, tmp_path / "old.pt")
+    outcome = command("convert", tmp_path / "old.pt", tmp_path / "new.safetensors", "--to", "kohya", "--from-pickle")
+    assert outcome.code == 2
+    assert f"{tmp_path / 'old.pt'} is not an adapter" in outcome.message
+
+
 def test_nothing_is_replaced_unasked(command: Commands, tmp_path: Path) -> None:
     first = write(published("sd1"), "sd1", "kohya", tmp_path / "first")
     outcome = command("convert", first, first, "--to", "diffusers")

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.formats.detect import detect
-from lora_diffusion.workflows._files import read_alone
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.workflows._adapter_files import read_alone
 from tests.families.ldm import save_single_file, sd1_shaped_pipeline
 from tests.workflows.conftest import Commands
 
@@ -64,9 +65,9 @@ def test_only_an_adapter_is_replaced_and_only_if_asked(command: Commands, adapte
         assert (folder / target).read_bytes() == content
     other = write_adapter(folder / "other.safetensors", SD1)
     assert command(*filled(WRITING[name], adapter, other)).code == 2
-    assert read_alone(other)[0].architecture.name == "sd1"
+    assert read_alone(parse_file(other))[0].architecture.name == "sd1"
     command.good(*filled(WRITING[name], adapter, other), "--overwrite")
-    assert read_alone(other)[0].architecture.name == "sdxl"
+    assert read_alone(parse_file(other))[0].architecture.name == "sdxl"
 
 
 def test_a_folder_does_not_take_the_place_of_a_file(command: Commands, adapter: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_folder_does_not_take_the_place_of_a_file(command: Commands, adapter: 
 @pytest.mark.parametrize("name", WRITING)
 def test_an_adapter_may_become_itself(command: Commands, adapter: Path, name: str) -> None:
     command.good(*filled(WRITING[name], adapter, adapter), "--overwrite")
-    (found,) = read_alone(adapter)[1].modules.values()
+    (found,) = read_alone(parse_file(adapter))[1].modules.values()
     assert found.rank == (1 if name == "resize" else 2)
     assert float(found.tensors["up"].abs().sum()) > 0
     assert [path.name for path in adapter.parent.iterdir()] == [adapter.name]
@@ -91,7 +92,7 @@ def test_folder_of_the_output_is_made(command: Commands, adapter: Path, name: st
     target = adapter.parent / "new" / "deep" / "a.safetensors"
     out = command.good(*filled(WRITING[name], adapter, target), "--json").out
     assert json.loads(out)["file"] == str(target)
-    assert detect(target) in ("kohya", "diffusers")
+    assert detect(parse_file(target)) in ("kohya", "diffusers")
     outcome = command(*filled(WRITING[name], adapter, adapter / "a.safetensors"))
     assert (outcome.code, "is a file" in outcome.message) == (2, True)
 

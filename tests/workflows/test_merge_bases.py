@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_diffusion.workflows.merge import find_weights
+from lora_diffusion.workflows.bases import find_weights
 from tests.families.ldm import save_single_file, shaped_pipeline
 from tests.workflows.conftest import Commands
 

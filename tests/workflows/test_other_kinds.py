@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_diffusion.algebra.delta import delta_weight
-from lora_diffusion.workflows._files import read_alone
+from lora_diffusion.formats.parsed_file import parse_file
+from lora_diffusion.workflows._adapter_files import read_alone
 from tests.families.ldm import save_single_file, shaped_pipeline
 from tests.workflows.conftest import Commands
 
@@ -143,7 +144,7 @@ def test_every_kind_is_merged_and_kept_in_kohyas_names(command: Commands, base: 
     for name, tensor in tensors.items():
         assert torch.equal(written[name], tensor), name
         assert written[name].dtype == tensor.dtype
-    _, state = read_alone(tmp_path / "o.safetensors")
+    _, state = read_alone(parse_file(tmp_path / "o.safetensors"))
     assert {adapter.variant for _, adapter in state} == set(kinds(weights))
     by_change = {adapter.variant: adapter for _, adapter in state}
     for name, kind in modules.items():

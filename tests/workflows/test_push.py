@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_diffusion.core.errors import AdapterFileError, ConfigError, RunError
-from lora_diffusion.tensorfile.safetensors_file import rewrite
+from lora_diffusion.tensorfile.safetensors_file import read_header, rewrite
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import model_card, push
 from tests.workflows.conftest import Commands
@@ -43,6 +43,12 @@ class FakeHub:
 def _head(card: str) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load(card.split("---")[1])
     return loaded
+
+
+def _with_metadata(trained: Path, metadata: dict[str, str], path: Path) -> None:
+    """Writes the adapter of a run with other metadata."""
+    adapter = trained / "run.safetensors"
+    rewrite(adapter, read_header(adapter), metadata, path)
 
 
 def test_dry_run_of_a_run(command: Commands, trained: Path) -> None:
@@ -91,7 +97,12 @@ def test_texts_of_strangers_are_harmless(trained: Path, tmp_path: Path) -> None:
         "modelspec.trigger_phrase": '"`\n```\nx: [',
         "modelspec.license": "MIT",
     }
-    rewrite(trained / "run.safetensors", {**texts, "ss_sd_model_name": "org/base"}, path)
+    rewrite(
+        trained / "run.safetensors",
+        read_header(trained / "run.safetensors"),
+        {**texts, "ss_sd_model_name": "org/base"},
+        path,
+    )
     card = push.push(path, "maria/blorp", dry_run=True).card
     assert "<script>" not in card
     head = _head(card)
@@ -242,7 +253,12 @@ HOSTILE = "x](http://evil.example/) ![](http://evil.example/p.png) `code` *b* <i
 @pytest.mark.parametrize("key", ["ss_sd_model_name", "modelspec.title", "modelspec.description", "ss_optimizer"])
 def test_texts_of_strangers_are_no_markdown(trained: Path, tmp_path: Path, key: str) -> None:
     path = tmp_path / "a.safetensors"
-    rewrite(trained / "run.safetensors", {"modelspec.title": "a", key: HOSTILE}, path)
+    rewrite(
+        trained / "run.safetensors",
+        read_header(trained / "run.safetensors"),
+        {"modelspec.title": "a", key: HOSTILE},
+        path,
+    )
     card = push.push(path, "maria/blorp", dry_run=True).card
     body = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.DOTALL)
     assert not re.search(r"(?<!\\)\]\(|(?<!\\)!\[|://evil|<img|\x1b", body)
@@ -255,7 +271,7 @@ def test_texts_of_strangers_are_no_markdown(trained: Path, tmp_path: Path, key: 
 )
 def test_names_of_bases_that_are_none(trained: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
-    rewrite(trained / "run.safetensors", {"ss_sd_model_name": name}, path)
+    _with_metadata(trained, {"ss_sd_model_name": name}, path)
     assert "maria/" not in push.push(path, "me/x", dry_run=True).card
     assert "maria\\" not in push.push(path, "me/x", dry_run=True).card
 

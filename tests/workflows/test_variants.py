@@ -70,7 +70,7 @@ def test_resumed_run_of_dora_equals_the_uninterrupted_one(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ("output.formats=[peft]", "The peft spelling cannot hold dora adapters"),
+        ("output.formats=[peft]", "The peft format cannot hold dora adapters"),
         ("adapter.variant=loha model.quantization=nf4", "adapter.variant=loha cannot train on a nf4 base"),
         ("adapter.variant=lokr adapter.dropout=0.1", "does not work with adapter.variant=lokr"),
         ("adapter.variant=dorra", "write dora"),

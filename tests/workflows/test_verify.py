@@ -18,8 +18,8 @@ from tests.workflows.conftest import Commands
 def test_written_file_is_sound_for_every_client(command: Commands, trained: Path, tiny_base: Path) -> None:
     told = json.loads(command.good("verify", trained / "run.safetensors", "--base", tiny_base, "--json").out)
     assert told["sound"]
-    assert [client["client"] for client in told["clients"]] == ["comfyui", "a1111", "forge", "kohya", "diffusers"]
-    assert all(client["num_applied"] == client["num_modules"] > 0 for client in told["clients"])
+    assert [app["client"] for app in told["clients"]] == ["comfyui", "a1111", "forge", "kohya", "diffusers"]
+    assert all(app["num_applied"] == app["num_modules"] > 0 for app in told["clients"])
     for name in ("run.diffusers.safetensors", "run.peft"):
         command.good("verify", trained / name, "--base", tiny_base, "--client", "diffusers")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat import verify
+from lora_diffusion.compat.identify import guess_family, refuse_other, sized_as, told_by_content
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
 from lora_diffusion.core.errors import (
@@ -25,9 +25,11 @@ from lora_diffusion.core.files import check_writable, sha256
 from lora_diffusion.core.keymap import KeyMap
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
-from lora_diffusion.formats.detect import detect, is_adapter, stored_dtypes
+from lora_diffusion.formats.detect import detect, is_adapter
 from lora_diffusion.formats.normalize import fit_dimensions
+from lora_diffusion.formats.parsed_file import ParsedFile, parse_file
 from lora_diffusion.tensorfile.arrays import in_float32
+from lora_diffusion.workflows.bases import find_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,19 +83,19 @@ class GivenBase:
     parts: Mapping[str, nn.Module]
     """Its networks, without weights."""
 
-    def read_stored(self, path: Path) -> AdapterState:
-        """Reads an adapter as `read_stored_alone` does, with the names and dimensions of this base's modules.
+    def read(self, file: ParsedFile) -> AdapterState:
+        """Reads an adapter as `read_stored` does, with the names and dimensions of this base's modules.
 
         Raises:
             AdapterFileError: it cannot be read, or does not fit the base.
-            UnsupportedError: it is of a kind that is not known.
+            UnsupportedError: it is of a variant that is not known.
         """
         from lora_diffusion.adapters.state import check_fit, weight_shapes
 
-        format_: Format = registry.find("formats", detect(path))
-        state = format_.read_stored(path, self.family.key_map(format_.name, self.model))
+        format_: Format = registry.find("formats", detect(file))
+        state = format_.read(file, self.family.key_map(format_.name, self.model))
         state = fit_dimensions(state, weight_shapes(self.parts))
-        check_fit(state, self.parts, str(path))
+        check_fit(state, self.parts, str(file.path))
         return state
 
     def kernels(self) -> dict[ModuleKey, tuple[int, ...]]:
@@ -111,9 +113,6 @@ def find_base(path: str | None, family_name: str | None = None) -> GivenBase | N
     """
     if path is None:
         return None
-    # Only now, since it takes seconds to import what builds a base.
-    from lora_diffusion.workflows.merge import find_weights
-
     model = find_weights(path, family_name)
     family: Family = registry.find("families", model.family)
     return GivenBase(family, model, family.meta_modules(model))
@@ -128,33 +127,54 @@ def names_of(family: Family, format_name: str, base: GivenBase | None) -> KeyMap
     return family.key_map(format_name, base.model if base else None)
 
 
-def read_alone(path: Path, base: GivenBase | None = None) -> tuple[Family, AdapterState]:
-    """Reads an adapter without its base, or with one that is given, in float32; raises as `read_stored_alone`."""
-    family, state = read_stored_alone(path) if base is None else (base.family, base.read_stored(path))
+def open_adapter(path: Path, source: Path | None = None) -> ParsedFile:
+    """Opens an adapter file or folder for a base that is known here.
+
+    Args:
+        path: file or folder.
+        source: what messages call it, if it was made from something else.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+        UnsupportedError: it was made for another kind of base, which is named.
+    """
+    file = parse_file(path, source)
+    refuse_other(file)
+    return file
+
+
+def read_alone(file: ParsedFile, base: GivenBase | None = None) -> tuple[Family, AdapterState]:
+    """Reads an adapter without its base, or with one that is given, in float32; raises as `read_stored`."""
+    family, state = read_stored(file, base)
     return family, in_float32(state)
 
 
-def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Family, AdapterState]:
+def read_stored(
+    file: ParsedFile, base: GivenBase | None = None, family_name: str | None = None
+) -> tuple[Family, AdapterState]:
     """Reads an adapter without its base and without torch, into arrays of the numbers as they are stored.
 
     Factors get as many dimensions as the weights of the published base have.
 
     Args:
-        path: file or folder.
-        family_name: kind of base; without it, the one that tensors or metadata tell, else the first that knows all of
-            the modules, beginning with the one that their names look like.
+        file: as `open_adapter` gives it.
+        base: gives the names and dimensions; without it, those that were published.
+        family_name: that of the base; without it, the one that tensors or metadata tell, else the first that knows all
+            of the modules, beginning with the one that their names look like.
 
     Raises:
         AdapterFileError: it cannot be read, or no family knows all of it.
-        UnsupportedError: it is of a kind, or for a kind of base, that is not known.
+        UnsupportedError: it is of a variant, or for a base, that is not known.
         ConfigError: there is no such family.
     """
-    format_: Format = registry.find("formats", detect(path))
-    told = verify.sized_as(path) if family_name in DIFFUSION else None
-    if told not in (None, family_name):
-        raise AdapterFileError(f"{path} has the sizes of {told}, not of {family_name}; leave --family out.")
-    known = family_name or verify.told_by_content(path)
-    guess = known or _guess(path)
+    if base is not None:
+        return base.family, base.read(file)
+    format_: Format = registry.find("formats", detect(file))
+    sized = sized_as(file) if family_name in DIFFUSION else None
+    if sized not in (None, family_name):
+        raise AdapterFileError(f"{file.path} has the sizes of {sized}, not of {family_name}; leave --family out.")
+    known = family_name or told_by_content(file)
+    guess = known or _guess(file)
     # Names alone may deceive: some programs give all text encoders the prefix of SDXL's first.
     others = [] if known else [name for name in registry.available("families") if name != guess]
     faults: list[InputError] = []
@@ -167,7 +187,7 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
             unnamed.append(error)
             continue
         try:
-            state = format_.read_stored(path, names)
+            state = format_.read(file, names)
         except (AdapterFileError, UnsupportedError) as error:
             faults.append(error)
             continue
@@ -176,24 +196,24 @@ def read_stored_alone(path: Path, family_name: str | None = None) -> tuple[Famil
     raise (faults or unnamed)[0]
 
 
-def _guess(path: Path) -> str | None:
+def _guess(file: ParsedFile) -> str | None:
     try:
-        return verify.guess_family(path)
+        return guess_family(file)
     except AdapterFileError:
         return None
 
 
-def common_dtype(paths: Iterable[Path]) -> str:
-    """Returns the number type that all tensors of adapters are stored in, fp32 where they differ."""
-    found = {stored_dtype(path) for path in paths}
-    return (found.pop() or "fp32") if len(found) == 1 else "fp32"
+def common_dtype(files: Iterable[ParsedFile]) -> str:
+    """Returns the dtype that all tensors of adapters are stored in, fp32 where they differ."""
+    dtypes = {stored_dtype(file) for file in files}
+    return (dtypes.pop() or "fp32") if len(dtypes) == 1 else "fp32"
 
 
-def stored_dtype(path: Path) -> str | None:
-    """Returns the number type that the matrices of an adapter are stored in, None for several or an unusual one."""
+def stored_dtype(file: ParsedFile) -> str | None:
+    """Returns the dtype that the matrices of an adapter are stored in, None for several or an unusual one."""
     names = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
-    found = stored_dtypes(path)
-    return names.get(found.pop()) if len(found) == 1 else None
+    dtypes = file.stored_dtypes()
+    return names.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
@@ -209,10 +229,10 @@ def file_names(paths: Sequence[Path]) -> list[str]:
 
 @contextmanager
 def dtype_named() -> Iterator[None]:
-    """Makes numbers that the chosen number type cannot hold a fault of --dtype, and other infinite ones of the input.
+    """Makes numbers that the chosen dtype cannot hold an error of --dtype, and other infinite ones of the input.
 
     Raises:
-        ConfigError: another number type would hold them.
+        ConfigError: another dtype would hold them.
         AdapterFileError: none would.
     """
     try:
@@ -227,9 +247,9 @@ EMBEDDINGS = ("keep", "drop")
 """What can be done with text embeddings that are packed into an adapter file."""
 
 
-def with_embeddings(state: AdapterState, asked: str) -> AdapterState:
-    """Returns a state with its packed text embeddings, or without them if "drop" is asked."""
-    return state if asked == "keep" else replace(state, embeddings={})
+def with_embeddings(state: AdapterState, choice: str) -> AdapterState:
+    """Returns a state with its packed text embeddings, or without them if the choice is "drop"."""
+    return state if choice == "keep" else replace(state, embeddings={})
 
 
 def hash_adapter(path: Path) -> str:
