@@ -6,6 +6,8 @@ are imported when they are first used, so that `import lora_diffusion` takes no 
 
 import sys
 
+from lora_diffusion.core.version import __version__ as __version__
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # type checkers take it for true, and nothing is imported for it
     from lora_diffusion.api import LoraDiffusionError as LoraDiffusionError
@@ -28,7 +30,6 @@ if TYPE_CHECKING:  # type checkers take it for true, and nothing is imported for
     from lora_diffusion.api import transcribe as transcribe
     from lora_diffusion.api import verify as verify
 
-__version__ = "0.1.0"
 __all__ = [
     "LoraDiffusionError",
     "ask",

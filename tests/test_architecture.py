@@ -73,7 +73,7 @@ def imported_files(source: str, files: Mapping[str, Path]) -> Iterator[str]:
 
 def forbidden(room: str, source: str) -> list[str]:
     """Returns the imports that the table does not allow."""
-    allowed = ARROWS[room] | {room, "__version__"}
+    allowed = ARROWS[room] | {room}
     return [name for name in imports(source) if name.split(".")[1:2] and name.split(".")[1] not in allowed]
 
 

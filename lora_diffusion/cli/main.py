@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lora_diffusion import __version__
 from lora_diffusion.cli import (
     ask,
     compose,
@@ -38,6 +37,7 @@ from lora_diffusion.core import launch
 from lora_diffusion.core.errors import ConfigError, LoraDiffusionError
 from lora_diffusion.core.logs import log_warnings, silence
 from lora_diffusion.core.text import printable, shown
+from lora_diffusion.core.version import __version__
 
 _COMMANDS = (
     quickstart,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.files import read_json, read_whole, write_json, write_text
 from lora_diffusion.core.text import name_some, shown
+from lora_diffusion.core.version import __version__
 from lora_diffusion.evaluation.statistics import Interval, interval, nested_interval
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import __version__
 from lora_diffusion.core.errors import DataError
 from lora_diffusion.core.privacy import public
+from lora_diffusion.core.version import __version__
 from lora_diffusion.evaluation.results import Case, Evaluation, paired
 from lora_diffusion.evaluation.statistics import Interval
 from lora_diffusion.report import plots

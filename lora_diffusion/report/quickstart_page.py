@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import __version__
 from lora_diffusion.core.privacy import public
+from lora_diffusion.core.version import __version__
 from lora_diffusion.evaluation.harness import WITH_ADAPTER, Comparison
 from lora_diffusion.report import plots
 from lora_diffusion.report.rendering import Album, Shot, write_page

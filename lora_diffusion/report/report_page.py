@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import UnidentifiedImageError
 
-from lora_diffusion import __version__
 from lora_diffusion.core.evidence import SampleLoss
 from lora_diffusion.core.privacy import public, public_path, public_text
+from lora_diffusion.core.version import __version__
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.report import plots, sections
 from lora_diffusion.report.page_data import write_beside

@@ -10,7 +10,6 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion import __version__
 from lora_diffusion.architectures import find_modelspec
 from lora_diffusion.architectures.base import DiffusionArchitecture, TextOutputArchitecture
 from lora_diffusion.compat.app_rules import APPS
@@ -21,6 +20,7 @@ from lora_diffusion.core.files import sha256
 from lora_diffusion.core.privacy import public_path, public_text
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.text import shown
+from lora_diffusion.core.version import __version__
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats.detect import detect

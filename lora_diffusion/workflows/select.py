@@ -13,7 +13,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lora_diffusion import __version__
 from lora_diffusion.adapters import variants
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core import registry
@@ -26,6 +25,7 @@ from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
 from lora_diffusion.core.protocols.metric import Metric
 from lora_diffusion.core.text import name_some, suggestion
+from lora_diffusion.core.version import __version__
 from lora_diffusion.data import image_folder
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Candidate, Case, Evaluation, Table

@@ -82,14 +82,14 @@ def _compare_file(base: Base, seed: int, path: Path, chosen: list[Any], found: d
     tensors, label = draw(base, seed)
     if not tensors:
         return
-    save_file(tensors, path, _METADATA[base.family])
+    save_file(tensors, path, _METADATA[base.architecture.name])
     file = match_file(parse_file(path), base)
     results = verify(match_file(parse_file(path), base), [program.name for program in chosen])
     for program, result in zip(chosen, results, strict=True):
         agreement = compare(file, result, program.load(path))
         found.setdefault(program.name, []).append(agreement)
         if not agreement.is_whole:
-            print(f"{base.family} {seed} [{label}] {program.name}: {agreement.text()}", flush=True)
+            print(f"{base.architecture.name} {seed} [{label}] {program.name}: {agreement.text()}", flush=True)
 
 
 def _print_sums(found: dict[str, list[Agreement]]) -> None:

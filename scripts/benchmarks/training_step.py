@@ -96,15 +96,17 @@ def ours(setting: Setting, change: Callable[[Any], None] | None = None) -> Calla
     from lora_diffusion.adapters.plan import plan
     from lora_diffusion.adapters.variants import find
     from lora_diffusion.config.schema import AdapterConfig, TrainConfig
+    from lora_diffusion.core import registry
     from lora_diffusion.core.base_model import BaseInfo, Loaded
-    from lora_diffusion.core.protocols.family import step_loss
+    from lora_diffusion.core.protocols.family import Family, step_loss
     from lora_diffusion.core.samples import Batch
     from lora_diffusion.diffusion.prediction import find_prediction
     from lora_diffusion.diffusion.schedule import NoiseSchedule
-    from lora_diffusion.families.sd1 import FAMILY, SD1Options
+    from lora_diffusion.families.sd1 import SD1Options
     from lora_diffusion.runtime.autotune import use_channels_last
     from lora_diffusion.training.trainer import Trainer
 
+    family: Family = registry.find("families", "sd1")
     unet = build_unet(setting)
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     modules = {
@@ -116,12 +118,12 @@ def ours(setting: Setting, change: Callable[[Any], None] | None = None) -> Calla
     loaded = Loaded({"unet": unet}, modules, SD1Options(path="random"), _device(), info)
     use_channels_last(loaded.parts.values(), _device())
     settings = AdapterConfig(rank=_RANK)
-    params = inject(loaded, plan(loaded.parts, FAMILY.parts, settings), find("lora"), 0.0, seed=0)
+    params = inject(loaded, plan(loaded.parts, family.parts, settings), find("lora"), 0.0, seed=0)
     config = TrainConfig(learning_rate=_LEARNING_RATE, precision=setting.dtype, threads=setting.threads)
     if change:
         change(unet)
     run_path = Path(tempfile.mkdtemp())
-    trainer = Trainer(config, params, step_loss(FAMILY, loaded), run_path)
+    trainer = Trainer(config, params, step_loss(family, loaded), run_path)
     text = torch.randn(setting.batch_size, 1, _TEXT_LENGTH, width)
     batch = Batch(
         keys=tuple(str(index) for index in range(setting.batch_size)),

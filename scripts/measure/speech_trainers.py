@@ -82,7 +82,7 @@ def _measure(program: str, data: Path, seed: int, output: Path) -> dict[str, flo
 
     import torch
 
-    from lora_diffusion.families.whisper import WhisperOptions
+    from lora_diffusion.families.language.options import WhisperOptions
     from lora_diffusion.workflows.transcribe import score_transcripts
 
     torch.set_num_threads(1)
