@@ -30,13 +30,6 @@ MAY_NAME = {
     "quickstart/whisper.py": "runs a shipped config",
 }
 """File -> why it names one."""
-NOT_YET = {
-    *("cli/data.py", "compat/adapter_file.py", "compat/app_checks.py", "compat/app_rules.py", "compat/identify.py"),
-    *("compat/inspect.py", "compat/shared_checks.py", "formats/metadata.py", "formats/peft.py"),
-    *("workflows/model_card.py", "workflows/verify.py"),
-}
-"""Files that still ask which family it is."""
-
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in HOMES)
 
 
@@ -48,7 +41,7 @@ def families_named(source: str) -> set[str]:
 
 def test_names_of_families_stay_at_home() -> None:
     named = {path.relative_to(PACKAGE).as_posix() for path in FILES if families_named(path.read_text("utf-8"))}
-    assert sorted(named - MAY_NAME.keys() - NOT_YET) == []
+    assert sorted(named - MAY_NAME.keys()) == []
 
 
 def test_files_with_a_reason_are_those_that_name_one() -> None:

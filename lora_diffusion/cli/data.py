@@ -49,7 +49,7 @@ def _add_caption(actions: Any) -> None:
 def run_check(args: argparse.Namespace) -> None:
     """Runs `data check`."""
     from lora_diffusion.config.load import load
-    from lora_diffusion.config.schema import REQUIRED
+    from lora_diffusion.config.schema import REQUIRED, ModelOptions
 
     overrides = list(args.overrides)
     if args.folder and "=" in args.folder and not Path(args.folder).exists():
@@ -58,7 +58,7 @@ def run_check(args: argparse.Namespace) -> None:
         overrides.insert(0, f"data.path={args.folder}")
     config = load(args.config, overrides, required=False)
     names_base = config.model.path != REQUIRED
-    if not names_base and config.model.family == "sd1":
+    if not names_base and config.model.family == ModelOptions.family:
         # Only its sizes count.
         config = replace(config, model=replace(config.model, path="builtin:emoji"))
     if config.model.path == REQUIRED:

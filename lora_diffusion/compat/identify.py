@@ -62,7 +62,7 @@ _AXES: Mapping[tuple[str, str], tuple[str, tuple[int, ...]]] = {
 
 
 def guess_family(file: ParsedFile) -> str:
-    """Returns sd1, sd2 or sdxl, as an adapter's sizes, metadata or, at last, names tell.
+    """Returns the name of a published diffusion base, as an adapter's sizes, metadata or, at last, names tell.
 
     Names come last, since some programs give all text encoders the prefix of SDXL's first.
 
@@ -87,7 +87,7 @@ def guess_family(file: ParsedFile) -> str:
         raise AdapterFileError(f"{file.path} is not an adapter in a known format. Its first tensors:", names[:5])
     raise AdapterFileError(
         f"{file.path} does not tell which base it is for: its names and sizes fit no published one, or several. Say it "
-        "with --base sd1, sd2, sdxl or a folder."
+        f"with --base {', '.join(DIFFUSION)} or a folder."
     )
 
 

@@ -63,7 +63,7 @@ def verify(path: Path, app_names: Sequence[str] = (), base: str | None = None) -
     Args:
         path: file, PEFT folder, or checkpoint of a run, which is looked at as the file that it would become.
         app_names: all known apps without any.
-        base: sd1, sd2, sdxl, or what `model.path` takes; without it, the published base that the content is made for.
+        base: name of a published diffusion base, or what `model.path` takes; without it, the published base that the content is made for.
 
     Raises:
         AdapterFileError: the file cannot be read, or does not tell its base.
@@ -116,7 +116,7 @@ def warn(path: Path, faults: Sequence[str]) -> None:
 
 
 def published_base(name: str) -> Base:
-    """Returns sd1, sd2 or sdxl as they were published."""
+    """Returns a diffusion base as it was published."""
     family: Family = registry.find("families", name)
     architecture = DIFFUSION[name]
     names = [family.key_map(format_name, None) for format_name in _FORMATS]
