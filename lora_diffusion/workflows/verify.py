@@ -63,7 +63,7 @@ def verify(path: Path, app_names: Sequence[str] = (), base: str | None = None) -
     Args:
         path: file, PEFT folder, or checkpoint of a run, which is looked at as the file that it would become.
         app_names: all known apps without any.
-        base: name of a published diffusion base, or what `model.path` takes; without it, the published base that the content is made for.
+        base: a published diffusion base, or what `model.path` takes; without it, the one that the content is made for.
 
     Raises:
         AdapterFileError: the file cannot be read, or does not tell its base.
