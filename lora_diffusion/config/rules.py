@@ -58,6 +58,7 @@ def contradictions(sections: Mapping[str, Any]) -> Iterator[Contradiction]:
     yield from _preview_relations(sections["preview"], sections["train"])
     yield from _per_module_relations(sections)
     yield from _evaluate_relations(sections["evaluate"], sections["data"])
+    yield from sections["model"].contradictions()
     yield from sections["data"].contradictions()
     yield from _output_relations(sections["output"], sections["train"])
 

@@ -75,6 +75,10 @@ class ModelOptions:
     augmentation: ClassVar[Mapping[str, Any]] = {}
     """Keys that change what is seen while a run trains, here as in `data` -> the value that turns them off."""
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yields each pair of values that cannot go together."""
+        yield from ()
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -1,4 +1,4 @@
-"""Finds families, formats, metrics and variants by name: objects of this package, or entry points of another one."""
+"""Finds families, formats, metrics, variants and more by name: objects of this package or of another one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ _PLACES = {
     "families": ("lora_diffusion.families", "FAMILY"),
     "formats": ("lora_diffusion.formats", "FORMAT"),
     "metrics": ("lora_diffusion.scoring.metrics", "METRIC"),
+    "timesteps": ("lora_diffusion.diffusion.timesteps", "TIMESTEPS"),
+    "noises": ("lora_diffusion.diffusion.noise", "NOISES"),
+    "weightings": ("lora_diffusion.diffusion.weighting", "WEIGHTINGS"),
+    "losses": ("lora_diffusion.diffusion.losses", "LOSSES"),
     "variants": ("lora_diffusion.adapters.variants", "VARIANTS"),
 }
 """Group -> a package whose files each offer an object by this attribute, or a module with a table of them."""
 
 
 def available(group: str) -> list[str]:
-    """Returns the sorted names of a group: "families", "formats", "metrics" or "variants"; of files imports none."""
+    """Returns the sorted names of a group, a key of `_PLACES` such as "families"; of files imports none."""
     return sorted({*_own(group), *(point.name for point in _points(group))})
 
 

@@ -1,14 +1,15 @@
-"""How much each timestep counts in the loss: a row of WEIGHTINGS for each rule."""
+"""How much each timestep counts in the loss: a row of WEIGHTINGS for each rule. Importing it does not import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from lora_diffusion.diffusion.prediction import Prediction
+    from lora_diffusion.diffusion.prediction import Prediction
 
 
 class Weighting(Protocol):
@@ -44,7 +45,7 @@ class MinSnr:
     Source: Hang et al. 2023, arXiv 2303.09556, section 3.4.
     """
 
-    gamma: float
+    gamma: float = 5.0
     name: ClassVar[str] = "min_snr"
 
     def weights(self, snr: Tensor, prediction: Prediction) -> Tensor:

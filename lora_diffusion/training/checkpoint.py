@@ -178,8 +178,8 @@ def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
         # Where the base lies may change; what it is, NETWORKS and "base" tell.
         return True
     if key not in then:
-        # A list that the version of the checkpoint did not know was as good as empty.
-        return key == NETWORKS or value == []
+        # A setting that the version of the checkpoint did not know was as good as not given.
+        return key == NETWORKS or value in ([], None)
     if key == "base" and isinstance(value, str):
         # Version 0.1.0 kept the word auto for the number type that it stood for.
         words = zip_longest(str(then[key]).split(), value.split())

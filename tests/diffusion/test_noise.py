@@ -4,12 +4,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from lora_diffusion.core.errors import ModelError
+from lora_diffusion.config.load import load
+from lora_diffusion.core.errors import ConfigError, ModelError
 from lora_diffusion.diffusion.noise import Gaussian, Offset
 from lora_diffusion.diffusion.prediction import find_prediction
 from lora_diffusion.diffusion.schedule import NoiseSchedule
 from lora_diffusion.diffusion.timesteps import Stratified
 from lora_diffusion.diffusion.weighting import WEIGHTINGS, MinSnr
+from lora_diffusion.families.sd1 import SD1Options
 
 SCHEDULER = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 SCHEDULE = NoiseSchedule(SCHEDULER.alphas_cumprod)
@@ -68,3 +70,14 @@ def test_noise_offset_shifts_whole_channels() -> None:
     means = Offset(1.0).draw(shape, rng()).mean(dim=(2, 3))
     assert means.std() == pytest.approx(1.0, abs=0.2)
     assert torch.equal(Gaussian().draw(shape, rng()), torch.randn(shape, generator=rng()))
+
+
+def test_a_loss_weighting_is_chosen_by_its_name() -> None:
+    assert SD1Options(path="x", loss_weighting="min_snr").rows()["weightings"] == ("min_snr", {})
+    assert SD1Options(path="x", min_snr_gamma=3.0).rows()["weightings"] == ("min_snr", {"gamma": 3.0})
+    assert SD1Options(path="x").rows()["weightings"] == ("uniform", {})
+    settings = ["model.path=x", "data.path=x", "output.path=x", "model.min_snr_gamma=5"]
+    with pytest.raises(ConfigError, match=r"is not used with model\.loss_weighting=uniform"):
+        load(None, [*settings, "model.loss_weighting=uniform"])
+    with pytest.raises(ConfigError, match="min_snr, uniform"):
+        load(None, [*settings, "model.loss_weighting=max_snr"])

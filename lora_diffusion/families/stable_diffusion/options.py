@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_diffusion.config.schema import ModelOptions
-from lora_diffusion.config.settings import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, fixed, from_to, one_of
+from lora_diffusion.config.schema import Contradiction, ModelOptions
+from lora_diffusion.config.settings import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, Choice, fixed, from_to, one_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class StableDiffusionOptions(ModelOptions):
     clip_skip: int | None = fixed(None, AT_LEAST_ONE)
     """Layer of the text encoder that is read, counted from the end as kohya and A1111 do: 1 is the last, 2 the one
     before (clip_skip=1 in diffusers). null takes what the base was trained with: 1, and 2 for SDXL."""
+    loss_weighting: str | None = fixed(None, Choice(group="weightings"))
+    """How much each timestep counts in the loss; null takes min_snr if model.min_snr_gamma is given, else uniform."""
     min_snr_gamma: float | None = fixed(None, POSITIVE)
     """Caps the loss weight of timesteps with little noise (5 in the paper); null weighs all alike."""
     noise_offset: float = fixed(0.0, from_to(0, 1, "must be between 0 and 1"))
@@ -31,11 +33,22 @@ class StableDiffusionOptions(ModelOptions):
     without them, or with "house" or another word in their place, and must give what the base gives. 1 weighs both
     alike, 0 turns it off; steps take twice as long."""
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yields one if a setting of one loss weighting is given with another."""
+        if self.min_snr_gamma is not None and self.loss_weighting not in (None, "min_snr"):
+            text = f"model.min_snr_gamma is not used with model.loss_weighting={self.loss_weighting}"
+            yield Contradiction(text, "model.min_snr_gamma", ("model.loss_weighting",))
+            yield Contradiction(text, "model.loss_weighting", ("model.min_snr_gamma",))
+
     def rows(self) -> Mapping[str, tuple[str, Mapping[str, float]]]:
-        """Returns what a training step uses of the tables in `lora_diffusion.diffusion`: table -> row and settings."""
+        """Returns what a training step uses of the tables in `lora_diffusion.diffusion`.
+
+        By the group of the registry: the name of a row, and its settings.
+        """
+        gamma = self.min_snr_gamma
         return {
             "timesteps": ("stratified", {}),
-            "noise": ("offset", {"strength": self.noise_offset}) if self.noise_offset else ("gaussian", {}),
-            "weighting": ("uniform", {}) if self.min_snr_gamma is None else ("min_snr", {"gamma": self.min_snr_gamma}),
-            "loss": ("mse", {}),
+            "noises": ("offset", {"strength": self.noise_offset}) if self.noise_offset else ("gaussian", {}),
+            "weightings": (self.loss_weighting or "uniform", {}) if gamma is None else ("min_snr", {"gamma": gamma}),
+            "losses": ("mse", {}),
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -16,24 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_diffusion.core import registry
 from lora_diffusion.core.base_model import Loaded, LossOutput
 from lora_diffusion.core.samples import Batch, ImageText, Prepared
-from lora_diffusion.diffusion.losses import LOSSES
-from lora_diffusion.diffusion.noise import NOISES
-from lora_diffusion.diffusion.timesteps import TIMESTEPS
-from lora_diffusion.diffusion.weighting import WEIGHTINGS
 from lora_diffusion.families.stable_diffusion import sampling
 from lora_diffusion.families.stable_diffusion.text_encoding import Condition, Rows
 
 _EMPTY_SHARE_OF_PRIORS, _CUT_SHARE_OF_PRIORS = 0.2, 0.4
 """Of the draws without trigger words: the empty caption, and the own caption cut; the others name other things."""
 _VIEWS = ("moments", "time_ids")
-_ROWS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "timesteps": TIMESTEPS,
-    "noise": NOISES,
-    "weighting": WEIGHTINGS,
-    "loss": LOSSES,
-}
 
 Encode = Callable[[Rows], Condition]
 """Turns drawn rows into what the UNet takes besides latents; encodes token ids, with gradient."""
@@ -134,7 +126,7 @@ def draw(loaded: Loaded, batch: Batch, rng: torch.Generator) -> Drawn:
     views = _draw_views(batch, rng)
     latents = sampling.draw_latents(views["moments"], loaded.modules["scaling_factor"], rng)
     timesteps = _row(options, "timesteps").draw(len(batch), schedule.num_timesteps, rng)
-    noise = _row(options, "noise").draw(latents.shape, rng)
+    noise = _row(options, "noises").draw(latents.shape, rng)
     drawn = Drawn(latents, timesteps, noise, {**views, **_draw_captions(batch, options.caption_dropout, rng)})
     pairs = batch.tensors["num_priors"].nonzero().flatten() if options.prior_weight else drawn.prior_indices
     if not len(pairs):
@@ -143,10 +135,16 @@ def draw(loaded: Loaded, batch: Batch, rng: torch.Generator) -> Drawn:
     return replace(drawn, prior_indices=pairs, prior_rows=prior_rows)
 
 
-def _row(options: Any, table: str) -> Any:
+def _row(options: Any, group: str) -> Any:
     """Returns the object that the options choose from a table of `lora_diffusion.diffusion`."""
-    name, settings = options.rows()[table]
-    return _ROWS[table][name](**settings)
+    name, settings = options.rows()[group]
+    return _row_type(group, name)(**settings)
+
+
+@cache
+def _row_type(group: str, name: str) -> Callable[..., Any]:
+    row: Callable[..., Any] = registry.find(group, name)
+    return row
 
 
 def loss(loaded: Loaded, drawn: Drawn, encode: Encode) -> LossOutput:
@@ -162,7 +160,7 @@ def loss(loaded: Loaded, drawn: Drawn, encode: Encode) -> LossOutput:
     )
     noisy, rows = schedule.add_noise(latents, noise, timesteps), drawn.rows
     target = prediction.target(schedule, latents, noise, timesteps)
-    weights = _row(options, "weighting").weights(schedule.snr(timesteps), prediction)
+    weights = _row(options, "weightings").weights(schedule.snr(timesteps), prediction)
     pairs = drawn.prior_indices.to(device)
     if len(pairs):
         rows = {name: torch.cat([values, drawn.prior_rows[name]]) for name, values in rows.items()}
@@ -172,7 +170,7 @@ def loss(loaded: Loaded, drawn: Drawn, encode: Encode) -> LossOutput:
         weights = torch.cat([weights, weights.new_full((len(pairs),), options.prior_weight)])
     times = torch.cat([timesteps, timesteps[pairs]])
     predicted = sampling.call_unet(loaded.parts["unet"], noisy, times, encode(rows))
-    errors = weights * _row(options, "loss")(predicted, target)
+    errors = weights * _row(options, "losses")(predicted, target)
     num = len(timesteps)
     return LossOutput(errors[:num].index_add(0, pairs, errors[num:]), noise_levels=timesteps / schedule.num_timesteps)
 
