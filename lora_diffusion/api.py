@@ -371,6 +371,7 @@ def compose(
     adapters: WeightedParts,
     output: AnyPath,
     *,
+    method: str = "sum",
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "auto",
@@ -378,11 +379,12 @@ def compose(
     embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Composition:
-    """Writes the weighted sum of adapter files as one file.
+    """Writes several adapter files as one, by default their weighted sum.
 
     Args:
         adapters: files with their weights.
         output: file, or folder where the format is one.
+        method: name of a merge method.
         rank: of each module; without it and `energy` the sum is exact, and ranks add up.
         energy: share of each module's squared norm to keep; given instead of a rank.
         dtype: fp32, fp16 or bf16; auto keeps that of the adapters.
@@ -396,6 +398,7 @@ def compose(
     return compose(
         [(Path(path), weight) for path, weight in pairs],
         Path(output),
+        method=method,
         rank=rank,
         energy=energy,
         dtype=dtype,

@@ -20,7 +20,7 @@ from lora_diffusion.workflows.evaluate import EvaluationRequest
 
 SIGNATURES = {
     "ask": "paths question base *adapters",
-    "compose": "adapters output *rank *energy *dtype *base *embeddings *overwrite",
+    "compose": "adapters output *method *rank *energy *dtype *base *embeddings *overwrite",
     "convert": "input output to *dtype *family *base *from_pickle *embeddings *overwrite",
     "estimate": "config overrides",
     "export": "run to output *step *apps *card *overwrite",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diffusion.cli._shared import add_embeddings, add_rank, print_result, set_up_logs, weighted_parts
+from lora_diffusion.core import registry
 
 
 def add_parser(commands: Any) -> None:
@@ -19,6 +20,7 @@ def add_parser(commands: Any) -> None:
         help="adapter with one weight (a.safetensors:0.8) or one for each part (a.safetensors:unet=0.8,text_encoder=0)",
     )
     parser.add_argument("--output", type=Path, required=True, help="file, in kohya's spelling")
+    parser.add_argument("--method", choices=registry.available("methods"), default="sum", help="how; default: sum")
     add_rank(parser, required=False)
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of the adapters")
     parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
@@ -36,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     result = compose(
         adapters,
         args.output,
+        method=args.method,
         rank=args.rank,
         energy=args.energy,
         dtype=args.dtype or "auto",

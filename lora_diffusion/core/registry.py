@@ -16,6 +16,7 @@ _PLACES = {
     "families": ("lora_diffusion.families", "FAMILY"),
     "formats": ("lora_diffusion.formats", "FORMAT"),
     "metrics": ("lora_diffusion.scoring.metrics", "METRIC"),
+    "methods": ("lora_diffusion.compose.methods", "METHOD"),
     "timesteps": ("lora_diffusion.diffusion.timesteps", "TIMESTEPS"),
     "noises": ("lora_diffusion.diffusion.noise", "NOISES"),
     "weightings": ("lora_diffusion.diffusion.weighting", "WEIGHTINGS"),

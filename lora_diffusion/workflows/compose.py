@@ -14,7 +14,7 @@ from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
 from lora_diffusion.compose import record
 from lora_diffusion.compose.interference import Overlap, overlaps
-from lora_diffusion.compose.linear import Sum, Term, add, as_written, keys, part_weights, share_left
+from lora_diffusion.compose.linear import Sum, Term, as_written, keys, part_weights, share_left
 from lora_diffusion.compose.record import Source
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
@@ -22,6 +22,7 @@ from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.protocols.family import Family
 from lora_diffusion.core.protocols.format import Format
+from lora_diffusion.core.protocols.method import Method
 from lora_diffusion.formats.detect import detect
 from lora_diffusion.formats.metadata import with_base
 from lora_diffusion.formats.parsed_file import ParsedFile
@@ -110,6 +111,7 @@ def compose(
     adapters: Sequence[tuple[Path, float | Mapping[str, float]]],
     output_path: Path,
     *,
+    method: str = "sum",
     rank: int | None = None,
     energy: float | None = None,
     dtype: str = "auto",
@@ -117,11 +119,14 @@ def compose(
     embeddings: str = "keep",
     overwrite: bool = False,
 ) -> Composition:
-    """Writes the weighted sum of adapter files as one, in the kohya format, or that of the first if kohya has no names.
+    """Writes several adapter files as one, by default their weighted sum.
+
+    In the kohya format, or that of the first if kohya has no names.
 
     Args:
         adapters: files or folders, each with one weight or one for each part.
         output_path: file, or folder where the format is one.
+        method: name of a merge method.
         rank: of each module; without it and `energy` the sum is exact, so that ranks add up.
         energy: share of each module's squared norm to keep; given instead of a rank.
         dtype: fp32, fp16 or bf16; auto keeps that of the adapters, or fp32 where they differ.
@@ -135,16 +140,18 @@ def compose(
         UnsupportedError: a variant that cannot be added like this.
     """
     rule = rank_rule(rank, energy)
+    chosen: Method = registry.find("methods", method, "--method")
     with ExitStack() as opened:
         files = [open_adapter(opened.enter_context(_run_checkpoints.as_file(path))) for path, _ in adapters]
         weights = [weight for _, weight in adapters]
-        return _compose(files, weights, output_path, rule, dtype, find_base(model_path), embeddings, overwrite)
+        return _compose(files, weights, output_path, chosen, rule, dtype, find_base(model_path), embeddings, overwrite)
 
 
 def _compose(
     files: Sequence[ParsedFile],
     weights: Sequence[float | Mapping[str, float]],
     output_path: Path,
+    method: Method,
     rule: RankRule | None,
     dtype: str,
     base: GivenBase | None,
@@ -166,7 +173,7 @@ def _compose(
         raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", pairs)
     dtype = common_dtype(files) if dtype == "auto" else dtype
     with one_thread():
-        total = as_written(add(terms, rule, kernels(families[0], base)), format_, find_dtype(dtype))
+        total = as_written(method.combine(terms, rule, kernels(families[0], base)), format_, find_dtype(dtype))
         pairs_overlap = overlaps(terms)
     packed = _joined_embeddings(terms) if embeddings == "keep" else {}
     metadata = record.metadata(sources, total, output_path.stem, time.time())

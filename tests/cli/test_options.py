@@ -36,7 +36,7 @@ OPTIONS = {
     "metadata edit": "path --set --unset --thumbnail --output --overwrite",
     "metadata strip": "path --keep --output --overwrite",
     "resize": "input output --rank --energy --dtype --model --embeddings --overwrite",
-    "compose": "adapters --output --rank --energy --dtype --model --embeddings --overwrite",
+    "compose": "adapters --output --method --rank --energy --dtype --model --embeddings --overwrite",
     "extract": "base tuned output --rank --energy --parts --targets --to --dtype --family --overwrite",
     "merge": "--model --adapter --output --dtype --family --overwrite",
     "config": "action",
