@@ -29,10 +29,10 @@ class LoraDiffusionError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, errors: Sequence[str] = ()) -> None:
         """Keeps the message and, where several things are wrong at once, one line for each."""
-        self.faults = tuple(faults)
-        super().__init__("\n".join([message, *(f"  - {fault}" for fault in self.faults)]))
+        self.errors = tuple(errors)
+        super().__init__("\n".join([message, *(f"  - {error}" for error in self.errors)]))
 
 
 class InputError(LoraDiffusionError):

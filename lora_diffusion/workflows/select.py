@@ -243,7 +243,7 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
         raise DataError(
             f"evaluate.references={own.references}: its captions would be the prompts; correct them, or name a suite "
             "with evaluate.prompts (configs/evaluate).",
-            error.faults,
+            error.errors,
         ) from error
     both = dict.fromkeys(zip(captions, control_prompts(captions, trigger), strict=True))
     pairs = [(caption, control) for caption, control in both if caption != control or not trigger]

@@ -179,7 +179,7 @@ def test_state_that_does_not_fit_is_refused_with_the_modules() -> None:
     wrong[ModuleKey("text_encoder_2", "to_q")] = state.modules[key]
     with pytest.raises(AdapterFileError) as caught:
         load_state(loaded, AdapterState({**state.modules, **wrong}), "bad")
-    assert len(caught.value.faults) == 3
+    assert len(caught.value.errors) == 3
     assert "down is [4, 7], the base needs [4, 32]" in str(caught.value)
     assert loaded.adapters is None
 

@@ -21,4 +21,4 @@ def test_harmful_changes_are_refused(value: float) -> None:
     check_sizes(AdapterState({ModuleKey("unet", "a"): replace(good, alpha=99.0)}), "file")
     with pytest.raises(AdapterFileError, match="changes 1 modules by more than 100") as caught:
         check_sizes(state, "file")
-    assert caught.value.faults[0].startswith("unet/b: ")
+    assert caught.value.errors[0].startswith("unet/b: ")

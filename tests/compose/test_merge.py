@@ -137,7 +137,7 @@ def test_quantized_weights_are_refused_before_writing(tiny_base: Path, tmp_path:
     save_file({**tensors, name: tensors[name].to(torch.uint8)}, file, {"format": "pt"})
     with pytest.raises(UnsupportedError, match=r"1 of the weights quantized.*merge into the checkpoint") as caught:
         merge(opened(base), [Term("a", state, WEIGHTS)], tmp_path / "out", None, {})
-    assert caught.value.faults == (f"{name} is torch.uint8",)
+    assert caught.value.errors == (f"{name} is torch.uint8",)
     assert not (tmp_path / "out").exists()
 
 
@@ -248,4 +248,4 @@ def test_biases_norms_and_embeddings_of_a_folder(tiny_base: Path, tmp_path: Path
     wrong = {query: ModuleAdapter("lora", {**random_state(tiny_loaded()).modules[query].tensors, "bias": up}, 1.0)}
     with pytest.raises(AdapterFileError, match="does not fit") as caught:
         check_fit(AdapterState(wrong), base, "it")
-    assert "a bias is changed, and the base has none" in caught.value.faults[0]
+    assert "a bias is changed, and the base has none" in caught.value.errors[0]

@@ -56,7 +56,7 @@ def test_another_architecture_is_refused() -> None:
     record.check_one_base([source("a"), Source("b", "", {}, {})])
     with pytest.raises(AdapterFileError) as caught:
         record.check_one_base([source("a"), source("b", modelspec__architecture="stable-diffusion-xl-v1-base/lora")])
-    assert caught.value.faults == ("base: sd1 in a, sdxl in b",)
+    assert caught.value.errors == ("base: sd1 in a, sdxl in b",)
 
 
 def test_kinds_of_base_are_compared_and_not_words() -> None:
@@ -67,4 +67,4 @@ def test_kinds_of_base_are_compared_and_not_words() -> None:
     record.check_one_base([told("a", "sd_v2_v"), told("b", "sd_2.1")])
     with pytest.raises(AdapterFileError) as caught:
         record.check_one_base([told("a", "sd_v2_v"), told("b", "sd_v2")])
-    assert caught.value.faults == ("prediction: v_prediction in a, epsilon in b",)
+    assert caught.value.errors == ("prediction: v_prediction in a, epsilon in b",)

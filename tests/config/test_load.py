@@ -23,7 +23,7 @@ NEEDED = ("model.path=base", "data.path=pictures", "output.path=run")
 def _faults(*overrides: str, path: Path | None = None) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as error:
         load(path, [*NEEDED, *overrides])
-    return error.value.faults or (str(error.value),)
+    return error.value.errors or (str(error.value),)
 
 
 def _value(override: str) -> object:
@@ -134,9 +134,9 @@ def test_all_faults_at_once_with_the_file_named(tmp_path: Path) -> None:
     text = str(error.value)
     assert str(path) in text
     for name in ("train.sed", "train.seed", "extra", "data.trigger", "model.path", "data.path", "output.path"):
-        assert any(fault.startswith(name) for fault in error.value.faults), name
+        assert any(fault.startswith(name) for fault in error.value.errors), name
     assert "put the text in quotes" in text
-    assert len(error.value.faults) == 7
+    assert len(error.value.errors) == 7
 
 
 @pytest.mark.parametrize("content", ["model: [", "- a\n- b\n", "words", "a: 1\na: 2\n", "\ta: 1", "a: ${b}\n"])
@@ -348,7 +348,7 @@ def test_a_text_bomb(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("\n".join(lines))
     with pytest.raises(ConfigError) as error:
         load(tmp_path / "c.yaml", ["data.path=y", "output.path=z"])
-    assert len(error.value.faults) == 9
+    assert len(error.value.errors) == 9
 
 
 @settings(max_examples=300, deadline=None)

@@ -136,7 +136,7 @@ def test_keys_that_people_know(tmp_path: Path, section: str, key: str, ours: str
     for source, overrides in sources:
         with pytest.raises(ConfigError) as error:
             load(source, [*NEEDED, *overrides])
-        (fault,) = error.value.faults
+        (fault,) = error.value.errors
         assert fault.startswith(f"{section}{key}: there is no such")
         assert ours in fault
 
@@ -154,7 +154,7 @@ def test_keys_that_people_know(tmp_path: Path, section: str, key: str, ours: str
 def test_values_that_people_know(override: str, ours: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(None, [*NEEDED, override])
-    (fault,) = error.value.faults
+    (fault,) = error.value.errors
     assert fault.endswith(f"; write {ours}" if ours else "tensorboard")
 
 

@@ -103,7 +103,7 @@ def test_equals_that_contradict_are_a_fault(tmp_path: Path, pair: tuple[str, str
     needed = ["model.path=x", "data.path=y", "output.path=z"]
     with pytest.raises(ConfigError) as error:
         load(None, [*needed, *pair])
-    assert len(error.value.faults) == 1
+    assert len(error.value.errors) == 1
     with pytest.raises(ConfigError):
         load(Path("sd1/style"), pair)
     path = tmp_path / "c.yaml"

@@ -180,7 +180,7 @@ def test_unknown_names_are_listed_up_to_ten() -> None:
     with pytest.raises(AdapterFileError) as caught:
         KeyMap([]).require([f"module{index}" for index in range(30)], "x.safetensors")
     assert "30 of its modules" in str(caught.value)
-    assert len(caught.value.faults) == 10
+    assert len(caught.value.errors) == 10
 
 
 def test_seeds_depend_on_every_number() -> None:

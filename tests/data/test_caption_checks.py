@@ -31,7 +31,7 @@ def test_a_trigger_that_is_cut_off_is_a_fault(dataset):
     dataset.picture("1.png", "cat, zorg style")
     with pytest.raises(DataError) as caught:
         _read(dataset)
-    (fault,) = caught.value.faults
+    (fault,) = caught.value.errors
     assert fault.startswith('0.png: the trigger "zorg style" stands behind the 75 tokens')
     with pytest.raises(DataError, match="stands behind the 75 tokens"):
         _read(dataset, trigger="zorg")
@@ -118,7 +118,7 @@ def test_a_trigger_that_no_caption_has_is_one_fault(dataset):
         dataset.picture(f"{index}.png", f"a cat {index}")
     with pytest.raises(DataError) as caught:
         dataset.read(trigger="zorg")
-    (fault,) = caught.value.faults
+    (fault,) = caught.value.errors
     assert 'data.trigger="zorg" is in none of the 5 captions, such as "a cat 0"' in fault
 
 

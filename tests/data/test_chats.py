@@ -184,7 +184,7 @@ class TestFaults:
         write_chats(folder, [LAYOUTS["LLaVA"], wrong])
         with pytest.raises(DataError) as caught:
             _read(folder)
-        (told,) = caught.value.faults
+        (told,) = caught.value.errors
         assert told.startswith("chats.json, entry 2: ")
         assert message in told
 
@@ -193,16 +193,16 @@ class TestFaults:
         (folder / "more.jsonl").write_text('{"image": \n', encoding="utf-8")
         with pytest.raises(DataError) as caught:
             _read(folder)
-        assert len(caught.value.faults) == len(FAULTS) + 1
-        assert not any("\n" in fault for fault in caught.value.faults)
-        assert any(fault.startswith("more.jsonl, line 1: is not JSON") for fault in caught.value.faults)
+        assert len(caught.value.errors) == len(FAULTS) + 1
+        assert not any("\n" in fault for fault in caught.value.errors)
+        assert any(fault.startswith("more.jsonl, line 1: is not JSON") for fault in caught.value.errors)
 
     @pytest.mark.parametrize("text", ["[" * 100_000, '[{"image": ' + "1" * 5000 + "}]"])
     def test_json_that_python_gives_up_on(self, folder: Path, text: str) -> None:
         (folder / "chats.json").write_text(text, encoding="utf-8")
         with pytest.raises(DataError) as caught:
             _read(folder)
-        (told,) = caught.value.faults
+        (told,) = caught.value.errors
         assert told.startswith("chats.json: is not JSON that can be read (")
 
     def test_half_a_character_is_told(self, folder: Path) -> None:
@@ -211,7 +211,7 @@ class TestFaults:
         os.mkfifo(folder / "pipe.json")
         with pytest.raises(DataError) as caught:
             _read(folder)
-        half, pipe = caught.value.faults
+        half, pipe = caught.value.errors
         assert half.startswith("chats.json: is not JSON that can be read (holds half a character")
         assert pipe == "pipe.json: is a pipe and no file; move it away."
 
@@ -219,7 +219,7 @@ class TestFaults:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
         with pytest.raises(DataError, match="1 error in 1 files and pictures") as caught:
             _read(folder)
-        (told,) = caught.value.faults
+        (told,) = caught.value.errors
         assert told.startswith("chats.json: byte 0xfc at position 14 (line 1) is not UTF-8")
 
     def test_too_long_ones_are_skipped_if_asked(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,9 +365,9 @@ class TestPictures:
         write_chats(folder, [wrong, three, {**PAIR, "images": [1, 2]}])
         with pytest.raises(DataError) as caught:
             _read(folder)
-        assert "names 3 pictures" in caught.value.faults[0]
-        assert f"there is no picture gone.png in {folder}" in caught.value.faults[1]
-        assert "calls a picture 1; give its file name" in caught.value.faults[2]
+        assert "names 3 pictures" in caught.value.errors[0]
+        assert f"there is no picture gone.png in {folder}" in caught.value.errors[1]
+        assert "calls a picture 1; give its file name" in caught.value.errors[2]
 
 
 class TestLeftOut:
@@ -403,7 +403,7 @@ class TestLeftOut:
         write_chats(tmp_path, [entry("gone.png", "What?", "a cat")])
         with pytest.raises(DataError, match=r"^data\.path=chats\.json: 1 error in 1 files") as caught:
             _read(Path("chats.json"))
-        assert f"there is no picture gone.png in {tmp_path}" in caught.value.faults[0]
+        assert f"there is no picture gone.png in {tmp_path}" in caught.value.errors[0]
 
 
 @pytest.mark.parametrize("form", ["splits", "parquet"])

@@ -25,7 +25,7 @@ def _faults(dataset, **settings) -> tuple[str, ...]:
     with pytest.raises(DataError) as caught:
         dataset.read(**settings)
     assert str(dataset.root) in str(caught.value)
-    return caught.value.faults
+    return caught.value.errors
 
 
 def test_reads_folder_and_subfolders_sorted_without_hidden_ones(dataset):

@@ -142,7 +142,7 @@ class TestFaults:
             (tmp_path / f"{name}.txt").write_text("one")
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        faults = dict(fault.split(": ", 1) for fault in raised.value.faults)
+        faults = dict(fault.split(": ", 1) for fault in raised.value.errors)
         expected = {
             "corrupt.wav": "cannot be decoded",
             "empty.flac": "is empty (0 bytes)",
@@ -185,7 +185,7 @@ class TestFaults:
         (tmp_path / "metadata.csv").write_bytes("file_name,transcription\na.wav,gr\xfcn".encode("latin-1"))
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        (fault,) = raised.value.faults
+        (fault,) = raised.value.errors
         assert fault.startswith("metadata.csv: byte 0xfc at position 32 (line 2) is not UTF-8")
 
     @pytest.mark.parametrize(("head", "line"), [("", 1), ("file_name,transcription\n", 2)])
@@ -194,7 +194,7 @@ class TestFaults:
         (tmp_path / "metadata.csv").write_text(f'{head}a.wav,"one\n' + "b.wav,two three\n" * 10_000)
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        (fault,) = raised.value.faults
+        (fault,) = raised.value.errors
         assert fault.startswith(f"metadata.csv, line {line}: cannot be read (field larger than field limit")
 
     def test_a_comma_without_quotes_is_no_end_of_a_transcript(self, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ class TestFaults:
         (tmp_path / "metadata.csv").write_text("file_name,transcription\na.wav,one, two\nb.wav,three\n")
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        (fault,) = raised.value.faults
+        (fault,) = raised.value.errors
         assert fault.startswith("metadata.csv, line 2: has more columns than the header")
 
     def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ class TestFaults:
         (tmp_path / "d.txt").write_bytes(b"x" * (2**20 + 1))
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        faults = raised.value.faults
+        faults = raised.value.errors
         assert any(fault.startswith("a.wav: is a pipe and no file") for fault in faults)
         assert any(fault.startswith("b.jsonl: is a pipe and no file") for fault in faults)
         assert any(fault.startswith("c.wav: cannot be read") for fault in faults)

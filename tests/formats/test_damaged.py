@@ -120,7 +120,7 @@ def test_nan_is_refused_by_name(tmp_path: Path) -> None:
     save_file({"good": torch.ones(2), "bad": torch.tensor([1.0, float("inf")])}, path)
     with pytest.raises(AdapterFileError) as caught:
         parse_file(path).parts[0].arrays()
-    assert caught.value.faults == ("bad",)
+    assert caught.value.errors == ("bad",)
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(0, 4), torch.ones(2, 2, dtype=torch.int8), torch.ones(3) > 0])
@@ -129,7 +129,7 @@ def test_what_cannot_be_weights_is_refused_by_name(tensor: torch.Tensor, tmp_pat
     save_file({"good": torch.ones(2), "alpha": torch.tensor(4), "odd": tensor}, path)
     with pytest.raises(AdapterFileError, match="empty or hold whole numbers") as caught:
         parse_file(path).parts[0].arrays()
-    assert caught.value.faults == ("odd",)
+    assert caught.value.errors == ("odd",)
 
 
 def test_mixed_and_unknown_spellings_are_not_guessed(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_wrong_bit_is_found(source: Path, tmp_path: Path) -> None:
     TensorFile(source).rewrite(target, {"weight": double}, {}, {})
     with pytest.raises(VerificationError) as caught:
         TensorFile(source).verify(target, {"half": double}, {})
-    assert set(caught.value.faults) == {"half", "weight"}
+    assert set(caught.value.errors) == {"half", "weight"}
     content = bytearray(target.read_bytes())
     content[-1] ^= 1
     target.write_bytes(content)
