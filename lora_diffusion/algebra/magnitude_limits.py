@@ -8,11 +8,11 @@ from lora_diffusion.algebra.delta import change_shape, delta_norm
 from lora_diffusion.core.adapter_state import AdapterState, ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError
 
-ABSURD_RMS = 1.0
+IMPLAUSIBLE_RMS = 1.0
 """Root mean square of a change above which it overwhelms the weight: those of trained networks have 0.01 to 0.2."""
 HARMFUL_RMS = 100.0
 """Root mean square of a change that leaves nothing of a base; float16 overflows."""
-ABSURD = "module(s) whose change is larger than any weight, so that pictures fall to pieces"
+IMPLAUSIBLE = "module(s) whose change is larger than any weight, so that images fall to pieces"
 
 
 def change_rms(adapter: ModuleAdapter, norm: float | None = None) -> float:
@@ -34,13 +34,13 @@ def change_rms(adapter: ModuleAdapter, norm: float | None = None) -> float:
     return (delta_norm(adapter) if norm is None else norm) / math.sqrt(num_weights) if num_weights else 0.0
 
 
-def is_absurd(rms: float) -> bool:
+def is_implausible(rms: float) -> bool:
     """Says whether a change of this root mean square is implausible, as it overwhelms the base; NaN is, too."""
-    return not rms <= ABSURD_RMS
+    return not rms <= IMPLAUSIBLE_RMS
 
 
-def check_sizes(state: AdapterState, source: str) -> None:
-    """Checks that no change of weight is so large that pictures become noise or NaN.
+def check_magnitudes(state: AdapterState, source: str) -> None:
+    """Checks that no change of weight is so large that images become noise or NaN.
 
     Args:
         state: the adapter; of a DoRA, the change before its magnitude is looked at.

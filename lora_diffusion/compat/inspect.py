@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_diffusion.algebra.delta import change_shape, delta_norm
-from lora_diffusion.algebra.magnitude_limits import ABSURD, change_rms, is_absurd
+from lora_diffusion.algebra.magnitude_limits import IMPLAUSIBLE, change_rms, is_implausible
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.compat.identify import guess_family, other_architecture, sized_as, told_by_content
 from lora_diffusion.compat.other_bases import OtherBase
@@ -303,10 +303,12 @@ def _oddities(
         yield f"formats {' and '.join(formats)} are mixed; no program reads all of it"
     names_of = {
         "tensor(s) with unknown names": strange,
-        ABSURD: [
+        IMPLAUSIBLE: [
             module.name
             for module in modules
-            if module.adapter and module.name in norms and is_absurd(change_rms(module.adapter, norms[module.name]))
+            if module.adapter
+            and module.name in norms
+            and is_implausible(change_rms(module.adapter, norms[module.name]))
         ],
         "module(s) that change nothing, since a factor is zero": [name for name, norm in norms.items() if norm == 0],
         "module(s) of loha or lokr with DoRA, which only ComfyUI, Forge and A1111 read": [

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_diffusion.algebra.magnitude_limits import change_rms, is_absurd
+from lora_diffusion.algebra.magnitude_limits import change_rms, is_implausible
 from lora_diffusion.core.adapter_state import ModuleAdapter, ModuleKey
 from lora_diffusion.core.errors import AdapterFileError
 from lora_diffusion.formats.parsed_file import ParsedFile, ParsedPart
@@ -238,7 +238,7 @@ class MatchedModule:
         if not all(tensor.numel() for tensor in roles.values()):
             return False
         try:
-            return bool(roles) and self.is_whole and is_absurd(change_rms(adapter))
+            return bool(roles) and self.is_whole and is_implausible(change_rms(adapter))
         except AdapterFileError:
             return False
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_diffusion.algebra import lowrank
 from lora_diffusion.algebra.delta import change_shape
-from lora_diffusion.algebra.magnitude_limits import ABSURD
+from lora_diffusion.algebra.magnitude_limits import IMPLAUSIBLE
 from lora_diffusion.compat.app_rules import APPS, HIDDEN, LARGEST_FLOAT16, LOST, WRONG, App, Consequence
 from lora_diffusion.compat.matched_file import PAIRS, MatchedModule
 from lora_diffusion.compat.simulation import Simulation, taken, unused
@@ -422,7 +422,7 @@ def find_bad_numbers(sim: Simulation) -> None:
     implausible = [module.name for module in sim.applied() if module.name in sim.file.implausible - {*spoilt}]
     if implausible:
         remedy = "use an earlier checkpoint of the run, or find out whether its alphas are right"
-        sim.report("too large", WRONG, f"{len(implausible)} {ABSURD}", remedy, implausible)
+        sim.report("too large", WRONG, f"{len(implausible)} {IMPLAUSIBLE}", remedy, implausible)
     whole = [module.name for module in sim.applied() if _has_whole_numbers(module)]
     if whole:
         text = f"{len(whole)} module(s) whose factors are whole numbers, which no adapter has"

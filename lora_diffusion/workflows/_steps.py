@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_diffusion.algebra.magnitude_limits import check_sizes
+from lora_diffusion.algebra.magnitude_limits import check_magnitudes
 from lora_diffusion.config.schema import ModelOptions
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState
@@ -49,7 +49,7 @@ def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterStat
 
     state = read_unchecked(path, family, model)
     check_fit(state, family.meta_modules(model), str(path))
-    check_sizes(state, str(path))
+    check_magnitudes(state, str(path))
     return state
 
 

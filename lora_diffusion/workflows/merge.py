@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.algebra.magnitude_limits import check_sizes
+from lora_diffusion.algebra.magnitude_limits import check_magnitudes
 from lora_diffusion.compose import merge as merging
 from lora_diffusion.compose.checkpoint import Checkpoint
 from lora_diffusion.compose.linear import Term, part_weights
@@ -120,7 +120,7 @@ def _term(path: Path, weights: float | Mapping[str, float], name: str, family: F
     from lora_diffusion.adapters.state import check_fit
 
     check_fit(state, networks, str(path))
-    check_sizes(state, str(path))
+    check_magnitudes(state, str(path))
     if state.embeddings:
         logger.warning(
             "%s: %d packed text embeddings are no weights of a base and are left out; load them beside it: %s",

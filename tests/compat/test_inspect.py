@@ -74,7 +74,7 @@ def test_problems_are_listed(tmp_path: Path) -> None:
         "1 module(s) that change nothing, since a factor is zero: lora_unet_a",
         "2 module(s) whose tensors do not fit each other: unet.d, unet.e",
         "2 tensor(s) that are empty or hold whole numbers: unet.e.lora_A.weight, unet.e.lora_B.weight",
-        "1 module(s) whose change is larger than any weight, so that pictures fall to pieces: unet.f",
+        "1 module(s) whose change is larger than any weight, so that images fall to pieces: unet.f",
     ):
         assert part in text
 
