@@ -30,7 +30,7 @@ _NORM_STEP = 1e-8
 AXES: Mapping[str, int] = {
     "dora": 1,
     "dora_out": 0,
-    **{f"{kind}+{end}": axis for kind in ("loha", "lokr") for end, axis in (("dora", 1), ("dora_out", 0))},
+    **{f"{variant}+{end}": axis for variant in ("loha", "lokr") for end, axis in (("dora", 1), ("dora_out", 0))},
 }
 """Variant -> the axis of the weight along which its magnitude runs: inputs or outputs."""
 
@@ -132,10 +132,10 @@ def fits(adapter: ModuleAdapter, weight: tuple[int, ...]) -> bool:
         return len(weight) > 1 and size == side and number * size == weight[0]
     if not adapter.changes_weight:
         return True
-    found = change_shape(adapter)
+    shape = change_shape(adapter)
     if "magnitude" in shapes and sizes["magnitude"] != weight[AXES[adapter.variant]]:
         return False
-    return found == (weight[0], math.prod(weight[1:]))
+    return shape == (weight[0], math.prod(weight[1:]))
 
 
 def _lora_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -225,12 +225,12 @@ def _product_norm(up: NDArray, down: NDArray) -> float:
     return math.nan if math.isnan(square) else math.sqrt(max(0.0, square))
 
 
-def _wide(narrow: NDArray, core: NDArray | None) -> NDArray:
-    """Returns the factor that a Tucker core makes of the narrow one, its columns in an order of their own."""
+def _wide(factor: NDArray, core: NDArray | None) -> NDArray:
+    """Returns the factor that a Tucker core makes of one of [rank, in], its columns in another order."""
     import numpy
 
-    narrow = narrow.reshape(len(narrow), -1)
-    return narrow if core is None else numpy.tensordot(core, narrow, (1, 0)).reshape(len(core), -1)
+    factor = factor.reshape(len(factor), -1)
+    return factor if core is None else numpy.tensordot(core, factor, (1, 0)).reshape(len(core), -1)
 
 
 def _pair(arrays: Mapping[str, NDArray], factor: str) -> tuple[NDArray, NDArray]:
@@ -263,7 +263,7 @@ def _hadamard_norm(first: tuple[NDArray, NDArray], second: tuple[NDArray, NDArra
 def without_tucker(adapter: ModuleAdapter) -> ModuleAdapter:
     """Returns the same change without a core tensor between the factors, which gives the wide factor the kernel.
 
-    The core [rank, rank, k, k] acts on the input channels first, so its product with the narrow factor [rank, in] is
+    The core [rank, rank, k, k] acts on the input channels first, so its product with the factor [rank, in] is
     the factor [rank, in, k, k] of an adapter of the same rank.
     """
     import torch
@@ -380,10 +380,10 @@ def _boft(tensors: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor
 
     turned, rest = weight, weight.shape[1:]
     half = tensors["blocks"].shape[-1] // 2
-    for step, own in enumerate(_rotations(tensors["blocks"], alpha)):
+    for step, rotations in enumerate(_rotations(tensors["blocks"], alpha)):
         width = 2**step * half
-        rows = turned.reshape(-1, 2, width, *rest).transpose(1, 2).reshape(*own.shape[:2], *rest)
-        rows = torch.einsum("bij,bj...->bi...", own, rows)
+        rows = turned.reshape(-1, 2, width, *rest).transpose(1, 2).reshape(*rotations.shape[:2], *rest)
+        rows = torch.einsum("bij,bj...->bi...", rotations, rows)
         turned = rows.reshape(-1, width, 2, *rest).transpose(1, 2).reshape(weight.shape)
     return _rescaled(turned, tensors) - weight
 

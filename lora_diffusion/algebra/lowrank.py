@@ -100,8 +100,8 @@ class ByEnergy:
             return 0
         missing = energy * self.share - values.square().cumsum(0)
         # What float64 sums of squares cannot tell from zero must not ask for one more component.
-        found = (missing <= 1e-12 * energy).nonzero()
-        return int(found[0]) + 1 if len(found) else None
+        enough = (missing <= 1e-12 * energy).nonzero()
+        return int(enough[0]) + 1 if len(enough) else None
 
 
 def rank_rule(rank: int | None, energy: float | None) -> RankRule | None:
@@ -162,7 +162,7 @@ def norm(factors: Factors) -> float:
 
 
 def rounding_error(factors: Factors, dtype: torch.dtype) -> float:
-    """Returns the Frobenius norm of what a change loses where both of its factors are rounded to a number type.
+    """Returns the Frobenius norm of what a change loses where both of its factors are rounded to a dtype.
 
     It is that of (up - up') @ down + up' @ (down - down'), in which nothing large cancels. Infinity where the number
     type cannot hold a value.
@@ -228,11 +228,11 @@ def truncate_dense(change: Tensor, rule: RankRule, rng: torch.Generator) -> Trun
     while True:
         is_whole = smaller <= max(_EXACT_SIDE, 2 * width)
         basis, rows = _orthogonal(matrix) if is_whole else _sketch(matrix, width, rng)
-        found = Factors(rows, basis)
-        if is_whole or rule.choose(spectrum(found), size**2) is not None:
+        sketch = Factors(rows, basis)
+        if is_whole or rule.choose(spectrum(sketch), size**2) is not None:
             break
         width *= 2
-    kept = truncate(found, _Within(rule, size**2)).factors
+    kept = truncate(sketch, _Within(rule, size**2)).factors
     left = torch.addmm(matrix, kept.up, kept.down, alpha=-1)
     kept = Factors(
         kept.down.reshape(-1, *change.shape[1:]), kept.up.reshape(*kept.up.shape, *(1,) * (change.dim() - 2))
@@ -242,7 +242,7 @@ def truncate_dense(change: Tensor, rule: RankRule, rng: torch.Generator) -> Trun
 
 @dataclass(frozen=True)
 class _Within:
-    """A rule that judges a sketch by the energy of the whole."""
+    """A rule that evaluates a sketch by the energy of the whole."""
 
     rule: RankRule
     energy: float
@@ -336,8 +336,8 @@ def _root(gram: Tensor) -> Tensor:
     import torch
 
     root: Tensor
-    root, fault = torch.linalg.cholesky_ex(gram)
-    if int(fault):
+    root, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
         squares, vectors = torch.linalg.eigh(gram)
         root = vectors * squares.clamp(min=0).sqrt()
     return root

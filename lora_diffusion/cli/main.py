@@ -129,7 +129,7 @@ def _check_processes(command: str) -> None:
 
 
 def _tell_unused_precision(command: str) -> None:
-    asked = launch.asked_precision()
+    asked = launch.launcher_precision()
     if asked and command in _WITHOUT_TRAINING and launch.process_index() == 0:
         told = f"accelerate's mixed precision ({asked}) is that of training; {command} computes in model.dtype"
         print(f"lora-diffusion {command}: {told}.", file=sys.stderr)

@@ -106,7 +106,7 @@ def _common_start(names: Sequence[str]) -> str:
 def is_plain(dtype: torch.dtype) -> bool:
     """Says whether a dtype holds weights unquantized.
 
-    Floating-point numbers of 8 bits are a kind of quantization: they come with scales, or have lost what those hold.
+    Floating-point numbers of 8 bits are quantized, too: they come with scales, or have lost what those hold.
     """
     return dtype.is_floating_point and dtype.itemsize > 1
 
@@ -151,7 +151,7 @@ def _live_names(key: ModuleKey) -> tuple[tuple[str, str], ...]:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Checks that the disk of a folder, which need not exist yet, has room.
+    """Checks that the disk of a folder, which need not exist yet, has space left.
 
     Raises:
         ConfigError: it has not.

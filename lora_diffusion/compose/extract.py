@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TEXT = "text_model."
-_SHOWN = 10
+_MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Extraction:
     """Tensors outside those modules that differ, which the adapter does not hold: norms, biases, embeddings, what no
     target names. None if the checkpoints are laid out differently, so that they cannot be compared."""
     rounding: float = 0.0
-    """Norm of what rounding to the narrower dtype of the two takes from the other one's weights, relative to that of
+    """Norm of what rounding to the coarser dtype of the two takes from the other one's weights, relative to that of
     all changes; 0 where both are stored in one dtype."""
     dtypes: tuple[str, ...] = ()
     """Of the two checkpoints, where they differ in a module that changed."""
@@ -73,8 +73,8 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
             num_equal += 1
     if misfits:
         raise ModelError(
-            f"{base.path} and {tuned.path} are not of one kind: {len(misfits)} modules have other shapes.",
-            misfits[:_SHOWN],
+            f"{base.path} and {tuned.path} are not of one architecture: {len(misfits)} modules have other shapes.",
+            misfits[:_MOST_NAMED],
         )
     if not kept:
         raise ModelError(
@@ -92,25 +92,25 @@ def extract(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey], rule
 
 
 def same_rounded(first: Tensor, second: Tensor) -> bool:
-    """Says whether two tensors of any shapes are equal in the narrower dtype of the two: one may be a copy."""
+    """Says whether two tensors of any shapes are equal in the coarser dtype of the two: one may be a copy."""
     import torch
 
     if first.shape != second.shape or not (first.is_floating_point() and second.is_floating_point()):
         return torch.equal(first, second)
-    narrow = _narrower(first, second)
-    return torch.equal(first.to(narrow), second.to(narrow))
+    dtype = _coarser(first, second)
+    return torch.equal(first.to(dtype), second.to(dtype))
 
 
-def _narrower(first: Tensor, second: Tensor) -> torch.dtype:
+def _coarser(first: Tensor, second: Tensor) -> torch.dtype:
     import torch
 
     return max((first.dtype, second.dtype), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _rounding(first: Tensor, second: Tensor) -> float:
-    """Returns the norm of what rounding to the narrower dtype takes from both."""
-    narrow = _narrower(first, second)
-    return math.hypot(*(float((own.float() - own.to(narrow).float()).norm()) for own in (first, second)))
+    """Returns the norm of what rounding to the coarser dtype takes from both."""
+    dtype = _coarser(first, second)
+    return math.hypot(*(float((weight.float() - weight.to(dtype).float()).norm()) for weight in (first, second)))
 
 
 def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> tuple[str, ...] | None:
@@ -124,7 +124,7 @@ def _others(base: Checkpoint, tuned: Checkpoint, keys: Sequence[ModuleKey]) -> t
         for name in names
         if name not in old
         or name not in new
-        or not same_rounded(*(file.read(own) for file, own in (old[name], new[name])))
+        or not same_rounded(*(file.read(tensor_name) for file, tensor_name in (old[name], new[name])))
     )
 
 

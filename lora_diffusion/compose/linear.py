@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_SHOWN = 10
+_MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _check(terms: Sequence[Term], rule: RankRule | None) -> None:
     if misfits:
         raise AdapterFileError(
             f"The adapters were made for different bases: {len(misfits)} modules have another shape in each.",
-            misfits[:_SHOWN],
+            misfits[:_MOST_NAMED],
         )
 
 

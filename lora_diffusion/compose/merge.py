@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WEIGHT_SUFFIXES = frozenset((".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data"))
 _INDEX = ".safetensors.index.json"
-_SHOWN = 10
+_MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def merge(
     Raises:
         ModelError: the base lacks the weight of a module.
         UnsupportedError: the base is stored quantized.
-        ConfigError: the disk has too little room.
+        ConfigError: the disk has too little space.
         NonFiniteError: a sum does not fit the dtype.
         VerificationError: what was read back differs.
     """
@@ -125,8 +125,8 @@ class _Bias(_Piece):
         """Adds the changes of the bias."""
         bias = self.place.view(whole)
         for term in self.terms:
-            own = term.state.modules[self.key].tensors["bias"]
-            bias += term.weights[self.key.part] * own.float().reshape(bias.shape)
+            change = term.state.modules[self.key].tensors["bias"]
+            bias += term.weights[self.key.part] * change.float().reshape(bias.shape)
 
 
 def _change(pieces: Sequence[_Piece]) -> Change:
@@ -148,7 +148,7 @@ def _check_floating(file: TensorFile, names: Iterable[str]) -> None:
         raise UnsupportedError(
             f"{file.path} stores {len(wrong)} of the weights quantized, and merging would round the adapter away; "
             "merge into the checkpoint that was quantized, then quantize the result.",
-            wrong[:_SHOWN],
+            wrong[:_MOST_NAMED],
         )
 
 

@@ -43,20 +43,22 @@ class Source:
 
 
 def check_one_base(sources: Sequence[Source]) -> None:
-    """Checks that adapters were made for one kind of base, as far as their metadata tell, whoever's words they use.
+    """Checks that adapters were made for one architecture and prediction, as far as their metadata say.
 
     Raises:
         AdapterFileError: lists what they disagree about.
     """
-    faults = []
-    told_kinds = {source.name: told_kind(source.metadata) for source in sources}
+    errors = []
+    named_bases = {source.name: told_kind(source.metadata) for source in sources}
     for index, what in enumerate(("base", "prediction")):
-        named = {name: value for name, words in told_kinds.items() if (value := words[index])}
+        named = {name: value for name, words in named_bases.items() if (value := words[index])}
         if len(set(named.values())) > 1:
-            faults.append(f"{what}: " + ", ".join(f"{value} in {name}" for name, value in named.items()))
-    if faults:
+            errors.append(f"{what}: " + ", ".join(f"{value} in {name}" for name, value in named.items()))
+    if errors:
         raise AdapterFileError(
-            "The adapters were made for different kinds of base and cannot be added; take adapters of one kind.", faults
+            "The adapters were made for different bases and cannot be added; take adapters of one architecture and "
+            "prediction.",
+            errors,
         )
 
 

@@ -110,7 +110,7 @@ def _part_relations(adapter: Any, train: Any) -> Iterator[Contradiction]:
 def _preview_relations(preview: Any, train: Any) -> Iterator[Contradiction]:
     for key, what in (("prompts", "the prompts"), ("seeds", "the seeds")):
         if getattr(preview, key) != getattr(type(preview)(), key) and not train.preview_every_steps:
-            text = f"preview.{key}: no previews are drawn; set train.preview_every_steps or drop {what}"
+            text = f"preview.{key}: no previews are generated; set train.preview_every_steps or drop {what}"
             yield Contradiction(text, f"preview.{key}", ("train.preview_every_steps",))
     if preview.negative and preview.guidance == 1:
         text = "preview.negative: does nothing at preview.guidance=1, which turns guidance off; drop one of the two"
@@ -141,7 +141,7 @@ def _evaluate_relations(evaluate: Any, data: Any) -> Iterator[Contradiction]:
     for key in ("after_training", "every_steps"):
         value = getattr(evaluate, key)
         if value and not evaluate.references:
-            text = f"evaluate.{key}={as_written(value)}: needs evaluate.references, pictures to compare with"
+            text = f"evaluate.{key}={as_written(value)}: needs evaluate.references, images to compare with"
             yield Contradiction(text, f"evaluate.{key}", ("evaluate.references",))
 
 
@@ -155,7 +155,7 @@ def _validation_relations(evaluate: Any, data: SplitDataConfig) -> Iterator[Cont
 
 def _output_relations(output: Any, train: Any) -> Iterator[Contradiction]:
     if output.thumbnail == "preview" and not train.preview_every_steps:
-        text = "output.thumbnail=preview: no previews are drawn; set train.preview_every_steps or name a picture"
+        text = "output.thumbnail=preview: no previews are generated; set train.preview_every_steps or name an image"
         yield Contradiction(text, "output.thumbnail", ("train.preview_every_steps",))
     if output.name is not None and ("/" in output.name or "\\" in output.name or output.name.startswith(".")):
         yield Contradiction(f"output.name={output.name}: must be a plain file name without folders")

@@ -49,7 +49,7 @@ class Contradiction:
     """Values that cannot go together."""
 
     text: str
-    """What is told if neither gives way."""
+    """What the error says if neither gives way."""
     key: str = ""
     """The setting that gives way where a file says it, and the command line one of `against`; "" where none can."""
     against: tuple[str, ...] = ()
@@ -87,8 +87,8 @@ class DataConfig:
     path: str = free(REQUIRED, FILLED)
     """Folder with the files to train on and what is to be learnt of each."""
     skip_bad: bool = free(False)
-    """Leave out what cannot be used, with a warning that counts it, instead of stopping: pictures that cannot be read;
-    recordings and conversations with any fault, such as a missing file or too long a transcript."""
+    """Leave out what cannot be used, with a warning that counts it, instead of stopping: images that cannot be read;
+    recordings and conversations with any error, such as a missing file or too long a transcript."""
 
     sample_type: ClassVar[type[Sample]]
     """Of what is read with this section."""
@@ -106,19 +106,19 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ImageDataConfig(DataConfig):
-    """The pictures and their captions."""
+    """The images and their captions."""
 
     path: str = REQUIRED
-    """Folder with pictures and captions (name.txt or name.caption beside each picture, or a metadata.jsonl or .csv), or
+    """Folder with images and captions (name.txt or name.caption beside each image, or a metadata.jsonl or .csv), or
     with kohya folders such as "10_sks dog", or such a folder itself."""
     resolution: int | None = fixed(None, from_to(16, 4096, "must be between 16 and 4096 pixels"))
-    """Side in pixels of a square picture; other shapes get the same area. None takes what the base was trained on."""
+    """Side in pixels of a square image; other shapes get the same area. None takes what the base was trained on."""
     buckets: bool = True
-    """Keep the shape of pictures as far as the bucket sizes allow; false crops all to squares."""
+    """Keep the shape of images as far as the bucket sizes allow; false crops all to squares."""
     captions: str = fixed("required", one_of("required", "optional"))
-    """required: every picture needs one. optional: those without take default_caption."""
+    """required: every image needs one. optional: those without take default_caption."""
     default_caption: str = ""
-    """Caption of pictures that have none, with captions: optional."""
+    """Caption of images that have none, with captions: optional."""
     caption_lines: str = fixed("joined", one_of("joined", "each", "first"))
     """A caption of several lines: joined makes one caption of them. each makes a caption of its own of each line of a
     file, one of which is drawn each time. first takes the first line."""
@@ -126,7 +126,7 @@ class ImageDataConfig(DataConfig):
     """Words that call up what is trained. auto takes the rare words that all captions share; "" means there are
     none."""
     flip: bool = False
-    """Show each picture mirrored half of the time."""
+    """Show each image mirrored half of the time."""
 
     sample_type: ClassVar[type[Sample]] = ImageText
 
@@ -176,23 +176,23 @@ class RecordingDataConfig(SplitDataConfig):
 
 @dataclass(frozen=True)
 class ChatDataConfig(SplitDataConfig):
-    """The conversations about pictures."""
+    """The conversations about images."""
 
     path: str = REQUIRED
     """JSON or JSONL file, or a folder with such files, of LLaVA ("image" and "conversations"), ShareGPT or messages
-    with role and content; Parquet files; or what `save_to_disk` of datasets wrote. Those without a picture are learnt
+    with role and content; Parquet files; or what `save_to_disk` of datasets wrote. Those without an image are learnt
     as text alone."""
     split: str = "auto"
     """Which folders, files and splits of data.path are taken: auto leaves out those named test, validation, dev or
     eval; all takes everything; else the name of one."""
     images: str | None = free(None)
-    """Folder that the names of pictures are looked up in; None takes that of the file which names them."""
+    """Folder that the names of images are looked up in; None takes that of the file which names them."""
     max_tokens: int | None = fixed(None, AT_LEAST_ONE)
-    """Longest conversation in tokens, those of the picture counted; None takes what the base can read."""
+    """Longest conversation in tokens, those of the image counted; None takes what the base can read."""
     too_long: str = fixed("refuse", one_of("refuse", "skip"))
-    """Conversations that are longer: refuse, or skip them with a warning, as data.skip_bad does with all faults."""
+    """Conversations that are longer: refuse, or skip them with a warning, as data.skip_bad does with all errors."""
     zooms: tuple[float, ...] = fixed((1.0,), different(0.5, 2, "one or more different scales"))
-    """Each picture is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
+    """Each image is seen at one of these scales, drawn each time: 1.1 cuts a rim off, 0.9 adds a white one."""
 
     sample_type: ClassVar[type[Sample]] = Chat
     augmentation: ClassVar[Mapping[str, Any]] = {"zooms": (1.0,)}
@@ -311,7 +311,7 @@ class PreviewConfig:
     prompts: tuple[str, ...] = free(())
     """Captions to draw, or recordings to transcribe; without any, the first of the data are taken."""
     negative: str = free("")
-    """What the pictures should not show."""
+    """What the images should not show."""
     seeds: tuple[int, ...] = free((0,), SEEDS)
     """Each prompt is drawn once with each seed."""
     num_steps: int = free(25, from_to(1, MAX_DENOISING_STEPS, f"must be from 1 to {MAX_DENOISING_STEPS}"))
@@ -322,7 +322,7 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Pictures and scores of the checkpoints. They are drawn as `preview` says: num_steps, guidance, negative.
+    """Images and scores of the checkpoints. They are generated as `preview` says: num_steps, guidance, negative.
 
     Of bases that write text, every_steps, patience and metrics say how data.validation is scored.
     """
@@ -330,7 +330,7 @@ class EvaluateConfig:
     after_training: bool = free(False)
     """Evaluate the checkpoints once training is done, choose the best and link it as best.safetensors."""
     references: str | None = free(None)
-    """Folder of real pictures of what is trained, other than those it is trained on."""
+    """Folder of real images of what is trained, other than those it is trained on."""
     prompts: str | None = free(None)
     """YAML file or shipped suite (configs/evaluate). None takes the captions of the references, with the trigger words
     and without."""
@@ -353,8 +353,8 @@ class EvaluateConfig:
     patience: int = free(0, NOT_NEGATIVE)
     """End the run when so many of these scores in a row are no better than the best before; 0 never ends it early."""
     picture_draws: int | None = free(None, NOT_NEGATIVE)
-    """Noises with which the loss of each training picture is taken after training, to show bad captions; 0 leaves it
-    out. None takes up to 8, of fewer pictures if need be, within 3 % of the passes of training, and none in runs of
+    """Noises with which the loss of each training image is taken after training, to show bad captions; 0 leaves it
+    out. None takes up to 8, of fewer images if need be, within 3 % of the passes of training, and none in runs of
     less than 100 steps."""
 
 
@@ -389,7 +389,7 @@ class OutputConfig:
     license: str | None = free(None)
     """Licence of the adapter, say CC-BY-4.0."""
     thumbnail: str | None = free(None)
-    """Picture that is made small and put into the file: a path, or preview for the last preview of the run."""
+    """Image that is made small and put into the file: a path, or preview for the last preview of the run."""
 
 
 @dataclass(frozen=True)

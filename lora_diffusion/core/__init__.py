@@ -1,1 +1,1 @@
-"""What every room stands on; imports nothing of ours."""
+"""What every package stands on; imports nothing of ours."""

@@ -89,7 +89,7 @@ class ModuleAdapter:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter as plain data, free of any file's spelling; its modules may be of different variants."""
+    """An adapter as plain data, free of any file's format; its modules may be of different variants."""
 
     modules: Mapping[ModuleKey, ModuleAdapter]
     metadata: Mapping[str, str] = field(default_factory=dict)

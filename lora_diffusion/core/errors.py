@@ -4,7 +4,7 @@ LoraDiffusionError
 ├── InputError             what was given is wrong; exit code 2
 │   ├── ConfigError        config file, override or command-line value
 │   │   └── TargetError    a target names no module of the base
-│   ├── DataError          pictures, captions, folders
+│   ├── DataError          images, captions, folders
 │   ├── ModelError         the base model cannot be what was asked for
 │   │   ├── MissingModelError  there is nothing of that name
 │   │   └── UntrainableError   it cannot be trained or run, but adapters can be merged into it
@@ -13,7 +13,7 @@ LoraDiffusionError
 └── RunError               the input was right and the run failed; exit code 1
     ├── CheckpointError    a checkpoint cannot be written or does not fit the run
     ├── NonFiniteError     a loss or a weight became NaN or infinite
-    │   └── NumberRangeError   numbers are larger than the number type of a file can hold
+    │   └── NumberRangeError   numbers are larger than the dtype of a file can hold
     ├── VerificationError  a file read back differs from what was written
     └── GateError          an evaluation does not meet a condition of --assert
 """
@@ -50,11 +50,11 @@ class TargetError(ConfigError):
 
 
 class DataError(InputError):
-    """Pictures, captions or their folder are wrong."""
+    """Images, captions or their folder are wrong."""
 
 
 class ModelError(InputError):
-    """The base model is missing, incomplete or of another kind."""
+    """The base model is missing, incomplete or of another architecture."""
 
 
 class MissingModelError(ModelError):
@@ -96,10 +96,10 @@ class NonFiniteError(RunError):
 
 
 class NumberRangeError(NonFiniteError):
-    """Numbers are larger than the number type of a file can hold."""
+    """Numbers are larger than the dtype of a file can hold."""
 
     def __init__(self, message: str) -> None:
-        """Keeps what does not fit apart from the setting that chooses the number type."""
+        """Keeps what does not fit apart from the setting that chooses the dtype."""
         self.message = message
         super().__init__(f"{message}; write the file with output.dtype=bf16 or fp32.")
 

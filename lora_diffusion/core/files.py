@@ -188,8 +188,8 @@ def read_whole(path: Path) -> bytes:
         OSError: it is missing or cannot be read.
         ValueError: it is a pipe or a device, or larger than any text that this program reads at once.
     """
-    if kind := not_a_file(path):
-        raise ValueError(f"it is {kind} and no file")
+    if file_type := not_a_file(path):
+        raise ValueError(f"it is {file_type} and no file")
     if (num_bytes := path.stat().st_size) > _LARGEST_TEXT_BYTES:
         raise ValueError(f"it has {num_bytes:,} bytes, and at most {_LARGEST_TEXT_BYTES:,} are read")
     return path.read_bytes()
@@ -293,9 +293,9 @@ def default_cache_path() -> Path:
     Raises:
         ConfigError: the user has no home folder, as in containers that run under the number of an unknown user.
     """
-    own = os.environ.get("LORA_DIFFUSION_CACHE")
-    if own:
-        return user_path(own, "LORA_DIFFUSION_CACHE")
+    folder = os.environ.get("LORA_DIFFUSION_CACHE")
+    if folder:
+        return user_path(folder, "LORA_DIFFUSION_CACHE")
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-diffusion"
     except RuntimeError as error:
@@ -319,8 +319,8 @@ def public_base(source: str) -> str | None:
     """
     if source.startswith("builtin:") or is_hub_id(source):
         return source
-    found = re.search(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", source)
-    return f"{found[1]}/{found[2]}" if found else None
+    match = re.search(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]", source)
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def builtin_path(name: str) -> Path:

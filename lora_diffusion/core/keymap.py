@@ -48,11 +48,11 @@ class KeyMap:
 
     def all_names(self) -> dict[ModuleKey, tuple[str, ...]]:
         """Returns all names of each module, the one that is written first."""
-        found = {key: [name] for key, name in self}
+        names_of = {key: [name] for key, name in self}
         for name, key in self._keys.items():
             if name != self._names.get(key):
-                found.setdefault(key, []).append(name)
-        return {key: tuple(names) for key, names in found.items()}
+                names_of.setdefault(key, []).append(name)
+        return {key: tuple(names) for key, names in names_of.items()}
 
     def name(self, key: ModuleKey) -> str:
         """Returns the file name of a module.
@@ -112,7 +112,9 @@ def flat_key_map(paths: Mapping[str, Iterable[str]], prefixes: Mapping[str, str]
     ModuleKey(part='unet', path='mid_block.attn1.to_q')
     """
     return KeyMap(
-        (ModuleKey(part, path), prefixes[part] + path.replace(".", "_")) for part, own in paths.items() for path in own
+        (ModuleKey(part, path), prefixes[part] + path.replace(".", "_"))
+        for part, names in paths.items()
+        for path in names
     )
 
 
@@ -122,4 +124,4 @@ def dotted_key_map(paths: Mapping[str, Iterable[str]], prefixes: Mapping[str, st
     >>> dotted_key_map({"unet": ["mid_block.conv"]}, {"unet": "unet."}).name(ModuleKey("unet", "mid_block.conv"))
     'unet.mid_block.conv'
     """
-    return KeyMap((ModuleKey(part, path), prefixes[part] + path) for part, own in paths.items() for path in own)
+    return KeyMap((ModuleKey(part, path), prefixes[part] + path) for part, names in paths.items() for path in names)

@@ -40,14 +40,14 @@ def check() -> None:
     Raises:
         ConfigError: it asks for something that would not be done.
     """
-    asked = [f"{what} ({flag})" for flag, what in _FLAGS.items() if _is_set(flag)]
+    unsupported = [f"{what} ({flag})" for flag, what in _FLAGS.items() if _is_set(flag)]
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() not in ("", "no"):
-        asked.append(f"compilation by dynamo (ACCELERATE_DYNAMO_BACKEND={backend})")
-    if asked:
+        unsupported.append(f"compilation by dynamo (ACCELERATE_DYNAMO_BACKEND={backend})")
+    if unsupported:
         raise ConfigError(
-            f"accelerate was told to use {' and '.join(asked)}, which is not supported: each process holds the whole "
-            "base, and gradients are averaged. Turn it off with 'accelerate config', or give 'accelerate launch' "
+            f"accelerate was told to use {' and '.join(unsupported)}, which is not supported: each process "
+            "holds the whole base, and gradients are averaged. Turn it off with 'accelerate config', or give 'accelerate launch' "
             "--multi_gpu or --cpu instead."
         )
 
@@ -62,12 +62,12 @@ def check_training(precision: str, gradient_accumulation: int) -> None:
     Raises:
         ConfigError: they do.
     """
-    asked = _mixed_precision()
-    if asked not in ("", "no", *_PRECISIONS) or (asked in _PRECISIONS and precision not in ("auto", asked)):
+    requested = _mixed_precision()
+    if requested not in ("", "no", *_PRECISIONS) or (requested in _PRECISIONS and precision not in ("auto", requested)):
         raise ConfigError(
-            f"accelerate was told to use {asked} (ACCELERATE_MIXED_PRECISION) and train.precision={precision}; give "
-            "--mixed_precision no to 'accelerate launch', or set train.precision to auto or the same. It can be fp32, "
-            "bf16 or fp16."
+            f"accelerate was told to use {requested} (ACCELERATE_MIXED_PRECISION) and train.precision={precision}; "
+            "give --mixed_precision no to 'accelerate launch', or set train.precision to auto or the same. It can "
+            "be fp32, bf16 or fp16."
         )
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
     if steps not in ("", "1", "auto", str(gradient_accumulation)):
@@ -78,18 +78,18 @@ def check_training(precision: str, gradient_accumulation: int) -> None:
         )
 
 
-def asked_precision() -> str | None:
+def launcher_precision() -> str | None:
     """Returns fp16 or bf16 if the launcher asks for it, else None."""
-    asked = _mixed_precision()
-    return asked if asked in _PRECISIONS else None
+    requested = _mixed_precision()
+    return requested if requested in _PRECISIONS else None
 
 
 def is_lost_process(error: BaseException) -> bool:
     """Says whether an error is that another process of the group ended or does not answer."""
     distributed = sys.modules.get("torch.distributed")
-    kinds: Sequence[type[BaseException]] = [distributed.DistError] if distributed else []
+    error_types: Sequence[type[BaseException]] = [distributed.DistError] if distributed else []
     # gloo, which connects CPUs, raises nothing more exact.
-    return num_processes() > 1 and (isinstance(error, tuple(kinds)) or "gloo" in str(error))
+    return num_processes() > 1 and (isinstance(error, tuple(error_types)) or "gloo" in str(error))
 
 
 def _mixed_precision() -> str:

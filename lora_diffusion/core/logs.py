@@ -52,7 +52,7 @@ def set_up(debug: bool = False) -> None:
     logger.propagate = False
     # On some processors it asks for a package whose only use is an order of weights that we keep off.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # It tells of damaged pictures what our own errors tell.
+    # It tells of damaged images what our own errors tell.
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     # Without a home folder it tells where it keeps its fonts.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)

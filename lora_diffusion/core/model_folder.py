@@ -59,8 +59,10 @@ def check_plain(folder: Path, what: str) -> None:
     """
     for pattern in ("*", "*/*"):
         for path in folder.glob(pattern):
-            if kind := not_a_file(path):
-                raise ModelError(f"{what} holds {path}, which is {kind} and no file; take it away or fetch it again.")
+            if file_type := not_a_file(path):
+                raise ModelError(
+                    f"{what} holds {path}, which is {file_type} and no file; take it away or fetch it again."
+                )
 
 
 def check_sizes(config: Any, what: str, largest: int | None = None) -> None:

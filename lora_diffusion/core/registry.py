@@ -28,11 +28,11 @@ _PLACES = {
 
 def available(group: str) -> list[str]:
     """Returns the sorted names of a group, a key of `_PLACES` such as "families"; of files imports none."""
-    return sorted({*_own(group), *(point.name for point in _points(group))})
+    return sorted({*_installed(group), *(point.name for point in _points(group))})
 
 
 @cache
-def _own(group: str) -> frozenset[str]:
+def _installed(group: str) -> frozenset[str]:
     """Names the rows of the table, or the files of the package that assign the attribute, by their text alone."""
     place, attribute = _PLACES[group]
     module = importlib.import_module(place)

@@ -76,8 +76,8 @@ class AudioText(Sample):
     """The views of the sound, each [num_samples] in -1..1, float32, one channel at `sampling_rate`; filled only
     while the sample is being prepared. One view for each of `data.speeds`, clean and with each of `data.noise_db`."""
 
-    def asked(self, options: Any) -> tuple[str, str]:
-        """Returns language and task: its own, or those of the model options."""
+    def language_and_task(self, options: Any) -> tuple[str, str]:
+        """Returns those of the recording, or those of the model options."""
         return self.language or options.language, self.task or options.task
 
 
@@ -123,7 +123,7 @@ class Request:
     weights: Mapping[str, float] | None = None
     """Adapter name -> weight; None leaves the adapters as they are."""
     sample: Sample | None = field(default=None, compare=False, repr=False)
-    """What to write about, opened by its kind."""
+    """What to write about, opened by its sample type."""
 
 
 @dataclass(frozen=True)

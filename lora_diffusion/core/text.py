@@ -33,8 +33,8 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206
 
 def name_some(names: list[str], limit: int = 3) -> str:
     """Returns the first names and how many more there are: "a, b, c and 4 more"."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def shown(text: str, limit: int = 100) -> str:

@@ -342,4 +342,6 @@ def _explain(content: Content, error: Exception) -> str:
     # The whole message of libsndfile names the stream by its address.
     reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
     formats = ", ".join(_SOUND_FILES[:5])
-    return f"cannot be decoded ({reason}); it is damaged or of a kind that is not read, export it as one of {formats}."
+    return (
+        f"cannot be decoded ({reason}); it is damaged or of a format that is not read, export it as one of {formats}."
+    )

@@ -67,7 +67,7 @@ class _FileTensors(Mapping[str, "Tensor"]):
         except _DamagedError as error:
             raise RunError(
                 f"The cache file {self.path} was deleted or damaged during the run ({error}); start the command again, "
-                "the file is then made anew."
+                "the file is then made again."
             ) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -104,7 +104,7 @@ class _Files:
         return missing
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
-        """Returns the tensors of a file, in memory while there is room for them.
+        """Returns the tensors of a file, in memory while there is space for them.
 
         Raises:
             _DamagedError: they are not what was written.
@@ -141,7 +141,7 @@ def prepare(
     """Returns one item for each sample, in their order; only what the cache lacks is prepared.
 
     A file is named by the hash of all that its content depends on: the family's `cache_key` of views or texts, and what
-    the kind says of those of the sample. Names and repeats are not part of it, so renaming a file costs nothing.
+    the sample type says of those of the sample. Names and repeats are not part of it, so renaming a file costs nothing.
 
     Args:
         family: prepares samples of one group together, and must give one item for each.
@@ -164,12 +164,15 @@ def prepare(
         "texts": [sample_type.text_identity(sample) for sample in samples],
     }
     keys = {piece: family.cache_key(loaded.options, trained, frozenset({piece})) for piece in identities}
-    paths = {piece: [_cache_file(root, piece, keys[piece], one) for one in own] for piece, own in identities.items()}
+    paths = {
+        piece: [_cache_file(root, piece, keys[piece], one) for one in all_identities]
+        for piece, all_identities in identities.items()
+    }
     missing = files.find(chain.from_iterable(paths.values()))
     if missing:
         remove_leftovers(root, "*/*/", _LEFTOVER_AGE_S)
-    for piece, own in paths.items():
-        lacking = {path: sample for path, sample in zip(own, samples, strict=True) if path in missing}
+    for piece, paths_of_piece in paths.items():
+        lacking = {path: sample for path, sample in zip(paths_of_piece, samples, strict=True) if path in missing}
         if lacking:
             counts = (_TITLES[piece], len(lacking), len(samples), sample_type.noun)
             logger.info("Preparing %s%d of %d %s; the others are in the cache.", *counts)

@@ -107,7 +107,7 @@ def _warn_of_flip(named: Sequence[tuple[str, str]]) -> None:
         names = _names([(name, text.replace("_", " ")) for name, text in named], pattern)
         if names:
             logger.warning(
-                "data.flip=true mirrors pictures, but captions %s: %d (%s). Set data.flip=false.",
+                "data.flip=true mirrors images, but captions %s: %d (%s). Set data.flip=false.",
                 what,
                 len(names),
                 name_some(names),
@@ -125,7 +125,7 @@ def _names(named: Iterable[tuple[str, str]], pattern: re.Pattern[str]) -> list[s
 def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], shared: SharedWords) -> None:
     """Warns where the trigger that was found may not be the one that is meant."""
     units, common = shared.trigger.units, [f'"{shown(text)}"' for text in dict.fromkeys(shared.common)]
-    if shared.is_doubtful:
+    if shared.is_compound:
         logger.warning(
             'All captions share "%s", which is taken for the trigger though it is made of common words. If another one '
             'is meant, name it with data.trigger; if none is, set data.trigger="".',
@@ -152,7 +152,7 @@ def warn_of_trigger(folder: Folder, texts: Mapping[Path, Lines], shared: SharedW
         word, lacking = shared.nearly
         names = [folder.name(path) for path, lines in texts.items() if set(lines) & set(lacking)]
         logger.warning(
-            'Most captions hold "%s", but not those of %d picture(s) (%s), so it is no trigger; add it to them.',
+            'Most captions hold "%s", but not those of %d image(s) (%s), so it is no trigger; add it to them.',
             shown(word),
             len(names),
             name_some(names),

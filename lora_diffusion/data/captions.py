@@ -170,7 +170,7 @@ class _Reader:
         if image:
             yield image, texts
         elif not self.folder.is_left_out(file.parent / name):
-            self.errors.append(f"{place}: there is no picture {shown(name)}; correct file_name or remove the line.")
+            self.errors.append(f"{place}: there is no image {shown(name)}; correct file_name or remove the line.")
 
 
 def _parse_entry(line: str) -> tuple[str, Sequence[str]]:
@@ -194,7 +194,7 @@ def _parse_row(row: Mapping[str | None, Any]) -> tuple[str, Sequence[str]]:
         raise ValueError("has more columns than the header; put captions that hold the delimiter into quotes.")
     columns = shown(", ".join(map(str, row)))
     if not row.get("file_name"):
-        raise ValueError(f'names no picture; the table needs a column "file_name", and has {columns}.')
+        raise ValueError(f'names no image; the table needs a column "file_name", and has {columns}.')
     key = next((key for key in _TEXT_KEYS if key in row), None)
     if key is None:
         raise ValueError(f'has no caption; the table needs a column "text" or "caption", and has {columns}.')

@@ -64,9 +64,9 @@ class ChatReport:
     def lines(self) -> list[str]:
         """Returns the report as lines of plain text."""
         common = ", ".join(f'"{answer}" ({count})' for answer, count in self.commonest_answers)
-        without = f" ({self.num_without_picture} without a picture)" if self.num_without_picture else ""
+        without = f" ({self.num_without_picture} without an image)" if self.num_without_picture else ""
         return [
-            f"Conversations: {self.num_conversations} about {self.num_pictures} pictures{without}, {self.num_shown} in "
+            f"Conversations: {self.num_conversations} about {self.num_pictures} images{without}, {self.num_shown} in "
             "an epoch",
             f"Answers:       {self.num_answers}, most often {common}",
             f"Tokens:        {self.num_tokens}, the longest has {self.longest[1]} ({self.longest[0]})",
@@ -83,7 +83,7 @@ def read(config: ChatDataConfig, info: ChatInfo) -> list[Chat]:
     folder, entries = (_list_rows if sources.are_rows(config.path) else _list_files)(config, errors)
     samples = _with_sizes(entries, errors)
     samples = _count(samples, config, info, errors)
-    stop_or_leave_out(folder, "pictures", errors, len(samples), skip_bad=config.skip_bad)
+    stop_or_leave_out(folder, "images", errors, len(samples), skip_bad=config.skip_bad)
     if not samples:
         raise DataError(f"data.path={config.path}: no conversation is left to train on.")
     logger.info("Read %d conversations with %d answers.", len(samples), sum(map(num_answers, samples)))
@@ -139,7 +139,7 @@ def _find_images(
     """Returns the images of a conversation, or None and an error."""
     unfit = [name for name in conversation.images if not isinstance(name, str)]
     if unfit:
-        errors.append(f"{conversation.origin}: calls a picture {shown(repr(unfit[0]))}; give its file name.")
+        errors.append(f"{conversation.origin}: calls an image {shown(repr(unfit[0]))}; give its file name.")
         return None
     root = user_path(config.images, "data.images") if config.images else file.parent
     paths = [named_in(root, name) for name in conversation.images]
@@ -147,20 +147,16 @@ def _find_images(
     missing = [name for name, path in zip(conversation.images, paths, strict=True) if not os.path.isfile(path)]  # noqa: PTH113
     if not missing:
         return tuple(map(ChatImage, paths))
-    remedy = (
-        "correct the name" if config.images else "correct the name or set data.images to the folder of the pictures"
-    )
+    remedy = "correct the name" if config.images else "correct the name or set data.images to the folder of the images"
     if missing[0].startswith("data:"):
-        remedy = "pictures inside the file are not read, so save each as a file and give its name"
+        remedy = "images inside the file are not read, so save each as a file and give its name"
     more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-    errors.append(
-        f"{conversation.origin}: there is no picture {shown(missing[0])}{more} in {root.absolute()}; {remedy}."
-    )
+    errors.append(f"{conversation.origin}: there is no image {shown(missing[0])}{more} in {root.absolute()}; {remedy}.")
     return None
 
 
 def _list_rows(config: ChatDataConfig, errors: list[str]) -> tuple[Folder, list[Chat]]:
-    table = sources.read_rows(config.path, config.split, IMAGE_KEYS, "Image", "pictures")
+    table = sources.read_rows(config.path, config.split, IMAGE_KEYS, "Image", "images")
     if not set(LIST_KEYS) & set(table.texts.column_names):
         keys = f"{', '.join(LIST_KEYS[:-1])} or {LIST_KEYS[-1]}"
         raise DataError(f"data.path={config.path}: the table has no column {keys}; what is said must stand in one.")
@@ -170,7 +166,7 @@ def _list_rows(config: ChatDataConfig, errors: list[str]) -> tuple[Folder, list[
         conversation = parse(table.texts[index], origin, errors, files)
         if conversation:
             chat_images = tuple(
-                ChatImage(table.root / (origin if place == 0 else f"{origin}, picture {place}"), read_bytes=content)
+                ChatImage(table.root / (origin if place == 0 else f"{origin}, image {place}"), read_bytes=content)
                 for place, content in enumerate(files)
             )
             entries.append(_sample(conversation, chat_images, table.root / origin))
@@ -191,7 +187,7 @@ def _with_sizes(entries: Sequence[Chat], errors: list[str]) -> list[Chat]:
 
     distinct = {image.path: image for entry in entries for image in entry.images}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        measured = list(watch(pool.map(sized, distinct.values()), len(distinct), "Checking pictures"))
+        measured = list(watch(pool.map(sized, distinct.values()), len(distinct), "Checking images"))
     results = dict(zip(distinct, measured, strict=True))
     samples = []
     for entry in entries:
@@ -199,7 +195,7 @@ def _with_sizes(entries: Sequence[Chat], errors: list[str]) -> list[Chat]:
         for image in entry.images:
             result = results[image.path]
             if isinstance(result, str):
-                errors.append(f"{entry.key}: its picture {image.path.name} {result}")
+                errors.append(f"{entry.key}: its image {image.path.name} {result}")
                 break
             shown_images.append(result)
         else:
@@ -224,7 +220,7 @@ def _count(samples: Sequence[Chat], config: ChatDataConfig, info: ChatInfo, erro
         logger.warning("Left out conversations of more than %d tokens: %d (%s).", most, len(names), name_some(names))
     else:
         errors += [
-            f"{key}: has {count} tokens, those of its picture counted, and at most {most} are allowed; shorten it, or "
+            f"{key}: has {count} tokens, those of its image counted, and at most {most} are allowed; shorten it, or "
             "set data.too_long=skip."
             for key, count in too_long
         ]
@@ -254,14 +250,14 @@ def roles_and_texts(sample: Chat) -> list[list[str]]:
     return [[turn.role, turn.text] for turn in sample.turns]
 
 
-def _zoomed(picture: Image.Image, zoom: float) -> Image.Image:
+def _zoomed(image: Image.Image, zoom: float) -> Image.Image:
     """Returns an image of the same size that shows its middle larger, or all of it smaller with a white rim."""
     if zoom == 1:
-        return picture
-    width, height = picture.size
+        return image
+    width, height = image.size
     size = (max(round(width * zoom), 1), max(round(height * zoom), 1))
-    scaled = picture.resize(size, Image.Resampling.BICUBIC)
-    ground = Image.new("RGB", picture.size, "white")
+    scaled = image.resize(size, Image.Resampling.BICUBIC)
+    ground = Image.new("RGB", image.size, "white")
     ground.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
     return ground
 
@@ -277,9 +273,9 @@ def ask(path: Path, question: str, seed: int = 0) -> Request:
     Raises:
         ImageError: it cannot be read.
     """
-    question, picture = without_marks(question), images.open_rgb(path)
+    question, image = without_marks(question), images.open_rgb(path)
     turn = Turn("user", question, 1)
-    sample = Chat(str(path), path, turns=(turn,), images=(ChatImage(path, picture.size),), views=((picture,),))
+    sample = Chat(str(path), path, turns=(turn,), images=(ChatImage(path, image.size),), views=((image,),))
     return Request(question, seed, sample=sample)
 
 
@@ -405,14 +401,14 @@ def _turn(number: int, item: Any) -> tuple[Turn, list[Any]]:
     if unread:
         raise ValueError(
             f"turn {number} holds a part of type {shown(repr(unread[0].get('type')))} and without a text, which is not "
-            'read; write a picture as {"type": "image", "path": "name.png"}.'
+            'read; write an image as {"type": "image", "path": "name.png"}.'
         )
     is_image = [part.get("type") == "image" for part in parts]
-    texts = [IMAGE if picture else part["text"] for part, picture in zip(parts, is_image, strict=True)]
+    texts = [IMAGE if image else part["text"] for part, image in zip(parts, is_image, strict=True)]
     images = [
         next((part[key] for key in ("image", "path", "url") if part.get(key)), None)
-        for part, picture in zip(parts, is_image, strict=True)
-        if picture
+        for part, image in zip(parts, is_image, strict=True)
+        if image
     ]
     return Turn(_ROLES[role], "\n".join(texts)), images
 
@@ -441,15 +437,15 @@ def _check_marks(turns: Sequence[Turn], images: Sequence[Any]) -> None:
     if images and not marks:
         raise ValueError(f"has no {IMAGE} in any turn; write it into the first question.")
     if marks and not images:
-        raise ValueError(f'names no picture; give it a key "image" with its file name, or take {IMAGE} out.')
+        raise ValueError(f'names no image; give it a key "image" with its file name, or take {IMAGE} out.')
     if len(images) != marks:
         raise ValueError(
-            f"has {marks} times {IMAGE} and names {len(images)} pictures; write {IMAGE} once for each picture."
+            f"has {marks} times {IMAGE} and names {len(images)} images; write {IMAGE} once for each image."
         )
     wrong = [n for n, turn in enumerate(turns, start=1) if turn.role != "user" and IMAGE in turn.text]
     if wrong:
         role = turns[wrong[0] - 1].role
-        raise ValueError(f"has {IMAGE} in turn {wrong[0]}, which is the {role}'s; only questions show pictures.")
+        raise ValueError(f"has {IMAGE} in turn {wrong[0]}, which is the {role}'s; only questions show images.")
 
 
 def without_marks(text: str) -> str:

@@ -25,20 +25,20 @@ class _Reason(NamedTuple):
 
 _ELSEWHERE = "to train on them, give their folder another name"
 _REGULARISATION = _Reason(
-    "regularisation pictures", f"they cannot be used yet, and are no pictures of the subject; {_ELSEWHERE}"
+    "regularisation images", f"they cannot be used yet, and are no images of the subject; {_ELSEWHERE}"
 )
 _CLASS = _Reason(
-    "regularisation pictures",
+    "regularisation images",
     "their folder has the class of another one for its name, and none of their captions names that one's subject; to "
     "train on them, give it another name",
 )
-_OUTPUT = _Reason("pictures in folders in which trainers write", _ELSEWHERE)
+_OUTPUT = _Reason("images in folders in which trainers write", _ELSEWHERE)
 _SAMPLES = _Reason("previews and samples of training runs", "move them to another folder to train on them")
 _SIDE = _Reason(
-    "masks, control pictures, previews and other companions of pictures",
+    "masks, control images, previews and other companions of images",
     "they cannot be used yet; to train on them, give them captions of their own",
 )
-_OF_SYSTEM = _Reason("pictures in folders of the system", "they are copies or deleted")
+_OF_SYSTEM = _Reason("images in folders of the system", "they are copies or deleted")
 
 _CLASS_FOLDER = re.compile(r"(\d+)_(.*)")
 _REGULARISATION_FOLDER = re.compile(
@@ -77,7 +77,7 @@ _RUN_FILES = {"config.yaml", "metrics.jsonl"}
 
 
 def leave_out(folder: Folder, setting: str = "data.path") -> Folder:
-    """Returns the folder without companions and with no text file about them; one warning tells of each kind.
+    """Returns the folder without companions and with no text file about them; one warning names each reason.
 
     Args:
         folder: images and what lies beside them.
@@ -94,7 +94,7 @@ def leave_out(folder: Folder, setting: str = "data.path") -> Folder:
     if len(reasons) == len(folder.files):
         listed = "; ".join(f"{len(files)} {reason.noun} ({_places(folder, files)})" for reason, files in groups.items())
         raise DataError(
-            f"{setting}={folder.root} holds no pictures to train on, but {listed}; give the folder of the pictures "
+            f"{setting}={folder.root} holds no images to train on, but {listed}; give the folder of the images "
             "itself or another name to theirs."
         )
     for reason, files in groups.items():
@@ -118,8 +118,8 @@ def _warn_of_root(folder: Folder, setting: str) -> None:
     named = [part.name for part in (path, path.parent) if _REGULARISATION_FOLDER.fullmatch(_normalised(part.name))]
     if named and (named[0] == path.name or _CLASS_FOLDER.fullmatch(path.name)):
         logger.warning(
-            "%s=%s is named as folders of regularisation pictures are, and is trained on: give the folder of the "
-            "subject's pictures if it was meant.",
+            "%s=%s is named as folders of regularisation images are, and is trained on: give the folder of the "
+            "subject's images if it was meant.",
             setting,
             folder.root,
         )

@@ -18,7 +18,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.text import name_some, shown
 
 _NUM_SHOWN = 2
-"""Faults of samples that are left out, in the warning."""
+"""Errors of samples that are left out, in the warning."""
 _LONGEST_ERROR = 1000
 """Characters of one error: names of strangers may be long and hold line breaks."""
 LARGEST_TABLE_BYTES = 2 * 2**30

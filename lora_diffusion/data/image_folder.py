@@ -100,7 +100,7 @@ def _read_kohya_names(
             repeats[path], words[path] = int(match[1]), match[2].strip()
             folders[match[0]] += 1
     for name, count in folders.items():
-        logger.info("Folder %s: each of its %d pictures is shown %s times an epoch.", name, count, name.split("_")[0])
+        logger.info("Folder %s: each of its %d images is shown %s times an epoch.", name, count, name.split("_")[0])
         if int(name.split("_")[0]) == 0:
             errors.append(f"{name}: asks for 0 repeats; rename the folder to 1_... or move it away.")
         elif int(name.split("_")[0]) > _MANY_REPEATS:
@@ -157,7 +157,7 @@ def _find_trigger(
         named = {class_words.get(path, "") for path in texts}
         shared = find(every) if len(texts) > 1 else SharedWords(Trigger())
         if shared.trigger.units and len(named) == 1:
-            shared = shared._replace(trigger=in_folder_name(named.pop(), every) or shared.trigger, is_doubtful=False)
+            shared = shared._replace(trigger=in_folder_name(named.pop(), every) or shared.trigger, is_compound=False)
         caption_checks.warn_of_trigger(folder, texts, shared)
         return shared.trigger
     units = (" ".join(unit.split()) for unit in wanted.split(","))
@@ -194,11 +194,11 @@ def _priors(texts: Mapping[Path, captions.Lines], trigger: Trigger) -> dict[Path
 def _report(samples: Sequence[ImageText], sizes: Mapping[Path, tuple[int, int]]) -> None:
     num_captions = sum(len(sample.captions) for sample in samples if any(sample.captions))
     trigger = f'the trigger is "{samples[0].trigger}"' if samples[0].trigger else "no trigger words"
-    logger.info("Read %d pictures and %d captions; %s.", len(samples), num_captions, trigger)
+    logger.info("Read %d images and %d captions; %s.", len(samples), num_captions, trigger)
     small = [sample.key for sample in samples if images.cover_scale(sizes[sample.path], sample.size) > 1]
     if small:
         logger.warning(
-            "Pictures that are smaller than what they are trained at, and are scaled up: %d (%s).",
+            "Images that are smaller than what they are trained at, and are scaled up: %d (%s).",
             len(small),
             name_some(small),
         )
@@ -231,7 +231,7 @@ class ImageReport:
         """Returns the report as lines of plain text."""
         buckets = ", ".join(f"{size} ({count})" for size, count in self.buckets.items())
         lines = [
-            f"Pictures:     {self.num_pictures}, {self.num_shown} shown in an epoch",
+            f"Images:       {self.num_pictures}, {self.num_shown} shown in an epoch",
             f"Captions:     {self.num_captions}, the longest has {self.longest_caption[1]} words "
             f"({self.longest_caption[0]})",
             f"Trigger:      {self.trigger or 'none'}",
@@ -265,7 +265,7 @@ def describe(samples: Sequence[ImageText]) -> ImageReport:
         samples: at least one.
     """
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        looks = list(watch(pool.map(_look, samples), len(samples), "Comparing pictures"))
+        looks = list(watch(pool.map(_look, samples), len(samples), "Comparing images"))
     pairs = list(zip(samples, looks, strict=True))
     crops = [(sample.key, images.crop_share(look.size, sample.size)) for sample, look in pairs]
     lengths = [(sample.key, len(text.split())) for sample in samples for text in sample.captions]

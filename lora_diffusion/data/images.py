@@ -40,7 +40,7 @@ _UPRIGHT = {
 """EXIF orientation -> what turns the image upright. CIPA DC-008 (Exif 2.32), section 4.6.5.1.10."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHUNK = struct.Struct(">I4s")
-"""Length and kind of a chunk of a PNG file, before its content."""
+"""Length and type of a chunk of a PNG file, before its content."""
 _CHECKSUM_BYTES = 4
 _ORIENTED = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 """Keywords of texts in which programs write EXIF data."""
@@ -66,7 +66,7 @@ class ImageError(DataError):
         super().__init__(f"{path}: {reason}")
 
 
-class _Room:
+class _DecodingLimit:
     """Lets threads decode images as long as these have few pixels together; a giant waits until it is alone."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class _Room:
 
     @contextmanager
     def of(self, num_pixels: int) -> Iterator[None]:
-        """Waits for room, and gives it back; first come, first served."""
+        """Waits until few pixels are decoded, and counts these among them; first come, first served."""
         with self._queue, self._freed:
             while self._num_pixels and self._num_pixels + num_pixels > _PIXELS_AT_ONCE:
                 self._freed.wait()
@@ -87,14 +87,14 @@ class _Room:
                 self._freed.notify()
 
 
-_ROOM = _Room()
+_DECODING = _DecodingLimit()
 _QUIET = threading.Lock()
 
 
 def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
     """Returns an image decoded in full: upright, 8-bit RGB, sRGB colours, white where it was transparent.
 
-    The content decides what kind of image it is, not the ending of the name.
+    The content decides which image format it is, not the ending of the name.
 
     Args:
         path: names the image in messages, and is its file where no content is given.
@@ -123,13 +123,13 @@ def look(path: Path, side: int, content: bytes | None = None) -> tuple[tuple[int
 @contextmanager
 def _decoded(path: Path, content: bytes | None) -> Iterator[Image.Image]:
     """Yields an image upright, its colours as they are stored; other threads wait while it needs much memory."""
-    if content is None and (kind := not_a_file(path)):
-        raise ImageError(path, f"is {kind} and no file; move it away.")
+    if content is None and (file_type := not_a_file(path)):
+        raise ImageError(path, f"is {file_type} and no file; move it away.")
     size = (0, 0)
     try:
         with _stream(path, content) as stream, _open(stream) as image:
             size = image.size
-            with _ROOM.of(math.prod(size)):
+            with _DECODING.of(math.prod(size)):
                 image.load()
                 if image.mode == "F":
                     raise ImageError(path, "holds fractions, not colours of 8 or 16 bits; convert it.")
@@ -144,7 +144,7 @@ def _decoded(path: Path, content: bytes | None) -> Iterator[Image.Image]:
         if _lacks_memory(error, math.prod(size)):
             raise RunError(
                 f"{path}: there is not enough memory to decode {size[0]} x {size[1]} pixels; close other programs, "
-                "raise the limit of memory, or scale the picture down."
+                "raise the limit of memory, or scale the image down."
             ) from error
         raise ImageError(path, _explain(error)) from error
 
@@ -173,9 +173,9 @@ def _text_chunks(stream: BinaryIO) -> Iterator[tuple[int, int]]:
     """
     position = len(_PNG)
     while len(start := stream.read(_CHUNK.size + max(map(len, _ORIENTED)))) >= _CHUNK.size:
-        length, kind = _CHUNK.unpack_from(start)
+        length, chunk_type = _CHUNK.unpack_from(start)
         end = position + _CHUNK.size + length + _CHECKSUM_BYTES
-        if kind in (b"tEXt", b"zTXt", b"iTXt") and not start[_CHUNK.size :].startswith(_ORIENTED):
+        if chunk_type in (b"tEXt", b"zTXt", b"iTXt") and not start[_CHUNK.size :].startswith(_ORIENTED):
             yield position, end
         position = stream.seek(end)
 
@@ -220,7 +220,7 @@ def _explain_unknown(num_bytes: int) -> str:
     if num_bytes == 0:
         return "is empty (0 bytes); replace it or move it away."
     formats = f"{', '.join(name.lower() for name in _FORMATS[:-1])} or {_FORMATS[-1].lower()}"
-    return f"is no {formats} picture, whatever its name says; convert it or move it away."
+    return f"is no {formats} image, whatever its name says; convert it or move it away."
 
 
 def _flatten(image: Image.Image) -> Image.Image:

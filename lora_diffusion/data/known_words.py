@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lora_diffusion.architectures import clip_tokenizer
 
-COMMON, DOUBTFUL, RARE = range(3)
-"""How well a word is known. DOUBTFUL ones are put together of two that are common, such as johnsmith."""
+COMMON, COMPOUND, RARE = range(3)
+"""How well a word is known. COMPOUND ones are put together of two that are common, such as johnsmith."""
 
 _LINKING_WORDS = (
     "a an the of in on at by to from with without and or as for into over under near is are was its his her their "
@@ -59,7 +59,7 @@ no space stands between words, or before the endings of one."""
 
 
 def level(word: str) -> int:
-    """Returns how well one word is known, without white space and signs in it: COMMON, DOUBTFUL or RARE.
+    """Returns how well one word is known, without white space and signs in it: COMMON, COMPOUND or RARE.
 
     >>> [level(word) for word in ("1girl", "Zorgchan", "johnsmith", "m4r1a")]
     [0, 2, 1, 2]
@@ -74,7 +74,7 @@ def level(word: str) -> int:
     if len(letters) > 1:
         return RARE
     if len(pieces) > 1:
-        return level(letters[0]) or (DOUBTFUL if key[0].isalpha() and len(letters[0]) >= _SHORTEST else COMMON)
+        return level(letters[0]) or (COMPOUND if key[0].isalpha() and len(letters[0]) >= _SHORTEST else COMMON)
     if key.isascii() and len(key) >= _SHORTEST and not set(key) & set("aeiouy"):
         return RARE
     return _level_of_letters(key)
@@ -89,7 +89,7 @@ def _level_of_letters(key: str) -> int:
         return COMMON
     halves = ((key[:at], key[at:]) for at in range(_SHORTEST, len(key) - _SHORTEST + 1))
     everyday = _known(_RANK_IN_COMPOUNDS)
-    return DOUBTFUL if any(first in everyday and last in everyday for first, last in halves) else RARE
+    return COMPOUND if any(first in everyday and last in everyday for first, last in halves) else RARE
 
 
 def level_unspaced(text: str) -> int:

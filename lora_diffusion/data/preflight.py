@@ -34,7 +34,7 @@ def list_images(path: str, setting: str = "data.path") -> Folder:
     Raises:
         DataError: there is no such folder, or no image in it.
     """
-    folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting))
+    folder = companions.leave_out(list_folder(path, "images", images.ENDINGS, setting))
     _warn_of_names(folder, _OTHER_IMAGES, "png", "caption")
     return folder
 
@@ -49,12 +49,12 @@ def find_images(path: str, setting: str) -> list[Path]:
     Raises:
         DataError: there is no such folder, no image in it, or some that cannot be read, which are all listed.
     """
-    folder = companions.leave_out(list_folder(path, "pictures", images.ENDINGS, setting), setting)
+    folder = companions.leave_out(list_folder(path, "images", images.ENDINGS, setting), setting)
     errors: list[str] = []
     measure(folder, False, errors)
     if errors:
         num = len(folder.files)
-        raise DataError(f"{setting}={path}: {len(errors)} of {num} pictures cannot be read; correct them.", errors)
+        raise DataError(f"{setting}={path}: {len(errors)} of {num} images cannot be read; correct them.", errors)
     return list(folder.files)
 
 
@@ -77,7 +77,7 @@ def _warn_of_names(folder: Folder, other_endings: Sequence[str], target: str, te
     unread = [folder.name(file) for file in folder.others if file.suffix.lower() in other_endings]
     if unread:
         logger.warning(
-            "Left out %s of a kind that is not read: %d (%s). Convert them to %s to use them.",
+            "Left out %s of a format that is not read: %d (%s). Convert them to %s to use them.",
             folder.noun,
             len(unread),
             name_some(unread),
@@ -103,12 +103,12 @@ def measure(folder: Folder, skip_bad: bool, errors: list[str]) -> dict[Path, tup
         errors: one line is added for each image that cannot be read.
     """
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        results = list(watch(pool.map(_measure, folder.files), len(folder.files), "Checking pictures"))
+        results = list(watch(pool.map(_measure, folder.files), len(folder.files), "Checking images"))
     pairs = list(zip(folder.files, results, strict=True))
     sizes = {path: result for path, result in pairs if not isinstance(result, str)}
     bad = {folder.name(path): result for path, result in pairs if isinstance(result, str)}
     if bad and skip_bad and sizes:
-        logger.warning("Left out pictures that cannot be read: %d (%s).", len(bad), name_some(list(bad)))
+        logger.warning("Left out images that cannot be read: %d (%s).", len(bad), name_some(list(bad)))
     else:
         errors.extend(f"{name}: {reason}" for name, reason in bad.items())
     return sizes
@@ -136,7 +136,7 @@ def add_missing_captions(folder: Folder, missing: Sequence[Path], num_images: in
     close = [folder.name(guess) for guess in guesses.values() if guess]
     advice = f"these look like captions, rename them: {name_some(close)}" if close else "write them"
     errors.append(
-        f"None of the {num_images} pictures has a caption (name.txt or name.caption beside name.png, or a "
+        f"None of the {num_images} images has a caption (name.txt or name.caption beside name.png, or a "
         f"metadata.jsonl or metadata.csv); {advice}, or set data.captions=optional."
     )
 
@@ -153,9 +153,9 @@ def warn_of_orphans(folder: Folder, text: str, endings: Sequence[str]) -> None:
     orphans = [folder.name(file) for file in texts if not folder.beside(file)]
     if orphans:
         logger.warning(
-            "%s files without a %s, not used: %d (%s).",
+            "%s files that belong to none of the %s, not used: %d (%s).",
             text.capitalize(),
-            folder.noun.removesuffix("s"),
+            folder.noun,
             len(orphans),
             name_some(orphans),
         )

@@ -44,7 +44,7 @@ class SampleType(ABC):
     noun: ClassVar[str]
     """What messages call the samples, say "images"."""
     task: ClassVar[str]
-    """What messages say that bases do with them, say "draw images"."""
+    """What messages say that bases do with them, say "generate images"."""
     section: ClassVar[type[DataConfig]]
     """The class of the `data:` section, which names the class of the samples."""
     metrics: ClassVar[tuple[str, ...]]
@@ -138,8 +138,8 @@ class SampleType(ABC):
 class Images(SampleType):
     """Images with captions: `ImageText`."""
 
-    noun = "pictures"
-    task = "draw pictures"
+    noun = "images"
+    task = "generate images"
     section = ImageDataConfig
     metrics = ("clip_text", "clip_image")
     makes_images = True
@@ -310,7 +310,7 @@ class Chats(SampleType):
     """Conversations about images, or about none: `Chat`."""
 
     noun = "conversations"
-    task = "talk about pictures"
+    task = "talk about images"
     section = ChatDataConfig
     metrics = ("exact_match", "token_f1")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lora_diffusion.data.captions import phrase_pattern
 from lora_diffusion.data.known_words import (
     COMMON,
-    DOUBTFUL,
+    COMPOUND,
     QUALITY,
     RARE,
     SAY_NOTHING,
@@ -84,7 +84,7 @@ class SharedWords(NamedTuple):
     trigger: Trigger
     common: tuple[str, ...] = ()
     """Tags, and where there is no trigger also phrases, that all share and that everybody knows."""
-    is_doubtful: bool = False
+    is_compound: bool = False
     """The trigger is put together of words that everybody knows."""
     nearly: tuple[str, tuple[str, ...]] | None = None
     """Without a trigger: a rare word that most captions hold, and those captions which lack it."""
@@ -114,7 +114,7 @@ def find(captions: Sequence[str]) -> SharedWords:
     units = tuple(dict.fromkeys(phrase.text for phrase in phrases if phrase.level == highest > COMMON))
     trigger = Trigger(tuple(unit for unit in units if not any(unit != other and unit in other for other in units)))
     common = [phrase.text for phrase in phrases if phrase.level == COMMON and (phrase.is_tag or not units)]
-    return SharedWords(trigger, tuple(common), highest == DOUBTFUL, None if units else _nearly(texts))
+    return SharedWords(trigger, tuple(common), highest == COMPOUND, None if units else _nearly(texts))
 
 
 def _shared_phrases(texts: Sequence[str]) -> list[_Phrase]:
@@ -240,15 +240,15 @@ def _levels(phrase: str) -> list[int]:
 
 def _nearly(texts: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
     """Returns a made-up word that most texts hold, and the others."""
-    spellings: dict[str, str] = {}
+    first_forms: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for text in texts:
         words = {word.casefold(): word for word in re.findall(rf"[^\W_{UNSPACED}]+", _without_weights(text))}
         counts.update(words.keys())
-        spellings = words | spellings
+        first_forms = words | first_forms
     frequent = [key for key, count in counts.most_common(50) if count >= max(_MOSTLY * len(texts), _FEWEST)]
     rare = next((key for key in frequent if level(key) == RARE), None)
     if rare is None:
         return None
     pattern = phrase_pattern(rare)
-    return spellings[rare], tuple(text for text in texts if not pattern.search(text))
+    return first_forms[rare], tuple(text for text in texts if not pattern.search(text))

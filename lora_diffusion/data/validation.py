@@ -64,7 +64,7 @@ def split(samples: Sequence[_Sample], share: float) -> tuple[list[_Sample], list
     held_out = frozenset(ranks[: max(1, round(share * len(ranks)))])
     if len(held_out) == len(ranks):
         raise ConfigError(
-            f"data.validation={share:g}: the data holds one recording or picture only, so nothing can be held out; "
+            f"data.validation={share:g}: the data holds one recording or image only, so nothing can be held out; "
             "drop data.validation, or name other data."
         )
     pairs = list(zip(samples, contents, strict=True))

@@ -78,7 +78,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     auto is what `accelerate launch` was told, else bf16 where the device is fast at it, else fp32.
     """
     if precision == "auto":
-        precision = launch.asked_precision() or ("bf16" if has_fast_bf16(device) else "fp32")
+        precision = launch.launcher_precision() or ("bf16" if has_fast_bf16(device) else "fp32")
     return find_dtype(precision)
 
 

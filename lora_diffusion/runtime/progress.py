@@ -22,10 +22,10 @@ def watch(items: Iterable[_Item], total: int, label: str) -> Iterator[_Item]:
     progress = Progress(*columns, console=console(), transient=True)
     task = progress.add_task(label, total=total)
     with ExitStack() as stack:
-        shown = False
+        is_shown = False
         for item in items:
             yield item
             progress.advance(task)
-            if not shown and time.monotonic() - start > _PATIENCE_S:
+            if not is_shown and time.monotonic() - start > _PATIENCE_S:
                 stack.enter_context(progress)
-                shown = True
+                is_shown = True

@@ -170,7 +170,7 @@ def _compose(
     record.check_one_base(sources)
     if len({family.architecture.name for family in families}) > 1:
         pairs = [f"{name} is for {family.architecture.name}" for name, family in zip(names, families, strict=True)]
-        raise AdapterFileError("The adapters were made for different kinds of base and cannot be added.", pairs)
+        raise AdapterFileError("The adapters were made for different bases and cannot be added.", pairs)
     dtype = common_dtype(files) if dtype == "auto" else dtype
     with one_thread():
         total = as_written(method.combine(terms, rule, kernels(families[0], base)), format_, find_dtype(dtype))

@@ -128,7 +128,7 @@ def compare(
 
 def _written(sample: AudioText, options: Any) -> str:
     """Returns the language of a transcript; translations are into English."""
-    language, task = sample.asked(options)
+    language, task = sample.language_and_task(options)
     return "en" if task == "translate" else language
 
 

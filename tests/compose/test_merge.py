@@ -48,7 +48,7 @@ def live(state: AdapterState) -> Loaded:
 
 def assert_same_answers(first: Loaded, second: Loaded) -> None:
     for one, other in zip(answers(first), answers(second), strict=True):
-        # Sums of float32 in another order; pictures are asked to agree to 1e-3.
+        # Sums of float32 in another order; images are asked to agree to 1e-3.
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

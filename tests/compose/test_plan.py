@@ -37,7 +37,7 @@ def test_files_and_weights(folder: Path, text: str, expected: list[tuple[str, fl
     ("text", "reason"),
     [("none", "there is no file none"), ("a.safetensors:x", "'x' is not a weight"), ("a.safetensors:1+e", "no file e")],
 )
-def test_faults(folder: Path, text: str, reason: str) -> None:
+def test_errors(folder: Path, text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         weighted_files(text, "--adapter")
 

@@ -1,4 +1,4 @@
-"""YAML and overrides become a typed config, or one error that lists every fault."""
+"""YAML and overrides become a typed config, or one exception that lists every error."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lora_diffusion.config.schema import Config, field_docs
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 
-NEEDED = ("model.path=base", "data.path=pictures", "output.path=run")
+NEEDED = ("model.path=base", "data.path=images", "output.path=run")
 
 
-def _faults(*overrides: str, path: Path | None = None) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as error:
+def _errors(*overrides: str, path: Path | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
         load(path, [*NEEDED, *overrides])
-    return error.value.errors or (str(error.value),)
+    return caught.value.errors or (str(caught.value),)
 
 
 def _value(override: str) -> object:
@@ -80,7 +80,7 @@ def test_later_overrides_win_and_overrides_win_over_the_file(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("override", "fault"),
+    ("override", "error"),
     [
         ("train.max_steps=1.5", "must be a whole number or null"),
         ("train.max_steps=true", "must be a whole number or null"),
@@ -114,49 +114,49 @@ def test_later_overrides_win_and_overrides_win_over_the_file(tmp_path: Path) -> 
         ("train.learningrate=1", 'did you mean "train.learning_rate"'),
     ],
 )
-def test_faults(override: str, fault: str) -> None:
-    (found,) = _faults(override)
+def test_errors(override: str, error: str) -> None:
+    (found,) = _errors(override)
     assert found.startswith(override.split("=")[0].split(".")[0])
-    assert fault in found
+    assert error in found
 
 
 @pytest.mark.parametrize("override", ["", "train.seed", "=5", "train..seed=5", ".seed=5", "--seed=5", "train.seed=[1"])
 def test_what_is_no_override(override: str) -> None:
-    (found,) = _faults(override)
+    (found,) = _errors(override)
     assert override in found
 
 
-def test_all_faults_at_once_with_the_file_named(tmp_path: Path) -> None:
+def test_all_errors_at_once_with_the_file_named(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("train:\n  sed: 1\n  seed: x\nextra: 3\ndata:\n  trigger: no\n")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as caught:
         load(path)
-    text = str(error.value)
+    text = str(caught.value)
     assert str(path) in text
     for name in ("train.sed", "train.seed", "extra", "data.trigger", "model.path", "data.path", "output.path"):
-        assert any(fault.startswith(name) for fault in error.value.errors), name
+        assert any(error.startswith(name) for error in caught.value.errors), name
     assert "put the text in quotes" in text
-    assert len(error.value.errors) == 7
+    assert len(caught.value.errors) == 7
 
 
 @pytest.mark.parametrize("content", ["model: [", "- a\n- b\n", "words", "a: 1\na: 2\n", "\ta: 1", "a: ${b}\n"])
 def test_what_is_no_config_file(tmp_path: Path, content: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(content)
-    assert _faults(path=path)
+    assert _errors(path=path)
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "error"),
     [
         ("train: {seed: 1}\nmodel: {path: x}\ntrain: {seed: 2}\n", "line 3: train stands there twice"),
         ('train:\n  seed: 1\n  "seed": 2\n', "line 3: seed stands there twice"),
     ],
 )
-def test_a_key_that_stands_twice(tmp_path: Path, content: str, fault: str) -> None:
+def test_a_key_that_stands_twice(tmp_path: Path, content: str, error: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=fault):
+    with pytest.raises(ConfigError, match=error):
         load(path, NEEDED)
 
 
@@ -180,7 +180,7 @@ def test_empty_file_is_a_config_without_settings(tmp_path: Path) -> None:
     ],
 )
 def test_values_out_of_range(override: str) -> None:
-    (found,) = _faults(override)
+    (found,) = _errors(override)
     assert found.startswith(override.split("=")[0])
     assert "must" in found
 
@@ -198,7 +198,7 @@ def test_values_out_of_range(override: str) -> None:
     ],
 )
 def test_values_that_do_not_go_together(overrides: tuple[str, ...]) -> None:
-    assert len(_faults(*overrides)) == 1
+    assert len(_errors(*overrides)) == 1
 
 
 @pytest.mark.parametrize("family", registry.available("families"))
@@ -303,7 +303,7 @@ def test_a_backslash_that_is_not_needed_is_told(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"),
+    ("content", "error"),
     [
         ("train: {seed: 010}", None),
         ("data: {trigger: 007}", None),
@@ -327,12 +327,12 @@ def test_a_backslash_that_is_not_needed_is_told(tmp_path: Path, caplog: pytest.L
         ("%s: 1" % ("x" * 900), "there is no such section"),
     ],
 )
-def test_odd_values_in_a_file(tmp_path: Path, content: str, fault: str | None) -> None:
+def test_odd_values_in_a_file(tmp_path: Path, content: str, error: str | None) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(content)
-    if fault:
-        (found,) = _faults(path=path)
-        assert fault in found
+    if error:
+        (found,) = _errors(path=path)
+        assert error in found
         assert len(found) < 400
     else:
         config = load(path, NEEDED)
@@ -346,9 +346,9 @@ def test_odd_values_in_a_file(tmp_path: Path, content: str, fault: str | None) -
 def test_a_text_bomb(tmp_path: Path) -> None:
     lines = ["a0: " + "x" * 100, *(f"a{n}: '{f'${{a{n - 1}}}' * 10}'" for n in range(1, 9)), "model: {path: '${a8}'}"]
     (tmp_path / "c.yaml").write_text("\n".join(lines))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as caught:
         load(tmp_path / "c.yaml", ["data.path=y", "output.path=z"])
-    assert len(error.value.errors) == 9
+    assert len(caught.value.errors) == 9
 
 
 @settings(max_examples=300, deadline=None)

@@ -17,7 +17,7 @@ from lora_diffusion.config.settings import allowed_values
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 
-NEEDED = ["model.path=base", "data.path=pictures", "output.path=run"]
+NEEDED = ["model.path=base", "data.path=images", "output.path=run"]
 
 KOHYA_DATA = (
     "[general]\nshuffle_caption = true\n[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'x'\n"
@@ -33,7 +33,7 @@ config:
   process:
     - type: sd_trainer
       network: {type: lora, linear: 16}
-      datasets: [{folder_path: /pictures}]
+      datasets: [{folder_path: /images}]
       train: {steps: 100, lr: 1e-4}
 """
 ACCELERATE = (
@@ -88,13 +88,13 @@ ACCELERATE = (
 def test_files_of_other_programs(tmp_path: Path, name: str, content: str, title: str, lines: list[str]) -> None:
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as caught:
         load(path, NEEDED)
-    first, *faults = str(error.value).splitlines()
+    first, *errors = str(caught.value).splitlines()
     assert first.startswith(f"{path} is {title}")
     assert "not a config, which is YAML with sections" in first
     for line in lines:
-        assert any(line in fault for fault in faults), faults
+        assert any(line in error for error in errors), errors
 
 
 def test_other_things_that_are_no_config(tmp_path: Path) -> None:
@@ -134,11 +134,11 @@ def test_keys_that_people_know(tmp_path: Path, section: str, key: str, ours: str
         return
     sources = [(path, [])] + ([] if "-" in key else [(None, [f"{section}{key}=1"])])
     for source, overrides in sources:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(ConfigError) as caught:
             load(source, [*NEEDED, *overrides])
-        (fault,) = error.value.errors
-        assert fault.startswith(f"{section}{key}: there is no such")
-        assert ours in fault
+        (error,) = caught.value.errors
+        assert error.startswith(f"{section}{key}: there is no such")
+        assert ours in error
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def test_keys_that_people_know(tmp_path: Path, section: str, key: str, ours: str
     ],
 )
 def test_values_that_people_know(override: str, ours: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as caught:
         load(None, [*NEEDED, override])
-    (fault,) = error.value.errors
-    assert fault.endswith(f"; write {ours}" if ours else "tensorboard")
+    (error,) = caught.value.errors
+    assert error.endswith(f"; write {ours}" if ours else "tensorboard")
 
 
 def test_every_hint_names_a_key_that_there_is() -> None:

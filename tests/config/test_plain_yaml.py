@@ -67,11 +67,11 @@ def test_aliases_and_merges() -> None:
     ids=lambda text: text[:20],
 )
 def test_what_is_refused_in_one_line(text: str, reason: str) -> None:
-    with pytest.raises(YamlError) as error:
+    with pytest.raises(YamlError) as caught:
         parse(text)
-    assert reason in str(error.value)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 300
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

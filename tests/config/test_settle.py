@@ -1,4 +1,4 @@
-"""What the command line says wins over a file, with a line that tells it; equals that contradict are a fault."""
+"""What the command line says wins over a file, with a line that tells it; equals that contradict are an error."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def test_a_file_of_the_users_gives_way_too(
         ("adapter.parts=[unet]", "train.text_encoder_learning_rate=1e-4"),
     ],
 )
-def test_equals_that_contradict_are_a_fault(tmp_path: Path, pair: tuple[str, str]) -> None:
+def test_equals_that_contradict_are_an_error(tmp_path: Path, pair: tuple[str, str]) -> None:
     needed = ["model.path=x", "data.path=y", "output.path=z"]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError) as caught:
         load(None, [*needed, *pair])
-    assert len(error.value.errors) == 1
+    assert len(caught.value.errors) == 1
     with pytest.raises(ConfigError):
         load(Path("sd1/style"), pair)
     path = tmp_path / "c.yaml"
@@ -113,7 +113,7 @@ def test_equals_that_contradict_are_a_fault(tmp_path: Path, pair: tuple[str, str
             load(path, needed)
 
 
-def test_a_longer_warmup_than_the_files_run_is_a_fault() -> None:
+def test_a_longer_warmup_than_the_files_run_is_an_error() -> None:
     """To drop the length instead would train three times as long as the file says."""
     with pytest.raises(ConfigError, match=r"train.warmup_steps=400: must be less than train.max_steps=350"):
         load(Path("sd1/style"), ["train.warmup_steps=400"])

@@ -189,8 +189,8 @@ def test_seeds_depend_on_every_number() -> None:
     assert derive(3, "x", 1).initial_seed() == derive(3, "x", 1).initial_seed()
 
 
-def test_faults_stand_one_below_the_other() -> None:
-    assert str(DataError("Two faults.", ["a", "b"])) == "Two faults.\n  - a\n  - b"
+def test_errors_stand_one_below_the_other() -> None:
+    assert str(DataError("Two errors.", ["a", "b"])) == "Two errors.\n  - a\n  - b"
     assert suggestion("attm", ["attn", "ff"]) == ' (did you mean "attn"?)'
     assert suggestion("zzz", ["attn"]) == ""
 
@@ -204,7 +204,7 @@ def test_an_unknown_home_folder_is_told_with_the_setting(monkeypatch: pytest.Mon
 
 class TestJsonOfStrangers:
     @pytest.mark.parametrize(
-        ("content", "fault"),
+        ("content", "error"),
         [
             (b"[" * 100_000, "brackets in brackets too deep"),
             (b'{"a": ' * 2000, "brackets in brackets too deep"),
@@ -215,9 +215,9 @@ class TestJsonOfStrangers:
             (b"{]", "Expecting property name"),
         ],
     )
-    def test_what_cannot_be_read(self, content: bytes, fault: str, tmp_path: Path) -> None:
+    def test_what_cannot_be_read(self, content: bytes, error: str, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_bytes(content)
-        with pytest.raises(ValueError, match=fault):
+        with pytest.raises(ValueError, match=error):
             read_json(tmp_path / "a.json")
 
     def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:

@@ -85,4 +85,4 @@ def test_commands_of_one_process_are_refused(
         monkeypatch.setenv(name, value)
     assert main(["config", "show"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert json.dumps(launch.asked_precision()) == "null"
+    assert json.dumps(launch.launcher_precision()) == "null"

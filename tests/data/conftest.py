@@ -25,7 +25,7 @@ class Dataset:
 
     root: Path
 
-    def picture(self, name: str, caption: str | None = "a cat", size: tuple[int, int] = (64, 64), color="red") -> Path:
+    def image(self, name: str, caption: str | None = "a cat", size: tuple[int, int] = (64, 64), color="red") -> Path:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, color).save(path)
@@ -48,7 +48,7 @@ class Dataset:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     return Dataset(root)
 

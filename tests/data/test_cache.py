@@ -24,7 +24,7 @@ def run(dataset, family, loaded, tmp_path):
     """Prepares the data set and returns the items, and the keys of the views that the family was asked for."""
     colors = {"a": "red", "b": "green", "c": "blue", "d": "white"}
     for index, (name, color) in enumerate(colors.items()):
-        dataset.picture(f"{name}.png", f"{name} zwx", color=color, size=(128, 64) if index == 3 else (64, 64))
+        dataset.image(f"{name}.png", f"{name} zwx", color=color, size=(128, 64) if index == 3 else (64, 64))
 
     def call(flip=False, trained=_UNET, **settings):
         family.asked.clear()
@@ -57,13 +57,13 @@ def test_the_second_run_prepares_nothing_and_gives_the_same(run, family, tmp_pat
     assert all(len(path.relative_to(tmp_path / "cache").parts) == 3 for path in _files(tmp_path))
 
 
-def test_a_changed_caption_picture_or_size_prepares_just_that_piece_of_that_item(run, dataset, family):
+def test_a_changed_caption_image_or_size_prepares_just_that_piece_of_that_item(run, dataset, family):
     run()
     dataset.text("b.txt", "b zwx, changed")
     items, asked = run()
     assert (asked, family.texts) == ([], [["b.png"]])
     assert items[1].tensors["length"] == len("b zwx, changed")
-    dataset.picture("c.png", None, color="black")
+    dataset.image("c.png", None, color="black")
     assert run()[1] == ["c.png"]
     assert run(buckets=False)[1] == ["d.png"]
     assert run(resolution=32)[1] == ["a.png", "b.png", "c.png", "d.png"]
@@ -92,10 +92,10 @@ def test_names_and_repeats_are_not(run, dataset):
     assert (items[0].key, items[0].num_repeats) == ("5_x/renamed.png", 5)
 
 
-def test_equal_pictures_and_equal_texts_are_prepared_once(run, dataset, family):
-    dataset.picture("a2.png", "other zwx", color="red")
-    dataset.picture("a3.png", "a zwx", color="red")
-    dataset.picture("b2.png", "a zwx", color="black")
+def test_equal_images_and_equal_texts_are_prepared_once(run, dataset, family):
+    dataset.image("a2.png", "other zwx", color="red")
+    dataset.image("a3.png", "a zwx", color="red")
+    dataset.image("b2.png", "a zwx", color="black")
     items, asked = run(trigger="")
     assert [item.key for item in items[:5]] == ["a.png", "a2.png", "a3.png", "b.png", "b2.png"]
     assert (len(asked), sum(map(len, family.texts))) == (5, 5)
@@ -226,7 +226,7 @@ def test_a_failing_family_leaves_no_broken_file(run, family, tmp_path, monkeypat
 
 
 def test_a_cache_that_cannot_be_written(dataset, family, loaded, tmp_path):
-    dataset.picture("a.png")
+    dataset.image("a.png")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cache\.path"):
         cache.prepare(family, loaded, dataset.read(), _UNET, CacheConfig(path=str(tmp_path / "file")), dataset.config())

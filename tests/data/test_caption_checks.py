@@ -20,19 +20,19 @@ def _read(dataset: Dataset, limit: ClipTextLimit = CLIP, **settings: object) -> 
 
 
 def test_what_is_beyond_the_text_encoder_is_told(dataset, caplog):
-    dataset.picture("0.png", f"zorg style, {LONG}")
-    dataset.picture("1.png", "zorg style cat")
+    dataset.image("0.png", f"zorg style, {LONG}")
+    dataset.image("1.png", "zorg style cat")
     _read(dataset)
     assert "longer than the 75 tokens that the text encoder reads: 1 (0.png has 293)" in caplog.text
 
 
-def test_a_trigger_that_is_cut_off_is_a_fault(dataset):
-    dataset.picture("0.png", f"{LONG}, zorg style")
-    dataset.picture("1.png", "cat, zorg style")
+def test_a_trigger_that_is_cut_off_is_an_error(dataset):
+    dataset.image("0.png", f"{LONG}, zorg style")
+    dataset.image("1.png", "cat, zorg style")
     with pytest.raises(DataError) as caught:
         _read(dataset)
-    (fault,) = caught.value.errors
-    assert fault.startswith('0.png: the trigger "zorg style" stands behind the 75 tokens')
+    (error,) = caught.value.errors
+    assert error.startswith('0.png: the trigger "zorg style" stands behind the 75 tokens')
     with pytest.raises(DataError, match="stands behind the 75 tokens"):
         _read(dataset, trigger="zorg")
     _read(dataset, trigger="")
@@ -40,7 +40,7 @@ def test_a_trigger_that_is_cut_off_is_a_fault(dataset):
 
 def test_each_base_has_its_own_limit(dataset, caplog):
     text = "zorg style " + "a cat and a dog " * 5
-    dataset.picture("0.png", text)
+    dataset.image("0.png", text)
     _read(dataset)
     assert "tokens" not in caplog.text
     _read(dataset, EMOJI)
@@ -61,7 +61,7 @@ def test_each_base_has_its_own_limit(dataset, caplog):
     ],
 )
 def test_commands_to_other_programs_are_told(dataset, caplog, text, what):
-    dataset.picture("0.png", text)
+    dataset.image("0.png", text)
     _read(dataset)
     (message,) = [record.getMessage() for record in caplog.records if "takes literally" in record.getMessage()]
     assert what in message and "1 (0.png)" in message
@@ -69,7 +69,7 @@ def test_commands_to_other_programs_are_told(dataset, caplog, text, what):
 
 @pytest.mark.parametrize("text", ["zorg cat (red), blue", "zorg_cat, looking_at_viewer", "a zorg-like thing: red"])
 def test_plain_captions_hold_no_commands(dataset, caplog, text):
-    dataset.picture("0.png", text)
+    dataset.image("0.png", text)
     _read(dataset)
     assert "literally" not in caplog.text
 
@@ -86,7 +86,7 @@ def test_plain_captions_hold_no_commands(dataset, caplog, text):
     ],
 )
 def test_flip_with_captions_that_have_sides(dataset, caplog, text, what):
-    dataset.picture("0.png", text)
+    dataset.image("0.png", text)
     _read(dataset)
     assert "data.flip" not in caplog.text
     _read(dataset, flip=True)
@@ -95,8 +95,8 @@ def test_flip_with_captions_that_have_sides(dataset, caplog, text, what):
 
 
 def test_a_trigger_that_may_be_another_one_is_told(dataset, caplog):
-    dataset.picture("0.png", "1girl, solo, red hair")
-    dataset.picture("1.png", "solo, 1girl")
+    dataset.image("0.png", "1girl, solo, red hair")
+    dataset.image("1.png", "solo, 1girl")
     assert dataset.read()[0].trigger == ""
     assert 'All captions share "1girl", "solo", but these are common words' in caplog.text
     dataset.text("0.txt", "1girl, zorgchan")
@@ -108,23 +108,23 @@ def test_a_trigger_that_may_be_another_one_is_told(dataset, caplog):
     assert dataset.read()[0].trigger == "zorgchan, blorpy"
     assert 'several rare words, which are taken for the trigger together: "zorgchan", "blorpy"' in caplog.text
     for index in range(4):
-        dataset.picture(f"{index}.png", f"zorg {index}" if index else "dog")
+        dataset.image(f"{index}.png", f"zorg {index}" if index else "dog")
     assert dataset.read()[0].trigger == ""
-    assert 'Most captions hold "zorg", but not those of 1 picture(s) (0.png)' in caplog.text
+    assert 'Most captions hold "zorg", but not those of 1 image(s) (0.png)' in caplog.text
 
 
-def test_a_trigger_that_no_caption_has_is_one_fault(dataset):
+def test_a_trigger_that_no_caption_has_is_one_error(dataset):
     for index in range(5):
-        dataset.picture(f"{index}.png", f"a cat {index}")
+        dataset.image(f"{index}.png", f"a cat {index}")
     with pytest.raises(DataError) as caught:
         dataset.read(trigger="zorg")
-    (fault,) = caught.value.errors
-    assert 'data.trigger="zorg" is in none of the 5 captions, such as "a cat 0"' in fault
+    (error,) = caught.value.errors
+    assert 'data.trigger="zorg" is in none of the 5 captions, such as "a cat 0"' in error
 
 
 def test_a_trigger_of_several_tags_may_stand_apart(dataset):
-    dataset.picture("0.png", "zorgchan, red hair, blorpy")
-    dataset.picture("1.png", "blorpy, zorgchan")
+    dataset.image("0.png", "zorgchan, red hair, blorpy")
+    dataset.image("1.png", "blorpy, zorgchan")
     samples = dataset.read(trigger="zorgchan, blorpy")
     assert {sample.trigger for sample in samples} == {"zorgchan, blorpy"}
     assert [sample.prior_captions[0] for sample in samples] == ["red hair", ""]
@@ -133,7 +133,7 @@ def test_a_trigger_of_several_tags_may_stand_apart(dataset):
 
 
 def test_a_trigger_of_signs_alone(dataset):
-    dataset.picture("0.png", "a cat --")
+    dataset.image("0.png", "a cat --")
     assert dataset.read(trigger="--")[0].prior_captions[0] == "a cat"
     with pytest.raises(DataError, match="is not in its caption"):
         dataset.read(trigger="___")

@@ -1,4 +1,4 @@
-"""Conversations about pictures, in the layouts that people have, and all that can be wrong with them."""
+"""Conversations about images, in the layouts that people have, and all that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lora_diffusion.data.chats import questions
 from lora_diffusion.data.sample_types import CHATS
 from tests.tiny_llava import entry, write_chats, write_picture
 
-_PICTURE_TOKENS = 4
+_IMAGE_TOKENS = 4
 
 
 def _count(samples: Sequence[Chat]) -> list[int | str]:
-    return [_PICTURE_TOKENS + sum(len(turn.text.split()) for turn in sample.turns) for sample in samples]
+    return [_IMAGE_TOKENS + sum(len(turn.text.split()) for turn in sample.turns) for sample in samples]
 
 
 INFO = ChatInfo(source="tiny base", max_tokens=40, count_tokens=_count)
@@ -37,7 +37,7 @@ LAYOUTS = {
         {"from": "user", "value": "<image>What is it?"}, {"from": "assistant", "value": "a cat"}]},
     "messages": {"image": "a.png", "messages": [
         {"role": "user", "content": "<image> What is it?"}, {"role": "assistant", "content": "a cat"}]},
-    "parts and the same picture above": {"image": "a.png", "messages": [
+    "parts and the same image above": {"image": "a.png", "messages": [
         {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "a cat"}]},
     "parts": {"messages": [
@@ -63,7 +63,7 @@ class TestLayouts:
             assert (sample.path, sample.images[0].size, sample.num_tokens, sample.group) == (
                 tmp_path / "a.png",
                 (30, 20),
-                _PICTURE_TOKENS + 5,
+                _IMAGE_TOKENS + 5,
                 "32",
             )
 
@@ -78,9 +78,9 @@ class TestLayouts:
     @pytest.mark.parametrize("is_list", [False, True])
     def test_saved_data_set(self, tmp_path: Path, is_list: bool) -> None:
         datasets = pytest.importorskip("datasets")
-        picture = str(write_picture(tmp_path / "a.png", size=(30, 20)))
+        image = str(write_picture(tmp_path / "a.png", size=(30, 20)))
         feature = datasets.Image()
-        name, cell = ("images", [picture]) if is_list else ("image", picture)
+        name, cell = ("images", [image]) if is_list else ("image", image)
         messages = LAYOUTS["messages"]["messages"]
         table = datasets.Dataset.from_dict({name: [cell, cell], "messages": [messages, messages]})
         table.cast_column(name, datasets.List(feature) if is_list else feature).save_to_disk(tmp_path / "saved")
@@ -96,10 +96,10 @@ class TestLayouts:
         (tmp_path / "chats.json").write_text(json.dumps([entry("sub\\a.png", "What?", "a cat")]), encoding="utf-8")
         assert _read(tmp_path)[0].path == tmp_path / "sub" / "a.png"
 
-    def test_pictures_in_another_folder(self, tmp_path: Path) -> None:
-        write_picture(tmp_path / "pictures" / "a.png")
+    def test_images_in_another_folder(self, tmp_path: Path) -> None:
+        write_picture(tmp_path / "images" / "a.png")
         path = write_chats(tmp_path / "texts", [LAYOUTS["LLaVA"]])
-        assert len(_read(path, images=str(tmp_path / "pictures"))) == 1
+        assert len(_read(path, images=str(tmp_path / "images"))) == 1
 
 
 def _faulty(first: str, *rest: str) -> dict[str, Any]:
@@ -108,30 +108,30 @@ def _faulty(first: str, *rest: str) -> dict[str, Any]:
     return made
 
 
-FAULTS: dict[str, tuple[Any, str]] = {
+ERRORS: dict[str, tuple[Any, str]] = {
     "no image token": (_faulty("What?", "a cat"), "has no <image> in any turn"),
     "two image tokens": (_faulty("<image><image>What?", "a cat"), "has 2 times <image>"),
     "image token in an answer": (_faulty("What?", "<image>a cat"), "has <image> in turn 2, which is the assistant's"),
-    "missing picture": (entry("b.png", "What?", "a cat"), "there is no picture b.png"),
-    "name too long": (entry("b" * 5000, "What?", "a cat"), f"there is no picture {'b' * 100}... (5000 characters)"),
-    "picture inside the file": (
+    "missing image": (entry("b.png", "What?", "a cat"), "there is no image b.png"),
+    "name too long": (entry("b" * 5000, "What?", "a cat"), f"there is no image {'b' * 100}... (5000 characters)"),
+    "image inside the file": (
         entry("data:image/png;base64," + "A" * 5000, "What?", "a cat"),
-        "pictures inside the file are not read",
+        "images inside the file are not read",
     ),
-    "no picture named": ({"conversations": LAYOUTS["LLaVA"]["conversations"]}, "names no picture"),
-    "two pictures": ({**LAYOUTS["ShareGPT"], "images": ["a.png", "a.png"]}, "names 2 pictures"),
-    "two pictures, one in a part": (
+    "no image named": ({"conversations": LAYOUTS["LLaVA"]["conversations"]}, "names no image"),
+    "two images": ({**LAYOUTS["ShareGPT"], "images": ["a.png", "a.png"]}, "names 2 images"),
+    "two images, one in a part": (
         {**LAYOUTS["parts"], "image": "b.png"},
-        "names 2 pictures",
+        "names 2 images",
     ),
-    "a picture as OpenAI writes it": (
+    "an image as OpenAI writes it": (
         {
             "messages": [
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]},
                 {"role": "assistant", "content": "a cat"},
             ]
         },
-        "turn 1 holds a part of type 'image_url' and without a text, which is not read; write a picture as",
+        "turn 1 holds a part of type 'image_url' and without a text, which is not read; write an image as",
     ),
     "two questions": (
         {"image": "a.png", "conversations": [{"from": "human", "value": "<image>a"}, {"from": "human", "value": "b"}]},
@@ -164,13 +164,13 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "empty answer": (entry("a.png", "What?", " \n"), "has an empty answer (turn 2)"),
     "no turns": ({"image": "a.png"}, "has no list of turns"),
     "no object": ("text", "is no object"),
-    "corrupt picture": (entry("broken.png", "What?", "a cat"), "its picture broken.png cannot be decoded"),
-    "empty picture": (entry("empty.png", "What?", "a cat"), "its picture empty.png is empty (0 bytes)"),
-    "too long": (entry("a.png", "word " * 50, "a cat"), "has 56 tokens, those of its picture counted, and at most 40"),
+    "corrupt image": (entry("broken.png", "What?", "a cat"), "its image broken.png cannot be decoded"),
+    "empty image": (entry("empty.png", "What?", "a cat"), "its image empty.png is empty (0 bytes)"),
+    "too long": (entry("a.png", "word " * 50, "a cat"), "has 56 tokens, those of its image counted, and at most 40"),
 }
 
 
-class TestFaults:
+class TestErrors:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         whole = write_picture(tmp_path / "a.png").read_bytes()
@@ -178,9 +178,9 @@ class TestFaults:
         (tmp_path / "empty.png").write_bytes(b"")
         return tmp_path
 
-    @pytest.mark.parametrize("fault", FAULTS)
-    def test_each_is_told(self, folder: Path, fault: str) -> None:
-        wrong, message = FAULTS[fault]
+    @pytest.mark.parametrize("error", ERRORS)
+    def test_each_is_told(self, folder: Path, error: str) -> None:
+        wrong, message = ERRORS[error]
         write_chats(folder, [LAYOUTS["LLaVA"], wrong])
         with pytest.raises(DataError) as caught:
             _read(folder)
@@ -189,13 +189,13 @@ class TestFaults:
         assert message in told
 
     def test_all_are_told_at_once_in_one_line_each(self, folder: Path) -> None:
-        write_chats(folder, [wrong for wrong, _ in FAULTS.values()])
+        write_chats(folder, [wrong for wrong, _ in ERRORS.values()])
         (folder / "more.jsonl").write_text('{"image": \n', encoding="utf-8")
         with pytest.raises(DataError) as caught:
             _read(folder)
-        assert len(caught.value.errors) == len(FAULTS) + 1
-        assert not any("\n" in fault for fault in caught.value.errors)
-        assert any(fault.startswith("more.jsonl, line 1: is not JSON") for fault in caught.value.errors)
+        assert len(caught.value.errors) == len(ERRORS) + 1
+        assert not any("\n" in error for error in caught.value.errors)
+        assert any(error.startswith("more.jsonl, line 1: is not JSON") for error in caught.value.errors)
 
     @pytest.mark.parametrize("text", ["[" * 100_000, '[{"image": ' + "1" * 5000 + "}]"])
     def test_json_that_python_gives_up_on(self, folder: Path, text: str) -> None:
@@ -215,23 +215,23 @@ class TestFaults:
         assert half.startswith("chats.json: is not JSON that can be read (holds half a character")
         assert pipe == "pipe.json: is a pipe and no file; move it away."
 
-    def test_a_file_of_another_encoding_is_one_fault(self, folder: Path) -> None:
+    def test_a_file_of_another_encoding_is_one_error(self, folder: Path) -> None:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
-        with pytest.raises(DataError, match="1 error in 1 files and pictures") as caught:
+        with pytest.raises(DataError, match="1 error in 1 files and images") as caught:
             _read(folder)
         (told,) = caught.value.errors
         assert told.startswith("chats.json: byte 0xfc at position 14 (line 1) is not UTF-8")
 
     def test_too_long_ones_are_skipped_if_asked(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-        write_chats(folder, [LAYOUTS["LLaVA"], FAULTS["too long"][0]])
+        write_chats(folder, [LAYOUTS["LLaVA"], ERRORS["too long"][0]])
         with caplog.at_level("WARNING"):
             assert len(_read(folder, too_long="skip")) == 1
         assert "Left out conversations of more than 40 tokens: 1" in caplog.text
         with pytest.raises(DataError, match="no conversation is left"):
             _read(folder, too_long="skip", max_tokens=3)
 
-    def test_bad_pictures_are_skipped_if_asked(self, folder: Path) -> None:
-        write_chats(folder, [LAYOUTS["LLaVA"], FAULTS["corrupt picture"][0]])
+    def test_bad_images_are_skipped_if_asked(self, folder: Path) -> None:
+        write_chats(folder, [LAYOUTS["LLaVA"], ERRORS["corrupt image"][0]])
         assert len(_read(folder, skip_bad=True)) == 1
 
     def test_what_the_template_refuses(self, folder: Path) -> None:
@@ -255,7 +255,7 @@ class TestSamples:
         assert CHATS.identity(sample, config) != CHATS.identity(sample, ChatDataConfig())
 
     @pytest.mark.parametrize("size", [(1, 9), (9, 1), (1, 1)])
-    def test_narrowest_pictures_can_be_zoomed(self, tmp_path: Path, size: tuple[int, int]) -> None:
+    def test_narrowest_images_can_be_zoomed(self, tmp_path: Path, size: tuple[int, int]) -> None:
         write_picture(tmp_path / "a.png", size=size)
         write_chats(tmp_path, [LAYOUTS["LLaVA"]])
         (sample,) = _read(tmp_path)
@@ -269,7 +269,7 @@ class TestSamples:
         report = CHATS.describe(samples)
         assert (report.num_conversations, report.num_pictures, report.num_answers) == (2, 2, 3)
         assert report.commonest_answers[0] == ("red", 2)
-        assert report.longest == ("chats.json, entry 1", _PICTURE_TOKENS + 4)
+        assert report.longest == ("chats.json, entry 1", _IMAGE_TOKENS + 4)
         asked = CHATS.previews(samples, PreviewConfig())
         assert [(request.prompt, request.sample.path.name) for request in asked] == [  # type: ignore[union-attr]
             ("What?", "a.png"),
@@ -281,7 +281,7 @@ class TestSamples:
             ("What?", "red"),
             ("Which?", "red"),
         ]
-        assert CHATS.largest(samples) == (_PICTURE_TOKENS + 4, 1)
+        assert CHATS.largest(samples) == (_IMAGE_TOKENS + 4, 1)
 
 
 def _message(role: str, content: Any) -> dict[str, Any]:
@@ -307,7 +307,7 @@ LATER = {
 }
 
 
-class TestPictures:
+class TestImages:
     """Conversations about none or about several."""
 
     @pytest.fixture
@@ -316,7 +316,7 @@ class TestPictures:
         write_picture(tmp_path / "b.png", 1, size=(20, 40))
         return tmp_path
 
-    def test_each_turn_tells_its_pictures(self, folder: Path) -> None:
+    def test_each_turn_tells_its_images(self, folder: Path) -> None:
         write_chats(folder, [LAYOUTS["LLaVA"], ALONE, PAIR, LATER])
         samples = _read(folder)
         assert [[turn.num_images for turn in sample.turns] for sample in samples] == [
@@ -338,7 +338,7 @@ class TestPictures:
         assert len(set(names)) == 4
         report = CHATS.describe(samples)
         assert (report.num_pictures, report.num_without_picture) == (2, 1)
-        assert "about 2 pictures (1 without a picture)" in report.lines()[0]
+        assert "about 2 images (1 without an image)" in report.lines()[0]
         assert CHATS.largest(samples)[1] == 2
         asked = CHATS.previews(samples, PreviewConfig())
         assert [request.sample.key for request in asked] == ["chats.json, entry 1", "chats.json, entry 4"]  # type: ignore[union-attr]
@@ -349,7 +349,7 @@ class TestPictures:
             "Hello",
         ]
 
-    def test_one_picture_in_the_first_question_keeps_its_name_in_caches(self, folder: Path) -> None:
+    def test_one_image_in_the_first_question_keeps_its_name_in_caches(self, folder: Path) -> None:
         write_chats(folder, [LAYOUTS["LLaVA"]])
         digest, zooms, said = CHATS.identity(_read(folder)[0], ChatDataConfig())
         assert (len(digest), zooms, said) == (64, (1.0,), [["user", "What is it?"], ["assistant", "a cat"]])
@@ -359,29 +359,29 @@ class TestPictures:
         (request,) = CHATS.previews(_read(folder), PreviewConfig())
         assert (request.prompt, request.sample.views) == ("Write a haiku", ((),))  # type: ignore[union-attr]
 
-    def test_what_a_list_of_pictures_and_marks_must_be(self, folder: Path) -> None:
+    def test_what_a_list_of_images_and_marks_must_be(self, folder: Path) -> None:
         wrong = {**PAIR, "images": ["a.png", "gone.png"]}
         three = {**PAIR, "images": ["a.png", "b.png", "a.png"]}
         write_chats(folder, [wrong, three, {**PAIR, "images": [1, 2]}])
         with pytest.raises(DataError) as caught:
             _read(folder)
-        assert "names 3 pictures" in caught.value.errors[0]
-        assert f"there is no picture gone.png in {folder}" in caught.value.errors[1]
-        assert "calls a picture 1; give its file name" in caught.value.errors[2]
+        assert "names 3 images" in caught.value.errors[0]
+        assert f"there is no image gone.png in {folder}" in caught.value.errors[1]
+        assert "calls an image 1; give its file name" in caught.value.errors[2]
 
 
 class TestLeftOut:
-    def test_every_fault_can_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_every_error_can_be(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         whole = write_picture(tmp_path / "a.png").read_bytes()
         (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
         (tmp_path / "empty.png").write_bytes(b"")
-        write_chats(tmp_path, [LAYOUTS["LLaVA"], *(wrong for wrong, _ in FAULTS.values())])
+        write_chats(tmp_path, [LAYOUTS["LLaVA"], *(wrong for wrong, _ in ERRORS.values())])
         (sample,) = _read(tmp_path, skip_bad=True)
         assert sample.key == "chats.json, entry 1"
-        assert f"Left out, since data.skip_bad=true: {len(FAULTS)} (chats.json, entry 2, " in caplog.text
+        assert f"Left out, since data.skip_bad=true: {len(ERRORS)} (chats.json, entry 2, " in caplog.text
         assert "; kept: 1. For example, chats.json, entry 2: has no <image> in any turn" in caplog.text
-        write_chats(tmp_path, [wrong for wrong, _ in FAULTS.values()])
-        with pytest.raises(DataError, match=f"{len(FAULTS)} errors in 1 files"):
+        write_chats(tmp_path, [wrong for wrong, _ in ERRORS.values()])
+        with pytest.raises(DataError, match=f"{len(ERRORS)} errors in 1 files"):
             _read(tmp_path, skip_bad=True)
 
     def test_held_out_files_are_left_out_and_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -403,16 +403,16 @@ class TestLeftOut:
         write_chats(tmp_path, [entry("gone.png", "What?", "a cat")])
         with pytest.raises(DataError, match=r"^data\.path=chats\.json: 1 error in 1 files") as caught:
             _read(Path("chats.json"))
-        assert f"there is no picture gone.png in {tmp_path}" in caught.value.errors[0]
+        assert f"there is no image gone.png in {tmp_path}" in caught.value.errors[0]
 
 
 @pytest.mark.parametrize("form", ["splits", "parquet"])
-def test_rows_with_and_without_pictures(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_with_and_without_images(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
-    picture = str(write_picture(tmp_path / "pictures" / "a.png", size=(30, 20)))
+    image = str(write_picture(tmp_path / "images" / "a.png", size=(30, 20)))
     said = [LAYOUTS["messages"]["messages"], ALONE["conversations"], PAIR["messages"]]
     said[1] = [_message(turn["from"], turn["value"]) for turn in ALONE["conversations"]]
-    table = datasets.Dataset.from_dict({"images": [[picture], [], [picture] * 2], "messages": said})
+    table = datasets.Dataset.from_dict({"images": [[image], [], [image] * 2], "messages": said})
     table = table.cast_column("images", datasets.List(datasets.Image()))
     if form == "splits":
         datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))

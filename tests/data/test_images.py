@@ -84,7 +84,7 @@ def _pixel(image: Image.Image, tmp_path, name="p.png", **options) -> tuple[int, 
     return read.getpixel((0, 0))
 
 
-def test_transparent_pictures_get_a_white_ground(tmp_path):
+def test_transparent_images_get_a_white_ground(tmp_path):
     assert _pixel(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), tmp_path) == (255, 255, 255)
     assert _pixel(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), tmp_path) == pytest.approx((127, 127, 127), abs=1)
     assert _pixel(Image.new("LA", (4, 4), (0, 0)), tmp_path) == (255, 255, 255)
@@ -110,7 +110,7 @@ def test_a_colour_profile_is_applied_and_a_damaged_one_ignored(tmp_path):
     assert _pixel(grey, tmp_path, icc_profile=b"no profile") == (100, 100, 100)
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_images_are_turned_upright(tmp_path):
     image = Image.new("RGB", (8, 4), "red")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -118,8 +118,8 @@ def test_pictures_are_turned_upright(tmp_path):
     assert images.open_rgb(tmp_path / "p.jpg").size == (4, 8)
 
 
-def test_what_is_written_about_a_picture_does_not_keep_it_from_being_read(tmp_path):
-    """Programs that make pictures write their workflow into them; Pillow refuses more than 1 MiB of it."""
+def test_what_is_written_about_an_image_does_not_keep_it_from_being_read(tmp_path):
+    """Programs that make images write their workflow into them; Pillow refuses more than 1 MiB of it."""
     image, text = Image.new("RGB", (8, 4), "red"), PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 3_000_000, zip=True)
     text.add_itxt("prompt", "y" * 70_000_000)
@@ -164,7 +164,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])
-def test_strips_give_the_same_picture(tmp_path, mode, monkeypatch):
+def test_strips_give_the_same_image(tmp_path, mode, monkeypatch):
     colors = np.random.default_rng(0).integers(0, 255, (31, 17, 4), np.uint8)
     colors = colors.view(np.uint16)[..., 0].copy() if mode == "I;16" else colors
     image = Image.fromarray(colors) if mode == "I;16" else Image.fromarray(colors).convert(mode)
@@ -205,7 +205,7 @@ def test_giants_are_decoded_one_after_the_other(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory error when reading image file")])
-def test_a_good_picture_is_not_called_damaged_for_lack_of_memory(tmp_path, monkeypatch, error):
+def test_a_good_image_is_not_called_damaged_for_lack_of_memory(tmp_path, monkeypatch, error):
     Image.new("RGB", (40, 30)).save(tmp_path / "p.png")
 
     def fail(image):
@@ -222,7 +222,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     assert images.open_rgb(tmp_path / "p.gif").getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_any_damage_is_a_picture_error(tmp_path):
+def test_any_damage_is_an_image_error(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
     rng = np.random.default_rng(1)
     for kind in ("png", "jpeg", "webp", "avif", "tiff", "gif", "bmp"):

@@ -125,7 +125,7 @@ class TestSound:
         np.testing.assert_array_equal(np.concatenate(pieces), sound)
 
 
-class TestFaults:
+class TestErrors:
     def test_all_are_listed_at_once(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "good.wav", "one")
         (tmp_path / "corrupt.wav").write_bytes(b"RIFF" + b"\0" * 40)
@@ -142,7 +142,7 @@ class TestFaults:
             (tmp_path / f"{name}.txt").write_text("one")
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        faults = dict(fault.split(": ", 1) for fault in raised.value.errors)
+        errors = dict(error.split(": ", 1) for error in raised.value.errors)
         expected = {
             "corrupt.wav": "cannot be decoded",
             "empty.flac": "is empty (0 bytes)",
@@ -155,9 +155,9 @@ class TestFaults:
             "lacking.wav": "has no transcript; write lacking.txt",
             "wordy.wav": "its transcript has 30 tokens, and the base writes at most 20",
         }
-        assert faults.keys() == expected.keys()
+        assert errors.keys() == expected.keys()
         for name, text in expected.items():
-            assert text in faults[name]
+            assert text in errors[name]
         assert " at 0x" not in str(raised.value)  # addresses of streams
 
     def test_a_file_that_breaks_off(self, tmp_path: Path) -> None:
@@ -180,13 +180,13 @@ class TestFaults:
         (sample,) = _read(tmp_path)
         assert sample.duration_s == pytest.approx(0.9)
 
-    def test_a_table_that_cannot_be_read_is_the_only_fault(self, tmp_path: Path) -> None:
+    def test_a_table_that_cannot_be_read_is_the_only_error(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav")
         (tmp_path / "metadata.csv").write_bytes("file_name,transcription\na.wav,gr\xfcn".encode("latin-1"))
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        (fault,) = raised.value.errors
-        assert fault.startswith("metadata.csv: byte 0xfc at position 32 (line 2) is not UTF-8")
+        (error,) = raised.value.errors
+        assert error.startswith("metadata.csv: byte 0xfc at position 32 (line 2) is not UTF-8")
 
     @pytest.mark.parametrize(("head", "line"), [("", 1), ("file_name,transcription\n", 2)])
     def test_a_quote_without_its_pair_before_a_long_rest(self, tmp_path: Path, head: str, line: int) -> None:
@@ -194,8 +194,8 @@ class TestFaults:
         (tmp_path / "metadata.csv").write_text(f'{head}a.wav,"one\n' + "b.wav,two three\n" * 10_000)
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        (fault,) = raised.value.errors
-        assert fault.startswith(f"metadata.csv, line {line}: cannot be read (field larger than field limit")
+        (error,) = raised.value.errors
+        assert error.startswith(f"metadata.csv, line {line}: cannot be read (field larger than field limit")
 
     def test_a_comma_without_quotes_is_no_end_of_a_transcript(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "a.wav")
@@ -203,8 +203,8 @@ class TestFaults:
         (tmp_path / "metadata.csv").write_text("file_name,transcription\na.wav,one, two\nb.wav,three\n")
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        (fault,) = raised.value.errors
-        assert fault.startswith("metadata.csv, line 2: has more columns than the header")
+        (error,) = raised.value.errors
+        assert error.startswith("metadata.csv, line 2: has more columns than the header")
 
     def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
         write_recording(tmp_path / "good.wav", "one")
@@ -215,11 +215,11 @@ class TestFaults:
         (tmp_path / "d.txt").write_bytes(b"x" * (2**20 + 1))
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        faults = raised.value.errors
-        assert any(fault.startswith("a.wav: is a pipe and no file") for fault in faults)
-        assert any(fault.startswith("b.jsonl: is a pipe and no file") for fault in faults)
-        assert any(fault.startswith("c.wav: cannot be read") for fault in faults)
-        assert any(fault.startswith("d.txt: has 1,048,577 bytes, and at most 1,048,576 are read") for fault in faults)
+        errors = raised.value.errors
+        assert any(error.startswith("a.wav: is a pipe and no file") for error in errors)
+        assert any(error.startswith("b.jsonl: is a pipe and no file") for error in errors)
+        assert any(error.startswith("c.wav: cannot be read") for error in errors)
+        assert any(error.startswith("d.txt: has 1,048,577 bytes, and at most 1,048,576 are read") for error in errors)
 
     def test_bad_ones_can_be_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_recording(tmp_path / "good.wav", "one")
@@ -266,14 +266,14 @@ class TestFaults:
         assert len(_read(tmp_path)) == 3
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert warnings == [
-            "Left out recordings of a kind that is not read: 2 (c.wma, in/D.APE). Convert them to wav or flac to use "
+            "Left out recordings of a format that is not read: 2 (c.wma, in/D.APE). Convert them to wav or flac to use "
             "them.",
             "Recordings that share a name, and with it a transcript file: 1 (a.flac and a.wav).",
-            "Transcript files without a recording, not used: 2 (c.txt, in/e.txt).",
+            "Transcript files that belong to none of the recordings, not used: 2 (c.txt, in/e.txt).",
         ]
 
     @pytest.mark.parametrize(
-        ("line", "fault"),
+        ("line", "error"),
         [
             ("{}", "lines.jsonl, line 1: names no file"),
             (r'{"path": "a.wav", "text": "one \ud83d"}', "lines.jsonl, line 1: holds half a character"),
@@ -286,12 +286,12 @@ class TestFaults:
             ('{"path": "a.wav", "text": "x"}\n{"path": "a.wav", "text": "y"}', "say different things"),
         ],
     )
-    def test_lines_of_a_table(self, tmp_path: Path, line: str, fault: str) -> None:
+    def test_lines_of_a_table(self, tmp_path: Path, line: str, error: str) -> None:
         write_recording(tmp_path / "a.wav")
         (tmp_path / "lines.jsonl").write_text(line)
         with pytest.raises(DataError) as raised:
             _read(tmp_path)
-        assert fault in str(raised.value)
+        assert error in str(raised.value)
 
 
 def test_long_recordings_are_decoded_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ class TestLong:
         np.testing.assert_allclose(view.numpy(), chirp(1.9)[start : start + len(view)], atol=1e-4)
 
     @pytest.mark.parametrize(
-        ("text", "fault"),
+        ("text", "error"),
         [
             ("one two", "its transcript has no timestamps"),
             ("<|0.00|> one<|1.50|>", "more than 1 s apart"),
@@ -338,9 +338,9 @@ class TestLong:
             ("<|0.00|> one<|0.50|><|2.00|> two<|2.90|>", "its last timestamp is 2.90"),
         ],
     )
-    def test_what_cannot_be_split_is_refused(self, tmp_path: Path, text: str, fault: str) -> None:
+    def test_what_cannot_be_split_is_refused(self, tmp_path: Path, text: str, error: str) -> None:
         write_recording(tmp_path / "a.wav", text, seconds=1.9)
-        with pytest.raises(DataError, match=fault):
+        with pytest.raises(DataError, match=error):
             _read(tmp_path, long="split")
 
     def test_slow_views_count(self, tmp_path: Path) -> None:

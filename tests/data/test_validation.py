@@ -45,8 +45,8 @@ def test_samples_of_equal_files_are_on_one_side() -> None:
     assert len(trained) == 2 * len(samples) - len(held_out)
 
 
-def test_conversations_about_one_picture_are_on_one_side() -> None:
-    image = ChatImage(Path("a.png"), read_bytes=lambda: b"a picture")
+def test_conversations_about_one_image_are_on_one_side() -> None:
+    image = ChatImage(Path("a.png"), read_bytes=lambda: b"an image")
     about = [Chat(f"a{index}", Path("chats.json"), images=(image,)) for index in range(3)]
     texts = [Chat(f"text {index}", Path("chats.json")) for index in range(3)]
     for share in (0.25, 0.5):

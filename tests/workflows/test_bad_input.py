@@ -72,7 +72,7 @@ def test_folder_that_does_not_exist(training: Training, tmp_path: Path) -> None:
 def test_empty_folder(training: Training, tmp_path: Path) -> None:
     training.pictures = tmp_path / "empty"
     training.pictures.mkdir()
-    assert "hold no pictures" in training.refused()
+    assert "hold no images" in training.refused()
 
 
 def test_all_faults_of_the_data_at_once(training: Training) -> None:
@@ -102,7 +102,7 @@ def test_no_captions_at_all(training: Training) -> None:
     for file in training.pictures.glob("*.txt"):
         file.unlink()
     message = training.refused()
-    assert "None of the 4 pictures has a caption" in message
+    assert "None of the 4 images has a caption" in message
     assert "data.captions=optional" in message
 
 

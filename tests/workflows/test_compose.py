@@ -199,4 +199,4 @@ def test_another_kind_of_base_is_refused(command: Commands, trained: Path, other
     save_file(load_file(other), strange, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
     outcome = command("compose", trained / "run.safetensors", strange, "--output", tmp_path / "out.safetensors")
     assert outcome.code == 2
-    assert "different kinds of base" in outcome.message
+    assert "different bases" in outcome.message

@@ -165,7 +165,7 @@ def test_another_family_is_refused(command: Commands, adapter: Path, tmp_path: P
     outcome = command("verify", adapter, "--base", "sd1", "--json")
     assert (outcome.code, json.loads(outcome.out)["sound"]) == (1, False)
     outcome = command("compose", adapter, write_adapter(tmp_path / "sd1", SD1), "--output", tmp_path / "out")
-    assert (outcome.code, "different kinds of base" in outcome.message) == (2, True)
+    assert (outcome.code, "different bases" in outcome.message) == (2, True)
     outcome = command("merge", "--model", "builtin:emoji", "--adapter", adapter, "--output", tmp_path / "out")
     assert (outcome.code, "made for another architecture" in outcome.message) == (2, True)
     assert not (tmp_path / "out").exists()

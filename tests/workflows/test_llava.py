@@ -184,7 +184,7 @@ class TestScoreOptions:
         Path("c.yaml").write_text(f"model:\n  family: llava\n  path: {base}\ndata:\n  images: coco\n")
         outcome = command("ask", "--model", base, "--score", "c.json")
         assert outcome.code == 2
-        assert "data.path=c.json: 1 error" in outcome.message and f"picture a.png in {tmp_path}" in outcome.message
+        assert "data.path=c.json: 1 error" in outcome.message and f"image a.png in {tmp_path}" in outcome.message
         command.good("ask", "--model", base, "--score", "c.json", "--images", "coco", "--csv", "scores.csv")
         command.good("ask", "--config", "c.yaml", "--score", "c.json")
         (row,) = csv.DictReader(Path("scores.csv").read_text(encoding="utf-8").splitlines())
@@ -342,13 +342,13 @@ class TestCheck:
         assert "No faults." in command.good("data", "check", data, *arguments).out
 
     def test_pictures(self, command: Commands, pictures: Path) -> None:
-        assert "Pictures:" in command.good("data", "check", pictures).out
+        assert "Images:" in command.good("data", "check", pictures).out
 
     def test_faults(self, command: Commands, tmp_path: Path) -> None:
         write_picture(tmp_path / "a.png")
         outcome = command("data", "check", tmp_path)
         assert outcome.code == 2
-        assert "None of the 1 pictures has a caption" in outcome.message
+        assert "None of the 1 images has a caption" in outcome.message
         assert command("data", "check", tmp_path, "data.captions=optional").code == 0
         assert command("data", "check").code == 2
 

@@ -112,7 +112,7 @@ def test_strip_keeps_what_lists_the_file(command: Commands, file: Path) -> None:
         (["edit", "--unset", "ss_seed", "--set", "ss_seed=1"], "both set and taken out"),
         (["edit", "--set", "title"], "write KEY=VALUE"),
         (["edit", "--set", "title=caf\udce9"], "title=caf\\udce9 is not UTF-8"),
-        (["edit", "--thumbnail", "PICTURE"], "picture, whatever its name says"),
+        (["edit", "--thumbnail", "PICTURE"], "image, whatever its name says"),
         (["strip", "--keep", "ss_nothing*"], "no such metadata"),
         (["edit", "--set", "a=b", "--output", "FOLDER"], "is a folder"),
     ],

@@ -17,7 +17,7 @@ def test_two_processes(killer: Killer, tiny_base: Path, tmp_path: Path) -> None:
     assert killer.run(arguments, num_processes=2) == 0, log.read_text()
     told = log.read_text()
     assert told.count('"steps": 2') == 1
-    assert told.count("Read 4 pictures") == 1
+    assert told.count("Read 4 images") == 1
     assert told.count("step 1 of 2") == 1
 
     with FileLock(run / ".lock"):

@@ -290,7 +290,7 @@ def test_bad_references_are_told_before_training(
     for name in ("0.png", "1.png"):
         (references / name).write_bytes(b"no picture")
     message = command("train", *arguments, "evaluate.prompts=style").message
-    assert f"evaluate.references={references}: 2 of 4 pictures cannot be read" in message
+    assert f"evaluate.references={references}: 2 of 4 images cannot be read" in message
     assert "- 0.png" in message
     assert "- 1.png" in message
     assert not (tmp_path / "run").exists()

@@ -163,10 +163,10 @@ def test_kinds_that_are_not_heard_are_named(command: Commands, base: Path, tmp_p
     (tmp_path / "m.wma").write_bytes(b"\0" * 100)
     outcome = command("transcribe", "--model", base, tmp_path / "m.wma")
     assert outcome.code == 2
-    assert "of a kind that is not read, export it as one of .wav, .flac, .mp3, .ogg, .opus" in outcome.message
+    assert "of a format that is not read, export it as one of .wav, .flac, .mp3, .ogg, .opus" in outcome.message
     write_recording(tmp_path / "a.wav")
     outcome = command.good("transcribe", "--model", base, tmp_path)
-    assert "Left out recordings of a kind that is not read: 1 (m.wma)" in outcome.message
+    assert "Left out recordings of a format that is not read: 1 (m.wma)" in outcome.message
 
 
 def test_long_recordings_are_heard_in_pieces(command: Commands, base: Path, tmp_path: Path) -> None:
@@ -350,6 +350,6 @@ def test_commands_for_pictures_are_refused(command: Commands, base: Path, tmp_pa
     config.write_text(f"model:\n  family: whisper\n  path: {base}\n")
     outcome = command("generate", "--config", config, "--prompt", "a cat", "--output", tmp_path / "out")
     assert outcome.code == 2
-    assert "model.family=whisper does not draw pictures, its bases listen to recordings" in outcome.message
+    assert "model.family=whisper does not generate images, its bases listen to recordings" in outcome.message
     outcome = command("transcribe", "--model", base, tmp_path / "none.wav")
     assert (outcome.code, "there is no such file" in outcome.message) == (2, True)

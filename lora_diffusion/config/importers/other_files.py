@@ -61,7 +61,7 @@ _OTHER_FILES = (
     _OtherFile("the config.json of a model", _has("architectures"), "give its folder as model.path"),
     _OtherFile("the config of a diffusers model", _has("_class_name"), "give the folder of the pipeline as model.path"),
     _OtherFile(
-        "a workflow of ComfyUI", _has("nodes", "links"), "it draws pictures, and holds nothing that could be trained"
+        "a workflow of ComfyUI", _has("nodes", "links"), "it generates images, and holds nothing that could be trained"
     ),
     _OtherFile(
         "a training config of kohya's sd-scripts",

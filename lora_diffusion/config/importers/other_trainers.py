@@ -84,7 +84,7 @@ _NAMES: Mapping[str, str] = {
     "output.license": "metadata_license",
     "output.thumbnail": "metadata_thumbnail",
     'repeats are the number in front of a folder\'s name, as in "10_sks dog"': "repeats num_repeats dataset_repeats",
-    "captions are read from name.txt or name.caption beside each picture": "caption_extension caption_extention "
+    "captions are read from name.txt or name.caption beside each image": "caption_extension caption_extention "
     "caption_ext",
     "captions are shown as they stand": "shuffle_caption shuffle_tokens keep_tokens enable_wildcard",
     "prepared samples are always kept; cache.path says where": "cache_latents cache_latents_to_disk "

@@ -199,7 +199,7 @@ def labels(tokenizer: Any, sample: AudioText, options: WhisperOptions, info: Spe
     text = _written(sample.transcript, options.timestamps)
     names = []
     if info.languages:
-        names = [f"<|{name}|>" for name in sample.asked(options)]
+        names = [f"<|{name}|>" for name in sample.language_and_task(options)]
     if not _TIMESTAMP.match(text):
         names.append(_NO_TIMESTAMPS)
     words = _words(tokenizer, text)
@@ -292,7 +292,7 @@ def transcribe(loaded: Loaded, requests: Sequence[Request]) -> list[str]:
     samples: list[Any] = [request.sample for request in requests]
     log_mels = [log_mel(loaded.modules["extractor"], sample.waveforms[0]) for sample in samples]
     features = torch.cat(log_mels).to(loaded.device, loaded.modules["model"].dtype)
-    language, task = samples[0].asked(loaded.options)
+    language, task = samples[0].language_and_task(loaded.options)
     wanted = {"language": language, "task": task} if loaded.info.languages else {}  # type: ignore[attr-defined]
     texts = _search(loaded, features, wanted, 0.0)
     if loaded.options.repetition_guard:

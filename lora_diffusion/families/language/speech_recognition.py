@@ -173,6 +173,6 @@ class SpeechRecognition:
 
         def settings(request: Request) -> tuple[str, str]:
             assert isinstance(request.sample, AudioText), "a request of speech recognition is about a recording"
-            return request.sample.asked(loaded.options)
+            return request.sample.language_and_task(loaded.options)
 
         return sampling.generate(requests, partial(speech.transcribe, loaded), settings, _MAX_BATCH)
