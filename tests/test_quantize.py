@@ -28,13 +28,13 @@ def test_a_pass_without_gradient_leaves_nf4_weights_as_they_are(
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["8bit", "nf4"])
-def test_nothing_holds_the_file_that_weights_were_mapped_from(kind: str) -> None:
+@pytest.mark.parametrize("quantization", ["8bit", "nf4"])
+def test_nothing_holds_the_file_that_weights_were_mapped_from(quantization: str) -> None:
     pytest.importorskip("bitsandbytes")
     network = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)).requires_grad_(False)
     file = torch.randn(2**16)
     weight, norm = network[0].weight, network[1].weight
     weight.data, norm.data = file[: 64 * 64].view(64, 64), file[64 * 64 :][:64]
-    quantize.quantize(network, kind, torch.device("cpu"))
+    quantize.quantize(network, quantization, torch.device("cpu"))
     held = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     assert file.untyped_storage().data_ptr() not in held

@@ -46,8 +46,8 @@ def check() -> None:
         unsupported.append(f"compilation by dynamo (ACCELERATE_DYNAMO_BACKEND={backend})")
     if unsupported:
         raise ConfigError(
-            f"accelerate was told to use {' and '.join(unsupported)}, which is not supported: each process "
-            "holds the whole base, and gradients are averaged. Turn it off with 'accelerate config', or give 'accelerate launch' "
+            f"accelerate was told to use {' and '.join(unsupported)}, which is not supported: each process holds the "
+            "whole base, and gradients are averaged. Turn it off with 'accelerate config', or give 'accelerate launch' "
             "--multi_gpu or --cpu instead."
         )
 

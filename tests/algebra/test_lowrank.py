@@ -65,10 +65,10 @@ def size_of(terms: list[Factors]) -> float:
 @settings(max_examples=60, deadline=None)
 @given(sums())
 def test_exact_sum_is_the_dense_sum(terms: list[Factors]) -> None:
-    found = total(terms)
-    assert found.rank == sum(term.rank for term in terms)
-    assert found.down.shape[1:] == terms[0].down.shape[1:]
-    assert float((dense(found) - sum(map(dense, terms))).norm()) <= 1e-6 * size_of(terms)
+    total_factors = total(terms)
+    assert total_factors.rank == sum(term.rank for term in terms)
+    assert total_factors.down.shape[1:] == terms[0].down.shape[1:]
+    assert float((dense(total_factors) - sum(map(dense, terms))).norm()) <= 1e-6 * size_of(terms)
 
 
 @settings(max_examples=120, deadline=None)
@@ -131,7 +131,7 @@ def test_rounding_error_is_that_of_the_dense_change(terms: list[Factors], dtype:
         assert rounding_error(whole, dtype) == 0
 
 
-def test_rounding_error_of_what_a_number_type_cannot_hold() -> None:
+def test_rounding_error_of_what_a_dtype_cannot_hold() -> None:
     large = Factors(torch.full((1, 3), 1e5), torch.zeros(2, 1))
     assert rounding_error(large, torch.float16) == math.inf
     assert rounding_error(large, torch.bfloat16) == 0

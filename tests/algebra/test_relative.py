@@ -27,20 +27,20 @@ def random(*shape: int, seed: int = 0, size: float = 1.0) -> Tensor:
 
 def rotations(blocks: Tensor, constraint: float = 0.0) -> np.ndarray:
     """(I + Q) (I - Q)^-1 with Q = B - B^T, of a norm of at most the constraint."""
-    own = blocks.double().numpy()
-    skew = own - own.swapaxes(-1, -2)
+    matrices = blocks.double().numpy()
+    skew = matrices - matrices.swapaxes(-1, -2)
     norm = np.sqrt((skew**2).sum()) + 1e-8
     if 0 < constraint < norm:
         skew = skew * constraint / norm
-    one = np.eye(own.shape[-1])
+    one = np.eye(matrices.shape[-1])
     return (one + skew) @ np.linalg.inv(one - skew)
 
 
 def check(adapter: ModuleAdapter, weight: Tensor, wanted: np.ndarray) -> None:
     assert fits(adapter, tuple(weight.shape))
-    found = delta_weight(adapter, weight)
-    assert found.shape == weight.shape
-    assert np.allclose(found.double().numpy(), wanted, atol=2e-5 * max(1.0, np.abs(wanted).max()))
+    change = delta_weight(adapter, weight)
+    assert change.shape == weight.shape
+    assert np.allclose(change.double().numpy(), wanted, atol=2e-5 * max(1.0, np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -62,11 +62,13 @@ def test_boft_turns_other_outputs_in_each_step(shape: tuple[int, ...], is_rescal
     tensors = {"blocks": blocks, **({"rescale": rescale.reshape(-1, *[1] * (len(shape) - 1))} if is_rescaled else {})}
     rows = weight.flatten(1).double().numpy()
     before = rows
-    for step, own in enumerate(rotations(blocks)):
+    for step, matrices in enumerate(rotations(blocks)):
         # Output c * 2k + g * k + j goes to c * 2k + j * 2 + g, is turned in blocks of four, and comes back.
         k = 2**step * 2
         order = [c * 2 * k + g * k + j for c in range(shape[0] // (2 * k)) for j in range(k) for g in range(2)]
-        turned = np.concatenate([r @ part for r, part in zip(own, np.split(rows[order], shape[0] // 4), strict=True)])
+        turned = np.concatenate(
+            [r @ part for r, part in zip(matrices, np.split(rows[order], shape[0] // 4), strict=True)]
+        )
         rows = np.empty_like(turned)
         rows[order] = turned
     rows = rows * (rescale.double().numpy()[:, None] if is_rescaled else 1)
@@ -101,14 +103,14 @@ def test_glora_changes_the_inputs_of_the_weight(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["loha", "lokr"])
+@pytest.mark.parametrize("inner", ["loha", "lokr"])
 @pytest.mark.parametrize("axis", [1, 0])
-def test_dora_on_loha_and_lokr(shape: tuple[int, ...], kind: str, axis: int) -> None:
+def test_dora_on_loha_and_lokr(shape: tuple[int, ...], inner: str, axis: int) -> None:
     out, width = shape[0], math.prod(shape[1:])
     weight, sizes = random(*shape), [1] * len(shape)
     sizes[axis] = shape[axis]
     magnitude = random(*sizes, seed=4).abs()
-    if kind == "loha":
+    if inner == "loha":
         tensors = {f"w{n}_a": random(out, 2, seed=n) for n in (1, 2)} | {
             f"w{n}_b": random(2, width, seed=n) for n in (1, 2)
         }
@@ -123,7 +125,7 @@ def test_dora_on_loha_and_lokr(shape: tuple[int, ...], kind: str, axis: int) -> 
     others = tuple(dimension for dimension in range(len(shape)) if dimension != axis)
     norm = np.sqrt((changed**2).sum(axis=others, keepdims=True))
     wanted = magnitude.double().numpy() * changed / norm - weight.double().numpy()
-    variant = f"{kind}+{'dora' if axis else 'dora_out'}"
+    variant = f"{inner}+{'dora' if axis else 'dora_out'}"
     check(ModuleAdapter(variant, {**tensors, "magnitude": magnitude}, 1.5), weight, wanted)
 
 

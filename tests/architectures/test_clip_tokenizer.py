@@ -23,27 +23,27 @@ _TEXT = (
 WORDS = _TEXT.split()
 
 
-def _folder(root: Path, kind: str) -> Path:
-    if kind == "builtin":
+def _folder(root: Path, layout: str) -> Path:
+    if layout == "builtin":
         return builtin_path("emoji-sd") / "tokenizer"
-    if kind == "without tokenizer.json":
+    if layout == "without tokenizer.json":
         folder = shutil.copytree(builtin_path("emoji-sd") / "tokenizer", root / "copy")
         (folder / "tokenizer.json").unlink()
         return folder
-    _write_tokenizer(root / "clip", "!" if kind == "open_clip" else "<|endoftext|>")
+    _write_tokenizer(root / "clip", "!" if layout == "open_clip" else "<|endoftext|>")
     return root / "clip"
 
 
-@pytest.mark.parametrize("kind", ["builtin", "without tokenizer.json", "clip", "open_clip"])
-def test_counts_tokens_as_transformers_does(tmp_path, kind):
-    folder = _folder(tmp_path, kind)
+@pytest.mark.parametrize("layout", ["builtin", "without tokenizer.json", "clip", "open_clip"])
+def test_counts_tokens_as_transformers_does(tmp_path, layout):
+    folder = _folder(tmp_path, layout)
     limit, tokenizer = ClipTextLimit(folder), CLIPTokenizer.from_pretrained(folder)
     assert limit.max_tokens == tokenizer.model_max_length - 2
     rng = random.Random(0)
     texts = [" ".join(rng.choices([*WORDS, "\n \n"], k=rng.randint(3, 120))) for _ in range(60)]
     numbers = [len(ids) - 2 for ids in tokenizer(texts, truncation=False, verbose=False).input_ids]
     assert min(numbers) < limit.max_tokens < max(numbers)
-    for limit_ in (limit, ClipTextLimit()) if kind == "clip" else (limit,):
+    for limit_ in (limit, ClipTextLimit()) if layout == "clip" else (limit,):
         cuts = limit_.cuts(texts)
         assert [cut.num_tokens for cut in cuts if cut] == [number for number in numbers if number > limit.max_tokens]
 

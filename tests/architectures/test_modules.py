@@ -1,4 +1,4 @@
-"""Names without a base: those of every published base, and the spellings that are found in files but never written."""
+"""Names without a base: those of every published base, and the names that files have but that are never written."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TEXT = ModuleKey("text_encoder", "encoder.layers.3.self_attn.q_proj")
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("format_name", ["kohya", "diffusers", "peft", "ldm"])
 def test_names_are_those_of_the_published_base(family: str, format_name: str) -> None:
-    own, without_base = (
+    names_of_base, without_base = (
         key_map(format_name, shared_networks(family), DIFFUSION[family]),
         key_map(format_name, None, DIFFUSION[family]),
     )
-    assert [name for key, name in own if without_base.key(name) != key] == []
-    assert [name for key, name in own if without_base.name(key) != name] == []
+    assert [name for key, name in names_of_base if without_base.key(name) != key] == []
+    assert [name for key, name in names_of_base if without_base.name(key) != name] == []
 
 
 FC1 = ModuleKey("text_encoder_2", "text_model.encoder.layers.3.mlp.fc1")
@@ -53,7 +53,7 @@ OTHERS: list[tuple[str, str, str, ModuleKey]] = [
 
 
 @pytest.mark.parametrize(("family", "format_name", "name", "key"), OTHERS, ids=lambda value: str(value)[:60])
-def test_other_spellings_are_read(family: str, format_name: str, name: str, key: ModuleKey) -> None:
+def test_other_forms_are_read(family: str, format_name: str, name: str, key: ModuleKey) -> None:
     for names in (
         key_map(format_name, None, DIFFUSION[family]),
         key_map(format_name, shared_networks(family), DIFFUSION[family]),

@@ -55,7 +55,7 @@ def test_nothing_to_open(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "cut.safetensors", ["unet"], KeyMap([]))
 
 
-def test_room_is_checked_before_writing(tmp_path: Path) -> None:
+def test_disk_space_is_checked_before_writing(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "there", 1)
     with pytest.raises(ConfigError, match=r"needs 1000000000.00 GB, but .* left"):
         check_space(tmp_path / "not" / "there", 10**18)

@@ -36,24 +36,24 @@ def tuned(state: AdapterState, tiny_base: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.parametrize("rule", [AtRank(4), ByEnergy(1 - 1e-10)])
 def test_what_was_merged_comes_out_again(rule: AtRank, state: AdapterState, tiny_base: Path, tuned: Path) -> None:
-    found = extract(opened(tiny_base), opened(tuned), list(state.modules), rule, seed=0)
-    assert found.num_equal == 0
-    assert found.others == ()
+    extraction = extract(opened(tiny_base), opened(tuned), list(state.modules), rule, seed=0)
+    assert extraction.num_equal == 0
+    assert extraction.others == ()
     for key, adapter in state:
         # The merged weights were rounded to float32 once.
-        change, wanted = delta_weight(found.changes.modules[key]).reshape(-1), delta_weight(adapter).reshape(-1)
+        change, wanted = delta_weight(extraction.changes.modules[key]).reshape(-1), delta_weight(adapter).reshape(-1)
         assert float((change - wanted).norm() / wanted.norm()) < 1e-5
-        assert found.changes.relative(key) < 1e-5
+        assert extraction.changes.relative(key) < 1e-5
     if isinstance(rule, AtRank):
-        assert {adapter.rank for adapter in found.changes.modules.values()} == {4}
+        assert {adapter.rank for adapter in extraction.changes.modules.values()} == {4}
 
 
 def test_error_is_what_the_cut_leaves(state: AdapterState, tiny_base: Path, tuned: Path) -> None:
-    found = extract(opened(tiny_base), opened(tuned), list(state.modules), AtRank(1), seed=0).changes
+    extraction = extract(opened(tiny_base), opened(tuned), list(state.modules), AtRank(1), seed=0).changes
     for key, adapter in state:
         singular = torch.linalg.svdvals(delta_weight(adapter).flatten(1).double())
-        assert found.norms[key] == pytest.approx(float(singular.norm()), rel=1e-4)
-        assert found.errors[key] == pytest.approx(float(singular[1:].norm()), rel=1e-4)
+        assert extraction.norms[key] == pytest.approx(float(singular.norm()), rel=1e-4)
+        assert extraction.errors[key] == pytest.approx(float(singular[1:].norm()), rel=1e-4)
 
 
 def test_equal_modules_are_counted_and_all_else_that_differs_is_named(
@@ -71,10 +71,10 @@ def test_equal_modules_are_counted_and_all_else_that_differs_is_named(
     query = next(f"{key.path}.weight" for key in keys if key.part == "unet" and "to_q" in key.path)
     changed = {query: tensors[query] + 1, "conv_in.bias": tensors["conv_in.bias"] + 1}
     save_file({**tensors, **changed}, file, {"format": "pt"})
-    found = extract(opened(tiny_base), opened(base), keys, AtRank(1), seed=0)
-    assert len(found.changes.modules) == 1
-    assert found.num_equal == len(keys) - 1
-    assert found.others == ("unet/conv_in.bias",)
+    extraction = extract(opened(tiny_base), opened(base), keys, AtRank(1), seed=0)
+    assert len(extraction.changes.modules) == 1
+    assert extraction.num_equal == len(keys) - 1
+    assert extraction.others == ("unet/conv_in.bias",)
 
 
 def test_nothing_and_misfits(state: AdapterState, tiny_base: Path, tmp_path: Path) -> None:

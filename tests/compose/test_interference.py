@@ -12,10 +12,10 @@ BOTH = {"unet": 1.0, "text_encoder": 1.0}
 def test_cosines_are_those_of_the_dense_changes() -> None:
     first, second = Term("a", lora(0), {"unet": 0.8, "text_encoder": 1.0}), Term("b", lora(1), BOTH)
     unet, text = overlaps([first, second])
-    own, other = dense(first.state), dense(second.state)
-    products = {key: float((own[key] * other[key]).sum()) for key in own}
-    norms = {key: float(own[key].norm() * other[key].norm()) for key in own}
-    sizes = [sum(float(changes[key].norm()) ** 2 for key in (QUERY, CONV)) ** 0.5 for changes in (own, other)]
+    one, other = dense(first.state), dense(second.state)
+    products = {key: float((one[key] * other[key]).sum()) for key in one}
+    norms = {key: float(one[key].norm() * other[key].norm()) for key in one}
+    sizes = [sum(float(changes[key].norm()) ** 2 for key in (QUERY, CONV)) ** 0.5 for changes in (one, other)]
     assert (unet.first, unet.second, unet.part) == ("a", "b", "unet")
     assert unet.cosine == pytest.approx((products[QUERY] + products[CONV]) / (sizes[0] * sizes[1]), abs=1e-7)
     assert text.cosine == pytest.approx(products[TEXT] / norms[TEXT], abs=1e-7)
@@ -36,6 +36,6 @@ def test_an_adapter_agrees_with_itself_and_disagrees_with_its_opposite() -> None
 
 def test_every_pair_in_the_parts_that_both_have() -> None:
     terms = [Term("a", lora(0), BOTH), Term("b", lora(1, keys=(TEXT,)), BOTH), Term("c", lora(2, keys=(QUERY,)), BOTH)]
-    found = [(overlap.first, overlap.second, overlap.part) for overlap in overlaps(terms)]
-    assert found == [("a", "b", "text_encoder"), ("a", "c", "unet")]
+    found_pairs = [(overlap.first, overlap.second, overlap.part) for overlap in overlaps(terms)]
+    assert found_pairs == [("a", "b", "text_encoder"), ("a", "c", "unet")]
     assert overlaps([terms[0], Term("h", loha(0), BOTH)])[0].most == ()

@@ -41,8 +41,8 @@ def live(state: AdapterState) -> Loaded:
     """Returns the tiny base with an adapter at the weights of its parts."""
     loaded = tiny_loaded()
     for part in state.parts():
-        own = AdapterState({key: adapter for key, adapter in state if key.part == part})
-        load_state(loaded, own, part, WEIGHTS[part])
+        part_state = AdapterState({key: adapter for key, adapter in state if key.part == part})
+        load_state(loaded, part_state, part, WEIGHTS[part])
     return loaded
 
 
@@ -88,15 +88,15 @@ def test_two_adapters_add_up_whatever_their_order(tiny_base: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_number_type_is_rounded_to_once(dtype: torch.dtype, tiny_base: Path, tmp_path: Path) -> None:
+def test_dtype_is_rounded_to_once(dtype: torch.dtype, tiny_base: Path, tmp_path: Path) -> None:
     term = Term("a", random_state(tiny_loaded()), WEIGHTS)
     merge(opened(tiny_base), [term], tmp_path / "wide", None, {})
     merge(opened(tiny_base), [term], tmp_path / "small", dtype, {})
     for path in (tmp_path / "wide").rglob("*.safetensors"):
         wide, small = load_file(path), load_file(tmp_path / "small" / path.relative_to(tmp_path / "wide"))
-        own = torch.float32 if path.parent.name == "vae" else dtype
-        assert all(torch.equal(tensor.to(own), small[name]) for name, tensor in wide.items())
-        assert {tensor.dtype for tensor in small.values()} == {own}
+        expected = torch.float32 if path.parent.name == "vae" else dtype
+        assert all(torch.equal(tensor.to(expected), small[name]) for name, tensor in wide.items())
+        assert {tensor.dtype for tensor in small.values()} == {expected}
 
 
 def test_shards_keep_their_index(tmp_path: Path, tiny_base: Path) -> None:
@@ -145,8 +145,8 @@ def test_single_file_is_merged_like_its_folder(tmp_path: Path) -> None:
     pipeline = sd1_shaped_pipeline()
     single = save_single_file(pipeline, tmp_path / "model.safetensors")
     options = SD1Options(path=str(single))
-    skeleton = FAMILY.meta_modules(options)
-    state = random_state(Loaded(skeleton, {}, None, torch.device("meta"), FAMILY.check(options)), groups="attn ff conv")
+    modules = FAMILY.meta_modules(options)
+    state = random_state(Loaded(modules, {}, None, torch.device("meta"), FAMILY.check(options)), groups="attn ff conv")
     output = tmp_path / "out.safetensors"
     done = merge(opened(single), [Term("a", state, WEIGHTS)], output, None, {"made": "here"})
     assert done.num_changed == len(state.modules)
@@ -155,12 +155,12 @@ def test_single_file_is_merged_like_its_folder(tmp_path: Path) -> None:
     for part, network in base.parts.items():
         load_state(base, AdapterState({key: a for key, a in state if key.part == part}), part, WEIGHTS[part])
         expected = network.state_dict()
-        found = merged.parts[part].state_dict()
+        weights = merged.parts[part].state_dict()
         for key, adapter in state:
             if key.part == part:
                 change = WEIGHTS[part] * (adapter.tensors["up"].flatten(1) @ adapter.tensors["down"].flatten(1)) / 2
                 weight = expected[f"{key.path}.base_layer.weight"]
-                assert torch.allclose(found[f"{key.path}.weight"], weight + change.reshape(weight.shape), atol=1e-6)
+                assert torch.allclose(weights[f"{key.path}.weight"], weight + change.reshape(weight.shape), atol=1e-6)
 
 
 def test_fused_attention_of_sdxl_gets_its_third(tmp_path: Path) -> None:

@@ -67,9 +67,9 @@ def _value(override: str) -> object:
     ],
 )
 def test_overrides(override: str, value: object) -> None:
-    found = _value(override)
-    assert found == value
-    assert type(found) is type(value)
+    result = _value(override)
+    assert result == value
+    assert type(result) is type(value)
 
 
 def test_later_overrides_win_and_overrides_win_over_the_file(tmp_path: Path) -> None:
@@ -115,15 +115,15 @@ def test_later_overrides_win_and_overrides_win_over_the_file(tmp_path: Path) -> 
     ],
 )
 def test_errors(override: str, error: str) -> None:
-    (found,) = _errors(override)
-    assert found.startswith(override.split("=")[0].split(".")[0])
-    assert error in found
+    (result,) = _errors(override)
+    assert result.startswith(override.split("=")[0].split(".")[0])
+    assert error in result
 
 
 @pytest.mark.parametrize("override", ["", "train.seed", "=5", "train..seed=5", ".seed=5", "--seed=5", "train.seed=[1"])
 def test_what_is_no_override(override: str) -> None:
-    (found,) = _errors(override)
-    assert override in found
+    (result,) = _errors(override)
+    assert override in result
 
 
 def test_all_errors_at_once_with_the_file_named(tmp_path: Path) -> None:
@@ -180,9 +180,9 @@ def test_empty_file_is_a_config_without_settings(tmp_path: Path) -> None:
     ],
 )
 def test_values_out_of_range(override: str) -> None:
-    (found,) = _errors(override)
-    assert found.startswith(override.split("=")[0])
-    assert "must" in found
+    (result,) = _errors(override)
+    assert result.startswith(override.split("=")[0])
+    assert "must" in result
 
 
 @pytest.mark.parametrize(
@@ -331,9 +331,9 @@ def test_odd_values_in_a_file(tmp_path: Path, content: str, error: str | None) -
     path = tmp_path / "c.yaml"
     path.write_text(content)
     if error:
-        (found,) = _errors(path=path)
-        assert error in found
-        assert len(found) < 400
+        (result,) = _errors(path=path)
+        assert error in result
+        assert len(result) < 400
     else:
         config = load(path, NEEDED)
         assert (config.train.seed, config.data.trigger, config.output.title) in [

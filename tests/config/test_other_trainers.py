@@ -162,8 +162,10 @@ def test_every_hint_names_a_key_that_there_is() -> None:
     families = [registry.find("families", name).options_type for name in registry.available("families")]
     hints = typing.get_type_hints(Config)
     types = [(name, hints[name]) for name in hints if dataclasses.is_dataclass(hints[name])]
-    types += [("model", kind) for kind in families] + [("data", kind) for kind in DATA_SECTIONS]
-    known = {f"{name}.{field.name}" for name, kind in types for field in dataclasses.fields(kind)}
+    types += [("model", config_class) for config_class in families] + [
+        ("data", config_class) for config_class in DATA_SECTIONS
+    ]
+    known = {f"{name}.{field.name}" for name, config_class in types for field in dataclasses.fields(config_class)}
     for foreign, ours in other_trainers.KEYS.items():
         first = [part.partition(",")[0] for part in ours.split(" or ")]
         assert " " in first[0] or any(part in known for part in first), foreign

@@ -26,21 +26,21 @@ BILLION_LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_what_bare_texts_mean(text: str, meaning: object) -> None:
-    found = Plain(text).meaning
-    assert found == meaning
-    assert type(found) is type(meaning)
+    value = Plain(text).meaning
+    assert value == meaning
+    assert type(value) is type(meaning)
 
 
 def test_scalars_stay_as_they_are_written() -> None:
-    found = parse("a: 007\nb: '007'\nc: [no, 1e3, ~]\nd:\n")
-    assert found == {"a": "007", "b": "007", "c": ["no", "1e3", "~"], "d": ""}
-    assert isinstance(found["a"], Plain)
-    assert not isinstance(found["b"], Plain)
+    value = parse("a: 007\nb: '007'\nc: [no, 1e3, ~]\nd:\n")
+    assert value == {"a": "007", "b": "007", "c": ["no", "1e3", "~"], "d": ""}
+    assert isinstance(value["a"], Plain)
+    assert not isinstance(value["b"], Plain)
 
 
 def test_aliases_and_merges() -> None:
-    found = parse("x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}\nz: *x\n")
-    assert found == {"x": {"a": "1", "b": "2"}, "y": {"a": "3", "b": "2"}, "z": {"a": "1", "b": "2"}}
+    value = parse("x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}\nz: *x\n")
+    assert value == {"x": {"a": "1", "b": "2"}, "y": {"a": "3", "b": "2"}, "z": {"a": "1", "b": "2"}}
 
 
 @pytest.mark.parametrize(

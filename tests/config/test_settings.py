@@ -45,9 +45,9 @@ def config(request: pytest.FixtureRequest) -> Config:
 
 
 def test_what_may_change_on_resume(config: Config) -> None:
-    found = {f"{name}.{key}" for name, values, key in settings(config) if may_change(type(values), key)}
+    changeable = {f"{name}.{key}" for name, values, key in settings(config) if may_change(type(values), key)}
     every = {f"{name}.{key}" for name, _, key in settings(config)}
-    assert found == {key for key in every if key in FREE or key.split(".")[0] in WHOLE}
+    assert changeable == {key for key in every if key in FREE or key.split(".")[0] in WHOLE}
 
 
 def test_the_config_and_the_checkpoint_refuse_the_same_changes(config: Config, tmp_path: Path) -> None:
@@ -60,16 +60,16 @@ def test_the_config_and_the_checkpoint_refuse_the_same_changes(config: Config, t
         info=SimpleNamespace(files=()),
         samples=(),
     )
-    told = fingerprint(run)
+    record = fingerprint(run)
     weights = {"unet": {"a.down": torch.nn.Parameter(torch.zeros(1, 1))}}
-    told |= vars(Trainer(config.train, weights, lambda *_: None, tmp_path))["_fingerprint"]  # type: ignore[arg-type, return-value]
+    record |= vars(Trainer(config.train, weights, lambda *_: None, tmp_path))["_fingerprint"]  # type: ignore[arg-type, return-value]
     for name, values, key in settings(config):
         other = dataclasses.replace(config, **{name: dataclasses.replace(values, **{key: "changed"})})
         is_fixed = bool(fixed_differences(config, other))
         assert is_fixed is not may_change(type(values), key)
         # Data is compared by its content, and a base by its networks.
         if name in ("model", "adapter", "train") and f"{name}.{key}" != BASE_PATH:
-            assert (f"{name}.{key}" in told) is is_fixed
+            assert (f"{name}.{key}" in record) is is_fixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ def test_a_class_that_gives_another_default_keeps_the_rest() -> None:
 
 
 def test_choices_of_the_registry_are_listed(config: Config) -> None:
-    shown = " ".join(explained_yaml(config).replace("#", "").split())
+    explanation = " ".join(explained_yaml(config).replace("#", "").split())
     for name, values, key in settings(config):
         rule = allowed_values(type(values), key)
         if isinstance(rule, Choice) and rule.group:
-            assert f"Known: {', '.join(registry.available(rule.group))}." in shown, f"{name}.{key}"
+            assert f"Known: {', '.join(registry.available(rule.group))}." in explanation, f"{name}.{key}"

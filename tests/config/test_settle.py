@@ -124,8 +124,8 @@ def test_what_the_variant_lacks_gives_way(caplog: pytest.LogCaptureFixture) -> N
     assert config.adapter.dropout == 0
     assert "adapter.dropout=0.05 of the config gives way to adapter.variant=loha; it is 0.0 now" in caplog.text
     assert settle_variant(load(Path("llava/emoji"), ["adapter.variant=dora"])).adapter.full == ()
-    told = load(Path("whisper/tiny"), ["adapter.variant=loha", "adapter.dropout=0.1"])
-    assert settle_variant(told) == told
+    loaded = load(Path("whisper/tiny"), ["adapter.variant=loha", "adapter.dropout=0.1"])
+    assert settle_variant(loaded) == loaded
 
 
 @pytest.mark.parametrize("override", ["train.epochs=1", "data.path=few", "train.batch_size=64"])
@@ -133,6 +133,6 @@ def test_a_warmup_that_is_longer_than_the_data_gives_way(override: str) -> None:
     config = load(Path("whisper/tiny"), [override])
     assert settle_length(config, 6).train.warmup_steps == 0
     assert settle_length(config, 60) == config
-    told = load(Path("whisper/tiny"), [override, "train.warmup_steps=50"])
-    assert settle_length(told, 6) == told
+    loaded = load(Path("whisper/tiny"), [override, "train.warmup_steps=50"])
+    assert settle_length(loaded, 6) == loaded
     assert settle_length(load(Path("whisper/tiny")), 6).train.warmup_steps == 50

@@ -60,12 +60,12 @@ def test_heading_gives_the_memory_that_is_estimated(
     monkeypatch.setattr(registry.find("families", name), "_find", lambda options: tmp_path)
     config = load(path, ["model.dtype=bf16", "train.precision=bf16"])
     family = registry.find("families", name)
-    skeleton = family.meta_modules(config.model)
-    made = plan(skeleton, family.parts, config.adapter)
-    told = step_memory(config, family, BaseInfo(0, 0, "", "", ""), skeleton, made, LONGEST[name])
+    modules = family.meta_modules(config.model)
+    planned = plan(modules, family.parts, config.adapter)
+    memory = step_memory(config, family, BaseInfo(0, 0, "", "", ""), modules, planned, LONGEST[name])
     heading = re.search(r"About ([\d.]+) GiB", path.read_text("utf-8").splitlines()[0])
     assert heading
-    assert told.total_bytes / 2**30 == pytest.approx(float(heading[1]), rel=0.03)
+    assert memory.total_bytes / 2**30 == pytest.approx(float(heading[1]), rel=0.03)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -91,19 +91,19 @@ class TestConfigs:
         family = registry.find("families", config.model.family)
         variants.find(config.adapter.variant, config.model.quantization)
         if config.model.path.startswith("builtin:"):
-            skeleton = family.meta_modules(config.model)
+            modules = family.meta_modules(config.model)
         elif config.model.path.startswith("openai/whisper-"):
-            skeleton = published_parts(config.model.path.removeprefix("openai/whisper-"))
+            modules = published_parts(config.model.path.removeprefix("openai/whisper-"))
         elif config.model.path == "llava-hf/llava-1.5-7b-hf":
-            skeleton = published_llava_parts()
+            modules = published_llava_parts()
         else:
             name, size = PUBLISHED[config.model.path]
             assert name == config.model.family
-            skeleton = published_networks.shared_networks(name)
-            assert sum(parameter.numel() for parameter in skeleton["unet"].parameters()) == size
-        made = plan(skeleton, family.parts, config.adapter)
-        assert {module.part for module in made.modules} == set(config.adapter.parts)
-        assert made.num_parameters > 10_000
+            modules = published_networks.shared_networks(name)
+            assert sum(parameter.numel() for parameter in modules["unet"].parameters()) == size
+        planned = plan(modules, family.parts, config.adapter)
+        assert {module.part for module in planned.modules} == set(config.adapter.parts)
+        assert planned.num_parameters > 10_000
 
     def test_its_data_is_there(self, path: Path) -> None:
         data = Path(load(path).data.path)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "reason"),
     [
         ("ACCELERATE_USE_FSDP", "true", "FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
@@ -24,16 +24,16 @@ CPU = torch.device("cpu")
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo"),
     ],
 )
-def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str) -> None:
+def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=rf"accelerate was told to use .*{told}.*not supported"):
+    with pytest.raises(ConfigError, match=rf"accelerate was told to use .*{reason}.*not supported"):
         process_group()
     monkeypatch.setenv(name, "no" if "DYNAMO" in name else "false")
     launch.check()
 
 
 @pytest.mark.parametrize(
-    ("asked", "precision", "is_right"),
+    ("requested", "precision", "is_right"),
     [
         ("no", "auto", True),
         ("no", "bf16", True),
@@ -44,12 +44,12 @@ def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, name: str,
         ("fp8", "fp32", False),
     ],
 )
-def test_precision(monkeypatch: pytest.MonkeyPatch, asked: str, precision: str, is_right: bool) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+def test_precision(monkeypatch: pytest.MonkeyPatch, requested: str, precision: str, is_right: bool) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", requested)
     if is_right:
         launch.check_training(precision, 1)
     else:
-        with pytest.raises(ConfigError, match=rf"told to use {asked}.*train.precision={precision}"):
+        with pytest.raises(ConfigError, match=rf"told to use {requested}.*train.precision={precision}"):
             launch.check_training(precision, 1)
 
 

@@ -10,15 +10,15 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError
 
 
-def test_every_file_of_a_room_is_found_and_fits_its_name() -> None:
+def test_every_file_of_a_package_is_found_and_fits_its_name() -> None:
     assert "sd1" in registry.available("families")
     assert {"kohya", "diffusers", "peft"} == set(registry.available("formats"))
     assert {"clip_text", "clip_image"} <= set(registry.available("metrics"))
     assert {"lora", "dora", "lokr"} <= set(registry.available("variants"))
     for group in ("families", "formats", "metrics", "variants"):
         for name in registry.available(group):
-            found = registry.find(group, name)
-            assert (found.architecture if group == "families" else found).name == name
+            entry = registry.find(group, name)
+            assert (entry.architecture if group == "families" else entry).name == name
 
 
 def test_unknown_name_offers_close_ones() -> None:
@@ -28,7 +28,7 @@ def test_unknown_name_offers_close_ones() -> None:
 
 def test_another_package_can_bring_one(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("json_module", "json", "lora_diffusion.formats")
-    monkeypatch.setattr(registry, "_points", lambda kind: (point,) if kind == "formats" else ())
+    monkeypatch.setattr(registry, "_points", lambda group: (point,) if group == "formats" else ())
     assert "json_module" in registry.available("formats")
     assert registry.find("formats", "json_module").__name__ == "json"
 

@@ -59,7 +59,7 @@ class FakeFamily:
 
     sample_type: ClassVar = ImageText
     version: str = "1"
-    asked: list[list[str]] = field(default_factory=list)
+    requested: list[list[str]] = field(default_factory=list)
     texts: list[list[str]] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class FakeFamily:
         return self._look(samples, items) if "views" in pieces else items
 
     def _look(self, samples: Sequence[ImageText], items: list[Prepared]) -> list[Prepared]:
-        self.asked.append([sample.key for sample in samples])
+        self.requested.append([sample.key for sample in samples])
         pixels = torch.stack([sample.pixels for sample in samples])
         self.shapes.append(tuple(pixels.shape))
         means = pixels.mean((-2, -1))

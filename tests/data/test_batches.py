@@ -43,7 +43,7 @@ def test_each_item_appears_as_often_as_its_repeats_in_every_epoch(plan):
     assert batches.num_samples_per_epoch == sum(item.num_repeats for item in items)
     steps = islice(batches.steps(0), 2 * batches.num_steps_per_epoch)
     for epoch in range(2):
-        shown: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         positions = []
         for step in islice(steps, batches.num_steps_per_epoch):
             assert 1 <= len(step) <= options["gradient_accumulation"]
@@ -51,8 +51,8 @@ def test_each_item_appears_as_often_as_its_repeats_in_every_epoch(plan):
                 assert 1 <= len(batch) <= options["batch_size"]
                 assert batch.position[0] == epoch
                 positions.append(batch.position[1])
-                shown.update(batch.keys)
-        assert shown == {item.key: item.num_repeats for item in items}
+                counts.update(batch.keys)
+        assert counts == {item.key: item.num_repeats for item in items}
         assert positions == list(range(len(positions)))
 
 
@@ -73,17 +73,17 @@ def test_processes_share_an_epoch_in_equal_parts(plan, num_processes):
         for index in range(num_processes)
     ]
     num_steps = parts[0].num_steps_per_epoch
-    shown: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     positions = []
     for steps in zip(*(islice(part.steps(0), num_steps) for part in parts), strict=True):
         assert len({len(step) for step in steps}) == 1 and steps[0]
         for batch in (batch for step in steps for batch in step):
-            shown.update(batch.keys)
+            counts.update(batch.keys)
             positions.append(batch.position)
     assert len(set(positions)) == len(positions)
     alone = Batches(items, _collate, **options | {"gradient_accumulation": 1})
     assert len(positions) - alone.num_steps_per_epoch in range(num_processes)
-    assert all(shown[item.key] >= item.num_repeats for item in items)
+    assert all(counts[item.key] >= item.num_repeats for item in items)
 
 
 def test_two_processes_make_the_steps_of_one_with_twice_the_accumulation():

@@ -27,11 +27,11 @@ def run(dataset, family, loaded, tmp_path):
         dataset.image(f"{name}.png", f"{name} zwx", color=color, size=(128, 64) if index == 3 else (64, 64))
 
     def call(flip=False, trained=_UNET, **settings):
-        family.asked.clear()
+        family.requested.clear()
         family.texts.clear()
         config = CacheConfig(path=str(tmp_path / "cache"))
         items = cache.prepare(family, loaded, dataset.read(**settings), trained, config, dataset.config(flip=flip))
-        return items, [key for keys in family.asked for key in keys]
+        return items, [key for keys in family.requested for key in keys]
 
     return call
 
@@ -41,14 +41,14 @@ def _files(tmp_path):
 
 
 def test_the_second_run_prepares_nothing_and_gives_the_same(run, family, tmp_path):
-    first, asked = run()
-    assert asked == ["a.png", "b.png", "c.png", "d.png"]
-    assert [len(keys) for keys in family.asked] == [3, 1]
-    assert [item.key for item in first] == asked
+    first, requested = run()
+    assert requested == ["a.png", "b.png", "c.png", "d.png"]
+    assert [len(keys) for keys in family.requested] == [3, 1]
+    assert [item.key for item in first] == requested
     assert [item.group for item in first] == ["64x64", "64x64", "64x64", "88x40"]
     assert first[0].tensors["mean"].tolist() == [[1, -1, -1]]
-    second, asked = run()
-    assert asked == []
+    second, requested = run()
+    assert requested == []
     for old, new in zip(first, second, strict=True):
         assert (old.key, old.group, old.num_repeats) == (new.key, new.group, new.num_repeats)
         assert list(new.tensors) == list(old.tensors) and len(new.tensors) == 3
@@ -60,8 +60,8 @@ def test_the_second_run_prepares_nothing_and_gives_the_same(run, family, tmp_pat
 def test_a_changed_caption_image_or_size_prepares_just_that_piece_of_that_item(run, dataset, family):
     run()
     dataset.text("b.txt", "b zwx, changed")
-    items, asked = run()
-    assert (asked, family.texts) == ([], [["b.png"]])
+    items, requested = run()
+    assert (requested, family.texts) == ([], [["b.png"]])
     assert items[1].tensors["length"] == len("b zwx, changed")
     dataset.image("c.png", None, color="black")
     assert run()[1] == ["c.png"]
@@ -73,8 +73,8 @@ def test_a_changed_caption_image_or_size_prepares_just_that_piece_of_that_item(r
 
 def test_flip_base_and_trained_parts_are_part_of_the_key(run, family):
     run()
-    items, asked = run(flip=True)
-    assert len(asked) == 4 and family.shapes[-1] == (1, 2, 3, 40, 88) and family.texts == []
+    items, requested = run(flip=True)
+    assert len(requested) == 4 and family.shapes[-1] == (1, 2, 3, 40, 88) and family.texts == []
     assert items[0].tensors["mean"].shape == (2, 3)
     assert run(trained=frozenset({"unet", "text_encoder"}))[1] == []
     assert len(family.texts) == 2
@@ -87,8 +87,8 @@ def test_names_and_repeats_are_not(run, dataset):
     (dataset.root / "5_x").mkdir()
     for ending in (".png", ".txt"):
         (dataset.root / f"a{ending}").rename(dataset.root / "5_x" / f"renamed{ending}")
-    items, asked = run()
-    assert asked == []
+    items, requested = run()
+    assert requested == []
     assert (items[0].key, items[0].num_repeats) == ("5_x/renamed.png", 5)
 
 
@@ -96,9 +96,9 @@ def test_equal_images_and_equal_texts_are_prepared_once(run, dataset, family):
     dataset.image("a2.png", "other zwx", color="red")
     dataset.image("a3.png", "a zwx", color="red")
     dataset.image("b2.png", "a zwx", color="black")
-    items, asked = run(trigger="")
+    items, requested = run(trigger="")
     assert [item.key for item in items[:5]] == ["a.png", "a2.png", "a3.png", "b.png", "b2.png"]
-    assert (len(asked), sum(map(len, family.texts))) == (5, 5)
+    assert (len(requested), sum(map(len, family.texts))) == (5, 5)
     assert len({item.tensors["mean"].data_ptr() for item in items[:3]}) == 1
     assert [item.tensors["length"].item() for item in items[:5]] == [5, 9, 5, 5, 5]
 
@@ -149,8 +149,8 @@ def test_a_damaged_file_is_made_again(run, family, tmp_path, caplog, monkeypatch
     path, other = [file for file in _files(tmp_path) if "mean" in load(file.read_bytes())][:2]
     whole = path.read_bytes()
     path.write_bytes(_DAMAGES[damage](whole, other.read_bytes()))
-    items, asked = run()
-    assert len(asked) == 1 and family.texts == []
+    items, requested = run()
+    assert len(requested) == 1 and family.texts == []
     (line,) = [record.message for record in caplog.records if "made again" in record.message]
     assert line.startswith("1 cache file(s) are damaged") and str(path) in line
     for one, other in zip(before, items, strict=True):

@@ -103,9 +103,9 @@ class TestLayouts:
 
 
 def _faulty(first: str, *rest: str) -> dict[str, Any]:
-    made = entry("a.png", first, *rest)
-    made["conversations"][0]["value"] = first
-    return made
+    conversation = entry("a.png", first, *rest)
+    conversation["conversations"][0]["value"] = first
+    return conversation
 
 
 ERRORS: dict[str, tuple[Any, str]] = {
@@ -184,9 +184,9 @@ class TestErrors:
         write_chats(folder, [LAYOUTS["LLaVA"], wrong])
         with pytest.raises(DataError) as caught:
             _read(folder)
-        (told,) = caught.value.errors
-        assert told.startswith("chats.json, entry 2: ")
-        assert message in told
+        (line,) = caught.value.errors
+        assert line.startswith("chats.json, entry 2: ")
+        assert message in line
 
     def test_all_are_told_at_once_in_one_line_each(self, folder: Path) -> None:
         write_chats(folder, [wrong for wrong, _ in ERRORS.values()])
@@ -202,8 +202,8 @@ class TestErrors:
         (folder / "chats.json").write_text(text, encoding="utf-8")
         with pytest.raises(DataError) as caught:
             _read(folder)
-        (told,) = caught.value.errors
-        assert told.startswith("chats.json: is not JSON that can be read (")
+        (line,) = caught.value.errors
+        assert line.startswith("chats.json: is not JSON that can be read (")
 
     def test_half_a_character_is_told(self, folder: Path) -> None:
         (folder / "chats.json").write_text(json.dumps([LAYOUTS["LLaVA"]]).replace("a cat", r"a cat \ud83d"))
@@ -219,8 +219,8 @@ class TestErrors:
         (folder / "chats.json").write_bytes('[{"image": "gr\xfcn.png"}]'.encode("latin-1"))
         with pytest.raises(DataError, match="1 error in 1 files and images") as caught:
             _read(folder)
-        (told,) = caught.value.errors
-        assert told.startswith("chats.json: byte 0xfc at position 14 (line 1) is not UTF-8")
+        (line,) = caught.value.errors
+        assert line.startswith("chats.json: byte 0xfc at position 14 (line 1) is not UTF-8")
 
     def test_too_long_ones_are_skipped_if_asked(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_chats(folder, [LAYOUTS["LLaVA"], ERRORS["too long"][0]])
@@ -270,13 +270,15 @@ class TestSamples:
         assert (report.num_conversations, report.num_pictures, report.num_answers) == (2, 2, 3)
         assert report.commonest_answers[0] == ("red", 2)
         assert report.longest == ("chats.json, entry 1", _IMAGE_TOKENS + 4)
-        asked = CHATS.previews(samples, PreviewConfig())
-        assert [(request.prompt, request.sample.path.name) for request in asked] == [  # type: ignore[union-attr]
+        requests = CHATS.previews(samples, PreviewConfig())
+        assert [(request.prompt, request.sample.path.name) for request in requests] == [  # type: ignore[union-attr]
             ("What?", "a.png"),
             ("Which?", "b.png"),
         ]
         assert len(CHATS.previews(samples, PreviewConfig(prompts=("x", "y"), seeds=(0, 1)))) == 8
-        assert {own.prompt for own in CHATS.previews(samples, PreviewConfig(prompts=("<image>\nWhy?",)))} == {"Why?"}
+        assert {request.prompt for request in CHATS.previews(samples, PreviewConfig(prompts=("<image>\nWhy?",)))} == {
+            "Why?"
+        }
         assert [(request.prompt, answer) for request, answer in questions(samples)] == [
             ("What?", "red"),
             ("Which?", "red"),
@@ -333,15 +335,15 @@ class TestImages:
         ]
         config = ChatDataConfig(zooms=(1.0, 0.9))
         views = [CHATS.open(sample, config).views for sample in samples]
-        assert [[len(view) for view in own] for own in views] == [[1, 1], [0, 0], [2, 2], [1, 1]]
+        assert [[len(view) for view in sample_views] for sample_views in views] == [[1, 1], [0, 0], [2, 2], [1, 1]]
         names = [json.dumps(CHATS.identity(sample, config)) for sample in samples]
         assert len(set(names)) == 4
         report = CHATS.describe(samples)
         assert (report.num_pictures, report.num_without_picture) == (2, 1)
         assert "about 2 images (1 without an image)" in report.lines()[0]
         assert CHATS.largest(samples)[1] == 2
-        asked = CHATS.previews(samples, PreviewConfig())
-        assert [request.sample.key for request in asked] == ["chats.json, entry 1", "chats.json, entry 4"]  # type: ignore[union-attr]
+        requests = CHATS.previews(samples, PreviewConfig())
+        assert [request.sample.key for request in requests] == ["chats.json, entry 1", "chats.json, entry 4"]  # type: ignore[union-attr]
         assert [request.prompt for request, _ in questions(samples)] == [
             "What is it?",
             "Write a haiku",
@@ -421,7 +423,7 @@ def test_rows_with_and_without_images(tmp_path: Path, form: str, caplog: pytest.
             table.to_parquet(str(tmp_path / "saved" / f"{split}.parquet"))
         (tmp_path / "saved" / "more.json").write_text("[]")
     samples = _read(tmp_path / "saved")
-    told = "the Parquet files are read, and other files are not: 1 (more.json)"
-    assert (told in caplog.text) == (form == "parquet")
+    line = "the Parquet files are read, and other files are not: 1 (more.json)"
+    assert (line in caplog.text) == (form == "parquet")
     assert [[image.size for image in sample.images] for sample in samples] == [[(30, 20)], [], [(30, 20)] * 2]
     assert samples[0].turns == TURNS

@@ -111,11 +111,11 @@ def test_metadata_jsonl(dataset):
     assert [sample.captions for sample in dataset.read()] == [("a cat",), ("a dog", "one dog")]
 
 
-def test_every_error_is_told_at_once(dataset):
+def test_every_error_is_listed_at_once(dataset):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     dataset.image("good.png")
-    for name, kind in (("cut.png", "png"), ("cut.jpg", "jpeg"), ("cut2.webp", "webp")):
-        noise.save(dataset.root / name, kind)
+    for name, file_format in (("cut.png", "png"), ("cut.jpg", "jpeg"), ("cut2.webp", "webp")):
+        noise.save(dataset.root / name, file_format)
         whole = (dataset.root / name).read_bytes()
         dataset.text(name, whole[: len(whole) // 2])
     dataset.text("cut.txt", "a cat")
@@ -348,9 +348,9 @@ def test_captions_of_several_lines(dataset, caplog, rule, captions, word):
     dataset.image("c.png", None)
     dataset.image("d.png", "zorg style dog\n")
     dataset.text("metadata.jsonl", json.dumps({"file_name": "c.png", "text": ["one", text]}))
-    found = [sample.captions for sample in dataset.read(caption_lines=rule)]
+    captions_read = [sample.captions for sample in dataset.read(caption_lines=rule)]
     of_table = ("one", captions[0] if rule == "first" else " ".join(captions))
-    assert found == [captions, captions, of_table, ("zorg style dog",)]
+    assert captions_read == [captions, captions, of_table, ("zorg style dog",)]
     assert "Captions of several lines: 3 (" in caplog.text and word in caplog.text
 
 

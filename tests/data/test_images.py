@@ -142,8 +142,8 @@ def test_damaged_exif_data_says_nothing(tmp_path, recwarn):
 
 @pytest.mark.parametrize("ending", ["jfif", "jpe", "avif", "tif", "tiff"])
 def test_other_names_and_formats(tmp_path, ending):
-    kind = {"jfif": "jpeg", "jpe": "jpeg", "tif": "tiff"}.get(ending, ending)
-    red = _pixel(Image.new("RGB", (16, 16), "red"), tmp_path, f"p.{ending}", format=kind)
+    file_format = {"jfif": "jpeg", "jpe": "jpeg", "tif": "tiff"}.get(ending, ending)
+    red = _pixel(Image.new("RGB", (16, 16), "red"), tmp_path, f"p.{ending}", format=file_format)
     assert red == pytest.approx((255, 0, 0), abs=3)
     assert f".{ending}" in images.ENDINGS
 
@@ -225,14 +225,14 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
 def test_any_damage_is_an_image_error(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
     rng = np.random.default_rng(1)
-    for kind in ("png", "jpeg", "webp", "avif", "tiff", "gif", "bmp"):
+    for file_format in ("png", "jpeg", "webp", "avif", "tiff", "gif", "bmp"):
         buffer = io.BytesIO()
-        noise.save(buffer, kind)
+        noise.save(buffer, file_format)
         whole = np.frombuffer(buffer.getvalue(), np.uint8)
         for _ in range(40):
             damaged = whole.copy()
             damaged[rng.integers(0, len(whole), 4)] = rng.integers(0, 255, 4)
-            path = tmp_path / f"p.{kind}"
+            path = tmp_path / f"p.{file_format}"
             path.write_bytes(damaged[: rng.integers(1, len(whole))].tobytes())
             try:
                 images.open_rgb(path)

@@ -83,7 +83,7 @@ class TestLayouts:
         np.testing.assert_allclose(view.numpy(), chirp(0.4), atol=1e-4)
 
     @pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "ogg"])
-    def test_every_kind_of_file_sounds_alike(self, tmp_path: Path, ending: str) -> None:
+    def test_every_audio_format_sounds_alike(self, tmp_path: Path, ending: str) -> None:
         write_recording(tmp_path / f"a.{ending}", "one")
         (view,) = RECORDINGS.open(_read(tmp_path)[0], RecordingDataConfig()).waveforms
         expected = chirp()
@@ -381,8 +381,8 @@ class TestCorpora:
         }
         for name, lines in rows.items():
             (tmp_path / f"{name}.tsv").write_text("\n".join([head, *lines, ""]), encoding="utf-8")
-        found = [(sample.key, sample.transcript) for sample in _read(tmp_path)]
-        assert found == [("clips/a.mp3", 'Say "one'), ("clips/b.mp3", '"Two" she said')]
+        transcripts = [(sample.key, sample.transcript) for sample in _read(tmp_path)]
+        assert transcripts == [("clips/a.mp3", 'Say "one'), ("clips/b.mp3", '"Two" she said')]
         assert "left out what belongs to other splits: test (1 files)" in caplog.text
         assert "do not stand in train.tsv: 2 (clips/c.mp3, clips/d.mp3)" in caplog.text
         (sample,) = _read(tmp_path, split="test")
@@ -435,17 +435,17 @@ class TestCorpora:
         cells = [{"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": named}]
         table = datasets.Dataset.from_dict({"audio": cells, "sentence": ["one", "two"], "lang": ["English", "de_DE"]})
         typed = table.cast_column("audio", datasets.Audio(decode=False))
-        own = tmp_path
+        folder = tmp_path
         if form == "splits":
-            own = tmp_path / "saved"
-            datasets.DatasetDict({"train": typed, "test": typed.select([0])}).save_to_disk(str(own))
+            folder = tmp_path / "saved"
+            datasets.DatasetDict({"train": typed, "test": typed.select([0])}).save_to_disk(str(folder))
         else:
-            (typed if form == "parquet" else table).to_parquet(str(own / "train-00000-of-00001.parquet"))
-            typed.select([0]).to_parquet(str(own / "test-00000-of-00001.parquet"))
+            (typed if form == "parquet" else table).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+            typed.select([0]).to_parquet(str(folder / "test-00000-of-00001.parquet"))
         info = replace(INFO, find_language=lambda name: {"English": "en", "de_DE": "de"}[name])
 
         def read(**settings: object) -> list[AudioText]:
-            return RECORDINGS.read(RecordingDataConfig(path=str(own), **settings), info)  # type: ignore[arg-type]
+            return RECORDINGS.read(RecordingDataConfig(path=str(folder), **settings), info)  # type: ignore[arg-type]
 
         samples = read()
         assert [(sample.transcript, sample.language) for sample in samples] == [("one", "en"), ("two", "de")]

@@ -53,9 +53,9 @@ MIKU = r"hatsune miku \(vocaloid\)"
     ],
 )
 def test_the_rarest_words_that_all_share_are_the_trigger(captions, trigger):
-    found = find(captions)
-    assert found.trigger.text == trigger
-    assert all(found.trigger.is_in(caption) for caption in captions)
+    shared = find(captions)
+    assert shared.trigger.text == trigger
+    assert all(shared.trigger.is_in(caption) for caption in captions)
 
 
 @pytest.mark.parametrize(("name", "trigger"), [("blob-style", "blob style"), ("octopus", "zwx")])

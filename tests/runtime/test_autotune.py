@@ -50,9 +50,9 @@ def test_without_a_home_folder_it_is_measured_each_time(monkeypatch: pytest.Monk
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", str)
     for _ in range(2):
-        own = Candidates(slow=0.02, fast=0.001)
-        assert measured_choice("way", own.calls) == "fast"
-        assert own.runs == {"slow": 4, "fast": 4}
+        candidates = Candidates(slow=0.02, fast=0.001)
+        assert measured_choice("way", candidates.calls) == "fast"
+        assert candidates.runs == {"slow": 4, "fast": 4}
 
 
 @pytest.mark.parametrize(("load", "valid_s"), [(0.5, 24 * 3600), (20.0, 3600)])
@@ -93,7 +93,7 @@ def test_a_run_keeps_its_own_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"way": "gone"}'])
-def test_a_damaged_or_foreign_record_is_measured_anew(tmp_path: Path, content: str) -> None:
+def test_a_damaged_or_foreign_record_is_measured_again(tmp_path: Path, content: str) -> None:
     record = tmp_path / "machine.json"
     record.write_text(content)
     assert measured_choice("way", Candidates(a=0.0, b=0.01).calls, record) == "a"
