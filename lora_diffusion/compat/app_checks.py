@@ -106,12 +106,12 @@ def _take_scale(sim: Simulation) -> None:
 
 def _fuse_attention(sim: Simulation) -> None:
     """Loses attention of OpenCLIP text encoders, where A1111 wants q, k, v and out together."""
-    part = next((own.part for own in sim.base.architecture.text_encoders if own.is_open_clip), None)
+    part = next((encoder.part for encoder in sim.base.architecture.text_encoders if encoder.is_open_clip), None)
     layers: dict[str, list[str]] = {}
     for module in sim.applied():
         if module.key and module.key.part == part and ".self_attn." in module.key.path:
             layers.setdefault(module.key.path.rsplit(".", 1)[0], []).append(module.name)
-    names = [name for own in layers.values() if len(own) < len(("q", "k", "v", "out")) for name in own]
+    names = [name for layer in layers.values() if len(layer) < len(("q", "k", "v", "out")) for name in layer]
     consequence = Consequence(
         "module", LOST, "joins q, k and v of this text encoder and applies them only if out is there too"
     )
@@ -127,15 +127,28 @@ def _start_of_header(sim: Simulation) -> None:
 
 def _a1111_lists(metadata: Mapping[str, str]) -> DiffusionArchitecture | None:
     version, is_v2 = metadata.get("ss_base_model_version", ""), metadata.get("ss_v2") == "True"
-    by_version = (own for own in DIFFUSION.values() if own.version_start and version.startswith(own.version_start))
-    others = (own for own in DIFFUSION.values() if not own.version_start and own.is_v2 == is_v2 and metadata)
+    by_version = (
+        architecture
+        for architecture in DIFFUSION.values()
+        if architecture.version_start and version.startswith(architecture.version_start)
+    )
+    others = (
+        architecture
+        for architecture in DIFFUSION.values()
+        if not architecture.version_start and architecture.is_v2 == is_v2 and metadata
+    )
     return next(by_version, None) or next(others, None)
 
 
 def _forge_lists(metadata: Mapping[str, str]) -> DiffusionArchitecture | None:
     modelspec, listed = metadata.get("modelspec.architecture", ""), _a1111_lists(metadata)
     named = next(
-        (own for own in DIFFUSION.values() if modelspec in (f"{name}/lora" for name in own.modelspec.values())), None
+        (
+            architecture
+            for architecture in DIFFUSION.values()
+            if modelspec in (f"{name}/lora" for name in architecture.modelspec.values())
+        ),
+        None,
     )
     for candidate in (listed, named):
         if candidate and candidate.version_start:
@@ -285,11 +298,11 @@ def _tells_text_encoder(mark: str, named: str, remedy: str) -> Callable[[Simulat
     def check(sim: Simulation) -> None:
         parts = {module.key.part for module in sim.applied() if module.key} - {"unet"}
         for part in sorted(parts):
-            own = [module for module in sim.applied() if module.key and module.key.part == part]
-            if not any(re.search(mark, module.name) or module.style == "linear_layer" for module in own):
+            modules = [module for module in sim.applied() if module.key and module.key.part == part]
+            if not any(re.search(mark, module.name) or module.style == "linear_layer" for module in modules):
                 consequence = Consequence("file", LOST, "stops: it cannot tell the format of the text encoder")
                 what = f"text encoder module(s), but no {named}"
-                sim.fail("text encoder", consequence, what, remedy, [module.name for module in own])
+                sim.fail("text encoder", consequence, what, remedy, [module.name for module in modules])
 
     return check
 
@@ -298,14 +311,14 @@ def _lose_attention_of_text(sim: Simulation) -> None:
     """Loses q, k and v of a text encoder without any out, whose names diffusers then takes for newer ones."""
     parts = {module.key.part for module in sim.applied() if module.key} - {"unet"}
     for part in sorted(parts):
-        own = [module.name for module in sim.applied() if module.key and module.key.part == part]
-        lost = [name for name in own if "self_attn" in name]
-        if not any("out_proj" in name for name in own):
+        modules = [module.name for module in sim.applied() if module.key and module.key.part == part]
+        lost = [name for name in modules if "self_attn" in name]
+        if not any("out_proj" in name for name in modules):
             what = "attention module(s) of a text encoder that has no out_proj"
             sim.fail("text encoder", sim.app.consequences["unknown"], what, _ADD_ZEROS, lost)
 
 
-def _take_for_own(sim: Simulation) -> None:
+def _take_for_its_format(sim: Simulation) -> None:
     """Loads nothing of a kohya file with one tensor called otherwise, which diffusers takes for one of its own."""
     others = [name for name in sim.file.names if not name.startswith(rules.DIFFUSERS_KOHYA_STARTS)]
     if 2 * len(others) < len(sim.file.names):
@@ -361,10 +374,16 @@ CHECKS: Mapping[App, tuple[Callable[[Simulation], None], ...]] = {
         *(*_COMMON, _share_alphas),
     ),
     rules.DIFFUSERS_DOTTED: (
-        *(_take_for_own, _refuse_names_without_lora, shared.find_lost, _read_first_style, _refuse_unmatched_part),
+        *(
+            _take_for_its_format,
+            _refuse_names_without_lora,
+            shared.find_lost,
+            _read_first_style,
+            _refuse_unmatched_part,
+        ),
         _tells_text_encoder(r"self_attn\.(q|k|v|out)_proj", "attention", _CONVERT.format("diffusers")),
-        *(shared.find_other_ranks, shared.find_made_magnitudes, *_COMMON),
+        *(shared.find_other_ranks, shared.find_created_magnitudes, *_COMMON),
     ),
-    rules.PEFT_FOLDER: (shared.find_lost, shared.find_other_ranks, shared.find_made_magnitudes, *_COMMON),
+    rules.PEFT_FOLDER: (shared.find_lost, shared.find_other_ranks, shared.find_created_magnitudes, *_COMMON),
 }
 """What is looked for in turn, until nothing of the file is left."""

@@ -39,7 +39,7 @@ class App:
     variants: frozenset[str]
     """Those that it applies."""
     consequences: Mapping[str, Consequence]
-    """Fault -> what happens: unknown (no such module), spelling, style, variant, no_down, no_up, shape."""
+    """Error -> what happens: unknown (no such module), spelling, style, variant, no_down, no_up, shape."""
     dora: str
     """input: applies a magnitude that runs along the inputs; ignored: applies the factors alone."""
     unreached: str = ""

@@ -15,7 +15,7 @@ from lora_diffusion.compat.other_bases import OtherBase, Sizes, find_other_base
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import AdapterFileError, UnsupportedError
 from lora_diffusion.core.text import shown
-from lora_diffusion.formats.metadata import told_base, told_other
+from lora_diffusion.formats.metadata import base_of, other_base_of
 from lora_diffusion.formats.parsed_file import ParsedFile
 from lora_diffusion.formats.tensor_names import ParsedTensor, is_read, unread_variant
 
@@ -26,20 +26,22 @@ Shape = tuple[int, ...]
 
 _LAST_FIRST = list(DIFFUSION.values())[::-1]
 """What the names of the later say is more particular."""
-_BY_WIDTH = {own.unet.context: own.name for own in DIFFUSION.values()}
+_BY_WIDTH = {architecture.unet.context: architecture.name for architecture in DIFFUSION.values()}
 _TEXT_WIDTHS = Counter(
-    width for own in DIFFUSION.values() for width in {encoder.width for encoder in own.text_encoders}
+    width for architecture in DIFFUSION.values() for width in {encoder.width for encoder in architecture.text_encoders}
 )
 _BY_TEXT_WIDTH = {
-    encoder.width: own.name
-    for own in DIFFUSION.values()
-    for encoder in own.text_encoders
+    encoder.width: architecture.name
+    for architecture in DIFFUSION.values()
+    for encoder in architecture.text_encoders
     if _TEXT_WIDTHS[encoder.width] == 1
 }
-_BY_PROJECTION = {own.unet.has_linear_projections: own.name for own in _LAST_FIRST}
+_BY_PROJECTION = {architecture.unet.has_linear_projections: architecture.name for architecture in _LAST_FIRST}
 """Whether it is linear -> the first architecture that has it so; a convolution is in one of them only."""
-_BY_NAME = [(mark, own.name) for own in _LAST_FIRST for mark in own.name_marks]
-_OF_WHOLE_MODELS = [(mark, own.name) for own in list(TEXT_OUTPUT.values())[::-1] for mark in own.name_marks]
+_BY_NAME = [(mark, architecture.name) for architecture in _LAST_FIRST for mark in architecture.name_marks]
+_OF_WHOLE_MODELS = [
+    (mark, architecture.name) for architecture in list(TEXT_OUTPUT.values())[::-1] for mark in architecture.name_marks
+]
 """Expression found in a name of a PEFT folder of a whole model -> the family of the model."""
 _TEXT = re.compile(
     r"(^|text_encoder(_2)?\.|text_encoders\.clip_\w\.transformer\.|lora_te[12]?_)(text_model[._])?encoder[._]layers[._]\d+[._]"
@@ -72,10 +74,10 @@ def guess_family(file: ParsedFile) -> str:
     """
     refuse_other(file)
     file.check_record()
-    for architecture in (told_other(header.metadata) for header in file.headers):
+    for architecture in (other_base_of(header.metadata) for header in file.headers):
         if architecture:
             raise _other_architecture(file, architecture)
-    family = told_by_content(file) or _by_names(_without_misfits(file), _BY_NAME)
+    family = family_by_content(file) or _by_names(_without_misfits(file), _BY_NAME)
     if family is not None and family in DIFFUSION:
         return family
     if family is not None:
@@ -108,10 +110,10 @@ def refuse_other(file: ParsedFile) -> None:
         raise UnsupportedError(f"{file.path} was made for {other.title}, a kind of base that is not known here.")
 
 
-def told_by_content(file: ParsedFile) -> str | None:
+def family_by_content(file: ParsedFile) -> str | None:
     """Returns the family of the base, if sizes, metadata or the names of a whole model's modules tell it."""
-    told = next(filter(None, (told_base(header.metadata) for header in file.headers)), None)
-    return sized_as(file) or (told.name if told else None) or _by_names(file.shapes, _OF_WHOLE_MODELS)
+    architecture = next(filter(None, (base_of(header.metadata) for header in file.headers)), None)
+    return sized_as(file) or (architecture.name if architecture else None) or _by_names(file.shapes, _OF_WHOLE_MODELS)
 
 
 def sized_as(file: ParsedFile) -> str | None:
@@ -130,14 +132,16 @@ def _fits(file: ParsedFile, sides: Callable[[Iterable[bool]], bool] = all) -> di
         file: the adapter.
         sides: whether outputs and inputs must fit, all or any.
     """
-    sizes = {name: own for name, own in _sizes(file).items() if any(own)}
+    sizes = {name: wanted for name, wanted in _sizes(file).items() if any(wanted)}
     flat = any(name.startswith(("lora_", "lycoris_")) for name in sizes)
     fits = {}
     for family in DIFFUSION:
         names, shapes = _names(family, "kohya" if flat else "diffusers"), published_shapes(DIFFUSION[family])
         fits[family] = sum(
-            any(_fits_one(own, shapes.get(names.key(alias), ()), sides) for alias in _aliases(name) if alias in names)
-            for name, own in sizes.items()
+            any(
+                _fits_one(wanted, shapes.get(names.key(alias), ()), sides) for alias in _aliases(name) if alias in names
+            )
+            for name, wanted in sizes.items()
         )
     return fits
 
@@ -157,22 +161,22 @@ def _aliases(name: str) -> list[str]:
     return [f"text_encoder.{name}", f"text_encoder_2.{name}"] if is_bare else [name]
 
 
-def _fits_one(own: Sizes, shape: Shape, sides: Callable[[Iterable[bool]], bool]) -> bool:
-    return bool(shape) and sides(size == known for size, known in zip(own, (*shape, 0), strict=False) if size)
+def _fits_one(sizes: Sizes, shape: Shape, sides: Callable[[Iterable[bool]], bool]) -> bool:
+    return bool(shape) and sides(size == known for size, known in zip(sizes, (*shape, 0), strict=False) if size)
 
 
 def _sizes(file: ParsedFile) -> dict[str, Sizes]:
     """Returns outputs and inputs of each module's weight, 0 where no tensor tells them."""
     modules: dict[str, dict[str, list[int]]] = {}
     for tensor in file.tensors:
-        module, factor, axes = _told_axes(tensor, file.shapes[tensor.name])
+        module, factor, axes = _axes(tensor, file.shapes[tensor.name])
         sizes = modules.setdefault(module, {}).setdefault(factor, [0, 0])
         for axis, size in axes.items():
             sizes[axis] = size
     return {module: _product(factors) for module, factors in modules.items()}
 
 
-def _told_axes(tensor: ParsedTensor, shape: Shape) -> tuple[str, str, dict[int, int]]:
+def _axes(tensor: ParsedTensor, shape: Shape) -> tuple[str, str, dict[int, int]]:
     """Returns module and factor that a tensor belongs to, and the axis of the weight -> the size that it tells."""
     row = tensor.suffix
     if row is None:
@@ -194,7 +198,7 @@ def _product(factors: Mapping[str, list[int]]) -> Sizes:
 def _without_misfits(file: ParsedFile) -> list[str]:
     """Returns the names, or none where modules have sizes, and no published base has one of them."""
     sizes, fits = _sizes(file), _fits(file, any)
-    return [] if any(any(own) for own in sizes.values()) and not any(fits.values()) else list(file.shapes)
+    return [] if any(any(wanted) for wanted in sizes.values()) and not any(fits.values()) else list(file.shapes)
 
 
 def _other_architecture(file: ParsedFile, name: str) -> AdapterFileError:
@@ -214,7 +218,7 @@ def _commonest(families: Iterable[str | None]) -> str | None:
 
 def _by_shape(file: ParsedFile, tensor: ParsedTensor) -> str | None:
     name, shape = tensor.name, file.shapes[tensor.name]
-    axes = _told_axes(tensor, shape)[2]
+    axes = _axes(tensor, shape)[2]
     if 1 not in axes:
         return None
     if re.search(r"attn2[._](processor\.)?to[._][kv]", name):

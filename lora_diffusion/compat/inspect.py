@@ -12,13 +12,13 @@ from typing import Any
 from lora_diffusion.algebra.delta import change_shape, delta_norm
 from lora_diffusion.algebra.magnitude_limits import IMPLAUSIBLE, change_rms, is_implausible
 from lora_diffusion.architectures import DIFFUSION
-from lora_diffusion.compat.identify import guess_family, other_architecture, sized_as, told_by_content
+from lora_diffusion.compat.identify import family_by_content, guess_family, other_architecture, sized_as
 from lora_diffusion.compat.other_bases import OtherBase
 from lora_diffusion.core.adapter_state import ModuleAdapter
 from lora_diffusion.core.errors import AdapterFileError, LoraDiffusionError
 from lora_diffusion.core.text import name_some, shown
 from lora_diffusion.formats.detect import formats_of
-from lora_diffusion.formats.metadata import told_kind
+from lora_diffusion.formats.metadata import base_and_prediction
 from lora_diffusion.formats.parsed_file import ParsedFile, ParsedPart
 from lora_diffusion.formats.peft_config import recorded_alpha, recorded_rank
 from lora_diffusion.formats.read_modules import fits_magnitude
@@ -70,12 +70,13 @@ class FileReport:
     """Part and block -> Frobenius norm of all its changes of weight."""
     metadata: Mapping[str, str]
     problems: tuple[str, ...]
-    faults: tuple[str, ...]
+    errors: tuple[str, ...]
     """Those of the problems with which no program can use all of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
-        return asdict(self)
+        values = asdict(self)
+        return {**values, "faults": values.pop("errors")}
 
     def text(self) -> str:
         """Returns lines for people."""
@@ -146,7 +147,7 @@ def describe_file(file: ParsedFile) -> FileReport:
     formats = formats_of(file.names)
     parsed, strange = group(names.values())
     modules = [_module(name, module, tensors, configs) for name, module in parsed.items()]
-    norms, faults = _norms(modules), tuple(_faults(modules, tensors))
+    norms, errors = _norms(modules), tuple(_errors(modules, tensors))
     packed = [name for name in strange if name.startswith(EMBEDDING)]
     strange = [name for name in strange if name not in packed]
     other = other_architecture(file)
@@ -163,16 +164,16 @@ def describe_file(file: ParsedFile) -> FileReport:
         dtypes=_count(info.dtype for header in file.headers for info in header.tensors.values()),
         block_norms=_block_norms(norms),
         metadata=file.metadata,
-        problems=(*faults, *_other_base(other), *_oddities(formats, strange, modules, norms)),
-        faults=faults,
+        problems=(*errors, *_other_base(other), *_oddities(formats, strange, modules, norms)),
+        errors=errors,
     )
 
 
 def _family(file: ParsedFile) -> str | None:
     try:
-        return told_by_content(file) or guess_family(file)
+        return family_by_content(file) or guess_family(file)
     except LoraDiffusionError:
-        architecture = told_kind(file.metadata)[0]
+        architecture = base_and_prediction(file.metadata)[0]
         return architecture.removesuffix("/lora") if architecture else None
 
 
@@ -194,17 +195,17 @@ def _count(values: Iterable[str]) -> dict[str, int]:
 def _module(
     name: str, parsed: ParsedModule, tensors: Mapping[str, Array], configs: Mapping[str, Mapping[str, Any]]
 ) -> _Module:
-    own = {tensor: tensors[full] for tensor, full in parsed.names.items()}
+    stored = {tensor: tensors[full] for tensor, full in parsed.names.items()}
     part = next((part for part in configs if not part or name.startswith(f"{part}.")), None)
     path = name.removeprefix(f"{part}.")
     alpha = None if part is None else recorded_alpha(configs[part], path)
     rank = None if part is None or parsed.variants != {"lora"} else recorded_rank(configs[part], path)
-    if "alpha" in own:
-        beside = upcast(own.pop("alpha"))
+    if "alpha" in stored:
+        beside = upcast(stored.pop("alpha"))
         alpha = float(beside.reshape(-1)[0]) if beside.size else None
     # What a magnitude does depends on the base; the change before it is known.
     plain: dict[str, Any] = {
-        tensor: values for tensor, values in own.items() if not tensor.startswith("magnitude") and tensor != "shape"
+        tensor: values for tensor, values in stored.items() if not tensor.startswith("magnitude") and tensor != "shape"
     }
     if len(parsed.variants) != 1 or parsed.lacking:
         return _Module(name, parsed, None, alpha)
@@ -220,7 +221,7 @@ def _module(
     if is_empty:
         return _Module(name, parsed, None, alpha)
     adapter = replace(adapter, alpha=float(adapter.rank) if alpha is None else alpha)
-    has_misfit = variant in ("lora", "loha", "lokr") and not fits_magnitude(own)
+    has_misfit = variant in ("lora", "loha", "lokr") and not fits_magnitude(stored)
     return _Module(name, parsed, adapter, alpha, rank, has_misfit)
 
 
@@ -263,7 +264,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdigit() else (0, piece) for piece in re.split(r"(\d+)", text)]
 
 
-def _faults(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[str]:
+def _errors(modules: list[_Module], tensors: Mapping[str, Array]) -> Iterable[str]:
     """Yields what no program can use, or use as it was meant."""
     if not tensors:
         yield "no tensors at all; get the file again"

@@ -59,7 +59,7 @@ def other_names(name: str) -> list[str]:
 def text_keys(name: str, architecture: DiffusionArchitecture) -> list[ModuleKey]:
     """Returns the modules that ComfyUI's own name of one in a text encoder may mean, in old trees and in flat ones."""
     match = re.match(r"text_encoders\.(\w+)\.transformer\.(text_model\.)?", name)
-    parts = [own.part for own in architecture.text_encoders if match and own.comfyui_name == match[1]]
+    parts = [encoder.part for encoder in architecture.text_encoders if match and encoder.comfyui_name == match[1]]
     return [ModuleKey(part, level + name[match.end() :]) for part in parts for level in ("text_model.", "") if match]
 
 
@@ -188,8 +188,8 @@ class MatchedModule:
     @property
     def styles(self) -> dict[str, Mapping[str, Tensor]]:
         """The tensors of every style at this module, in any shape, without those that any may have."""
-        own = {role: tensor for role, tensor in self.roles.items() if role not in SHARED}
-        return ({self.style: own} if own else {}) | dict(self.beside)
+        roles = {role: tensor for role, tensor in self.roles.items() if role not in SHARED}
+        return ({self.style: roles} if roles else {}) | dict(self.beside)
 
     def as_style(self, style: str) -> MatchedModule:
         """Returns the module with another of its styles in front."""

@@ -30,7 +30,7 @@ class OtherBase(NamedTuple):
     """Regular expression that is searched in names without prefix."""
     widths: frozenset[int] = _ANY
     """Inputs that one of these modules must have, where the file tells sizes; any without."""
-    told_by: str = ""
+    name_pattern: str = ""
     """Regular expression of what metadata call it, to choose between kinds of the same names and sizes."""
     outputs: frozenset[int] = _ANY
     """The same of their outputs."""
@@ -219,21 +219,21 @@ def bare_name(name: str) -> str:
     return _PREFIXES.sub("", name).replace(".", "_")
 
 
-def find_other_base(modules: Mapping[str, Sizes], told: str) -> OtherBase | None:
+def find_other_base(modules: Mapping[str, Sizes], base_name: str) -> OtherBase | None:
     """Returns the kind of base of another architecture that modules are of, if there is one.
 
     Kinds of the same names and sizes are told apart by the metadata, else the title names all of them.
 
     Args:
         modules: name -> outputs and inputs of its weight, 0 where nothing tells them.
-        told: what the metadata call the base; empty without.
+        base_name: what the metadata call the base; empty without.
     """
     bare = {bare_name(name): sizes for name, sizes in modules.items()}
     num_of_unets = sum(bool(_IN_UNETS.search(name)) for name in bare)
     for of_text in (False, True):
         rows = [row for row in OTHER_BASES if (row.family in _OF_TEXT) is of_text and _fits(row, bare, num_of_unets)]
         if rows:
-            return _choose(rows, told)
+            return _choose(rows, base_name)
     return _REFINER if _is_refiner(bare) else None
 
 
@@ -252,15 +252,17 @@ def _has(wanted: frozenset[int], sizes: Iterable[int]) -> bool:
     return not wanted or not known or bool(wanted & known)
 
 
-def _choose(rows: Sequence[OtherBase], told: str) -> OtherBase:
+def _choose(rows: Sequence[OtherBase], base_name: str) -> OtherBase:
     """Returns the first kind, with the titles of those that nothing tells from it."""
     first = rows[0]
-    if not first.told_by:
+    if not first.name_pattern:
         return first
-    named = [row for row in rows if row.told_by and told and re.search(row.told_by, told, re.IGNORECASE)]
+    named = [
+        row for row in rows if row.name_pattern and base_name and re.search(row.name_pattern, base_name, re.IGNORECASE)
+    ]
     if named:
         return named[0]
-    titles = dict.fromkeys(row.title for row in rows if row.told_by and row.names == first.names)
+    titles = dict.fromkeys(row.title for row in rows if row.name_pattern and row.names == first.names)
     return first._replace(title=" or ".join(titles))
 
 
@@ -268,5 +270,5 @@ def _is_refiner(bare: Mapping[str, Sizes]) -> bool:
     """Says whether widths are those of the refiner, whose names are SDXL's."""
     inputs = {name: inner for name, (_, inner) in bare.items() if _IN_UNETS.search(name) and inner}
     context = {inner for name, inner in inputs.items() if re.search(r"attn2_to_[kv]$", name)}
-    own = {inner for name, inner in inputs.items() if re.search(r"attn1_to_[qkv]$", name)}
-    return context <= {1280} and own <= {384, 768, 1536} and bool(own)
+    widths = {inner for name, inner in inputs.items() if re.search(r"attn1_to_[qkv]$", name)}
+    return context <= {1280} and widths <= {384, 768, 1536} and bool(widths)

@@ -81,10 +81,10 @@ def _copy_folder(path: Path, copy: Path) -> None:
     if not folders:
         raise AdapterFileError(f"{path} holds no {PICKLE}; leave --from-pickle out.")
     for folder in folders:
-        own = copy / folder.relative_to(path)
-        own.mkdir(parents=True)
-        shutil.copyfile(folder / CONFIG, own / CONFIG)
-        _rewrite(folder / PICKLE, own / TENSORS)
+        target = copy / folder.relative_to(path)
+        target.mkdir(parents=True)
+        shutil.copyfile(folder / CONFIG, target / CONFIG)
+        _rewrite(folder / PICKLE, target / TENSORS)
 
 
 def _rewrite(pickle: Path, path: Path) -> None:

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def size_fault(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
-    """Returns the fault of a whole module that an app takes for its variant but cannot add to the weight; else None."""
+def size_error(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
+    """Returns the error of a whole module that an app takes for its variant but cannot add to the weight; else None."""
     if module.variant in _WHOLE_SIZES:
-        return _whole_fault(app, module, weight)
+        return _whole_error(app, module, weight)
     if module.variant == "lora":
-        return _pair_fault(app, module, weight)
+        return _pair_error(app, module, weight)
     if module.variant in ("oft", "boft"):
         fits = math.prod(module.roles["oft_blocks"].shape[-3:-1]) == weight[0] and len(weight) > 1
         return None if fits else "shape"
     if module.variant == "glora":
         return None if _fits_glora(app, module, weight) else "shape"
-    if module.variant == "tucker" and (fault := _middle_fault(app, module, weight)):
-        return fault
+    if module.variant == "tucker" and (error := _middle_error(app, module, weight)):
+        return error
     if module.variant not in _WITH_FACTORS or len(weight) == 1:
         return None if len(weight) > 1 else "shape"
     adapter = ModuleAdapter(module.variant.replace("tucker", "lora"), module.roles, 0.0)
@@ -52,8 +52,8 @@ def _fits_glora(app: App, module: MatchedModule, weight: tuple[int, ...]) -> boo
     return old or (new and app.by_trigger)
 
 
-def _middle_fault(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
-    """Returns the fault of a middle factor that an app reads by its four dimensions, or shapes as the kernel."""
+def _middle_error(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
+    """Returns the error of a middle factor that an app reads by its four dimensions, or shapes as the kernel."""
     mid = tuple(module.roles["mid"].shape)
     if app.by_trigger:
         return None if len(mid) == 4 else "inner"
@@ -72,7 +72,7 @@ def _fits_inside(module: MatchedModule) -> bool:
     return all(len(first) == len(second) == 2 and first[1] == second[0] for first, second in products)
 
 
-def _pair_fault(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
+def _pair_error(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
     down, up = tuple(module.roles["down"].shape), tuple(module.roles["up"].shape)
     kernel = weight[2:]
     if len(weight) == 1 or min(len(down), len(up)) < 2 or not down[0]:
@@ -87,7 +87,7 @@ def _pair_fault(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str
     return "dimensions" if other and app.flat_convolution else None
 
 
-def _whole_fault(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
+def _whole_error(app: App, module: MatchedModule, weight: tuple[int, ...]) -> str | None:
     """Compares what has the size of a weight, by its shape or, where the app reshapes it, by its numbers."""
     role = _WHOLE_SIZES[module.variant]
     if role not in module.roles:
@@ -111,7 +111,7 @@ _WITH_FACTORS = ("tucker", "loha", "lokr")
 
 
 _CLOSE = 1e-3
-"""Scales this close are the same, so that an alpha rounded to bf16 is no fault."""
+"""Scales this close are the same, so that an alpha rounded to bf16 is no error."""
 _ROUNDING = 1e-2
 """A change may be off by this share through float16: it has 11 bits, but few for numbers below 6e-5."""
 _CONVERT = "write it again: lora-diffusion convert FILE NEW --to {}"
@@ -144,16 +144,16 @@ _DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
 
 def find_lost(sim: Simulation) -> None:
     """Finds the modules whose names, variant or size the app cannot use, and tensors that belong to none."""
-    faulty: dict[str, list[str]] = defaultdict(list)
+    names_by_error: dict[str, list[str]] = defaultdict(list)
     for module in sim.modules:
-        if fault := _fault(sim, module):
-            faulty[fault].append(module.name)
+        if error := _error(sim, module):
+            names_by_error[error].append(module.name)
     format_name = "diffusers" if sim.app.name == "diffusers" else "kohya"
-    for fault, names in faulty.items():
-        what, remedy = _DESCRIPTIONS.get(fault) or _other_variant(fault)
-        if fault == "unknown":
+    for error, names in names_by_error.items():
+        what, remedy = _DESCRIPTIONS.get(error) or _other_variant(error)
+        if error == "unknown":
             remedy += _meant(sim, names)
-        sim.fail(_REPORTED_AS.get(fault, fault), _consequence(sim, fault), what, remedy.format(format_name), names)
+        sim.fail(_REPORTED_AS.get(error, error), _consequence(sim, error), what, remedy.format(format_name), names)
     unmatched = list(sim.file.unmatched)
     if unmatched:
         consequence = sim.app.consequences.get("stray", sim.app.consequences["unknown"])
@@ -171,7 +171,7 @@ def find_lost(sim: Simulation) -> None:
 
 
 _REPORTED_AS = {**dict.fromkeys(("inner", "kernel", "filled", "not merged"), "shape"), "drawn": "no_down"}
-"""Fault -> what it is reported as, where that differs."""
+"""Error -> what it is reported as, where that differs."""
 
 
 def find_beside(sim: Simulation) -> None:
@@ -199,7 +199,7 @@ def _all_roles(module: MatchedModule) -> set[str]:
     return {*module.roles, *(role for roles in module.beside.values() for role in roles)}
 
 
-def _fault(sim: Simulation, module: MatchedModule) -> str | None:
+def _error(sim: Simulation, module: MatchedModule) -> str | None:
     app = sim.app
     if module.key is None:
         return "unknown"
@@ -218,7 +218,7 @@ def _fault(sim: Simulation, module: MatchedModule) -> str | None:
         return "no constraint"
     if app.by_trigger and (lacking := _lacks_what_is_looked_up(module)):
         return lacking
-    return size_fault(app, module, sim.base.shapes[module.key])
+    return size_error(app, module, sim.base.shapes[module.key])
 
 
 def _is_bias_alone(sim: Simulation, module: MatchedModule) -> bool:
@@ -245,7 +245,7 @@ def _why_not_taken(app: App, module: MatchedModule) -> str:
 
 
 def _lacks_what_is_looked_up(module: MatchedModule) -> str | None:
-    """Returns the fault of a module of which ComfyUI looks a tensor up that is not there, whatever else is applied."""
+    """Returns the error of a module of which ComfyUI looks a tensor up that is not there, whatever else is applied."""
     for style, roles in module.styles.items():
         wanted = {"down"} if style in PAIRS and "up" in roles else _LOOKED_UP.get(style, set())
         is_taken = style in PAIRS or _FIRST[style] in roles if style in _FIRST or style in PAIRS else False
@@ -260,22 +260,22 @@ _LOOKED_UP = {"loha": {"w1_b", "w2_a", "w2_b"}, "glora": {"a2", "b1", "b2"}}
 _FIRST = {"loha": "w1_a", "glora": "a1"}
 
 
-def _consequence(sim: Simulation, fault: str) -> Consequence:
+def _consequence(sim: Simulation, error: str) -> Consequence:
     consequences = sim.app.consequences
-    if fault == "dimensions":
-        assert sim.app.flat_convolution, "only an app that minds has this fault"
+    if error == "dimensions":
+        assert sim.app.flat_convolution, "only an app that minds has this error"
         return sim.app.flat_convolution
-    if fault.startswith("kind "):
-        return consequences.get(fault.removeprefix("kind "), consequences["variant"])
+    if error.startswith("kind "):
+        return consequences.get(error.removeprefix("kind "), consequences["variant"])
     return (
         consequences["unknown"]
-        if fault in ("unreached", "untargeted")
-        else consequences.get(fault) or consequences["shape"]
+        if error in ("unreached", "untargeted")
+        else consequences.get(error) or consequences["shape"]
     )
 
 
-def _other_variant(fault: str) -> tuple[str, str]:
-    variant = fault.removeprefix("kind ")
+def _other_variant(error: str) -> tuple[str, str]:
+    variant = error.removeprefix("kind ")
     able = [app.title for app in APPS.values() if variant in app.variants]
     where = f"use it in {', '.join(able)}, or " if able else ""
     return f"{variant} module(s), a kind that it does not read", where + "merge it into the base: lora-diffusion merge"
@@ -285,7 +285,7 @@ def _meant(sim: Simulation, names: Iterable[str]) -> str:
     """Returns a hint where a text encoder's prefix is that of another family, the commonest reason."""
     prefixes = {name.split("text_model")[0] for name in names if name.startswith("lora_te")}
     wrong = {prefix for prefix in prefixes if prefix in ("lora_te_", "lora_te1_", "lora_te2_")}
-    right = " and ".join(own.kohya_prefixes[0] for own in sim.base.architecture.text_encoders)
+    right = " and ".join(encoder.kohya_prefixes[0] for encoder in sim.base.architecture.text_encoders)
     name = sim.base.architecture.name
     return f"; text encoders of {name} begin with {right}, not {', '.join(sorted(wrong))}" if wrong else ""
 
@@ -345,14 +345,14 @@ def find_ignored_record(sim: Simulation) -> None:
     report_scales(sim, factors, "alpha in the record", "alpha only in diffusers' record, which it does not read")
 
 
-def report_scales(sim: Simulation, factors: Mapping[str, float], fault: str, what: str) -> None:
+def report_scales(sim: Simulation, factors: Mapping[str, float], error: str, what: str) -> None:
     """Reports modules that the app scales otherwise than the file says."""
     off = {name: factor for name, factor in factors.items() if abs(factor - 1) > _CLOSE}
     if off:
         farthest = max(off.values(), key=lambda factor: abs(factor - 1))
         text = f"{len(off)} module(s) with {what}: applied up to {farthest:.3g} times as strong"
         sim.report(
-            fault, WRONG, text, "give all one alpha: lora-diffusion compose FILE:1 --output NEW.safetensors", off
+            error, WRONG, text, "give all one alpha: lora-diffusion compose FILE:1 --output NEW.safetensors", off
         )
         sim.scale(off)
 
@@ -388,7 +388,7 @@ def _is_along_inputs(sim: Simulation, module: MatchedModule) -> bool:
     return len(shape) > 1 and shape[0] == 1 and (math.prod(shape),) == sim.base.shapes[module.key][1:2]
 
 
-def find_made_magnitudes(sim: Simulation) -> None:
+def find_created_magnitudes(sim: Simulation) -> None:
     """Finds magnitudes that PEFT cannot load, and modules that get one of the base because others have one."""
     modules = [module for module in sim.modules if module.makes_magnitude and module.key]
     misfits = [

@@ -90,7 +90,7 @@ _ORDER = (LOST, WRONG, HIDDEN)
 class Problem:
     """One thing that an app gets wrong."""
 
-    fault: str
+    error: str
     """What it is, in a word or two that do not change."""
     severity: str
     """lost, wrong or hidden."""
@@ -102,7 +102,7 @@ class Problem:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
         values = {"severity": self.severity, "text": self.text, "remedy": self.remedy, "modules": list(self.modules)}
-        return {"kind": self.fault, **values}
+        return {"kind": self.error, **values}
 
     def lines(self) -> list[str]:
         """Returns lines for people."""
@@ -167,7 +167,7 @@ class Simulation:
     moved: dict[str, float] = field(default_factory=dict)
     """Module -> what its change is off by besides, as a share of it."""
     problems: dict[str, Problem] = field(default_factory=dict)
-    """By fault."""
+    """By error."""
     modules: list[MatchedModule] = field(default_factory=list)
     """As the app takes them: with the style in front that it applies."""
     is_lost: bool = False
@@ -187,19 +187,19 @@ class Simulation:
         """Returns the modules that are not lost so far."""
         return [module for module in self.modules if self.factors[module.name] != 0]
 
-    def report(self, fault: str, severity: str, text: str, remedy: str, modules: Iterable[str] = ()) -> None:
-        """Adds a problem, or its modules to that of the same fault."""
+    def report(self, error: str, severity: str, text: str, remedy: str, modules: Iterable[str] = ()) -> None:
+        """Adds a problem, or its modules to that of the same error."""
         names = tuple(modules)
-        known = self.problems.get(fault)
-        self.problems[fault] = Problem(fault, severity, text, remedy, (*known.modules, *names) if known else names)
+        known = self.problems.get(error)
+        self.problems[error] = Problem(error, severity, text, remedy, (*known.modules, *names) if known else names)
 
-    def fail(self, fault: str, consequence: Consequence, what: str, remedy: str, names: Iterable[str]) -> None:
+    def fail(self, error: str, consequence: Consequence, what: str, remedy: str, names: Iterable[str]) -> None:
         """Lets a consequence befall modules, or the file because of them."""
         names = list(names)
         if not names:
             return
         text = f"{len(names)} {what}; {self.app.title} {consequence.text}"
-        self.report(fault, consequence.severity, text, remedy, names)
+        self.report(error, consequence.severity, text, remedy, names)
         if consequence.scope == "file":
             self.lose_all()
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_diffusion.compose.linear import Sum
 from lora_diffusion.core.errors import AdapterFileError
-from lora_diffusion.formats.metadata import BASE, told_kind
+from lora_diffusion.formats.metadata import BASE, base_and_prediction
 
 _OF_THE_BASE = (
     BASE,
@@ -49,9 +49,9 @@ def check_one_base(sources: Sequence[Source]) -> None:
         AdapterFileError: lists what they disagree about.
     """
     errors = []
-    named_bases = {source.name: told_kind(source.metadata) for source in sources}
+    bases = {source.name: base_and_prediction(source.metadata) for source in sources}
     for index, what in enumerate(("base", "prediction")):
-        named = {name: value for name, words in named_bases.items() if (value := words[index])}
+        named = {name: value for name, words in bases.items() if (value := words[index])}
         if len(set(named.values())) > 1:
             errors.append(f"{what}: " + ", ".join(f"{value} in {name}" for name, value in named.items()))
     if errors:

@@ -38,7 +38,7 @@ class Architecture:
     """Expressions found in the names of a file's tensors that only this architecture gives."""
 
     @property
-    def is_told_by_prediction(self) -> bool:
+    def is_distinguished_by_prediction(self) -> bool:
         """Says whether its bases have several names, so that what they predict must be known to name one."""
         return len(set(self.modelspec.values())) > 1
 

@@ -41,10 +41,10 @@ class Gate:
         names = [candidate.name for candidate in evaluation.candidates if any(candidate.weights.values())]
         if not names and self.candidate is None:
             return [f"{self.text}: no candidate has an adapter"]
-        found = [evaluation.find(name, self.metric) for name in ([self.candidate] if self.candidate else names)]
+        summaries = [evaluation.find(name, self.metric) for name in ([self.candidate] if self.candidate else names)]
         return [
             f"{self.text}: {summary.candidate} has {summary.format('.4g')}"
-            for summary in found
+            for summary in summaries
             if not _OPERATORS[self.operator](summary.mean, self.limit)
         ]
 

@@ -251,8 +251,8 @@ def encode_shared(function: Callable[[Sequence[Any]], Tensor], items: Sequence[A
     group = process_group()
     if group.num_processes == 1:
         return function(items)
-    own = range(0, len(items), BATCH)[group.process_index :: group.num_processes]
-    parts = gather_object([(start, function(items[start : start + BATCH])) for start in own])
+    share = range(0, len(items), BATCH)[group.process_index :: group.num_processes]
+    parts = gather_object([(start, function(items[start : start + BATCH])) for start in share])
     return torch.cat([rows for _, rows in sorted(parts, key=lambda part: part[0])])
 
 
@@ -343,7 +343,7 @@ def _encode_all(task: Task, images: _SampledImages) -> None:
 
 def _metric_values(task: Task, metric: Metric, scores: Sequence[Scores]) -> MetricValues:
     cases = task.cases_of(metric)
-    values = torch.stack([own.values for own in scores]).double().numpy().reshape(len(scores), len(cases), -1)
+    values = torch.stack([row.values for row in scores]).double().numpy().reshape(len(scores), len(cases), -1)
     return MetricValues(metric, [candidate.name for candidate in task.candidates], cases, values, len(task.seeds))
 
 
@@ -422,7 +422,7 @@ def compare_conditions(
         outputs = generate(grid.requests(control=control, weights={adapter: weight}))
         images = tuple(output.image for output in outputs)
         scores = measure(metrics, grid.evidence(images, references=references, scorers=scorers))
-        means = {name: mean_with_error(own.values) for name, own in scores.items()}
+        means = {name: mean_with_error(values.values) for name, values in scores.items()}
         conditions.append(Condition(label, images, means))
     likeness = CLIP_IMAGE.of_references(Evidence(references=references, scorers=scorers))
     goal = Condition(REFERENCES, (), {CLIP_IMAGE.name: mean_with_error(likeness.values)})

@@ -275,7 +275,7 @@ def undecided_line(comparisons: Sequence[OpenComparison]) -> str:
     """Returns one sentence on the comparisons that cannot be decided; nothing if there are none."""
     if not comparisons:
         return ""
-    metrics = name_some(list(dict.fromkeys(found.metric for found in comparisons)))
+    metrics = name_some(list(dict.fromkeys(comparison.metric for comparison in comparisons)))
     return (
         f"{len(comparisons)} comparison(s) of {metrics} need more images than were made, so their order may be chance; "
         "'lora-diffusion report' lists them."
@@ -400,8 +400,8 @@ class Table:
 
     def difference(self, one: str, other: str, metric: str) -> Interval:
         """Returns the mean of `one` minus `other` over images of equal prompt and seed, with its 95 % interval."""
-        own, against = self.values(one, metric), self.values(other, metric)
-        return _interval({place: own[place] - against[place] for place in own if place in against})
+        first, against = self.values(one, metric), self.values(other, metric)
+        return _interval({place: first[place] - against[place] for place in first if place in against})
 
 
 def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, cases: Mapping[int, int]) -> Interval:
@@ -414,10 +414,10 @@ def paired(one: Table, other: Table, candidates: tuple[str, str], metric: str, c
         metric: the same in both.
         cases: index of a case in `one` -> index of the case with the same prompt in `other`.
     """
-    own, against = one.values(candidates[0], metric), other.values(candidates[1], metric)
+    first, against = one.values(candidates[0], metric), other.values(candidates[1], metric)
     shared: dict[Place, float] = {
         (case, seed): value - against[cases[case], seed]
-        for (case, seed), value in own.items()
+        for (case, seed), value in first.items()
         if case is not None and case in cases and (cases[case], seed) in against
     }
     return _interval(shared)

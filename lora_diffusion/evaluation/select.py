@@ -195,7 +195,7 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
         ConfigError: the user gave a limit for a metric that was not measured.
     """
     table = Table(evaluation)
-    found = []
+    limits = []
     for metric in _DEFAULTS:
         given = getattr(preference, metric)
         if not table.has(metric):
@@ -203,10 +203,10 @@ def limits(evaluation: Evaluation, preference: Preference) -> tuple[Limit, ...]:
                 raise ConfigError(f"The evaluation has no scores of {metric}, so they cannot be kept to {given:g}.")
             continue
         if given is not None:
-            found.append(Limit(metric, given, "as asked for", is_given=True))
+            limits.append(Limit(metric, given, "as asked for", is_given=True))
         elif default := _DEFAULTS[metric](evaluation, table):
-            found.append(Limit(metric, *default, is_given=False))
-    return tuple(found)
+            limits.append(Limit(metric, *default, is_given=False))
+    return tuple(limits)
 
 
 def _copying_limit(evaluation: Evaluation, table: Table) -> tuple[float, str] | None:
@@ -312,19 +312,19 @@ def _are_distinct(table: Table, one: str, other: str, likeness: str) -> bool:
 
 
 def _warnings(scores: Sequence[CandidateScore], picked: CandidateScore, bounds: Sequence[Limit]) -> tuple[str, ...]:
-    found = [
+    warnings = [
         f"No candidate keeps {limit.metric} at or below {limit.value:.3f} ({limit.reason}), so it did not decide."
         for limit in bounds
         if limit.lifted
     ]
     if not picked.likeness_share:
-        found.append("No candidate that keeps the limits looks more like the references than the base alone.")
+        warnings.append("No candidate that keeps the limits looks more like the references than the base alone.")
     steps = sorted({score.step for score in scores if score.step is not None})
     if len(steps) > 1 and picked.step == steps[-1]:
-        found.append("The last checkpoint was chosen: a longer run may be better still.")
+        warnings.append("The last checkpoint was chosen: a longer run may be better still.")
     if len(steps) > 1 and picked.step == steps[0]:
-        found.append("The first checkpoint was chosen: save more often (train.save_every_steps) to look before it.")
-    return tuple(found)
+        warnings.append("The first checkpoint was chosen: save more often (train.save_every_steps) to look before it.")
+    return tuple(warnings)
 
 
 def _unlimited(bounds: Sequence[Limit]) -> tuple[str, ...]:

@@ -66,9 +66,9 @@ def read_cases(
     cases: dict[tuple[str, str], Case] = {}
     repeated: list[str] = []
     for group, entry in _entries(path, errors):
-        own = [error for text in entry.values() for error in _placeholder_errors(text, values)]
-        errors += own
-        if not own:
+        errors_of_entry = [error for text in entry.values() for error in _placeholder_errors(text, values)]
+        errors += errors_of_entry
+        if not errors_of_entry:
             case = _case(len(cases), group, entry, values, path.stem)
             repeated += [case.prompt] if (case.group, case.prompt) in cases else []
             cases.setdefault((case.group, case.prompt), case)
@@ -173,18 +173,18 @@ def _meant(value: Any) -> str:
 
 def _placeholder_errors(template: str, values: Mapping[str, str]) -> list[str]:
     """Returns what is wrong with the placeholders of a text."""
-    found = []
+    errors = []
     for braces in islice((one[0] for one in _ANY_BRACES.finditer(template) if one["text"] is None), _MOST_ERRORS):
         match = _PLACEHOLDER.fullmatch(braces)
         if not match:
-            found.append(
+            errors.append(
                 f"{shown(template)!r}: {shown(braces)} is no placeholder; known are {{trigger}}, {{class}}, "
                 "{trigger2}, ..."
             )
         elif match[1] + match[2] not in values:
             which = f"the {match[2]}. --{match[1]}" if match[2] else f"--{match[1]}"
-            found.append(f"its prompts need {{{match[1]}{match[2]}}}: give {which}, say {_EXAMPLES[match[1]]}")
-    return found
+            errors.append(f"its prompts need {{{match[1]}{match[2]}}}: give {which}, say {_EXAMPLES[match[1]]}")
+    return errors
 
 
 _EXAMPLES = {"trigger": '--trigger "blob style"', "class": "--class dog"}

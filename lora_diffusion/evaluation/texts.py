@@ -76,13 +76,14 @@ class TranscriptEvaluation(TextEvaluation):
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns plain values of single recordings."""
-        return [{"key": own.key, "said": own.target, "heard": own.text, **own.scores} for own in self.texts]
+        return [{"key": text.key, "said": text.target, "heard": text.text, **text.scores} for text in self.texts]
 
     def lines(self, most: int = 10) -> list[str]:
         """Returns the rates, and the worst recordings, as lines of plain text."""
-        wrong = [own for own in self.texts if own.scores["wer"] > 0]
+        wrong = [text for text in self.texts if text.scores["wer"] > 0]
         rows = [
-            f"  {own.scores['wer']:6.1%}  {own.key}: said {own.target!r}, heard {own.text!r}" for own in wrong[:most]
+            f"  {text.scores['wer']:6.1%}  {text.key}: said {text.target!r}, heard {text.text!r}"
+            for text in wrong[:most]
         ]
         left = [f"  and {len(wrong) - most} more with errors"] if len(wrong) > most else []
         wer, cer = self.scores["wer"], self.scores["cer"]
@@ -98,8 +99,8 @@ class AnswerEvaluation(TextEvaluation):
     def by_question(self) -> dict[str, float]:
         """Question -> exact match of its answers."""
         shares: dict[str, list[float]] = {}
-        for own in self.texts:
-            shares.setdefault(own.question, []).append(own.scores["exact_match"])
+        for text in self.texts:
+            shares.setdefault(text.question, []).append(text.scores["exact_match"])
         return {question: sum(values) / len(values) for question, values in sorted(shares.items())}
 
     def rates(self) -> dict[str, Any]:
@@ -113,20 +114,20 @@ class AnswerEvaluation(TextEvaluation):
         """Returns plain values of single answers."""
         return [
             {
-                "key": own.key,
-                "question": own.question,
-                "target": own.target,
-                "answer": own.text,
-                **own.scores,
-                "picture": own.image,
+                "key": text.key,
+                "question": text.question,
+                "target": text.target,
+                "answer": text.text,
+                **text.scores,
+                "picture": text.image,
             }
-            for own in self.texts
+            for text in self.texts
         ]
 
     def lines(self, most: int = 10) -> list[str]:
         """Returns the scores, and the worst answers, as lines of plain text."""
-        wrong = [own for own in self.texts if own.scores["exact_match"] < 1]
-        rows = [f"  {own.key}: {own.question} {own.text!r}, right is {own.target!r}" for own in wrong[:most]]
+        wrong = [text for text in self.texts if text.scores["exact_match"] < 1]
+        rows = [f"  {text.key}: {text.question} {text.text!r}, right is {text.target!r}" for text in wrong[:most]]
         left = [f"  and {len(wrong) - most} more that are wrong"] if len(wrong) > most else []
         clip = f", CLIPScore {self.scores[CLIP_SCORE]:.3f}" if CLIP_SCORE in self.scores else ""
         exact, f1 = self.scores["exact_match"], self.scores["token_f1"]
@@ -182,7 +183,7 @@ def evaluate_transcripts(
     scores = measure(metrics, Evidence(answers=texts, targets=targets))
     rows = [ScoredText(*row) for row in zip(keys, targets, texts, _by_text(scores), strict=True)]
     rows.sort(key=lambda row: (-row.scores["wer"], -row.scores["cer"], row.key))
-    return TranscriptEvaluation({name: own.mean() for name, own in scores.items()}, tuple(rows))
+    return TranscriptEvaluation({name: values.mean() for name, values in scores.items()}, tuple(rows))
 
 
 def evaluate_answers(
@@ -215,15 +216,17 @@ def evaluate_answers(
         )
     ]
     rows.sort(key=lambda row: (row.scores["exact_match"], row.scores["token_f1"], row.key))
-    means = {name: own.mean() for name, own in scores.items()}
+    means = {name: values.mean() for name, values in scores.items()}
     if scorers:
-        means |= {name: own.mean() for name, own in measure([registry.find("metrics", CLIP_SCORE)], evidence).items()}
+        means |= {
+            name: values.mean() for name, values in measure([registry.find("metrics", CLIP_SCORE)], evidence).items()
+        }
     return AnswerEvaluation(means, tuple(rows))
 
 
 def _by_text(scores: Mapping[str, Scores]) -> list[dict[str, float]]:
     """Returns metric -> value for each text."""
-    columns = [own.values.tolist() for own in scores.values()]
+    columns = [column.values.tolist() for column in scores.values()]
     return [dict(zip(scores, row, strict=True)) for row in zip(*columns, strict=True)]
 
 

@@ -46,8 +46,8 @@ class _Diffusers:
 
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a dotted path is followed by a suffix of adapters."""
-        own = (split_name(name) for name in names if not name.startswith(PEFT_PREFIX))
-        return any(name.suffix and name.suffix.variant and "." in name.module for name in own)
+        split_names = (split_name(name) for name in names if not name.startswith(PEFT_PREFIX))
+        return any(name.suffix and name.suffix.variant and "." in name.module for name in split_names)
 
     def normalize(self, state: AdapterState) -> AdapterState:
         """Gives each attention of a text encoder all its matrices, and each text encoder some attention."""

@@ -45,7 +45,7 @@ class _Kohya:
     def detect(self, names: Sequence[str]) -> bool:
         """Says whether a module name without a dot is followed by a suffix of kohya or LyCORIS."""
         flat = [split_name(name) for name in names if name.startswith(_PREFIXES) and "." in name]
-        return any((is_read(own) and "." not in own.module) or unread_variant(own.name) for own in flat)
+        return any((is_read(split) and "." not in split.module) or unread_variant(split.name) for split in flat)
 
     def normalize(self, state: AdapterState) -> AdapterState:
         """Gives each part one alpha, and each attention of a text encoder all its matrices."""

@@ -32,17 +32,17 @@ LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
 """Place and length of what the older hash of a file covers."""
 
 
-def told_base(metadata: Mapping[str, str]) -> Architecture | None:
+def base_of(metadata: Mapping[str, str]) -> Architecture | None:
     """Returns the architecture of the base if the metadata tell it, in the words of kohya, ai-toolkit or modelspec."""
     texts = [metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
-    known = ((text, own) for text in texts for own in ARCHITECTURES.values())
-    return next((own for text, own in known if text.startswith(own.metadata_starts)), None)
+    known = ((text, architecture) for text in texts for architecture in ARCHITECTURES.values())
+    return next((architecture for text, architecture in known if text.startswith(architecture.metadata_starts)), None)
 
 
-def told_other(metadata: Mapping[str, str]) -> str | None:
+def other_base_of(metadata: Mapping[str, str]) -> str | None:
     """Returns what the metadata call the base, if that is none of the published diffusion bases."""
     modelspec, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
-    if modelspec and not told_base({"modelspec.architecture": modelspec}):
+    if modelspec and not base_of({"modelspec.architecture": modelspec}):
         return modelspec
     return version if re.search(_OTHER_VERSIONS, version, re.IGNORECASE) else None
 
@@ -53,11 +53,11 @@ _OTHER_VERSIONS = (
 """Expression in `ss_base_model_version` of bases of other architectures, as their trainers write it."""
 
 
-def told_prediction(metadata: Mapping[str, str]) -> str | None:
+def prediction_of(metadata: Mapping[str, str]) -> str | None:
     """Returns epsilon or v_prediction if the words for the base tell it."""
     version, modelspec = metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", "")
-    predictions = {_distinct(own.kohya_versions, version) for own in DIFFUSION.values()}
-    predictions |= {_distinct(own.modelspec, modelspec.split("/")[0]) for own in DIFFUSION.values()}
+    predictions = {_distinct(architecture.kohya_versions, version) for architecture in DIFFUSION.values()}
+    predictions |= {_distinct(architecture.modelspec, modelspec.split("/")[0]) for architecture in DIFFUSION.values()}
     # kohya appends it to the version of any base.
     if version.endswith("_v") or "v_prediction" in predictions:
         return "v_prediction"
@@ -70,10 +70,10 @@ def _distinct(words: Mapping[str, str], text: str) -> str | None:
     return predictions[0] if len(predictions) == 1 else None
 
 
-def told_kind(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
+def base_and_prediction(metadata: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Returns family and prediction, as far as the metadata tell them; another architecture as they call it."""
-    base = told_base(metadata)
-    return base.name if base else metadata.get("modelspec.architecture"), told_prediction(metadata)
+    base = base_of(metadata)
+    return base.name if base else metadata.get("modelspec.architecture"), prediction_of(metadata)
 
 
 def with_base(metadata: Mapping[str, str], architecture: Architecture) -> dict[str, str]:
@@ -83,10 +83,10 @@ def with_base(metadata: Mapping[str, str], architecture: Architecture) -> dict[s
     """
     missing = [key for key in VISIBLE if key not in metadata]
     word = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key", "")
-    prediction = told_prediction(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(word)
+    prediction = prediction_of(metadata) or {"epsilon": "epsilon", "v": "v_prediction"}.get(word)
     if not missing or not architecture.kohya_versions:
         return dict(metadata)
-    if architecture.is_told_by_prediction and prediction is None:
+    if architecture.is_distinguished_by_prediction and prediction is None:
         epsilon, velocity = (architecture.kohya_versions[key] for key in ("epsilon", "v_prediction"))
         logger.warning(
             "The metadata do not tell whether the base predicts epsilon (%s) or v (%s), so that A1111 and Forge may "

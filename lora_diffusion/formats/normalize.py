@@ -38,8 +38,8 @@ def _fitted(adapter: ModuleAdapter, weight: tuple[int, ...]) -> ModuleAdapter:
         return adapter
     down, up = adapter.tensors["down"], adapter.tensors["up"]
     # ComfyUI writes the factors of convolutions flat.
-    own = weight[1:] if down.ndim == 2 and down.shape[1] == math.prod(weight[1:]) else down.shape[1:]
-    if (up.shape[0], own[0], *_plain(own[1:])) != (*weight[:2], *_plain(weight[2:])):
+    dims = weight[1:] if down.ndim == 2 and down.shape[1] == math.prod(weight[1:]) else down.shape[1:]
+    if (up.shape[0], dims[0], *_plain(dims[1:])) != (*weight[:2], *_plain(weight[2:])):
         return adapter
     ones = (1,) * (len(weight) - 2)
     shapes = {"down": (down.shape[0], *weight[1:]), "up": (*up.shape[:2], *ones)}

@@ -93,7 +93,7 @@ class ParsedPart:
             AdapterFileError: it cannot be read.
             UnsupportedError: it describes another kind of adapter.
         """
-        path, source = (own.parent / CONFIG for own in (self.path, self.source))
+        path, source = (location.parent / CONFIG for location in (self.path, self.source))
         if obstacle := not_a_file(path):
             raise AdapterFileError(f"{source} is {obstacle} and no file; get the folder again.")
         try:

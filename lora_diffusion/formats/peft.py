@@ -124,7 +124,7 @@ def _base(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
     """
     mapping, task = _mapping(metadata.get("auto_mapping", "")), metadata.get("task_type")
     modelspec = metadata.get("modelspec.architecture", "")
-    known = next(filter(None, (own.model_class(modelspec) for own in TEXT_OUTPUT.values())), None)
+    known = next(filter(None, (architecture.model_class(modelspec) for architecture in TEXT_OUTPUT.values())), None)
     if known and not part and not task:
         mapping = dict(zip(("parent_library", "base_model_class"), known, strict=True))
     return {"task_type": task, "auto_mapping": mapping, BASE: metadata.get(BASE)}
@@ -189,7 +189,9 @@ def _module(tensor: ParsedTensor) -> str:
 
 def _has_sizes(parsed: ParsedPart, part: str, key_map: KeyMap) -> bool:
     """Says whether no factor contradicts the sizes of a part of a base with text encoders that name modules alike."""
-    shapes = next(published_shapes(own) for own in DIFFUSION.values() if len(own.text_encoders) > 1)
+    shapes = next(
+        published_shapes(architecture) for architecture in DIFFUSION.values() if len(architecture.text_encoders) > 1
+    )
     for tensor in parsed.tensors:
         key = key_map.key(full_name(_module(tensor), part))
         axis = {"down": 1, "up": 0}.get(tensor.suffix.tensor if tensor.suffix and is_read(tensor) else "")

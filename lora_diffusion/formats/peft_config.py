@@ -63,12 +63,14 @@ def kronecker_settings(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
         UnsupportedError: there are none.
     """
     sizes = {path: _sizes(adapter) for path, adapter in adapters.items()}
-    sides = {side for own in sizes.values() for side in own.first}
-    is_both = any(not own.is_first_whole for own in sizes.values())
+    sides = {side for size in sizes.values() for side in size.first}
+    is_both = any(not size.is_first_whole for size in sizes.values())
     for factor in (-1, *sorted(sides)):
-        if all(_is_made(own, factor, is_both) for own in sizes.values()):
+        if all(_fits_factor(size, factor, is_both) for size in sizes.values()):
             return {"decompose_factor": factor, "decompose_both": is_both}
-    odd = [path for path, own in sizes.items() if not any(_is_made(own, factor, is_both) for factor in (-1, *sides))]
+    odd = [
+        path for path, size in sizes.items() if not any(_fits_factor(size, factor, is_both) for factor in (-1, *sides))
+    ]
     raise UnsupportedError(
         "PEFT cannot hold this lokr adapter, since it works out the sizes of the factors from one setting, and no "
         "setting gives these. Keep it in the kohya format.",
@@ -89,7 +91,7 @@ def _sizes(adapter: ModuleAdapter) -> _Sizes:
     return _Sizes((first[0], first[1]), tuple(seconds), "w1" in tensors, "w2" in tensors, peft_rank(adapter))
 
 
-def _is_made(sizes: _Sizes, factor: int, is_both: bool) -> bool:
+def _fits_factor(sizes: _Sizes, factor: int, is_both: bool) -> bool:
     """Says whether PEFT makes a module of these sizes; see LoKrLayer.update_layer in peft 0.21."""
     first_whole = not (is_both and sizes.rank < max(sizes.first) / 2)
     return first_whole == sizes.is_first_whole and any(
@@ -156,14 +158,14 @@ def write_config(adapters: Mapping[str, ModuleAdapter]) -> dict[str, Any]:
     variant = next(iter(adapters.values())).variant
     ranks = {path: peft_rank(adapter) for path, adapter in adapters.items()}
     # PEFT divides by the rank where the formula of lokr does not.
-    alphas = {path: float(ranks[path]) if is_whole(own) else own.alpha for path, own in adapters.items()}
+    alphas = {path: float(ranks[path]) if is_whole(adapter) else adapter.alpha for path, adapter in adapters.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "r": rank,
         _PEFT_TYPES[variant].alpha: alpha,
         "target_modules": _either(adapters),
-        "rank_pattern": _pattern({path: own for path, own in ranks.items() if own != rank}),
-        "alpha_pattern": _pattern({path: own for path, own in alphas.items() if own != alpha}),
+        "rank_pattern": _pattern({path: value for path, value in ranks.items() if value != rank}),
+        "alpha_pattern": _pattern({path: value for path, value in alphas.items() if value != alpha}),
         **_settings(variant, adapters),
     }
 
@@ -191,7 +193,9 @@ def recorded_rank(config: Mapping[str, Any], path: str) -> int:
 def warn_of_ranks(adapters: Mapping[str, ModuleAdapter], config: Mapping[str, Any], source: Path) -> None:
     """Warns of lora modules, by path, of another rank than the record says; PEFT could not load them."""
     other = [
-        path for path, own in adapters.items() if "down" in own.tensors and own.rank != recorded_rank(config, path)
+        path
+        for path, adapter in adapters.items()
+        if "down" in adapter.tensors and adapter.rank != recorded_rank(config, path)
     ]
     if other:
         logger.warning(
@@ -319,7 +323,7 @@ def _matched(config: Mapping[str, Any], patterns: str, path: str, default: Any) 
 
 def _pattern(values: Mapping[str, float]) -> dict[str, float]:
     return {
-        f"^{_either(path for path, own in values.items() if own == value)}": value
+        f"^{_either(path for path, number in values.items() if number == value)}": value
         for value in dict.fromkeys(values.values())
     }
 

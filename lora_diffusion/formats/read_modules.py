@@ -193,9 +193,9 @@ def read_modules(
         key = key_map.key(name)
         if key in adapters:
             twice.append(f"{key.part}/{key.path}: {name} and another name")
-        own = {tensor: tensors[full] for tensor, full in module.names.items() if tensor != "alpha"}
+        stored = {tensor: tensors[full] for tensor, full in module.names.items() if tensor != "alpha"}
         alpha = find_alpha(name) if "alpha" in module.names or module.variants & SCALED else None
-        adapters[key] = _make_adapter(name, next(iter(module.variants)), own, alpha, source)
+        adapters[key] = _make_adapter(name, next(iter(module.variants)), stored, alpha, source)
     if twice:
         raise AdapterFileError(
             f"{source} names {len(twice)} modules twice, in different formats, and every program takes another of "

@@ -70,8 +70,8 @@ def write_exactly(
     """
     format_.write(state, key_map, path, dtype)
     again = format_.read(parse_file(path), key_map)
-    faults = [f"{key.part}/{key.path}: is missing" for key in state.modules if key not in again.modules]
-    faults += [f"{key.part}/{key.path}: was not written" for key in again.modules if key not in state.modules]
+    errors = [f"{key.part}/{key.path}: is missing" for key in state.modules if key not in again.modules]
+    errors += [f"{key.part}/{key.path}: was not written" for key in again.modules if key not in state.modules]
     lost = whole = 0.0
     for key, adapter in state:
         if key in again.modules:
@@ -79,16 +79,16 @@ def write_exactly(
                 name: cast(key.path, tensor, None if name in FLAGS else dtype)
                 for name, tensor in adapter.tensors.items()
             }
-            fault = _difference(adapter, rounded, again.modules[key])
-            faults += [f"{key.part}/{key.path}: {fault}"] if fault else []
+            error = _difference(adapter, rounded, again.modules[key])
+            errors += [f"{key.part}/{key.path}: {error}"] if error else []
             if dtype is not None:
                 lost += _squares(
                     upcast(as_array(tensor)) - upcast(rounded[name]) for name, tensor in adapter.tensors.items()
                 )
                 whole += _squares(map(upcast, rounded.values()))
-    faults += _changed_embeddings(state, again)
-    if faults:
-        raise VerificationError(f"{path} does not hold what was to be written; do not use it.", faults[:10])
+    errors += _changed_embeddings(state, again)
+    if errors:
+        raise VerificationError(f"{path} does not hold what was to be written; do not use it.", errors[:10])
     return Written(path, math.sqrt(lost / whole) if whole else 0.0)
 
 

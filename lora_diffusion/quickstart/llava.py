@@ -15,17 +15,17 @@ from lora_diffusion.workflows.ask import score_answers
 def _page(scores: _text_output.Scores) -> TextPage:
     rows: list[tuple[Any, ...]] = []
     for name, (before, after) in scores.items():
-        means = [own.scores[metric] for metric in ("exact_match", "token_f1") for own in (before, after)]
+        means = [result.scores[metric] for metric in ("exact_match", "token_f1") for result in (before, after)]
         rows.append((name, "all", len(before.texts), *means))
-        shares = [own.rates()["by_question"] for own in (before, after)]
+        shares = [result.rates()["by_question"] for result in (before, after)]
         for question in shares[0]:
-            count = sum(own.question == question for own in before.texts)
+            count = sum(result.question == question for result in before.texts)
             rows.append((name, question, count, *(share[question] for share in shares), "", ""))
     examples, images = [], []
     for before, after in scores.values():
-        adapted, worst = {own.key: own.text for own in after.texts}, before.texts[: _text_output.NUM_EXAMPLES]
-        examples += [(own.question, own.target, own.text, adapted[own.key]) for own in worst]
-        images += [Path(own.image) for own in worst]
+        adapted, worst = {result.key: result.text for result in after.texts}, before.texts[: _text_output.NUM_EXAMPLES]
+        examples += [(result.question, result.target, result.text, adapted[result.key]) for result in worst]
+        images += [Path(result.image) for result in worst]
     return TextPage(
         title="lora-diffusion quickstart: emoji questions",
         subtitle="The same questions about images that were not trained on, before and after training.",

@@ -12,13 +12,13 @@ from lora_diffusion.workflows.transcribe import score_transcripts
 
 def _page(scores: _text_output.Scores) -> TextPage:
     rows = [
-        (name, len(before.texts), *(own.scores[metric] for metric in ("wer", "cer") for own in (before, after)))
+        (name, len(before.texts), *(result.scores[metric] for metric in ("wer", "cer") for result in (before, after)))
         for name, (before, after) in scores.items()
     ]
     examples = []
     for before, after in scores.values():
-        adapted, worst = {own.key: own.text for own in after.texts}, before.texts[: _text_output.NUM_EXAMPLES]
-        examples += [(own.target, own.text, adapted[own.key]) for own in worst]
+        adapted, worst = {result.key: result.text for result in after.texts}, before.texts[: _text_output.NUM_EXAMPLES]
+        examples += [(result.target, result.text, adapted[result.key]) for result in worst]
     return TextPage(
         title="lora-diffusion quickstart: spoken digits",
         subtitle="The same recordings, transcribed before and after training; none of them was trained on.",

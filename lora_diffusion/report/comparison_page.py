@@ -46,14 +46,14 @@ def write_comparison(path: Path, entries: Sequence[Entry]) -> tuple[Path, ...]:
         raise DataError(f"Two of the folders are called {entries[0].name}; rename one, so that the page can name them.")
     album = Album()
     evaluated = [entry for entry in entries if entry.findings]
-    shown = {entry.name: entry.findings for entry in entries if entry.findings}
-    differences = _differences(shown) if len(shown) > 1 else None
-    grid = _grid(shown, album) if len(shown) > 1 else []
+    findings = {entry.name: entry.findings for entry in entries if entry.findings}
+    differences = _differences(findings) if len(findings) > 1 else None
+    grid = _grid(findings, album) if len(findings) > 1 else []
     context: dict[str, Any] = {
         "title": " against ".join(entry.name for entry in entries),
         "subtitle": "Same prompts, same noise. Differences are those from the first.",
         "version": __version__,
-        "slider": (next(iter(shown), entries[0].name), "the other"),
+        "slider": (next(iter(findings), entries[0].name), "the other"),
         "warnings": _warnings(entries, evaluated),
         "chosen": [_about(entry) for entry in evaluated],
         "differences": differences,
@@ -81,19 +81,19 @@ def _about(entry: Entry) -> dict[str, Any]:
 
 
 def _warnings(entries: Sequence[Entry], evaluated: Sequence[Entry]) -> list[str]:
-    found = [
+    warnings = [
         f"{entry.name} was not evaluated, so only its training is shown." for entry in entries if not entry.findings
     ]
     sides = [entry.findings for entry in evaluated if entry.findings]
     first, others = [side.evaluation for side in sides][:1], [side.evaluation for side in sides][1:]
     for what, differ, consequence in _DIFFERENCES:
-        if any(differ(own, other) for own in first for other in others):
-            found.append(f"The evaluations have different {what}: {consequence}.")
+        if any(differ(evaluation, other) for evaluation in first for other in others):
+            warnings.append(f"The evaluations have different {what}: {consequence}.")
     if others and not _shared(sides):
-        found.append("The evaluations share no prompt, so that no image can be set against another.")
+        warnings.append("The evaluations share no prompt, so that no image can be set against another.")
     if others and not _shared_seeds(sides):
-        found.append("The evaluations share no seed, so that no image can be set against another.")
-    return found
+        warnings.append("The evaluations share no seed, so that no image can be set against another.")
+    return warnings
 
 
 def _differ_in_base(one: Evaluation, other: Evaluation) -> bool:
@@ -104,8 +104,8 @@ def _differ_in_base(one: Evaluation, other: Evaluation) -> bool:
 
 
 def _differ_in_references(one: Evaluation, other: Evaluation) -> bool:
-    own, others = ({file.sha256 for file in evaluation.references} for evaluation in (one, other))
-    return own != others
+    hashes, others = ({file.sha256 for file in evaluation.references} for evaluation in (one, other))
+    return hashes != others
 
 
 _NO_COMPARISON = "their numbers cannot be compared as they stand"
@@ -129,9 +129,9 @@ def _shared(sides: Sequence[Findings]) -> list[tuple[Case, ...]]:
     return [tuple(cases[key] for cases in by_prompt) for key in common]
 
 
-def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
+def _differences(findings: dict[str, Findings]) -> dict[str, Any]:
     """Returns means of each, and differences from the first over equal prompts and seeds."""
-    names, sides = list(shown), list(shown.values())
+    names, sides = list(findings), list(findings.values())
     shared, first = _shared(sides), sides[0]
     metrics = [m.name for m in first.evaluation.metrics if all(side.table.has(m.name) for side in sides)]
     rows = []
@@ -140,7 +140,7 @@ def _differences(shown: dict[str, Findings]) -> dict[str, Any]:
         for place, side in enumerate(sides):
             cells.append(with_range(side.table.interval(side.shown.name, metric)))
             if place:
-                cases = {own[place].index: own[0].index for own in shared}
+                cases = {cases_of_run[place].index: cases_of_run[0].index for cases_of_run in shared}
                 change = paired(side.table, first.table, (side.shown.name, first.shown.name), metric, cases)
                 cells += [with_range(change, "+"), _differs(change)]
         rows.append(row(cells))
@@ -156,20 +156,20 @@ def _differs(change: Interval) -> str:
     return "cannot tell" if change.covers_zero else "yes"
 
 
-def _grid(shown: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
+def _grid(findings: dict[str, Findings], album: Album) -> list[dict[str, Any]]:
     """Returns a row of images for each shared prompt and seed: the base of the first, then each side."""
-    shared, first = _shared([*shown.values()]), next(iter(shown))
+    shared, first = _shared([*findings.values()]), next(iter(findings))
     control = [cases for cases in shared if cases[0].is_control][:_MAX_CONTROL]
     concept = [cases for cases in shared if not cases[0].is_control][:_MAX_CONCEPT]
-    images = {name: findings.images() for name, findings in shown.items()}
-    seeds = _shared_seeds([*shown.values()])[:_MAX_SEEDS]
+    images = {name: side.images() for name, side in findings.items()}
+    seeds = _shared_seeds([*findings.values()])[:_MAX_SEEDS]
     rows = []
     for cases in (*concept, *control):
         for seed in seeds:
             shots: list[Shot] = []
-            for (name, findings), case in zip(shown.items(), cases, strict=True):
-                file = images[name].get((findings.shown.name, case.index, seed))
-                path = findings.folder / file if file else None
+            for (name, side), case in zip(findings.items(), cases, strict=True):
+                file = images[name].get((side.shown.name, case.index, seed))
+                path = side.folder / file if file else None
                 if path and path.is_file():
                     role = "base" if name == first else ""
                     alt = f"{case.prompt}, {name}, seed {seed}"
@@ -184,12 +184,12 @@ def _settings(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Returns the settings that are not the same in all; a dash stands for the default."""
     keys = dict.fromkeys(key for entry in entries for key in entry.training.facts)
     values = {key: [entry.training.facts.get(key, "\N{EN DASH}") for entry in entries] for key in keys}
-    return [row([key, *public(own)]) for key, own in values.items() if len(set(own)) > 1]
+    return [row([key, *public(choices)]) for key, choices in values.items() if len(set(choices)) > 1]
 
 
 def _write_numbers(path: Path, entries: Sequence[Entry], differences: dict[str, Any] | None) -> tuple[Path, ...]:
     values = {
-        "differences": [own["cells"] for own in differences["rows"]] if differences else [],
+        "differences": [row["cells"] for row in differences["rows"]] if differences else [],
         "columns": [column["name"] for column in differences["columns"]] if differences else [],
         "entries": {
             entry.name: {

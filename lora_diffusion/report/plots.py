@@ -73,9 +73,9 @@ def frontier(points: Sequence[Point], labels: tuple[str, str], real: float | Non
         axes.axhline(real, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate("real images", (0.01, real), xycoords=("axes fraction", "data"), **_note(3, 3))
     for rank, marker in _MARKERS.items():
-        own = [point for point in points if point.rank == rank]
-        if own:
-            axes.scatter([p.text for p in own], [p.likeness for p in own], **marker, zorder=3)
+        group = [point for point in points if point.rank == rank]
+        if group:
+            axes.scatter([p.text for p in group], [p.likeness for p in group], **marker, zorder=3)
     right = max(point.text for point in points)
     left = min(point.text for point in points)
     for point in _spaced(points, real):

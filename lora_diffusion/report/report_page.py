@@ -103,7 +103,7 @@ def write_run_page(
         context: a value for each section; what is empty is left out.
         beside: files with the numbers of the page.
     """
-    shown = {
+    sections = {
         "choice": ("choice", "Choice"),
         "before_after": ("pictures", "Images"),
         "candidates": ("candidates", "Candidates"),
@@ -122,7 +122,7 @@ def write_run_page(
             "title": title,
             "subtitle": subtitle,
             "version": __version__,
-            "sections": dict(place for name, place in shown.items() if context[name]),
+            "sections": dict(place for name, place in sections.items() if context[name]),
             "slider": ("base", "adapter"),
             "raw": [file.name for file in beside],
             **context,
@@ -185,14 +185,14 @@ def _losses(losses: Sequence[SampleLoss], album: Album) -> dict[str, Any]:
     ranked = _worst_first(losses)
     rows = [
         {
-            "key": own.key,
-            "caption": own.caption,
-            "help": number(own.caption_help, "+"),
-            "loss": f"{own.loss:.2f}",
-            "source": _thumbnail(own, album),
-            "mark": "chosen" if own.caption_help < 0 else "",
+            "key": sample.key,
+            "caption": sample.caption,
+            "help": number(sample.caption_help, "+"),
+            "loss": f"{sample.loss:.2f}",
+            "source": _thumbnail(sample, album),
+            "mark": "chosen" if sample.caption_help < 0 else "",
         }
-        for own in ranked[:_MAX_TRAINING_IMAGES]
+        for sample in ranked[:_MAX_TRAINING_IMAGES]
     ]
     left_out = len(ranked) - len(rows)
     return {"note": _ABOUT_LOSSES + (f" {left_out} more are in the numbers." if left_out else ""), "rows": rows}
@@ -211,15 +211,15 @@ def _ranks(order: Sequence[int]) -> dict[int, int]:
     return {index: rank for rank, index in enumerate(order)}
 
 
-def _thumbnail(own: SampleLoss, album: Album) -> str | None:
+def _thumbnail(sample: SampleLoss, album: Album) -> str | None:
     from lora_diffusion.data.images import ImageError, open_rgb
 
     try:
-        image = open_rgb(Path(own.path))
+        image = open_rgb(Path(sample.path))
     except (ImageError, OSError, UnidentifiedImageError):
         return None
     image.thumbnail((144, 144))
-    return album.add(f"training {own.path}", image)
+    return album.add(f"training {sample.path}", image)
 
 
 def _write_numbers(path: Path, findings: Findings | None, training: Training) -> tuple[Path, ...]:
@@ -228,6 +228,6 @@ def _write_numbers(path: Path, findings: Findings | None, training: Training) ->
     values = {
         "choice": chosen.to_json() if chosen else None,
         "evaluation": findings.evaluation.to_json() if findings else None,
-        "training": {"facts": dict(training.facts), "losses": [vars(own) for own in training.losses]},
+        "training": {"facts": dict(training.facts), "losses": [vars(sample) for sample in training.losses]},
     }
     return write_beside(path, values, {path.with_suffix(".csv"): findings.evaluation} if findings else {})

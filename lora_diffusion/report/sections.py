@@ -81,14 +81,14 @@ class Shots:
         if path is None or not path.is_file():
             return None
         role = {BASE: "base", self._findings.shown.name: "chosen"}.get(candidate, "")
-        shown = "base alone" if candidate == BASE else candidate
-        alt = f"{case.prompt}, by {shown}, seed {seed}"
+        label = "base alone" if candidate == BASE else candidate
+        alt = f"{case.prompt}, by {label}, seed {seed}"
         return Shot(self._album.add(str(path), path), text, alt, f"{case.index}:{seed}", role)
 
     def pair(self, case: Case, seed: int | None, about: str = "") -> dict[str, Any] | None:
         """Returns the base's image and that of the candidate which the page is about."""
-        found = [self.find(BASE, case, seed, "base"), self.find(self._findings.shown.name, case, seed, "adapter")]
-        shots = [shot for shot in found if shot]
+        images = [self.find(BASE, case, seed, "base"), self.find(self._findings.shown.name, case, seed, "adapter")]
+        shots = [shot for shot in images if shot]
         return {"shots": shots, "prompt": case.prompt, "about": about} if len(shots) == 2 else None
 
     def training_image(self, path: str) -> Shot | None:
@@ -180,8 +180,15 @@ def open_comparisons(findings: Findings) -> dict[str, Any] | None:
     if not comparisons:
         return None
     rows = [
-        row([f"{label(found.metric)}: {found.candidate}", found.other, found.num_images, _needed(found.num_needed)])
-        for found in comparisons
+        row(
+            [
+                f"{label(comparison.metric)}: {comparison.candidate}",
+                comparison.other,
+                comparison.num_images,
+                _needed(comparison.num_needed),
+            ]
+        )
+        for comparison in comparisons
     ]
     return {"columns": columns("scored", "not told apart from", "images#", "needed#"), "rows": rows}
 
@@ -226,17 +233,19 @@ def _frontier(findings: Findings) -> str:
 
 def curves(findings: Findings) -> list[dict[str, Any]]:
     """Returns plots over checkpoints and over weights, where there are several of them."""
-    own = [candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight]
-    steps = {candidate.step for candidate in own if candidate.step is not None}
-    weights = {candidate.weight for candidate in own}
+    adapters = [
+        candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight
+    ]
+    steps = {candidate.step for candidate in adapters if candidate.step is not None}
+    weights = {candidate.weight for candidate in adapters}
     groups = []
     if len(steps) > 1:
-        stepped = [candidate for candidate in own if candidate.step is not None]
+        stepped = [candidate for candidate in adapters if candidate.step is not None]
         groups.append(
             _curve_group(findings, "Over checkpoints", "step", stepped, _step, lambda c: f"weight {c.weight:g}")
         )
     if len(weights) > 1:
-        groups.append(_curve_group(findings, "Over weights", "weight", own, lambda c: c.weight, _stem_label))
+        groups.append(_curve_group(findings, "Over weights", "weight", adapters, lambda c: c.weight, _stem_label))
     return groups
 
 
@@ -244,20 +253,20 @@ def _curve_group(
     findings: Findings,
     title: str,
     across: str,
-    own: Sequence[Candidate],
+    adapters: Sequence[Candidate],
     place: Callable[[Candidate], float],
     name: Callable[[Candidate], str],
 ) -> dict[str, Any]:
-    labels = _spread(list(dict.fromkeys(map(name, own))), name(findings.shown))
+    labels = _spread(list(dict.fromkeys(map(name, adapters))), name(findings.shown))
     figures = []
     for facts in findings.evaluation.metrics:
         if not findings.table.has(facts.name):
             continue
         lines = []
         for text in labels:
-            line = sorted((candidate for candidate in own if name(candidate) == text), key=place)
-            found = [findings.table.interval(candidate.name, facts.name) for candidate in line]
-            means, lows, highs = ([getattr(value, end) for value in found] for end in ("mean", "low", "high"))
+            line = sorted((candidate for candidate in adapters if name(candidate) == text), key=place)
+            intervals = [findings.table.interval(candidate.name, facts.name) for candidate in line]
+            means, lows, highs = ([getattr(value, end) for value in intervals] for end in ("mean", "low", "high"))
             lines.append(plots.Curve(text, [place(candidate) for candidate in line], means, lows, highs))
         marks = {"base": findings.table.mean(BASE, facts.name)}
         if facts.name in findings.evaluation.reference_scores:
@@ -288,34 +297,37 @@ def _stem_label(candidate: Candidate) -> str:
 
 def grids(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
     """Returns image grids: every prompt at all weights of the shown candidate, and at its weight of all others."""
-    shown = findings.shown
-    own = [candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight]
-    over_weights = sorted((c for c in own if _stem(c) == _stem(shown)), key=lambda c: c.weight)
-    others = [candidate for candidate in own if candidate.weight == shown.weight]
-    made = []
+    recommended = findings.shown
+    adapters = [
+        candidate for candidate in findings.evaluation.candidates if candidate.name != BASE and candidate.weight
+    ]
+    over_weights = sorted((c for c in adapters if _stem(c) == _stem(recommended)), key=lambda c: c.weight)
+    others = [candidate for candidate in adapters if candidate.weight == recommended.weight]
+    grids = []
     if len(over_weights) > 1 or len(others) <= 1:
-        title = f"Images over weights, {_stem_label(shown)}" if len(over_weights) > 1 else "Images"
-        made.append(_grid(findings, shots, title, over_weights, lambda c: f"{c.weight:g}"))
+        title = f"Images over weights, {_stem_label(recommended)}" if len(over_weights) > 1 else "Images"
+        grids.append(_grid(findings, shots, title, over_weights, lambda c: f"{c.weight:g}"))
     if len(others) > 1:
-        title = f"Images over {'checkpoints' if shown.step is not None else 'candidates'}, weight {shown.weight:g}"
-        made.append(_grid(findings, shots, title, others, _stem_label))
-    return [grid for grid in made if grid["rows"]]
+        what = "checkpoints" if recommended.step is not None else "candidates"
+        title = f"Images over {what}, weight {recommended.weight:g}"
+        grids.append(_grid(findings, shots, title, others, _stem_label))
+    return [grid for grid in grids if grid["rows"]]
 
 
 def _grid(
-    findings: Findings, shots: Shots, title: str, own: Sequence[Candidate], name: Callable[[Candidate], str]
+    findings: Findings, shots: Shots, title: str, adapters: Sequence[Candidate], name: Callable[[Candidate], str]
 ) -> dict[str, Any]:
     concept = findings.concept_cases()
     control = [case for case in findings.evaluation.cases if case.is_control]
-    shown = [*concept[:_MAX_CONCEPT], *control[:_MAX_CONTROL]]
+    cases = [*concept[:_MAX_CONCEPT], *control[:_MAX_CONTROL]]
     rows = []
-    for case in shown:
-        found = [shots.find(BASE, case, findings.seed, "base")]
-        found += [shots.find(candidate.name, case, findings.seed, name(candidate)) for candidate in own]
+    for case in cases:
+        images = [shots.find(BASE, case, findings.seed, "base")]
+        images += [shots.find(candidate.name, case, findings.seed, name(candidate)) for candidate in adapters]
         about = "does not ask for what was trained" if case.is_control else ""
-        if any(found):
-            rows.append({"prompt": case.prompt, "about": about, "shots": [shot for shot in found if shot]})
-    left_out = len(findings.evaluation.cases) - len(shown)
+        if any(images):
+            rows.append({"prompt": case.prompt, "about": about, "shots": [shot for shot in images if shot]})
+    left_out = len(findings.evaluation.cases) - len(cases)
     more = f" {left_out} more prompts are in {findings.folder.name}/pictures." if left_out else ""
     note = f"Each row is one prompt, from the same noise (seed {findings.seed}).{more}"
     return {"title": title, "note": note, "rows": rows}
@@ -332,8 +344,8 @@ def prompts(findings: Findings, shots: Shots) -> dict[str, Any] | None:
     for case in findings.concept_cases():
         cells: list[Any] = [case.prompt]
         for metric in metrics:
-            own, base = (_case_mean(table, candidate, metric, case.index) for candidate in (name, BASE))
-            cells += [own, number(own - base, "+")]
+            mean, base = (_case_mean(table, candidate, metric, case.index) for candidate in (name, BASE))
+            cells += [mean, number(mean - base, "+")]
         rows.append(row(cells))
     heads = [head for metric in metrics for head in (f"{label(metric)}#", "against base#")]
     ranked = _ranked(findings, metrics)
@@ -352,7 +364,7 @@ def prompts(findings: Findings, shots: Shots) -> dict[str, Any] | None:
 
 
 def _case_mean(table: Table, candidate: str, metric: str, case: int) -> float:
-    values = [value for (own, _), value in table.values(candidate, metric).items() if own == case]
+    values = [value for (index, _), value in table.values(candidate, metric).items() if index == case]
     return sum(values) / len(values) if values else float("nan")
 
 
@@ -371,23 +383,23 @@ def _extremes(
     findings: Findings, shots: Shots, places: Sequence[tuple[int, int]], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
     cases = {case.index: case for case in findings.evaluation.cases}
-    made = []
+    examples = []
     for case, seed in places:
         values = [findings.table.values(findings.shown.name, metric)[case, seed] for metric in metrics]
         about = ", ".join(f"{label(metric)} {number(value)}" for metric, value in zip(metrics, values, strict=True))
-        made.append(shots.pair(cases[case], seed, f"{about}, seed {seed}"))
-    return [pair for pair in made if pair]
+        examples.append(shots.pair(cases[case], seed, f"{about}, seed {seed}"))
+    return [pair for pair in examples if pair]
 
 
 def _copies(findings: Findings, shots: Shots) -> list[dict[str, Any]]:
     """Returns the shown candidate's images that are nearest to a training image, beside it."""
     cases = {case.index: case for case in findings.evaluation.cases}
-    own = [s for s in findings.evaluation.scores if (s.candidate, s.metric) == (findings.shown.name, "copying")]
-    made = []
-    for score in sorted(own, key=lambda score: -score.value)[:_NUM_EXTREME]:
+    scores = [s for s in findings.evaluation.scores if (s.candidate, s.metric) == (findings.shown.name, "copying")]
+    copies = []
+    for score in sorted(scores, key=lambda score: -score.value)[:_NUM_EXTREME]:
         image = shots.find(score.candidate, cases[score.case or 0], score.seed, "generated")
         original = shots.training_image(score.detail)
         if image and original:
             about = f"{label('copying')} {number(score.value)}"
-            made.append({"shots": [image, original], "prompt": score.prompt, "about": about})
-    return made
+            copies.append({"shots": [image, original], "prompt": score.prompt, "about": about})
+    return copies

@@ -134,7 +134,7 @@ def default_clip(model_path: str) -> str:
     return BUILTIN if model_path.startswith("builtin:") else DEFAULT
 
 
-def is_own_encoder(name: str, architecture: Architecture) -> bool:
+def is_encoder_of_base(name: str, architecture: Architecture) -> bool:
     """Says whether a base of this architecture reads its prompts with the text encoder of this CLIP."""
     encoders = architecture.text_encoders if isinstance(architecture, DiffusionArchitecture) else ()
     return any(name.removeprefix("hf-hub:") in encoder.clips for encoder in encoders)

@@ -173,12 +173,12 @@ def cast(module: str, tensor: Any, dtype: torch.dtype | None) -> Array:
         NonFiniteError: it holds NaN or infinity; names the module.
         NumberRangeError: it becomes infinite in `dtype`; names the module.
     """
-    own = as_array(tensor)
-    small = own if dtype is None else as_array(to_torch(own).to(dtype))
+    array = as_array(tensor)
+    small = array if dtype is None else as_array(to_torch(array).to(dtype))
     if is_finite(small):
         return small
-    if not is_finite(own):
+    if not is_finite(array):
         raise NonFiniteError(f"The adapter of {module} holds NaN or infinity; use an earlier checkpoint.")
     raise NumberRangeError(
-        f"The adapter of {module} has values up to {numpy.abs(upcast(own)).max():g}, which {dtype} cannot hold"
+        f"The adapter of {module} has values up to {numpy.abs(upcast(array)).max():g}, which {dtype} cannot hold"
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_diffusion.architectures import DIFFUSION
 from lora_diffusion.architectures.modules import published_shapes
-from lora_diffusion.compat.identify import guess_family, refuse_other, sized_as, told_by_content
+from lora_diffusion.compat.identify import family_by_content, guess_family, refuse_other, sized_as
 from lora_diffusion.core import registry
 from lora_diffusion.core.adapter_state import AdapterState, ModuleKey
 from lora_diffusion.core.errors import (
@@ -173,7 +173,7 @@ def read_stored(
     sized = sized_as(file) if family_name in DIFFUSION else None
     if sized not in (None, family_name):
         raise AdapterFileError(f"{file.path} has the sizes of {sized}, not of {family_name}; leave --family out.")
-    known = family_name or told_by_content(file)
+    known = family_name or family_by_content(file)
     guess = known or _guess(file)
     # Names alone may deceive: some programs give all text encoders the prefix of SDXL's first.
     others = [] if known else [name for name in registry.available("families") if name != guess]

@@ -41,7 +41,7 @@ from lora_diffusion.evaluation.results import (
 from lora_diffusion.evaluation.suites import check_used, control_prompts, read_cases
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device, process_group
-from lora_diffusion.scoring.clip import BUILTIN, default_clip, is_own_encoder
+from lora_diffusion.scoring.clip import BUILTIN, default_clip, is_encoder_of_base
 from lora_diffusion.scoring.scorers import LOADERS, Scorers
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _candidates
@@ -427,7 +427,7 @@ def _warnings(
             f"{len(shared)} of {len(references)} references are training images ({name_some(shared)}), so likeness "
             "to them rewards copying; give images that were not trained on."
         )
-    if is_own_encoder(scorers.names["clip"], architecture):
+    if is_encoder_of_base(scorers.names["clip"], architecture):
         found.append(
             f"The base reads its prompts with the very CLIP that scores its images ({scorers.names['clip']}), so "
             "clip_text flatters it; give another --clip."

@@ -24,7 +24,7 @@ from lora_diffusion.core.version import __version__
 from lora_diffusion.evaluation import results
 from lora_diffusion.evaluation.results import Evaluation
 from lora_diffusion.formats.detect import detect
-from lora_diffusion.formats.metadata import told_base, told_prediction
+from lora_diffusion.formats.metadata import base_of, prediction_of
 from lora_diffusion.formats.parsed_file import parse_file
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
@@ -83,7 +83,7 @@ class Package:
     @property
     def diffusion(self) -> DiffusionArchitecture | None:
         """That of its base, if it makes images and the metadata tell it."""
-        own = told_base(self.metadata)
+        own = base_of(self.metadata)
         return own if isinstance(own, DiffusionArchitecture) else None
 
 
@@ -258,7 +258,7 @@ def _loading(package: Package) -> dict[str, str | bool]:
     base = f'builtin_path("{builtin}")' if builtin else _code(json.dumps(package.base))
     metadata, architecture = package.metadata, package.diffusion
     # Where bases of one architecture predict either, programs tell.
-    is_told = architecture is not None and architecture.is_told_by_prediction
+    is_told = architecture is not None and architecture.is_distinguished_by_prediction
     is_velocity = _predicts_velocity(metadata)
     values: dict[str, str | bool] = {
         "base_code": base,
@@ -278,7 +278,7 @@ def _loading(package: Package) -> dict[str, str | bool]:
 
 def _predicts_velocity(metadata: Mapping[str, str]) -> bool:
     words = {metadata.get(f"modelspec.{key}", "") for key in ("prediction_type", "predict_key")}
-    return bool(words & {"v", "v_prediction"}) or told_prediction(metadata) == "v_prediction"
+    return bool(words & {"v", "v_prediction"}) or prediction_of(metadata) == "v_prediction"
 
 
 def _builtin_folder(base: str) -> str | None:

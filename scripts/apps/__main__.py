@@ -52,7 +52,7 @@ def programs(family: str, arguments: argparse.Namespace, base: Base) -> Iterable
     if arguments.sd_scripts:
         from scripts.apps.kohya import Kohya
 
-        names = {name: key for key, own in base.names[0].all_names().items() for name in own}
+        names = {name: key for key, spelled in base.names[0].all_names().items() for name in spelled}
         yield Kohya(arguments.sd_scripts, family, names)
 
 
@@ -67,39 +67,39 @@ def main() -> None:
     parser.add_argument("--only", help="a program")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, list[Agreement]] = {}
+    results: dict[str, list[Agreement]] = {}
     for family in [arguments.family] if arguments.family else ["sd1", "sdxl"]:
         base = published_base(family)
-        chosen = [own for own in programs(family, arguments, base) if arguments.only in (None, own.name)]
+        chosen = [program for program in programs(family, arguments, base) if arguments.only in (None, program.name)]
         seeds = range(arguments.seed, arguments.seed + arguments.files // (1 if arguments.family else 2))
         with tempfile.TemporaryDirectory() as folder:
             for seed in seeds:
-                _compare_file(base, seed, Path(folder) / "a.safetensors", chosen, found)
-    _print_sums(found)
+                _compare_file(base, seed, Path(folder) / "a.safetensors", chosen, results)
+    _print_sums(results)
 
 
-def _compare_file(base: Base, seed: int, path: Path, chosen: list[Any], found: dict[str, list[Agreement]]) -> None:
+def _compare_file(base: Base, seed: int, path: Path, chosen: list[Any], results: dict[str, list[Agreement]]) -> None:
     tensors, label = draw(base, seed)
     if not tensors:
         return
     save_file(tensors, path, _METADATA[base.architecture.name])
     file = match_file(parse_file(path), base)
-    results = verify(match_file(parse_file(path), base), [program.name for program in chosen])
-    for program, result in zip(chosen, results, strict=True):
+    expected = verify(match_file(parse_file(path), base), [program.name for program in chosen])
+    for program, result in zip(chosen, expected, strict=True):
         agreement = compare(file, result, program.load(path))
-        found.setdefault(program.name, []).append(agreement)
+        results.setdefault(program.name, []).append(agreement)
         if not agreement.is_whole:
             print(f"{base.architecture.name} {seed} [{label}] {program.name}: {agreement.text()}", flush=True)
 
 
-def _print_sums(found: dict[str, list[Agreement]]) -> None:
+def _print_sums(results: dict[str, list[Agreement]]) -> None:
     total = Counter[str]()
-    for name, own in found.items():
+    for name, agreements in results.items():
         sums = Counter(
-            files=len(own),
-            agree=sum(agreement.is_whole for agreement in own),
-            modules=sum(agreement.num_modules for agreement in own),
-            modules_agree=sum(agreement.num_modules - len(agreement.other_modules) for agreement in own),
+            files=len(agreements),
+            agree=sum(agreement.is_whole for agreement in agreements),
+            modules=sum(agreement.num_modules for agreement in agreements),
+            modules_agree=sum(agreement.num_modules - len(agreement.other_modules) for agreement in agreements),
         )
         total += sums
         print(name, dict(sums))

@@ -53,8 +53,8 @@ class A1111:
         network = importlib.import_module("network")
         types = []
         for name in _TYPES:
-            file, _, kind = name.partition(".")
-            types.append(getattr(importlib.import_module(f"network_{file}"), f"ModuleType{kind}")())
+            file, _, tensor_name = name.partition(".")
+            types.append(getattr(importlib.import_module(f"network_{file}"), f"ModuleType{tensor_name}")())
         sys.path.remove(str(folder))
         self._layers, self._keys = _layers(shapes, places, family)
         self._model = SimpleNamespace(network_layer_mapping=self._layers)
@@ -99,29 +99,29 @@ class A1111:
         key = self._own["convert_diffusers_name_to_compvis"](stem, False)
         tries = [key, stem.replace("lora_unet", "diffusion_model")]
         tries += [stem.replace("lora_te1_text_model", f"{start}transformer_text_model") for start in ("0_", "")]
-        found = [other for other in tries if _layer_of(other) in self._layers or other in self._layers]
-        return stem == "bundle_emb" or bool(found)
+        known = [other for other in tries if _layer_of(other) in self._layers or other in self._layers]
+        return stem == "bundle_emb" or bool(known)
 
     def _apply(self, name: str) -> dict[Place, Tensor]:
         layer: Any = _real(self._layers[name])
         layer.network_layer_name = name
-        before = {own: tensor.detach().clone() for own, tensor in layer.named_parameters()}
+        before = {parameter: tensor.detach().clone() for parameter, tensor in layer.named_parameters()}
         self._own["network_apply_weights"](layer)
         after = dict(layer.named_parameters())
         changes: dict[Place, Tensor] = {}
-        for own, tensor in after.items():
-            change = tensor.detach() - before.get(own, 0)
+        for parameter, tensor in after.items():
+            change = tensor.detach() - before.get(parameter, 0)
             if not change.any():
                 continue
-            if own == "in_proj_weight":
+            if parameter == "in_proj_weight":
                 rows = change.chunk(3)
                 changes |= {
                     Place(self._keys[f"{name}_{n}_proj"], "weight"): r for n, r in zip("qkv", rows, strict=True)
                 }
-            elif own.startswith("out_proj."):
-                changes[Place(self._keys[f"{name}_out_proj"], own.removeprefix("out_proj."))] = change
+            elif parameter.startswith("out_proj."):
+                changes[Place(self._keys[f"{name}_out_proj"], parameter.removeprefix("out_proj."))] = change
             else:
-                changes[Place(self._keys[name], own)] = change
+                changes[Place(self._keys[name], parameter)] = change
         return changes
 
 
@@ -132,16 +132,16 @@ def _layer_of(name: str) -> str:
 def _real(layer: nn.Module) -> nn.Module:
     """Returns a layer of the meta device with weights."""
     if isinstance(layer, nn.MultiheadAttention):
-        own: nn.Module = nn.MultiheadAttention(layer.embed_dim, _NUM_HEADS)
+        real: nn.Module = nn.MultiheadAttention(layer.embed_dim, _NUM_HEADS)
     else:
-        own = type(layer).__new__(type(layer))
-        own.__dict__.update({name: value for name, value in layer.__dict__.items() if name != "_parameters"})
-        own._parameters = {}
+        real = type(layer).__new__(type(layer))
+        real.__dict__.update({name: value for name, value in layer.__dict__.items() if name != "_parameters"})
+        real._parameters = {}
         for name, parameter in layer._parameters.items():
-            own._parameters[name] = None if parameter is None else nn.Parameter(torch.empty(parameter.shape))
-    for parameter in own.parameters():
+            real._parameters[name] = None if parameter is None else nn.Parameter(torch.empty(parameter.shape))
+    for parameter in real.parameters():
         parameter.requires_grad_(False).copy_(weight(tuple(parameter.shape)))
-    return own
+    return real
 
 
 def _layers(
@@ -216,9 +216,9 @@ def stub_modules() -> None:
     """Gives the names that its files import from the rest of the program, which do nothing here."""
     modules = ModuleType("modules")
     for name in ("sd_models", "cache", "errors", "hashes", "shared", "devices"):
-        own = ModuleType(f"modules.{name}")
-        setattr(modules, name, own)
-        sys.modules[f"modules.{name}"] = own
+        module = ModuleType(f"modules.{name}")
+        setattr(modules, name, module)
+        sys.modules[f"modules.{name}"] = module
     devices: Any = sys.modules["modules.devices"]
     devices.cpu, devices.device, devices.dtype = torch.device("cpu"), torch.device("cpu"), torch.float32
     mmdit: Any = ModuleType("modules.models.sd3.mmdit")

@@ -50,7 +50,7 @@ def compare(file: MatchedFile, result: AppResult, outcome: Outcome) -> Agreement
 
 
 def _file_differs(result: AppResult, outcome: Outcome, modules: Sequence[MatchedModule]) -> str:
-    said = {problem.fault for problem in result.problems if problem.severity != HIDDEN} - _ABOUT_CONTENT
+    said = {problem.error for problem in result.problems if problem.severity != HIDDEN} - _ABOUT_CONTENT
     whole = not outcome.error and not outcome.num_unmatched and all(map(_is_applied(outcome), modules))
     if not said and not whole:
         return f"said to be sound, but {outcome.error or f'{outcome.num_unmatched} tensors did not match'}"

@@ -128,8 +128,8 @@ class ComfyUI:
         return Outcome(changes, len(tensors.keys() - used) + len(not_applied))
 
     def _place(self, name: str) -> Place:
-        module, _, kind = name.rpartition(".")
-        return Place(self.places.get(module, ModuleKey("?", module)), kind)
+        module, _, tensor_name = name.rpartition(".")
+        return Place(self.places.get(module, ModuleKey("?", module)), tensor_name)
 
 
 def _load(lora: Any, tensors: dict[str, Any], key_map: dict[str, Any], used: set[str]) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class Diffusers:
         for part in _PARTS:
             for name, module in getattr(self._pipeline, part, torch.nn.Identity()).named_modules():
                 # A layer on the meta device was made for the name, but got no numbers.
-                pair = [own["x"] for own in (module.lora_A, module.lora_B)] if _has_layer(module) else []
-                if pair and not any(own.weight.is_meta for own in pair):
+                pair = [factor["x"] for factor in (module.lora_A, module.lora_B)] if _has_layer(module) else []
+                if pair and not any(factor.weight.is_meta for factor in pair):
                     change: Any = module.get_delta_weight("x")
                     yield Place(ModuleKey(part, name), "weight"), change.detach().float()
 
@@ -82,7 +82,7 @@ def full_size(name: str) -> Any:
     for network in parts.values():
         without_memory(network)
     unused = dict.fromkeys(
-        ["vae", *architecture.unused_components, *(own.tokenizer for own in architecture.text_encoders)]
+        ["vae", *architecture.unused_components, *(encoder.tokenizer for encoder in architecture.text_encoders)]
     )
     quiet = {"requires_safety_checker": False} if "safety_checker" in unused else {"add_watermarker": False}
     pipeline: Any = getattr(diffusers, architecture.pipeline)

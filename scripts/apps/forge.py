@@ -50,8 +50,8 @@ class Forge:
         self._unet = _Model(self._parts[0], unet)
         self._clip = _Model(self._parts[1], unet)
         maps = {name: getattr(lora, name) for name in names}
-        found = {name: maps[name](model, {}) for name, model in zip(names, (self._clip, self._unet), strict=False)}
-        maps |= {name: lambda _, own=own: dict(own) for name, own in found.items()}
+        key_maps = {name: maps[name](model, {}) for name, model in zip(names, (self._clip, self._unet), strict=False)}
+        maps |= {name: lambda _, key_map=key_map: dict(key_map) for name, key_map in key_maps.items()}
         self._load = function_of(source, "load_lora_for_models", maps)
 
     def load(self, path: Path) -> Outcome:
@@ -66,9 +66,9 @@ class Forge:
                 new, new_clip = self._load(model, clip, tensors, 1.0, 1.0)
                 patches = {**(new.patches if new else {}), **(new_clip.patches if new_clip else {})}
                 changes = {}
-                for name, own in patches.items():
+                for name, patch in patches.items():
                     before = weight(self._shapes[name])
-                    after = self._lora.merge_lora_to_weight([(1.0, own, 1.0, None, None)], before, name)
+                    after = self._lora.merge_lora_to_weight([(1.0, patch, 1.0, None, None)], before, name)
                     changes[self._place(name)] = after - before if after.shape == before.shape else after
         except Exception as error:  # noqa: BLE001 - any error of the program counts
             return refused(error)
@@ -78,8 +78,8 @@ class Forge:
         return Outcome(changes, int("unmatched keys" in text or ("skipped" in text and "skipped 0" not in text)))
 
     def _place(self, name: str) -> Place:
-        module, _, kind = name.rpartition(".")
-        return Place(self._places.get(module, ModuleKey("?", module)), kind)
+        module, _, tensor_name = name.rpartition(".")
+        return Place(self._places.get(module, ModuleKey("?", module)), tensor_name)
 
 
 class _Model:

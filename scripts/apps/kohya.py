@@ -66,7 +66,7 @@ class Kohya:
         zero = {name.split(".")[0] for name in info.missing_keys if name.endswith("lora_up.weight")}
         lost = {self._places[name] for name in zero}
         return Outcome(
-            {place: own for place, own in changes.items() if place.key not in lost}, len(info.unexpected_keys)
+            {place: change for place, change in changes.items() if place.key not in lost}, len(info.unexpected_keys)
         )
 
 

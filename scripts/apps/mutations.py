@@ -1,4 +1,4 @@
-"""Adapter files with faults and oddities, drawn at random: the same ones for the same seed."""
+"""Adapter files with errors and oddities, drawn at random: the same ones for the same seed."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def _choose(base: Base, rng: random.Random, spelling: str) -> dict[str, ModuleKe
     chosen = rng.sample(unet, 8) if rng.random() < 0.9 else []
     if rng.random() < 0.7 or not chosen:
         for part in sorted({key.part for key in text}):
-            own = [key for key in text if key.part == part]
-            layer = [key for key in own if ".0.self_attn" in key.path]
-            chosen += layer if rng.random() < 0.6 else rng.sample(own, 3)
+            encoder = [key for key in text if key.part == part]
+            layer = [key for key in encoder if ".0.self_attn" in key.path]
+            chosen += layer if rng.random() < 0.6 else rng.sample(encoder, 3)
     named = {name(base, key): key for key in chosen}
-    return {own: key for own, key in named.items() if own}
+    return {name: key for name, key in named.items() if name}
 
 
 def _kohya(base: Base, key: ModuleKey) -> str:
@@ -107,7 +107,7 @@ def _kohya(base: Base, key: ModuleKey) -> str:
 
 def _other_blocks(base: Base, key: ModuleKey) -> str:
     """Returns kohya's names with the blocks that it does not use for this base: LDM for SD 1, diffusers for XL."""
-    spelled = [own for own in base.names[0].all_names()[key] if own.startswith(("lora_unet_", "lora_te"))]
+    spelled = [name for name in base.names[0].all_names()[key] if name.startswith(("lora_unet_", "lora_te"))]
     return spelled[1] if key.part == "unet" and len(spelled) > 1 else spelled[0]
 
 
@@ -121,7 +121,7 @@ def _comfyui(base: Base, key: ModuleKey) -> str:
         bare = key.path.removeprefix("text_model.")
         return f"text_encoders.{clip}.transformer.text_model.{bare}"
     names = base.names[1].all_names()[key]
-    return next((own for own in names if own.startswith("diffusion_model.")), "")
+    return next((name for name in names if name.startswith("diffusion_model.")), "")
 
 
 def _processor(base: Base, key: ModuleKey) -> str:
@@ -217,9 +217,11 @@ def _drop_alphas(draft: Draft) -> None:
 
 
 def _odd_alphas(draft: Draft) -> None:
-    kind = draft.rng.choice(("one", "int", "two", "uneven", "uneven"))
+    oddity = draft.rng.choice(("one", "int", "two", "uneven", "uneven"))
     for name in draft.some(4):
-        alpha = {"one": torch.ones(1), "int": torch.tensor(2), "two": torch.ones(2), "uneven": torch.tensor(0.5)}[kind]
+        alpha = {"one": torch.ones(1), "int": torch.tensor(2), "two": torch.ones(2), "uneven": torch.tensor(0.5)}[
+            oddity
+        ]
         draft.tensors[f"{name}.alpha"] = alpha
 
 
@@ -320,19 +322,19 @@ def _transpose(draft: Draft) -> None:
 def _other_dimensions(draft: Draft) -> None:
     for name in draft.some(3):
         for tensor in draft.own(name):
-            own = draft.tensors[tensor]
-            if own.ndim == 4 and own.shape[2:].numel() == 1:
-                draft.tensors[tensor] = own.flatten(1)
-            elif own.ndim == 2 and draft.rng.random() < 0.3:
-                draft.tensors[tensor] = own[..., None, None]
+            value = draft.tensors[tensor]
+            if value.ndim == 4 and value.shape[2:].numel() == 1:
+                draft.tensors[tensor] = value.flatten(1)
+            elif value.ndim == 2 and draft.rng.random() < 0.3:
+                draft.tensors[tensor] = value[..., None, None]
 
 
 def _cast(draft: Draft) -> None:
-    kinds = (torch.float16, torch.bfloat16, torch.float32)
-    one = draft.rng.choice((*kinds, None))
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    one = draft.rng.choice((*dtypes, None))
     for name, tensor in draft.tensors.items():
         if tensor.is_floating_point():
-            draft.tensors[name] = tensor.to(one or draft.rng.choice(kinds))
+            draft.tensors[name] = tensor.to(one or draft.rng.choice(dtypes))
 
 
 def _cast_small(draft: Draft) -> None:
@@ -417,10 +419,10 @@ def _replace_by(draft: Draft, tensors: Callable[[tuple[int, ...]], Tensors], onl
     for name in draft.some(4, only):
         if draft.rng.random() < 0.85:
             draft.drop(name)
-        made = tensors(draft.shape(name))
+        factors = tensors(draft.shape(name))
         if draft.rng.random() < 0.15:
-            del made[draft.rng.choice(list(made))]
-        draft.tensors |= {f"{name}.{role}": tensor for role, tensor in made.items()}
+            del factors[draft.rng.choice(list(factors))]
+        draft.tensors |= {f"{name}.{role}": tensor for role, tensor in factors.items()}
         if draft.rng.random() < 0.7:
             draft.tensors[f"{name}.alpha"] = torch.tensor(1.0)
 

@@ -1,4 +1,4 @@
-"""What PEFT does with a folder, and folders with faults, drawn at random."""
+"""What PEFT does with a folder, and folders with errors, drawn at random."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Peft:
 
 
 def draw_folder(base: Base, seed: int, path: Path) -> str:
-    """Writes a folder of PEFT's with up to two faults in its tensors or its record, and returns what was done."""
+    """Writes a folder of PEFT's with up to two errors in its tensors or its record, and returns what was done."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    found = [key for key, shape in base.shapes.items() if key.part == "unet" and len(shape) > 1]
-    keys = rng.sample([key for key in found if re.search(r"attn|ff\.|conv\d|proj", key.path)], 6)
+    keys = [key for key, shape in base.shapes.items() if key.part == "unet" and len(shape) > 1]
+    keys = rng.sample([key for key in keys if re.search(r"attn|ff\.|conv\d|proj", key.path)], 6)
     tensors = {}
     for key in keys:
         shape, stem = base.shapes[key], f"base_model.model.{key.path}"
@@ -64,12 +64,14 @@ def draw_folder(base: Base, seed: int, path: Path) -> str:
     config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": list(paths)}
     config["alpha_pattern"] = {paths[0]: 3}
     done = rng.sample(_FAULTS, rng.randint(0, 2))
-    for fault in done:
-        fault(rng, tensors, config, base)
+    for error in done:
+        error(rng, tensors, config, base)
     (path / "unet").mkdir(parents=True, exist_ok=True)
-    save_file({name: own.contiguous() for name, own in tensors.items()}, path / "unet" / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path / "unet" / "adapter_model.safetensors"
+    )
     (path / "unet" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return ", ".join(fault.__name__.strip("_") for fault in done)
+    return ", ".join(error.__name__.strip("_") for error in done)
 
 
 _Tensors = dict[str, torch.Tensor]

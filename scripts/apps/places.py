@@ -22,7 +22,7 @@ def ldm_places(family: str, unet: Mapping[str, str]) -> dict[str, ModuleKey]:
             module = name.removesuffix(".weight")
             places[f"diffusion_model.{module}"] = ModuleKey("unet", path.removesuffix(".weight"))
     for prefix, part in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
-        has_level = any(own.part == part and own.path_prefix for own in DIFFUSION[family].text_encoders)
+        has_level = any(encoder.part == part and encoder.path_prefix for encoder in DIFFUSION[family].text_encoders)
         for name in _text_modules():
             bare = name if has_level or name == "text_projection" else name.removeprefix("text_model.")
             places[f"{prefix}.transformer.{name}"] = ModuleKey(part, bare)

@@ -128,10 +128,10 @@ def measure(job: Job, shapes: Sequence[Shape], *, every: bool) -> dict[str, floa
     return {**result, "ratio": result["dense_s"] / result["ours_s"]}
 
 
-def _errors(terms: Sequence[Any], found: Sequence[tuple[Any, Any]]) -> list[float]:
+def _errors(terms: Sequence[Any], factors: Sequence[tuple[Any, Any]]) -> list[float]:
     """Returns the relative Frobenius error of each result against the sum in float64."""
     change = sum(term.scale * (term.up.double() @ term.down.double()) for term in terms)
-    return [float((up.double() @ down.double() - change).norm() / change.norm()) for down, up in found]
+    return [float((up.double() @ down.double() - change).norm() / change.norm()) for down, up in factors]
 
 
 def time_commands(shapes: Mapping[Any, Shape], repeats: int = 3) -> dict[str, dict[str, float]]:
@@ -149,15 +149,15 @@ def time_commands(shapes: Mapping[Any, Shape], repeats: int = 3) -> dict[str, di
             "import torch": ["-c", "import torch"],
         }
         python = sys.executable
-        costs = {name: [run_command([python, *own]) for _ in range(repeats)] for name, own in commands.items()}
+        costs = {name: [run_command([python, *runs]) for _ in range(repeats)] for name, runs in commands.items()}
         size = path.stat().st_size
     return {
         name: {
-            "wall_s": statistics.median(cost.wall_s for cost in own),
-            "cpu_s": statistics.median(cost.cpu_s for cost in own),
+            "wall_s": statistics.median(cost.wall_s for cost in runs),
+            "cpu_s": statistics.median(cost.cpu_s for cost in runs),
             "file_bytes": size,
         }
-        for name, own in costs.items()
+        for name, runs in costs.items()
     }
 
 

@@ -136,10 +136,12 @@ def layer_errors(wanted_path: Path, extracted_path: Path) -> list[float]:
     (_, wanted), (_, extracted) = read_alone(parse_file(wanted_path)), read_alone(parse_file(extracted_path))
     errors = []
     for key, adapter in wanted:
-        own = Factors(adapter.tensors["down"], adapter.tensors["up"], adapter.scale)
+        factors = Factors(adapter.tensors["down"], adapter.tensors["up"], adapter.scale)
         other = extracted.modules.get(key)
-        terms = [own] if other is None else [own, Factors(other.tensors["down"], other.tensors["up"], -other.scale)]
-        errors.append(norm(total(terms)) / norm(own))
+        terms = (
+            [factors] if other is None else [factors, Factors(other.tensors["down"], other.tensors["up"], -other.scale)]
+        )
+        errors.append(norm(total(terms)) / norm(factors))
     return errors
 
 

@@ -90,8 +90,8 @@ def estimated(case: Case, pixels: int) -> dict[str, int]:
     def example(options: Any, trained: frozenset[str], batch_size: int, size: tuple[int, int]) -> Any:
         return Example(sampling.example(meta_modules, info, options, trained, batch_size, size))
 
-    made = plan(meta_modules, family.parts, config.adapter)
-    memory = step_memory(config, SimpleNamespace(example=example), info, meta_modules, made, (pixels, pixels))  # type: ignore[arg-type]
+    adapter_plan = plan(meta_modules, family.parts, config.adapter)
+    memory = step_memory(config, SimpleNamespace(example=example), info, meta_modules, adapter_plan, (pixels, pixels))  # type: ignore[arg-type]
     return {**memory.parts(), "total": memory.total_bytes}
 
 
@@ -162,8 +162,8 @@ def _trained(case: Case, config: Any, loaded: Any) -> tuple[Any, Any]:
         unet = loaded.parts["unet"].requires_grad_()
         return {"unet": dict(unet.named_parameters())}, step_loss(family, loaded)
     variant = variants.find("lora", case.quantization)
-    made = plan(published_networks.networks(case.family), family.parts, config.adapter)
-    params = inject(loaded, made, variant, 0.0, 0)
+    adapter_plan = plan(published_networks.networks(case.family), family.parts, config.adapter)
+    params = inject(loaded, adapter_plan, variant, 0.0, 0)
     if case.gradient_checkpointing:
         memory.checkpoint_activations(loaded.parts)
     return params, step_loss(family, loaded)
@@ -197,12 +197,12 @@ def _batch(case: Case, loaded: Any, side: int) -> Any:
 
 
 def _tensors(network: Any) -> list[Any]:
-    found = list(network.parameters())
+    tensors = list(network.parameters())
     for module in network.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
-            found += [state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
-    return found
+            tensors += [state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset]
+    return tensors
 
 
 def _bytes(tensor: Any) -> int:
@@ -214,8 +214,8 @@ def measure(names: list[str], pixels: int) -> dict[str, Any]:
     rows = {}
     for name in names:
         case = replace(CASES["sd1-bf16"], is_full=True) if name == _FULL else CASES[name]
-        told = None if case.is_full else processes.call_like_gpu(estimated, case, pixels)
-        rows[name] = {"measured": processes.call_like_gpu(measured, case, pixels), "estimated": told}
+        estimate = None if case.is_full else processes.call_like_gpu(estimated, case, pixels)
+        rows[name] = {"measured": processes.call_like_gpu(measured, case, pixels), "estimated": estimate}
         print(name, rows[name], file=sys.stderr, flush=True)
     return {"pixels": pixels, "cases": rows}
 
@@ -226,9 +226,9 @@ def print_report(result: dict[str, Any]) -> None:
         f"pixels={result['pixels']}\n\n| case | measured GB | estimated GB | estimated / measured |\n|---|---|---|---|"
     )
     for name, row in result["cases"].items():
-        peak, told = row["measured"] and row["measured"]["peak"], row["estimated"] and row["estimated"]["total"]
-        ratio = f"{told / peak:.2f}" if told and peak else ""
-        print(f"| {name} | {_gb(peak)} | {_gb(told)} | {ratio} |")
+        peak, estimate = row["measured"] and row["measured"]["peak"], row["estimated"] and row["estimated"]["total"]
+        ratio = f"{estimate / peak:.2f}" if estimate and peak else ""
+        print(f"| {name} | {_gb(peak)} | {_gb(estimate)} | {ratio} |")
     full, lora = (result["cases"].get(name, {}).get("measured") for name in (_FULL, "sd1-bf16"))
     nf4 = result["cases"].get("sd1-nf4-checkpointed", {}).get("measured")
     if full and lora:

@@ -158,8 +158,8 @@ def compare(num: int, repeats: int) -> dict[str, Any]:
                 scores[name], cost = measured(arm, paths, texts)
                 costs[name].append(cost)
     medians = {
-        name: {key: statistics.median(getattr(cost, key) for cost in own) for key in ("wall_s", "cpu_s")}
-        for name, own in costs.items()
+        name: {key: statistics.median(getattr(cost, key) for cost in samples) for key in ("wall_s", "cpu_s")}
+        for name, samples in costs.items()
     }
     ratio = {key: medians["torchmetrics"][key] / medians["ours"][key] for key in medians["ours"]}
     difference = abs(scores["ours"] - scores["torchmetrics"])

@@ -43,9 +43,9 @@ class Case:
 
 
 CASES: Mapping[str, Case] = {
-    f"{family}-{name}": Case(family, kind)
+    f"{family}-{name}": Case(family, quantization)
     for family in DATA
-    for name, kind in (("bf16", "none"), ("8bit", "8bit"), ("nf4", "nf4"))
+    for name, quantization in (("bf16", "none"), ("8bit", "8bit"), ("nf4", "nf4"))
 }
 
 
@@ -100,16 +100,16 @@ def _llava_processor() -> Any:
 
     from lora_diffusion.core.files import shipped_path
 
-    own = AutoProcessor.from_pretrained(shipped_path("builtin") / _BUILTIN["llava"])
+    builtin = AutoProcessor.from_pretrained(shipped_path("builtin") / _BUILTIN["llava"])
     sizes = published_networks.LLAVA_1B["vision_config"]
     side = {"height": sizes["image_size"], "width": sizes["image_size"]}
     return LlavaProcessor(
         CLIPImageProcessor(size=side, crop_size=side),
-        own.tokenizer,
+        builtin.tokenizer,
         patch_size=sizes["patch_size"],
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=own.chat_template,
+        chat_template=builtin.chat_template,
     )
 
 
@@ -141,13 +141,13 @@ def measured(case: Case, base: Path, run: Path) -> dict[str, Any]:
     from lora_diffusion.workflows.train import train
 
     config = config_of(case, base, run)
-    told = estimate(config).memory  # which also imports what training needs
+    estimated = estimate(config).memory  # which also imports what training needs
     before = processes.resident_bytes()
     with _peak_from_second_step(run):
         trained = train(config)
     return {
-        "estimated": told.total_bytes,
-        "parts": told.parts(),
+        "estimated": estimated.total_bytes,
+        "parts": estimated.parts(),
         "peak": processes.peak_bytes() - before,
         "adapter": str(trained.files[0]),
     }
@@ -247,11 +247,13 @@ def measure(names: list[str]) -> dict[str, Any]:
                 if not base.exists():
                     processes.call_like_gpu(build_base, family, base)
                 run = Path(folder) / name
-                found = processes.call_like_gpu(measured, CASES[name], base, run)
-                if found:
-                    found["difference"] = processes.call_like_gpu(difference, CASES[name], base, run, found["adapter"])
-                rows[name] = found
-                print(name, found, file=sys.stderr, flush=True)
+                measurement = processes.call_like_gpu(measured, CASES[name], base, run)
+                if measurement:
+                    measurement["difference"] = processes.call_like_gpu(
+                        difference, CASES[name], base, run, measurement["adapter"]
+                    )
+                rows[name] = measurement
+                print(name, measurement, file=sys.stderr, flush=True)
     return rows
 
 
@@ -260,9 +262,9 @@ def print_report(rows: dict[str, Any]) -> None:
     print("| case | measured GB | estimated GB | estimated / measured | difference of logits |\n|---|---|---|---|---|")
     for name, row in rows.items():
         if row:
-            peak, told = row["peak"], row["estimated"]
+            peak, estimated = row["peak"], row["estimated"]
             far = "" if row["difference"] is None else f"{row['difference']:.4f}"
-            print(f"| {name} | {peak / 1e9:.2f} | {told / 1e9:.2f} | {told / peak:.2f} | {far} |")
+            print(f"| {name} | {peak / 1e9:.2f} | {estimated / 1e9:.2f} | {estimated / peak:.2f} | {far} |")
     print(f"\nEstimates within {LARGEST_ERROR:.0%}; logits within {LARGEST_DIFFERENCE} of what the adapter changes.")
 
 

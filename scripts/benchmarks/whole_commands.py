@@ -40,8 +40,8 @@ def measure(programs: Sequence[str], arguments: Sequence[str], rounds: int) -> l
 def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
     seconds = measure(arguments.program, arguments.arguments, arguments.rounds)
-    for program, own in zip(arguments.program, seconds, strict=True):
-        least, middle = min(own), statistics.median(own)
+    for program, times in zip(arguments.program, seconds, strict=True):
+        least, middle = min(times), statistics.median(times)
         ratios = f"{least / min(seconds[0]):.2f} and {middle / statistics.median(seconds[0]):.2f}"
         print(f"{program}: least {least:.2f} s, median {middle:.2f} s; to the first {ratios}")
 

@@ -55,8 +55,8 @@ def render(template: str, subject: Subject, style: str) -> str:
 
 def draw(subject: Subject, style: str, rng: random.Random) -> str:
     """A caption from a random template; about three quarters name the style."""
-    chance = rng.random()
-    if chance < GENERIC_SHARE:
+    share = rng.random()
+    if share < GENERIC_SHARE:
         return render(rng.choice(GENERIC), subject, style)
     templates = STYLED if rng.random() < STYLED_SHARE else PLAIN
     return render(rng.choice(templates), subject, style)

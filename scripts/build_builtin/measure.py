@@ -87,7 +87,7 @@ def style_by_text(scorer: Scorer, pictures: Pictures) -> float:
     for style in TRAINING_STYLES:
         texts = scorer.texts([render(STYLED_PROMPT, subject, style) for subject in pictures.subjects])
         scores.append((features * texts).sum(1))
-        right.append(torch.tensor([own == style for own in pictures.styles]))
+        right.append(torch.tensor([name == style for name in pictures.styles]))
     best = torch.stack(scores).argmax(0)
     return torch.stack(right).gather(0, best[None]).float().mean().item()
 
@@ -174,8 +174,8 @@ def measure_pipeline(work: Path, output: Path, scorer: Scorer, count: int, check
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:count].tolist()
     real = pictures.select(chosen)
     captions = [render(STYLED_PROMPT, s, style) for s, style in zip(real.subjects, real.styles, strict=True)]
-    made = generate(pipeline, captions, 1000)
-    write_grid(work / "random.png", torch.stack([real.pixels, made], 1).flatten(0, 1), 20)
+    images = generate(pipeline, captions, 1000)
+    write_grid(work / "random.png", torch.stack([real.pixels, images], 1).flatten(0, 1), 20)
     by_name = {subject.name: subject for subject in read_subjects()}
     grid = [
         render(STYLED_PROMPT, by_name[name], TRAINING_STYLES[(index + index // 12) % len(TRAINING_STYLES)])
@@ -185,7 +185,7 @@ def measure_pipeline(work: Path, output: Path, scorer: Scorer, count: int, check
     state = load_checkpoint(work / checkpoint) or {"seconds": 0, "samples": 0}
     return {
         "vae": measure_vae(trained_vae(work), unseen_style_pictures(read_pictures(work)).pixels),
-        "generated": {**score_captions(scorer, made, captions, list(real.subjects)), "samples": state["samples"]},
+        "generated": {**score_captions(scorer, images, captions, list(real.subjects)), "samples": state["samples"]},
         "real": score_captions(scorer, real.pixels, captions, list(real.subjects)),
         "unet": {"hours": state["seconds"] / 3600},
     }

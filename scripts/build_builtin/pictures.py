@@ -100,17 +100,17 @@ def disturb_colours(images: Tensor, strength: float, rng: torch.Generator) -> Te
     return (1 - (1 - images) * gain).clamp(-1, 1)
 
 
-def blur_some(images: Tensor, chance: float, rng: torch.Generator) -> Tensor:
+def blur_some(images: Tensor, probability: float, rng: torch.Generator) -> Tensor:
     """Images of which some are smoothed by a 3x3 box."""
-    chosen = torch.rand(images.shape[0], 1, 1, 1, generator=rng) < chance
+    chosen = torch.rand(images.shape[0], 1, 1, 1, generator=rng) < probability
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return torch.where(chosen, soft, images)
 
 
-def cut_out(images: Tensor, chance: float, rng: torch.Generator) -> Tensor:
+def cut_out(images: Tensor, probability: float, rng: torch.Generator) -> Tensor:
     """Images of which some lose a rectangle, replaced by one random colour."""
     count, _, height, width = images.shape
-    chosen = torch.rand(count, generator=rng) < chance
+    chosen = torch.rand(count, generator=rng) < probability
     centre = torch.rand(count, 2, generator=rng)
     half = torch.rand(count, 2, generator=rng) * 0.15 + 0.05
     y = torch.linspace(0, 1, height)[None, :]

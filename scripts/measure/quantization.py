@@ -36,9 +36,9 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
         for name in QUANTIZATIONS:
             run = output / f"quantization-{name}-seed{seed}"
             data = shipped_path("datasets") / "blob-style" / "train"
-            own = [f"data.path={data}", f"output.path={run}", f"train.seed={seed}"]
+            overrides = [f"data.path={data}", f"output.path={run}", f"train.seed={seed}"]
             stored = [f"model.quantization={name}", "model.dtype=bf16"]
-            config = load(find_shipped("sd1/style"), [*own, *stored, *changes])
+            config = load(find_shipped("sd1/style"), [*overrides, *stored, *changes])
             result = train(config, overwrite=True)
             before, after = (validation_loss(config, path) for path in (None, result.files[0]))
             reference = after if reference is None else reference

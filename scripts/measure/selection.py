@@ -51,9 +51,9 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
         for seed in seeds:
             run = output / f"selection-{name}-seed{seed}"
             data = shipped_path("datasets") / task.data
-            own = [f"data.path={data / 'train'}", f"output.path={run}", f"train.seed={seed}"]
+            overrides = [f"data.path={data / 'train'}", f"output.path={run}", f"train.seed={seed}"]
             for step in STEPS:
-                config = load(find_shipped(f"sd1/{name}"), [*own, *TOO_LONG, *changes, f"train.max_steps={step}"])
+                config = load(find_shipped(f"sd1/{name}"), [*overrides, *TOO_LONG, *changes, f"train.max_steps={step}"])
                 train(config, resume=step > STEPS[0], overwrite=step == STEPS[0])
             request = EvaluationRequest(
                 output_path=run / "evaluation",

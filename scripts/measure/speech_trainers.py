@@ -41,11 +41,11 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
         rows: dict[str, list[dict[str, float]]] = {program: [] for program in _PROGRAMS}
         print(f"\n| {name}, seed | {' | '.join(_PROGRAMS)} |\n|{'---|' * (1 + len(_PROGRAMS))}", flush=True)
         for seed in seeds:
-            for program, own in rows.items():
-                found = call(_measure, program, data, seed, output / f"{program}-{seed}")
-                own.append(found or sys.exit(f"{program} failed with seed {seed}"))
-            print(f"| {seed} | {' | '.join(_cell(own[-1:]) for own in rows.values())} |", flush=True)
-        print(f"| mean | {' | '.join(_cell(own) for own in rows.values())} |", flush=True)
+            for program, values in rows.items():
+                result = call(_measure, program, data, seed, output / f"{program}-{seed}")
+                values.append(result or sys.exit(f"{program} failed with seed {seed}"))
+            print(f"| {seed} | {' | '.join(_cell(values[-1:]) for values in rows.values())} |", flush=True)
+        print(f"| mean | {' | '.join(_cell(values) for values in rows.values())} |", flush=True)
 
 
 def _cell(rows: list[dict[str, float]]) -> str:
@@ -91,7 +91,7 @@ def _measure(program: str, data: Path, seed: int, output: Path) -> dict[str, flo
     adapter = _PROGRAMS[program](data / "train", seed, output)
     cpu_s = time.process_time() - started
     (result,) = score_transcripts(WhisperOptions(), [data / "new"], [(adapter, 1.0)]).scores
-    words = sum(len(own.target.split()) for own in result.texts)
+    words = sum(len(text.target.split()) for text in result.texts)
     return {"errors": result.scores["wer"] * words, "words": words, "cpu_s": cpu_s}
 
 

@@ -156,7 +156,7 @@ _FACTORS = {"lora_down.weight": torch.full((2, 768), 0.1), "lora_up.weight": _UP
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    ("changed", "fault", "told"),
+    ("changed", "error", "told"),
     [
         ({"alpha": torch.ones(2)}, "1 module(s) whose alpha is not one number", "must be one number, not [2]"),
         ({"alpha": torch.ones(0)}, "1 tensor(s) that are empty", "are empty or hold whole numbers"),
@@ -169,15 +169,15 @@ _FACTORS = {"lora_down.weight": torch.full((2, 768), 0.1), "lora_up.weight": _UP
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
-def test_what_the_tools_refuse_is_a_fault(
-    changed: dict[str, torch.Tensor], fault: str, told: str, spelling: str, tmp_path: Path
+def test_what_the_tools_refuse_is_an_error(
+    changed: dict[str, torch.Tensor], error: str, told: str, spelling: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
     stem = _STEM if spelling == "kohya" else "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     save_file({f"{stem}.{end}": tensor for end, tensor in {**_FACTORS, "alpha": torch.tensor(2.0), **changed}.items()}, path)  # fmt: skip # noqa: E501
     report = describe_file(parse_file(path))
-    assert report.faults[0].startswith(fault)
-    assert set(report.faults) <= set(report.problems)
+    assert report.errors[0].startswith(error)
+    assert set(report.errors) <= set(report.problems)
     assert not any("change nothing" in problem for problem in report.problems)
     json.dumps(report.to_json(), allow_nan=False)
     with pytest.raises(AdapterFileError, match=re.escape(told)):
@@ -194,7 +194,7 @@ def _published(format_name: str) -> Base:
 def test_file_without_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({}, path)
-    assert describe_file(parse_file(path)).faults == ("no tensors at all; get the file again",)
+    assert describe_file(parse_file(path)).errors == ("no tensors at all; get the file again",)
     with pytest.raises(AdapterFileError, match="holds no tensors"):
         match_file(parse_file(path), _published("kohya"))
 
@@ -204,7 +204,7 @@ def test_rank_other_than_that_of_the_record(tmp_path: Path, caplog: pytest.LogCa
     tensors = {f"{name}.lora_A.weight": torch.ones(2, 768), f"{name}.lora_B.weight": torch.ones(1280, 2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8}))
-    assert "1 module(s) of another rank than the record" in describe_file(parse_file(tmp_path)).faults[0]
+    assert "1 module(s) of another rank than the record" in describe_file(parse_file(tmp_path)).errors[0]
     registry.find("formats", "peft").read(parse_file(tmp_path), published_names("peft", None, DIFFUSION["sd1"]))
     assert "1 modules are of another rank than the record" in caplog.text
 
@@ -215,7 +215,7 @@ def test_loha_with_dora_is_told(tmp_path: Path) -> None:
     shapes = {**factors, "dora_scale": (1, 768), "alpha": ()}
     save_file({f"{_STEM}.{end}": torch.full(shape, 0.1) for end, shape in shapes.items()}, path)
     report = describe_file(parse_file(path))
-    assert (len(report.problems), report.faults) == (1, ())
+    assert (len(report.problems), report.errors) == (1, ())
     assert "1 module(s) of loha or lokr with DoRA" in report.problems[0]
     (adapter,) = (
         registry.find("formats", "kohya")
@@ -225,7 +225,7 @@ def test_loha_with_dora_is_told(tmp_path: Path) -> None:
     assert adapter.variant == "loha+dora"
 
 
-def test_other_kinds_are_told_without_false_faults(tmp_path: Path) -> None:
+def test_other_kinds_are_told_without_false_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     shapes = {
         f"{_STEM}.diff_b": (1280,),

@@ -1,4 +1,4 @@
-"""What apps make of files: the rules against the faults they must find, and against diffusers itself."""
+"""What apps make of files: the rules against the errors they must find, and against diffusers itself."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def only(path: Path, base: Base, app: str) -> AppResult:
 
 
 def kinds(result: AppResult) -> dict[str, str]:
-    return {problem.fault: problem.severity for problem in result.problems}
+    return {problem.error: problem.severity for problem in result.problems}
 
 
 @pytest.mark.parametrize("app", ALL)
@@ -157,7 +157,7 @@ def _all(kinds: dict[str, str]) -> dict[str, dict[str, str]]:
     return dict.fromkeys(ALL, kinds)
 
 
-FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]] = {
+ERRORS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]] = {
     "renamed module": (
         _rename(f"{_Q}.", f"{_Q}x."),
         _all({"unknown": _LOST}),
@@ -363,21 +363,21 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, dict[str, str]]]
 }
 
 
-@pytest.fixture(params=FAULTS)
-def fault(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=ERRORS)
+def error(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def faulty(fault: str, files: dict[str, Path], tmp_path: Path) -> Path:
-    path = tmp_path / "faulty.safetensors"
-    save_file(FAULTS[fault][0](load_file(files["kohya"])), path, _METADATA)
+def damaged(error: str, files: dict[str, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "damaged.safetensors"
+    save_file(ERRORS[error][0](load_file(files["kohya"])), path, _METADATA)
     return path
 
 
-def test_fault_is_found_for_each_client(fault: str, faulty: Path, base: Base) -> None:
-    for app, expected in FAULTS[fault][1].items():
-        result = only(faulty, base, app)
+def test_error_is_found_for_each_client(error: str, damaged: Path, base: Base) -> None:
+    for app, expected in ERRORS[error][1].items():
+        result = only(damaged, base, app)
         assert kinds(result) == expected, (app, result.lines())
         assert result.is_sound == (set(expected.values()) <= {_HIDDEN})
         if any(factor is None for factor in result.factors.values()):
@@ -429,8 +429,8 @@ def pipeline() -> Any:
     return tiny_pipeline()
 
 
-def test_diffusers_does_what_the_rules_say(faulty: Path, base: Base, pipeline: Any) -> None:
-    _assert_diffusers_does_what_the_rules_say(pipeline, faulty, base)
+def test_diffusers_does_what_the_rules_say(damaged: Path, base: Base, pipeline: Any) -> None:
+    _assert_diffusers_does_what_the_rules_say(pipeline, damaged, base)
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_a1111_wants_all_of_fused_attention(sdxl: Base, tmp_path: Path) -> None:
     path = _sdxl_file(tmp_path / "a.safetensors", sdxl, sdxl.names[0].name, keys)
     result = only(path, sdxl, "a1111")
     (problem,) = result.problems
-    assert (problem.fault, problem.severity) == ("fused attention", _LOST)
+    assert (problem.error, problem.severity) == ("fused attention", _LOST)
     assert sorted(problem.modules) == sorted(sdxl.names[0].name(key) for key in keys if key.part == "text_encoder_2")
     assert result.num_applied == len(keys) - 3
 

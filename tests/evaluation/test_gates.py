@@ -66,6 +66,6 @@ def test_numbers_may_have_an_exponent(evaluation: Evaluation) -> None:
         ("clip_image@step-000400@1.0>=0.7", "no candidate step-000400@1.0 is evaluated"),
     ],
 )
-def test_faults(evaluation: Evaluation, text: str, reason: str) -> None:
+def test_errors(evaluation: Evaluation, text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         _failures(evaluation, text)

@@ -1,4 +1,4 @@
-"""Prompt suites: those that come along, and the faults of own ones."""
+"""Prompt suites: those that come along, and the errors of own ones."""
 
 from __future__ import annotations
 

@@ -417,7 +417,7 @@ class TestBadBase:
         with pytest.raises(ModelError, match="token 7 stands for an image"):
             FAMILY.check(LlavaOptions(path=str(base)))
 
-    def test_template_that_needs_texts_is_a_fault_of_the_conversation(
+    def test_template_that_needs_texts_is_a_error_of_the_conversation(
         self, base: Path, pictures: list[Image.Image], tmp_path: Path
     ) -> None:
         file = tmp_path / "texts.jinja"

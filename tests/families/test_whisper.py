@@ -216,7 +216,7 @@ class TestTimestamps:
         assert found[0] == found[1]
         assert found[0][1][0].startswith("<|0.")
 
-    def test_those_that_the_base_does_not_have_are_faults(self, base: Path) -> None:
+    def test_those_that_the_base_does_not_have_are_errors(self, base: Path) -> None:
         for timestamps in (True, False):
             info = FAMILY.check(WhisperOptions(path=str(base), timestamps=timestamps))
             (count,) = info.count_tokens(["<|0.00|>one<|1.02|>"])  # type: ignore[misc]
@@ -432,10 +432,10 @@ class TestBadBases:
     def own(self, base: Path, tmp_path: Path) -> Path:
         return shutil.copytree(base, tmp_path / "own")
 
-    def refused(self, path: Path | str, fault: str, **options: Any) -> None:
+    def refused(self, path: Path | str, error: str, **options: Any) -> None:
         with pytest.raises(ModelError) as raised:
             FAMILY.check(WhisperOptions(path=str(path), **options))
-        assert fault in str(raised.value)
+        assert error in str(raised.value)
 
     def test_language_without_a_token(self, base: Path) -> None:
         self.refused(base, "has no token for model.language=fr, only for en, de", language="fr")
@@ -475,8 +475,8 @@ class TestBadBases:
         self.refused(own, "holds no weights")
 
     @pytest.mark.parametrize(
-        ("path", "fault"),
+        ("path", "error"),
         [("builtin:emoji", "known: builtin:digits"), ("nowhere", "there is no such folder or file")],
     )
-    def test_nothing_there(self, path: str, fault: str) -> None:
-        self.refused(path, fault)
+    def test_nothing_there(self, path: str, error: str) -> None:
+        self.refused(path, error)

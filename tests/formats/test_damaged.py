@@ -150,15 +150,15 @@ def test_broken_peft_config(tmp_path: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "adapter_model.safetensors")
     key_map = KeyMap([(ModuleKey("unet", "x"), "unet.x")])
     good = {"lora_alpha": 1, "r": 1}
-    faults = ({"r": 1}, {"lora_alpha": "many"}, {**good, "r": "a"}, {**good, "r": 0}, {**good, "alpha_pattern": [1]})
-    faults += (
+    errors = ({"r": 1}, {"lora_alpha": "many"}, {**good, "r": "a"}, {**good, "r": 0}, {**good, "alpha_pattern": [1]})
+    errors += (
         {**good, "rank_pattern": {"x": -1}},
         {**good, "alpha_pattern": {"x": True}},
         [],
         good | {"lora_alpha": 1e999},
     )
-    faults += (good | {"lora_alpha": int("9" * 400)}, good | {"r": 10**400})
-    for text in ("", "{", "[" * 100_000, *map(json.dumps, faults)):
+    errors += (good | {"lora_alpha": int("9" * 400)}, good | {"r": 10**400})
+    for text in ("", "{", "[" * 100_000, *map(json.dumps, errors)):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterFileError, match="cannot be read as a LoRA configuration"):
             in_float32(registry.find("formats", "peft").read(parse_file(tmp_path), key_map))

@@ -1,4 +1,4 @@
-"""What `verify` says of hundreds of files with faults drawn at random is what diffusers and PEFT do with them."""
+"""What `verify` says of hundreds of files with errors drawn at random is what diffusers and PEFT do with them."""
 
 from __future__ import annotations
 

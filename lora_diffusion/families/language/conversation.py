@@ -130,8 +130,8 @@ def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
     """
     messages = []
     for turn in turns:
-        shown = [{"type": "image"}] * turn.num_images
-        messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.text}]})
+        images = [{"type": "image"}] * turn.num_images
+        messages.append({"role": turn.role, "content": [*images, {"type": "text", "text": turn.text}]})
     try:
         template = chat_template(processor.chat_template)
         text = template.render(messages, processor.tokenizer.special_tokens_map, ask=ask)
@@ -139,9 +139,9 @@ def render(processor: Any, turns: Sequence[Turn], *, ask: bool = True) -> str:
         raise ValueError(f"the chat template of the base cannot render it ({error}).") from error
     wanted = sum(turn.num_images for turn in turns)
     if (count := text.count(processor.image_token)) != wanted:
-        images = {0: "no image", 1: "one image"}.get(wanted, f"{wanted} images")
+        number = {0: "no image", 1: "one image"}.get(wanted, f"{wanted} images")
         raise ValueError(
-            f"the chat template of the base writes {count} times {processor.image_token} for {images}; set "
+            f"the chat template of the base writes {count} times {processor.image_token} for {number}; set "
             "model.chat_template to one that fits."
         )
     return text

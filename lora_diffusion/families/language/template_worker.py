@@ -42,9 +42,9 @@ class _Generation(jinja2.ext.Extension):
 class _Namespace(jinja2.utils.Namespace):
     """A namespace without names that begin with "_", which could lead out of the sandbox."""
 
-    def __init__(*args: Any, **own: Any) -> None:
+    def __init__(*args: Any, **options: Any) -> None:
         namespace, *rest = args
-        for name in (values := dict(*rest, **own)):
+        for name in (values := dict(*rest, **options)):
             _check_name(name)
         jinja2.utils.Namespace.__init__(namespace, values)
 

@@ -274,12 +274,12 @@ def _embed_question(loaded: Loaded, request: Request) -> Tensor:
     sample, processor = request.sample, loaded.modules["processor"]
     assert isinstance(sample, Chat), "a request of LLaVA is about a conversation"
     num_images = sample.first_question().num_images
-    shown = sample.views[0][:num_images]
+    images = sample.views[0][:num_images]
     system = tuple(turn for turn in sample.turns if turn.role == "system")
     ids, _ = tokenize(processor.tokenizer, render(processor, (*system, Turn("user", request.prompt, num_images))))
-    ids, _ = expand(processor, ids, ids, [image.size for image in shown])
-    tiles, num_tiles = pixels(loaded, shown)
-    features = encode(loaded, tiles).split(num_tiles.tolist()) if shown else ()
-    sizes = torch.tensor([image.size[::-1] for image in shown]).reshape(-1, 2)
+    ids, _ = expand(processor, ids, ids, [image.size for image in images])
+    tiles, num_tiles = pixels(loaded, images)
+    features = encode(loaded, tiles).split(num_tiles.tolist()) if images else ()
+    sizes = torch.tensor([image.size[::-1] for image in images]).reshape(-1, 2)
     row: Tensor = embed(loaded, torch.tensor([ids]), features, sizes)[0]
     return row

@@ -44,10 +44,10 @@ def check_family(
         raise other_family(architecture, next(other for other in DIFFUSION.values() if _fits(other, unet, text)), path)
 
 
-def other_family(architecture: DiffusionArchitecture, found: DiffusionArchitecture, path: str) -> ModelError:
+def other_family(architecture: DiffusionArchitecture, match: DiffusionArchitecture, path: str) -> ModelError:
     """Returns the error that a base is of another family than `model.family` says."""
     return ModelError(
-        f"The base {path} is {found.title}, not {architecture.title}; set model.family={found.name}, or give another "
+        f"The base {path} is {match.title}, not {architecture.title}; set model.family={match.name}, or give another "
         "model.path."
     )
 

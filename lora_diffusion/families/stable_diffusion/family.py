@@ -87,7 +87,7 @@ class StableDiffusion:
         from lora_diffusion.families.stable_diffusion import text_encoding, training_loss
 
         describe = partial(text_encoding.describe, loaded, self.architecture, trained=trained)
-        complete = partial(text_encoding.sizes_and_shown, loaded, self.architecture)
+        complete = partial(text_encoding.sizes_and_visibility, loaded, self.architecture)
         return training_loss.prepare(loaded, samples, describe, complete, pieces)
 
     def collate(self, items: Sequence[Prepared]) -> Batch:

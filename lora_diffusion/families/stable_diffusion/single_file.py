@@ -76,7 +76,11 @@ class SingleFile:
         except UntrainableError as error:
             raise UntrainableError(str(error), self.path) from error
         info = replace(info, path=self.path, files=(self.path,), text_limit=clip_tokenizer.ClipTextLimit())
-        if self.architecture.is_told_by_prediction and options.prediction == "auto" and not _says_prediction(self.path):
+        if (
+            self.architecture.is_distinguished_by_prediction
+            and options.prediction == "auto"
+            and not _says_prediction(self.path)
+        ):
             _warn_of_guess(str(self.path))
         return info
 

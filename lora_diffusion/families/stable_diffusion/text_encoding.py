@@ -47,7 +47,7 @@ def describe(
     return columns
 
 
-def sizes_and_shown(
+def sizes_and_visibility(
     loaded: Loaded, architecture: DiffusionArchitecture, sample: ImageText, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Returns what a UNet that is told of sizes needs besides: the sizes of views, and which captions are shown to it.

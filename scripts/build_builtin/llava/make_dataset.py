@@ -69,10 +69,10 @@ def split(pictures: Pictures) -> dict[str, list[Item]]:
     }
 
 
-def conversation(item: Item, asked: Sequence[Turn], name: str) -> dict[str, Any]:
+def conversation(item: Item, turns: Sequence[Turn], name: str) -> dict[str, Any]:
     """An entry of LLaVA's layout."""
     said = []
-    for index, turn in enumerate(asked):
+    for index, turn in enumerate(turns):
         said.append({"from": "human", "value": ("" if index else "<image>\n") + turn.question})
         said.append({"from": "gpt", "value": turn.answer})
     return {"id": name, "image": item.file_name, "conversations": said}
@@ -87,7 +87,7 @@ def write(folder: Path, pictures: Pictures, chosen: Sequence[Item], *, apart: bo
         Image.fromarray(pixels).save(folder / item.file_name, optimize=True)
         stem = Path(item.file_name).stem
         if apart:
-            single = [Turn(kind, ways[0], item.right[kind]) for kind, ways in QUESTIONS.items()]
+            single = [Turn(topic, ways[0], item.right[topic]) for topic, ways in QUESTIONS.items()]
             entries += [conversation(item, [turn], f"{stem} {turn.kind}") for turn in single]
         else:
             entries.append(conversation(item, turns(item.right, random.Random(item.file_name)), stem))

@@ -107,15 +107,15 @@ def measure(folder: Path, work: Path) -> dict[str, Any]:
         "style": [row for row in rows if pictures.styles[row] == UNSEEN_STYLE],
     }
     files = []
-    for name, own in chosen.items():
-        drawn = sorted(random.Random(5).sample(own, min(NUM_MEASURED, len(own))))
+    for name, rows in chosen.items():
+        drawn = sorted(random.Random(5).sample(rows, min(NUM_MEASURED, len(rows))))
         files.append(work / "measured" / name)
         if not files[-1].exists():
             write(files[-1], pictures, items(pictures, drawn), apart=True)
     config = load(None, ["model.family=llava", f"model.path={folder}"], required=False)
     results = score_answers(config.model, files).scores
     return {
-        name: {kind: result.by_question[ways[0]] for kind, ways in QUESTIONS.items()}
+        name: {topic: result.by_question[ways[0]] for topic, ways in QUESTIONS.items()}
         | {"all": result.scores["exact_match"], "count": len(result.texts) // len(QUESTIONS)}
         for name, result in zip(chosen, results, strict=True)
     }
@@ -126,7 +126,7 @@ def card(model: LlavaForConditionalGeneration, measures: dict[str, Any], steps: 
     subjects = read_subjects()
     rows = [
         f"| {_TITLES[name].format(count=one['count'])} | "
-        + " | ".join(f"{one[kind]:.1%}" for kind in (*QUESTIONS, "all"))
+        + " | ".join(f"{one[topic]:.1%}" for topic in (*QUESTIONS, "all"))
         + " |"
         for name, one in measures.items()
     ]

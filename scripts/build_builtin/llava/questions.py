@@ -73,10 +73,10 @@ def answers(subject: Subject, style: str, colour_name: str) -> dict[str, str]:
     return {"what": named, "style": style, "colour": colour_name, "caption": f"an emoji of {named}, {style} style"}
 
 
-def turns(right: dict[str, str], rng: random.Random, kinds: Sequence[str] = tuple(QUESTIONS)) -> list[Turn]:
+def turns(right: dict[str, str], rng: random.Random, topics: Sequence[str] = tuple(QUESTIONS)) -> list[Turn]:
     """One question of each kind in random order and words."""
-    chosen = rng.sample(list(kinds), len(kinds))
-    return [Turn(kind, rng.choice(QUESTIONS[kind]), right[kind]) for kind in chosen]
+    chosen = rng.sample(list(topics), len(topics))
+    return [Turn(topic, rng.choice(QUESTIONS[topic]), right[topic]) for topic in chosen]
 
 
 def corpus() -> list[str]:

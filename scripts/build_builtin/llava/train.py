@@ -35,8 +35,10 @@ def trained_vision(work: Path) -> CLIPVisionModel:
 
     state: Any = load_checkpoint(work / "tower.pt")
     vision = CLIPVisionModel(vision_config())
-    own = {name.removeprefix("vision."): value for name, value in state["model"].items() if name.startswith("vision.")}
-    vision.load_state_dict(own)
+    weights = {
+        name.removeprefix("vision."): value for name, value in state["model"].items() if name.startswith("vision.")
+    }
+    vision.load_state_dict(weights)
     return vision.eval()
 
 
@@ -56,10 +58,10 @@ def tokens_and_labels(tokenizer: PreTrainedTokenizerFast, conversation: list[Tur
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
     for index, turn in enumerate(conversation):
         picture = f"{IMAGE * NUM_PATCHES}\n" if index == 0 else ""
-        asked = tokenizer(f"USER: {picture}{turn.question} ASSISTANT:", add_special_tokens=False).input_ids
+        question = tokenizer(f"USER: {picture}{turn.question} ASSISTANT:", add_special_tokens=False).input_ids
         answer = tokenizer(f" {turn.answer}{tokenizer.eos_token}", add_special_tokens=False).input_ids
-        ids += asked + answer
-        labels += [IGNORED] * len(asked) + answer
+        ids += question + answer
+        labels += [IGNORED] * len(question) + answer
     return ids, labels
 
 

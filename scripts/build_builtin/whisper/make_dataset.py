@@ -54,8 +54,8 @@ def utterances(name: str) -> list[Utterance]:
     if name == "old":
         return [_quiet(draw(rng, _SEEN, ACCENTS, MOST_WORDS)) for _ in range(NUM_TESTS)]
     count = NUM_NEW if name == "train" else NUM_TESTS
-    kinds: tuple[Sequence[str], ...] = (HELD_OUT_WORDS, (*HELD_OUT_WORDS, *_SEEN))
-    drawn = [_quiet(draw(rng, kinds[index % 2], [HELD_OUT_ACCENT], MOST_WORDS)) for index in range(count)]
+    vocabularies: tuple[Sequence[str], ...] = (HELD_OUT_WORDS, (*HELD_OUT_WORDS, *_SEEN))
+    drawn = [_quiet(draw(rng, vocabularies[index % 2], [HELD_OUT_ACCENT], MOST_WORDS)) for index in range(count)]
     missing = set(HELD_OUT_WORDS) - {word for one in drawn for word in one.words}
     if missing:
         raise ValueError(f"{name} lacks {missing}; draw more.")

@@ -38,12 +38,12 @@ class Listener(nn.Module):
     def forward(self, sounds: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch: [n, mels, frames], [n, tokens] padded with -100."""
         output = self.model(input_features=sounds, labels=labels)
-        heard = self.letters(output.encoder_last_hidden_state).log_softmax(-1).transpose(0, 1)
+        log_probabilities = self.letters(output.encoder_last_hidden_state).log_softmax(-1).transpose(0, 1)
         spelled = labels[:, 3:]  # without language, task and notimestamps
         blank = int(self.model.config.eos_token_id)
         lengths = ((spelled != _IGNORED) & (spelled != blank)).sum(1)
-        times = torch.full((len(sounds),), heard.shape[0])
-        ctc = F.ctc_loss(heard, spelled.clamp(min=0), times, lengths, blank=blank, zero_infinity=True)
+        times = torch.full((len(sounds),), log_probabilities.shape[0])
+        ctc = F.ctc_loss(log_probabilities, spelled.clamp(min=0), times, lengths, blank=blank, zero_infinity=True)
         return (1 - _CTC_SHARE) * output.loss + _CTC_SHARE * ctc
 
 
@@ -98,9 +98,9 @@ def train(work: Path, num_steps: int) -> None:
         # One generator for each step: a restart draws what an unbroken run would have drawn.
         rng = torch.Generator().manual_seed(step)
         chosen = torch.randperm(len(labels), generator=rng)[:BATCH]
-        own = labels[chosen]
-        own = own[:, : int((own != _IGNORED).sum(1).max())]
-        loss = listener(disturb(data["features"][chosen].float(), rng), own)
+        targets = labels[chosen]
+        targets = targets[:, : int((targets != _IGNORED).sum(1).max())]
+        loss = listener(disturb(data["features"][chosen].float(), rng), targets)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step / num_steps, step)
         optimizer.zero_grad(set_to_none=True)
