@@ -13,23 +13,23 @@ from lora_diffusion.core.errors import ConfigError
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("ask", help="ask about pictures, or score the answers")
+    parser = commands.add_parser("ask", help="ask about images, or score the answers")
     add_base(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--question", help="what to ask about each picture")
+    what.add_argument("--question", help="what to ask about each image")
     what.add_argument("--score", action="store_true", help="compare with the answers of conversations: exact match, F1")
     parser.add_argument("--clip", metavar="NAME", help="with --score: a CLIP that scores the answers as captions")
-    parser.add_argument("--images", metavar="DIR", help="with --score: folder of the pictures that the data names")
+    parser.add_argument("--images", metavar="DIR", help="with --score: folder of the images that the data names")
     parser.add_argument("--split", metavar="NAME", help="with --score: folder, file or split to score on (all)")
     add_csv(parser, "the answers")
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders; conversations to score"
+        "paths", nargs="+", type=Path, metavar="PATH", help="images or folders; conversations to score"
     )
     parser.set_defaults(run=run)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose a base that talks about pictures, and its adapters."""
+    """Adds the options that choose a base that talks about images, and its adapters."""
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--config", type=Path, help="take the base model from a training config")
     base.add_argument("--model", help="a folder of LLaVA or a hub id (builtin:emoji-llava)")

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     edit.add_argument(
         "--unset", nargs="+", action="extend", default=[], metavar="KEY", dest="removed", help="takes it out"
     )
-    edit.add_argument("--thumbnail", type=Path, help="picture that is made small and put into the file")
+    edit.add_argument("--thumbnail", type=Path, help="image that is made small and put into the file")
     strip.add_argument(
         "--keep", nargs="+", action="extend", default=[], metavar="KEY", help='"ss_*" keeps all of those'
     )

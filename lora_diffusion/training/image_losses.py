@@ -63,16 +63,16 @@ class ImageLosses(Hook):
         if not chosen.num_images:
             if run.config.evaluate.picture_draws is None:
                 logger.info(
-                    "Too few steps to take the losses of single pictures; evaluate.picture_draws=8 asks for them."
+                    "Too few steps to take the losses of single images; evaluate.picture_draws=8 asks for them."
                 )
             return
         if chosen.num_images < num_samples:
-            logger.info("The losses of the first %d of %d pictures are taken.", chosen.num_images, num_samples)
+            logger.info("The losses of the first %d of %d images are taken.", chosen.num_images, num_samples)
         losses = measure(
             self._losses,
             run.family.collate,
             run.samples[: chosen.num_images],
-            watch(self._items[: chosen.num_images], chosen.num_images, "Losses of training pictures"),
+            watch(self._items[: chosen.num_images], chosen.num_images, "Losses of training images"),
             num_draws=chosen.num_draws,
             batch_size=train.batch_size,
             seed=train.seed,

@@ -166,7 +166,7 @@ def _training(config: Config, batches: Batches, step: int) -> dict[str, Any]:
 
 
 def check_thumbnail(config: Config) -> None:
-    """Checks that `output.thumbnail` is a picture.
+    """Checks that `output.thumbnail` is an image.
 
     Raises:
         DataError: it cannot be read as one.

@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def previews_path(self) -> Path:
-        """Pictures drawn while training."""
+        """Images drawn while training."""
         return self.path / "previews"
 
     def name(self, config: Config) -> str:
@@ -202,8 +202,8 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
         )
     if user_path(config.data.path, "data.path").resolve() in (run.path.resolve(), *run.path.resolve().parents):
         raise ConfigError(
-            f"output.path={run.path} lies inside data.path={config.data.path}, so that pictures made by the run would "
-            "become training pictures; name a folder outside."
+            f"output.path={run.path} lies inside data.path={config.data.path}, so that images made by the run would "
+            "become training images; name a folder outside."
         )
     if run.config_path.is_file():
         if resume:

@@ -190,7 +190,7 @@ def _warn_of_damage(path: Path, lines: Sequence[_Line]) -> None:
 
 
 def read_held_out(path: Path) -> list[dict[str, float]]:
-    """Returns what a run recorded of held-out samples; nothing where the file is missing, damaged or of pictures."""
+    """Returns what a run recorded of held-out samples; nothing where the file is missing, damaged or of images."""
     try:
         lines = [{name: float(value) for name, value in line.items()} for line in read_json(path)]
     except (OSError, ValueError, TypeError, AttributeError):

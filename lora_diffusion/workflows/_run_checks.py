@@ -111,14 +111,14 @@ def _trains_unread(run: RunFolder) -> bool:
 
 
 def _without_effect(config: Config) -> Iterator[str]:
-    """Yields a line for each setting that is about pictures made by the base, of a base that makes none."""
+    """Yields a line for each setting that is about images made by the base, of a base that makes none."""
     for name, section in (("preview", config.preview), ("evaluate", config.evaluate)):
         usual = type(section)()
         for key, value in vars(section).items():
             if value != getattr(usual, key) and f"{name}.{key}" not in _FOR_ALL:
-                yield f"{name}.{key}={as_written(value)}: is about pictures, and this base makes none; drop this key."
+                yield f"{name}.{key}={as_written(value)}: is about images, and this base makes none; drop this key."
     if config.output.thumbnail == record.PREVIEW:
-        yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no pictures; name one."
+        yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no images; name one."
 
 
 def _check_spellings(family: Family, config: Config) -> None:
@@ -146,7 +146,7 @@ def _preview_requests(
     if config.output.thumbnail == record.PREVIEW and every > num_steps:
         raise ConfigError(
             f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
-            f"train.preview_every_steps={every}; lower it, or name a picture."
+            f"train.preview_every_steps={every}; lower it, or name an image."
         )
     requests = sample_type.previews(samples, config.preview) if every else []
     if every > num_steps:

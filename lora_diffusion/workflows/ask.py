@@ -1,4 +1,4 @@
-"""What a base, with or without adapters, says about pictures."""
+"""What a base, with or without adapters, says about images."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ class ImageAnswers:
 
 
 def ask(model: ModelOptions | Model, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> ImageAnswers:
-    """Returns the answer to a question about each picture.
+    """Returns the answer to a question about each image.
 
     Args:
         model: a base of visual question answering.
-        paths: pictures, and folders of them.
+        paths: images, and folders of them.
         question: what is asked of each.
         adapters: files or folders with their weights; all are applied at once.
 
     Raises:
-        InputError: the base, an adapter or a picture cannot be used; all faults of pictures are listed at once.
+        InputError: the base, an adapter or an image cannot be used; all faults of images are listed at once.
     """
     answerer = Answerer(model, adapters)
-    files = [file for path in paths for file in _pictures(path)]
+    files = [file for path in paths for file in _images(path)]
     requests, faults = [], []
     for file in files:
         try:
@@ -69,11 +69,11 @@ def ask(model: ModelOptions | Model, paths: Sequence[Path], question: str, adapt
         except ImageError as error:
             faults.append(str(error))
     if faults:
-        raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
+        raise DataError(f"{len(faults)} of {len(files)} images cannot be read; correct or leave them out.", faults)
     return ImageAnswers(question, dict(zip(files, answerer.answer(requests), strict=True)))
 
 
-def _pictures(path: Path) -> Sequence[Path]:
+def _images(path: Path) -> Sequence[Path]:
     return preflight.list_images(str(path), "PATH").files if path.is_dir() else (path,)
 
 
@@ -100,7 +100,7 @@ def score_answers(
     sets = [CHATS.read(replace(data, path=str(path)), answerer.info) for path in data_paths]
     if clip and (blind := [sample.key for samples in sets for sample in samples if not _is_shown(sample)]):
         raise DataError(
-            f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
+            f"--clip scores answers as captions, but {len(blind)} first questions show no image "
             f"({name_some(blind)}); leave those out, or --clip."
         )
     scores = tuple(compare(answerer.answer, samples, scorers) for samples in sets)
@@ -118,9 +118,9 @@ def compare(
     asked = [request.prompt for request, _ in pairs]
     keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
     questioned = [request.sample for request, _ in pairs if isinstance(request.sample, Chat)]
-    pictures = [chat.views[0][0] for chat in questioned] if scorers else []
+    images = [chat.views[0][0] for chat in questioned] if scorers else []
     names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
-    return evaluate_answers(keys, asked, targets, answers, pictures, scorers, names)
+    return evaluate_answers(keys, asked, targets, answers, images, scorers, names)
 
 
 def _is_shown(sample: Chat) -> bool:

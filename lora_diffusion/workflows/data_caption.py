@@ -28,9 +28,9 @@ class Captions:
     written: dict[Path, str]
     """Caption file -> its text."""
     kept: tuple[Path, ...]
-    """Pictures that had a caption."""
+    """Images that had a caption."""
     silent: tuple[Path, ...]
-    """Pictures about which the model said nothing."""
+    """Images about which the model said nothing."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -43,7 +43,7 @@ class Captions:
     def text(self) -> str:
         """Returns lines for people."""
         lines = [f"{path}: {text}" for path, text in self.written.items()]
-        lines.append(f"Wrote {len(self.written)} captions; {len(self.kept)} pictures had one and keep it.")
+        lines.append(f"Wrote {len(self.written)} captions; {len(self.kept)} images had one and keep it.")
         if self.silent:
             lines.append(f"Without an answer, not written: {name_some([str(path) for path in self.silent], 10)}.")
         return "\n".join(lines)
@@ -59,12 +59,12 @@ def caption(
     ending: str = ".txt",
     overwrite: bool = False,
 ) -> Captions:
-    """Writes a caption beside each picture that has none, batch by batch, so that a stop loses one batch at most.
+    """Writes a caption beside each image that has none, batch by batch, so that a stop loses one batch at most.
 
     A caption file that is empty is filled, whatever its ending.
 
     Args:
-        folder_path: pictures, in subfolders too.
+        folder_path: images, in subfolders too.
         model: a base of visual question answering.
         adapters: files or folders with their weights; all are applied at once.
         prompt: what is asked; {name} stands for the file's name in words, {folder} for that of its folder.
@@ -73,7 +73,7 @@ def caption(
         overwrite: replace captions of that ending.
 
     Raises:
-        InputError: the base, an adapter, the prompt or a picture cannot be used; nothing was written then.
+        InputError: the base, an adapter, the prompt or an image cannot be used; nothing was written then.
     """
     _check_words(prompt, ending)
     answerer = Answerer(model, adapters)
@@ -101,7 +101,7 @@ def caption(
             elif overwrite or _is_free(file):
                 written[file] = _with_trigger(answer, trigger)
                 write_text(file, written[file] + "\n")
-        logger.info("Captioned %d of %d pictures.", min(start + _AT_ONCE, len(wanted)), len(wanted))
+        logger.info("Captioned %d of %d images.", min(start + _AT_ONCE, len(wanted)), len(wanted))
     return Captions(written, tuple(path for path in folder.files if path not in wanted), tuple(silent))
 
 
@@ -133,7 +133,7 @@ def _beside(folder: Folder) -> dict[Path, list[Path]]:
 
 
 def _caption_file(path: Path, beside: Mapping[Path, Sequence[Path]], has_caption: bool, ending: str) -> Path:
-    """Returns where the caption of a picture goes: into the file that waits for it, else into one of that ending."""
+    """Returns where the caption of an image goes: into the file that waits for it, else into one of that ending."""
     own = path.with_suffix(ending)
     there = beside.get(path.with_suffix(""), [own])
     return own if has_caption or own in there else there[0]
@@ -147,7 +147,7 @@ def _is_free(file: Path) -> bool:
 def _conflicts(
     folder: Folder, files: Mapping[Path, Path], beside: Mapping[Path, Sequence[Path]], found: Mapping[Path, Any]
 ) -> list[str]:
-    """Returns a fault for each picture whose new caption would stand beside another one."""
+    """Returns a fault for each image whose new caption would stand beside another one."""
     twins = [group for group in folder.by_stem.values() if len(group) > 1 and set(group) & files.keys()]
     faults = [f"{' and '.join(map(folder.name, group))} would share a caption file; rename one." for group in twins]
     return faults + [

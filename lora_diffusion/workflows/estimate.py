@@ -50,7 +50,7 @@ class Estimate:
 def estimate(config: Config) -> Estimate:
     """Predicts the peak memory of a training step from shapes alone; loads no weights.
 
-    Pictures are taken to fill `data.resolution`; of other data the longest sample is looked up.
+    Images are taken to fill `data.resolution`; of other data the longest sample is looked up.
 
     Raises:
         InputError: the run could not start.
