@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_csv, check_csv, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_csv, check_csv, print_result, set_up_logs
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
 
@@ -22,14 +22,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--images", metavar="DIR", help="with --score: folder of the images that the data names")
     parser.add_argument("--split", metavar="NAME", help="with --score: folder, file or split to score on (all)")
     add_csv(parser, "the answers")
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="images or folders; conversations to score"
-    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="images or folders; conversations to score")
     parser.set_defaults(run=run)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose a base that talks about images, and its adapters."""
+    """Adds the options that choose a base of visual question answering, and its adapters."""
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--config", type=Path, help="take the base model from a training config")
     base.add_argument("--model", help="a folder of LLaVA or a hub id (builtin:emoji-llava)")
@@ -80,5 +78,5 @@ def _data(args: argparse.Namespace) -> Any:
     from lora_diffusion.config.schema import ChatDataConfig
 
     data = _config(args).data
-    own = data if isinstance(data, ChatDataConfig) else ChatDataConfig()
-    return replace(own, images=args.images or own.images, split=args.split or "all")
+    config = data if isinstance(data, ChatDataConfig) else ChatDataConfig()
+    return replace(config, images=args.images or config.images, split=args.split or "all")

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
+from lora_diffusion.cli._arguments_and_output import base_of, print_result, set_up_logs, size
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.config.rules import check_generation
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("generate", help="draw images, with adapters at chosen weights")
+    parser = commands.add_parser("generate", help="generate images, with adapters at chosen weights")
     base = parser.add_mutually_exclusive_group(required=True)
     base.add_argument("--config", type=Path, help="take the base model from a training config")
     base.add_argument("--model", help="builtin:emoji, a diffusers folder, a .safetensors checkpoint or a hub id")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_config, config_and_overrides, print_result, set_up_logs
 from lora_diffusion.core.result import Result
 
 

@@ -67,7 +67,7 @@ def caption(
         folder_path: images, in subfolders too.
         model: a base of visual question answering.
         adapters: files or folders with their weights; all are applied at once.
-        prompt: what is asked; {name} stands for the file's name in words, {folder} for that of its folder.
+        prompt: the question; {name} stands for the file's name in words, {folder} for that of its folder.
         trigger: words put before each caption that does not hold them.
         ending: of new caption files, one of `data.captions.ENDINGS`.
         overwrite: replace captions of that ending.
@@ -79,16 +79,16 @@ def caption(
     answerer = Answerer(model, adapters)
     folder = preflight.list_images(folder_path, "FOLDER")
     check_writable(folder.root, "FOLDER")
-    faults: list[str] = []
-    found = captions.collect(folder, faults)
-    has_caption = {path for path, lines in found.items() if lines is None or lines}
+    errors: list[str] = []
+    existing = captions.collect(folder, errors)
+    has_caption = {path for path, lines in existing.items() if lines is None or lines}
     wanted = [path for path in folder.files if overwrite or path not in has_caption]
     beside = _beside(folder)
     files = {path: _caption_file(path, beside, path in has_caption, ending) for path in wanted}
-    faults += _conflicts(folder, files, beside, found)
-    preflight.measure(folder, False, faults)
-    if faults:
-        raise DataError(f"{folder.root}: nothing was captioned; correct the folder.", faults)
+    errors += _conflicts(folder, files, beside, existing)
+    preflight.measure(folder, False, errors)
+    if errors:
+        raise DataError(f"{folder.root}: nothing was captioned; correct the folder.", errors)
     written: dict[Path, str] = {}
     silent: list[Path] = []
     for start in range(0, len(wanted), _AT_ONCE):
@@ -119,7 +119,7 @@ def _check_words(prompt: str, ending: str) -> None:
         raise ConfigError(f"--prompt {prompt!r} holds {{{unknown[0]}}}; it may hold {known}.")
     if ending not in captions.ENDINGS:
         raise ConfigError(
-            f"--ending {ending}: captions are found in files that end in {' or '.join(captions.ENDINGS)}."
+            f"--ending {ending}: captions are read from files that end in {' or '.join(captions.ENDINGS)}."
         )
 
 
@@ -134,26 +134,26 @@ def _beside(folder: Folder) -> dict[Path, list[Path]]:
 
 def _caption_file(path: Path, beside: Mapping[Path, Sequence[Path]], has_caption: bool, ending: str) -> Path:
     """Returns where the caption of an image goes: into the file that waits for it, else into one of that ending."""
-    own = path.with_suffix(ending)
-    there = beside.get(path.with_suffix(""), [own])
-    return own if has_caption or own in there else there[0]
+    new = path.with_suffix(ending)
+    there = beside.get(path.with_suffix(""), [new])
+    return new if has_caption or new in there else there[0]
 
 
 def _is_free(file: Path) -> bool:
-    """Tells whether there is no caption in a file, which somebody may have written in the meantime."""
+    """Says whether there is no caption in a file, which somebody may have written in the meantime."""
     return not file.exists() or not file.read_text(encoding="utf-8-sig", errors="replace").strip()
 
 
 def _conflicts(
-    folder: Folder, files: Mapping[Path, Path], beside: Mapping[Path, Sequence[Path]], found: Mapping[Path, Any]
+    folder: Folder, files: Mapping[Path, Path], beside: Mapping[Path, Sequence[Path]], existing: Mapping[Path, Any]
 ) -> list[str]:
-    """Returns a fault for each image whose new caption would stand beside another one."""
+    """Returns an error for each image whose new caption would stand beside another one."""
     twins = [group for group in folder.by_stem.values() if len(group) > 1 and set(group) & files.keys()]
-    faults = [f"{' and '.join(map(folder.name, group))} would share a caption file; rename one." for group in twins]
-    return faults + [
+    errors = [f"{' and '.join(map(folder.name, group))} would share a caption file; rename one." for group in twins]
+    return errors + [
         f"{folder.name(path)}: its caption is not in {file.name} alone; remove the other one first."
         for path, file in files.items()
-        if path in found and beside.get(path.with_suffix("")) != [file]
+        if path in existing and beside.get(path.with_suffix("")) != [file]
     ]
 
 

@@ -39,7 +39,7 @@ def test_group_covers_every_module_of_every_part(skeleton: dict[str, nn.Module])
 def test_counts_and_shares(skeleton: dict[str, nn.Module]) -> None:
     made = plan(skeleton, PARTS, _config("mid_block.resnets.0.conv1", alpha=1.0))
     module = made.modules[0]
-    assert (module.kind, module.shape, module.alpha) == ("conv", (64, 64, 3, 3), 1.0)
+    assert (module.layer_type, module.shape, module.alpha) == ("conv", (64, 64, 3, 3), 1.0)
     assert module.num_parameters == made.num_parameters == 4 * (64 * 9 + 64)
     size = sum(parameter.numel() for parameter in skeleton["unet"].parameters())
     assert made.lines() == [f"unet: 1 modules, 2,560 trained parameters ({256000 / size:.2f} % of {size:,})"]

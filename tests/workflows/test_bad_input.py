@@ -184,7 +184,7 @@ def test_all_faults_of_a_run_at_once(training: Training) -> None:
     settings = ["train.optimizer=paged_adamw8bit", "adapter.targets=atn", "output.thumbnail=/no/picture.png"]
     for dry in ([], ["--dry-run"]):
         message = training.refused(*settings, *dry)
-        assert "train was asked with 5 faults; nothing was done" in message
+        assert "train found 5 errors; nothing was done" in message
         for fragment in ("0.png: is empty", "holds other files", "paged_adamw8bit", '"atn"', "/no/picture.png"):
             assert fragment in message
 
@@ -213,7 +213,7 @@ def test_what_only_a_file_says_gives_way(
 def test_data_check_of_a_config_without_base(training: Training, tmp_path: Path, command: Commands) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(f"data: {{path: '{training.pictures}'}}")
-    assert "No faults." in command.good("data", "check", "--config", path).out
+    assert "No errors." in command.good("data", "check", "--config", path).out
     path.write_text(f"model: {{family: sdxl}}\ndata: {{path: '{training.pictures}'}}")
     outcome = command("data", "check", "--config", path)
     assert outcome.code == 2

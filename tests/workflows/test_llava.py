@@ -207,7 +207,7 @@ class TestScoreOptions:
             told = command.good("ask", "--model", base, "--score", tmp_path, "--json", *split).out
             assert len(json.loads(told)[str(tmp_path)]["answers"]) == count
         outcome = command("ask", "--model", base, "--score", tmp_path, "--clip", "builtin:emoji-clip")
-        assert "3 first questions show no picture" in outcome.message
+        assert "3 first questions show no image" in outcome.message
 
 
 def test_mixed_conversations_train_and_resume(train: Train, base: Path, data: Path, tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ class TestCaption:
         assert told["kept"] == [str(folder / "a.png"), str(folder / "b.png")]
         assert (folder / "a.txt").read_text(encoding="utf-8") == "mine\n"
         assert not (folder / "b.txt").exists()
-        assert "Wrote 0 captions; 3 pictures had one" in command.good(*arguments).out
+        assert "Wrote 0 captions; 3 images had one" in command.good(*arguments).out
 
     def test_mark_of_the_picture_may_stand_in_the_prompt(self, command: Commands, base: Path, folder: Path) -> None:
         command.good("data", "caption", folder, "--model", base, "--prompt", "<image>\nSay {name}.")
@@ -339,7 +339,7 @@ class TestCheck:
         arguments = ("model.family=llava", f"model.path={base}")
         told = json.loads(command.good("data", "check", data, *arguments, "--json").out)
         assert (told["num_conversations"], told["num_answers"]) == (3, 4)
-        assert "No faults." in command.good("data", "check", data, *arguments).out
+        assert "No errors." in command.good("data", "check", data, *arguments).out
 
     def test_pictures(self, command: Commands, pictures: Path) -> None:
         assert "Images:" in command.good("data", "check", pictures).out

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lora_diffusion.config.load import load
 from lora_diffusion.core import registry
 from lora_diffusion.workflows import _run_checkpoints
-from lora_diffusion.workflows._steps import read_adapter
+from lora_diffusion.workflows._base_and_adapters import read_adapter
 from tests.tiny_adapters import same
 from tests.workflows.conftest import Commands, Killer
 

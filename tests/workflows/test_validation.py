@@ -114,7 +114,7 @@ def test_patience_ends_the_run(train: Train, tmp_path: Path) -> None:
         (["data.validation=nowhere"], "nowhere"),
         (["data.validation=0.25", "evaluate.metrics=[clip_text]"], "is no score of data.validation"),
         (["data.validation=0.25", "evaluate.metrics=[wr]"], 'did you mean "wer"'),
-        (["data.validation=0.25", "evaluate.references=x"], "is about pictures"),
+        (["data.validation=0.25", "evaluate.references=x"], "is about images"),
     ],
 )
 def test_what_cannot_be_validated_is_told_before_training(

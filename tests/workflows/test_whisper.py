@@ -332,9 +332,9 @@ def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
         (["output.formats=[kohya]"], "Whisper adapters have no format kohya; use peft"),
         (["model.language=fr"], "no token for model.language=fr"),
         (["train.preview_every_steps=1", "preview.prompts=[nine.wav]"], "no recording nine.wav"),
-        (["train.preview_every_steps=1", "preview.guidance=2"], "preview.guidance=2.0: is about pictures"),
-        (["evaluate.seeds=[3]"], "evaluate.seeds=[3]: is about pictures"),
-        (["train.preview_every_steps=1", "output.thumbnail=preview"], "the previews of this base are no pictures"),
+        (["train.preview_every_steps=1", "preview.guidance=2"], "preview.guidance=2.0: is about images"),
+        (["evaluate.seeds=[3]"], "evaluate.seeds=[3]: is about images"),
+        (["train.preview_every_steps=1", "output.thumbnail=preview"], "the previews of this base are no images"),
     ],
 )
 def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
