@@ -151,7 +151,7 @@ def test_no_captions_at_all(training: Training) -> None:
         (["train.epochs=1", "train.warmup_steps=4"], ["train.warmup_steps=4: must be less than the 4 steps"]),
         (
             ["train.max_steps=2", "train.preview_every_steps=3", "output.thumbnail=preview"],
-            ["output.thumbnail=preview: no preview is drawn in 2 steps"],
+            ["output.thumbnail=preview: no preview is generated in 2 steps"],
         ),
         ([f"output.name={'n' * 201}"], ["has 201 bytes; give one of at most 200"]),
         (["train.threads=²"], ["train.threads=²: must be auto or a number"]),

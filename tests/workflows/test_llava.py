@@ -310,7 +310,7 @@ class TestCaption:
             (("--prompt", "{name:{folder}}"), "holds {name:{folder}}; it may hold {name} and {folder}"),
             (("--prompt", "{name!x}"), "holds {name!x}; it may hold {name} and {folder}"),
             (("--prompt", "{"), "a brace without its pair"),
-            (("--ending", ".json"), "--ending .json: captions are found in files that end in .txt or .caption"),
+            (("--ending", ".json"), "--ending .json: captions are read from files that end in .txt or .caption"),
             (("--model", "builtin:emoji"), "there is no such built-in base of this family"),
             (("--overwrite",), "b.png: its caption is not in b.txt alone; remove the other one first."),
         ],
