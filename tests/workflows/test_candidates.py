@@ -25,7 +25,7 @@ def _loaded(weight: float = 1.0, clip_skip: int | None = None, resolution: int =
 
 
 @pytest.mark.parametrize("change", [{"weight": 2.0}, {"clip_skip": 2}, {"resolution": 128}])
-def test_pictures_of_bases_that_draw_differently_have_other_names(change: dict[str, Any]) -> None:
+def test_images_of_bases_that_draw_differently_have_other_names(change: dict[str, Any]) -> None:
     assert _candidates.base_key(_loaded(**change)) != _candidates.base_key(_loaded())
     assert _candidates.base_key(_loaded(**change)) == _candidates.base_key(_loaded(**change))
 
@@ -34,7 +34,7 @@ def test_a_base_without_text_layers_to_skip_has_a_name() -> None:
     assert _candidates.base_key(replace(_loaded(), options=SimpleNamespace()))
 
 
-def test_a_checkpoint_without_its_adapter_is_a_fault(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_adapter_is_a_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
     run: Any = SimpleNamespace(path=tmp_path)
     errors = Errors()
