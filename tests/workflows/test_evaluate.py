@@ -212,7 +212,7 @@ def test_all_errors_are_told_before_the_base_is_loaded(
     def refuse(*args: object) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("lora_diffusion.families.sd1.StableDiffusion1.load", refuse)
+    monkeypatch.setattr("lora_diffusion.families.stable_diffusion.family.StableDiffusion.load", refuse)
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "0.png").write_text("no picture")
