@@ -118,7 +118,7 @@ def load(
     Args:
         base: builtin:emoji, a folder, a .safetensors checkpoint or a hub id; or the `model` section of a config.
         adapters: name -> file, folder saved by PEFT or checkpoint of a run; with a weight where it is not 1.
-        family: kind of base; None finds it from the files.
+        family: that of the base; None finds it from the files.
     """
     from lora_diffusion.workflows.load import load
 
@@ -195,7 +195,7 @@ def ask(
 
     Args:
         paths: images, and folders of them.
-        question: what is asked.
+        question: the same for each image.
         base: of LLaVA, as `load` takes it, or what it returned.
         adapters: files with their weights, or without; all are applied at once.
     """
@@ -326,7 +326,7 @@ def convert(
         output: file, or folder where the format is one.
         to: format, or an app that reads it.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
-        family: kind of base; None takes what the tensors tell.
+        family: that of the base; None takes the one that the tensors match.
         base: the base itself, if it is built unlike the published ones.
         from_pickle: take the tensors out of a pickle, without running what is in it.
         embeddings: keep or drop text embeddings that are packed into the file.
@@ -450,7 +450,7 @@ def merge(
         adapters: files with their weights.
         output: folder, or file where the base is one.
         dtype: fp32, fp16 or bf16 of the networks; auto keeps that of each tensor.
-        family: kind of base; None finds it from the files.
+        family: that of the base; None finds it from the files.
         overwrite: replace what is there.
     """
     from lora_diffusion.workflows.bases import find_weights
@@ -479,7 +479,7 @@ def extract(
 
     Args:
         base: model that the adapter is for.
-        tuned: fine-tuned model of the same kind.
+        tuned: fine-tuned model of the same family.
         output: file, or folder where the format is one.
         rank: of each module.
         energy: share of each module's squared norm to keep.
@@ -487,7 +487,7 @@ def extract(
         targets: modules, as `adapter.targets`; without any, all groups.
         to: format.
         dtype: fp32, fp16 or bf16.
-        family: kind of base; None finds it from the files.
+        family: that of the base; None finds it from the files.
         overwrite: replace what is there.
     """
     from lora_diffusion.workflows.bases import find_weights

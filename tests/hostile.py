@@ -458,7 +458,7 @@ def _read_run(folder: Path) -> None:
         return
 
     def look_at_checkpoints() -> None:
-        run_files.own(folder)
+        run_files.written(folder)
         if found := checkpoint.find_latest(folder):
             checkpoint.check_length(found, 100)
             checkpoint.check_fingerprint(found, {"data": "x", "rank": (1, 2)})

@@ -1,1 +1,1 @@
-"""The injection core: the only room that touches PEFT."""
+"""The injection core: the only package that touches PEFT."""

@@ -8,7 +8,7 @@ from lora_diffusion.adapters._peft import dequantize_bnb_weight, get_bnb_param_t
 
 
 def frozen_weight(base: nn.Module) -> Tensor:
-    """Returns the weight of a linear layer or a convolution: its own, or a widened copy of a quantized one.
+    """Returns the weight of a linear layer or a convolution: its own, or an upcast copy of a quantized one.
 
     Returns:
         [out, in] or [out, in, k, k], without gradient.

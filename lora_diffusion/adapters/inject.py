@@ -47,7 +47,7 @@ def inject(
     Args:
         loaded: its networks are changed in place and `loaded.adapters` is set.
         plan: made from the same base and variant.
-        variant: kind of adapter of all that is not trained in full.
+        variant: of all that is not trained in full.
         dropout: of all that is not trained in full; acts wherever a gradient is recorded, whether the network is in
             training mode or not.
         seed: decides the first values; those of a module depend on the seed and its name only.
@@ -62,21 +62,21 @@ def inject(
         ConfigError: the name is taken.
     """
     planned = {module.key: module for module in plan.modules}
-    kinds = {key: FULL if module.identity else variant for key, module in planned.items()}
+    variants = {key: FULL if module.identity else variant for key, module in planned.items()}
     slots = {
-        key: Slot(kinds[key].stored, module.rank, module.alpha, 0.0 if module.identity else dropout)
+        key: Slot(variants[key].stored, module.rank, module.alpha, 0.0 if module.identity else dropout)
         for key, module in planned.items()
     }
 
     def make(key: ModuleKey, base: Any) -> ModuleAdapter:
-        return _new_adapter(planned[key], kinds[key], base, seed)
+        return _new_adapter(planned[key], variants[key], base, seed)
 
     add_adapter(loaded, slots, name, make)
     for part in plan.part_sizes:
         loaded.parts[part].requires_grad_(False)
     parameters: dict[str, dict[str, nn.Parameter]] = {part: {} for part in plan.part_sizes}
     for key, module in planned.items():
-        engine = ENGINES[kinds[key].stored]
+        engine = ENGINES[variants[key].stored]
         for tensor, parameter in engine.parameters(_layer(loaded, key, engine), name).items():
             if tensor != module.identity:
                 parameter.requires_grad_(True)
@@ -100,8 +100,8 @@ def add_adapter(
         # What the encoders gave for prompts without this adapter.
         loaded.text_cache.clear()
     for part, engine in dict.fromkeys((key.part, ENGINES[slot.variant]) for key, slot in slots.items()):
-        own = {key.path: slot for key, slot in slots.items() if (key.part, ENGINES[slot.variant]) == (part, engine)}
-        _install(loaded.parts[part], own, engine, name)
+        fitting = {key.path: slot for key, slot in slots.items() if (key.part, ENGINES[slot.variant]) == (part, engine)}
+        _install(loaded.parts[part], fitting, engine, name)
     for key, slot in slots.items():
         engine = ENGINES[slot.variant]
         layer = _layer(loaded, key, engine)
@@ -142,7 +142,7 @@ def _without_others(network: nn.Module, paths: Iterable[str], engine: Engine) ->
 
     PEFT's layer for LoRA on convolutions cannot be around another.
     """
-    others = {path: found for path in paths if (found := _others(network, path, engine))}
+    others = {path: layers for path in paths if (layers := _others(network, path, engine))}
     for path, layers in others.items():
         network.set_submodule(path, layers[-1].base_layer)
     yield
@@ -164,7 +164,7 @@ def _others(network: nn.Module, path: str, engine: Engine) -> list[Any]:
 def _pattern(values: Mapping[str, float]) -> dict[str, float]:
     # One expression for all modules of a value: PEFT tries every entry on every module.
     return {
-        f"^{_either(path for path, own in values.items() if own == value)}": value for value in set(values.values())
+        f"^{_either(path for path, each in values.items() if each == value)}": value for value in set(values.values())
     }
 
 

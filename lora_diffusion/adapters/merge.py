@@ -21,7 +21,7 @@ from lora_diffusion.core.errors import RunError
 def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:
     """Puts layers with the weighted adapters added into the place of the frozen ones: summed in float32, cast once.
 
-    The change of each is that to the frozen weight alone, as it is unmerged. A quantized weight is widened, since
+    The change of each is that to the frozen weight alone, as it is unmerged. A quantized weight is upcast, since
     quantizing the sum would round the adapter away.
 
     Until `unmerge` the frozen weights are in memory twice, and the adapters' weights cannot be set.
@@ -38,13 +38,13 @@ def merge(loaded: Loaded, weights: Mapping[str, float]) -> None:
     changes: dict[ModuleKey, list[tuple[Any, str]]] = {}
     for key, layer in switch.layers():
         changes.setdefault(key, []).extend((layer, name) for name in active if name in layer.r)
-    for key, own in changes.items():
-        if own:
-            base = own[0][0].get_base_layer()
-            wide = frozen_weight(base).float()
-            total = sum((active[name] * _live_delta(layer, name, wide) for layer, name in own), start=wide)
+    for key, layers in changes.items():
+        if layers:
+            base = layers[0][0].get_base_layer()
+            frozen = frozen_weight(base).float()
+            total = sum((active[name] * _live_delta(layer, name, frozen) for layer, name in layers), start=frozen)
             switch.originals[key] = base
-            _set_base(own[0][0], _with_weight(base, total.to(_plain_dtype(loaded.parts[key.part]))))
+            _set_base(layers[0][0], _with_weight(base, total.to(_plain_dtype(loaded.parts[key.part]))))
     switch.apply({})
 
 
@@ -78,20 +78,20 @@ def _set_base(layer: Any, base: nn.Module) -> None:
 
 
 def _with_weight(base: Any, weight: Tensor) -> nn.Module:
-    """Returns a plain layer of the same kind with another weight, and the base's own bias."""
+    """Returns a plain layer of the same type with another weight, and the base's own bias."""
     if isinstance(base, nn.Conv2d):
         sizes = (base.in_channels, base.out_channels, base.kernel_size)
         settings = (base.stride, base.padding, base.dilation, base.groups, False, base.padding_mode)
-        made: Any = nn.Conv2d(*sizes, *settings, device="meta")  # type: ignore[arg-type]
+        layer: Any = nn.Conv2d(*sizes, *settings, device="meta")  # type: ignore[arg-type]
     else:
-        made = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    made.bias = base.bias
-    return made.train(base.training)  # type: ignore[no-any-return]
+        layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = base.bias
+    return layer.train(base.training)  # type: ignore[no-any-return]
 
 
 def _plain_dtype(network: nn.Module) -> torch.dtype:
-    """Returns the number type of the weights that are not quantized; those of the base come first."""
+    """Returns the dtype of the weights that are not quantized; those of the base come first."""
     return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
 
 

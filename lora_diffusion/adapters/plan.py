@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_diffusion.adapters import variants
-from lora_diffusion.adapters.targets import SHOWN_FAULTS, Scope, fit_for_adapters, kind_of, read_ones, settle
+from lora_diffusion.adapters.targets import MAX_LISTED, Scope, fit_for_adapters, layer_type, read_ones, settle
 from lora_diffusion.adapters.variants import Variant
 from lora_diffusion.config.per_module import Entry
 from lora_diffusion.config.schema import AdapterConfig
@@ -30,7 +30,7 @@ class PlannedModule:
 
     part: str
     path: str
-    kind: str
+    layer_type: str
     """linear or conv."""
     shape: tuple[int, ...]
     """Of the frozen weight: (out, in) or (out, in, k, k)."""
@@ -55,6 +55,10 @@ class PlannedModule:
     def is_scaled(self) -> bool:
         """Says whether alpha changes anything, which two whole factors of lokr leave out."""
         return not {"w1", "w2"} <= self.tensors.keys()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for plan.json, where the layer type is called kind."""
+        return {"kind" if name == "layer_type" else name: value for name, value in asdict(self).items()}
 
     def fixed(self) -> dict[str, Tensor]:
         """Returns the tensors that are not trained: the identity, [rank, in] or [out, rank], or none."""
@@ -92,19 +96,19 @@ class InjectionPlan:
         """Returns one line for each part: modules, parameters, their share of the network; and what is left out."""
         lines = [self._summary(part, size) for part, size in self.part_sizes.items()]
         if self.unread:
-            shown = name_some(list(self.unread))
-            lines.append(f"left out: {len(self.unread)} modules whose output this base never reads ({shown})")
+            names = name_some(list(self.unread))
+            lines.append(f"left out: {len(self.unread)} modules whose output this base never reads ({names})")
         return lines
 
     def _summary(self, part: str, size: int) -> str:
-        own = self.of_part(part)
-        count = sum(module.num_parameters for module in own)
-        return f"{part}: {len(own)} modules, {count:,} trained parameters ({100 * count / size:.2f} % of {size:,})"
+        modules = self.of_part(part)
+        count = sum(module.num_parameters for module in modules)
+        return f"{part}: {len(modules)} modules, {count:,} trained parameters ({100 * count / size:.2f} % of {size:,})"
 
     def module_lines(self) -> list[str]:
         """Returns one line for each module."""
         return [
-            f"{module.part}/{module.path}  {module.kind} {'x'.join(str(side) for side in module.shape)}  "
+            f"{module.part}/{module.path}  {module.layer_type} {'x'.join(str(side) for side in module.shape)}  "
             f"rank {module.rank}  alpha {module.alpha:g}  {module.num_parameters:,} parameters"
             + (f"  learning rate {module.learning_rate:g}" if module.learning_rate else "")
             for module in self.modules
@@ -112,7 +116,7 @@ class InjectionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for plan.json."""
-        modules = [asdict(module) for module in self.modules]
+        modules = [module.to_json() for module in self.modules]
         return {"part_sizes": dict(self.part_sizes), "modules": modules, "unread": list(self.unread)}
 
     @classmethod
@@ -124,11 +128,12 @@ class InjectionPlan:
 
 def _restored(values: Mapping[str, Any]) -> PlannedModule:
     tensors = {name: tuple(shape) for name, shape in values["tensors"].items()}
-    return PlannedModule(**{**values, "shape": tuple(values["shape"]), "tensors": tensors})
+    settings = {"layer_type" if name == "kind" else name: value for name, value in values.items()}
+    return PlannedModule(**{**settings, "shape": tuple(values["shape"]), "tensors": tensors})
 
 
 def plan(
-    skeleton: Mapping[str, nn.Module],
+    meta_modules: Mapping[str, nn.Module],
     declared: Mapping[str, Part],
     config: AdapterConfig,
     learning_rates: Sequence[str] = (),
@@ -141,7 +146,7 @@ def plan(
     the scale.
 
     Args:
-        skeleton: part -> network; the meta device is enough.
+        meta_modules: part -> network on any device; the meta device is enough.
         declared: part -> its groups, from the family.
         config: asks for variant, parts, targets and size.
         learning_rates: `train.module_learning_rates`.
@@ -155,33 +160,33 @@ def plan(
     """
     variant = variants.find(config.variant)
     _check_numbers(config, variant)
-    _check_parts(config.parts, skeleton, declared)
+    _check_parts(config.parts, meta_modules, declared)
     _check_full(config, variant)
-    matched = _find(skeleton, declared, config, variant, unread)
-    found = {part: read_ones(modules, unread.get(part, ())) for part, modules in matched.items()}
+    matched = _find(meta_modules, declared, config, variant, unread)
+    read = {part: read_ones(modules, unread.get(part, ())) for part, modules in matched.items()}
     left_out = tuple(
-        f"{part}/{path}" for part, modules in matched.items() for path in modules if path not in found[part]
+        f"{part}/{path}" for part, modules in matched.items() for path in modules if path not in read[part]
     )
-    empty = [part for part, modules in found.items() if not modules]
+    empty = [part for part, modules in read.items() if not modules]
     if empty:
         raise TargetError(
-            f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_shown(config.targets)} match no module "
+            f"adapter.parts asks for {', '.join(empty)}, but adapter.targets={_listed(config.targets)} match no module "
             f"there. Groups of {empty[0]}: {', '.join(declared[empty[0]].groups)}. Add a target or drop the part."
         )
-    own = _own_settings(found, declared, config, learning_rates)
+    single = _module_settings(read, declared, config, learning_rates)
     planned = tuple(
-        replace(_planned(key, module, config, variant, own), learning_rate=own.learning_rate(key))
-        for part, modules in found.items()
+        replace(_planned(key, module, config, variant, single), learning_rate=single.learning_rate(key))
+        for part, modules in read.items()
         for key, module in ((ModuleKey(part, path), module) for path, module in modules.items())
     )
-    _check_ranks(planned, config, variant, own)
-    _check_alphas(planned, own)
-    _check_convolutions(planned, config, own)
-    return InjectionPlan(planned, {part: _count(skeleton[part]) for part in config.parts}, left_out)
+    _check_ranks(planned, config, variant, single)
+    _check_alphas(planned, single)
+    _check_convolutions(planned, config, single)
+    return InjectionPlan(planned, {part: _count(meta_modules[part]) for part in config.parts}, left_out)
 
 
 def _find(
-    skeleton: Mapping[str, nn.Module],
+    meta_modules: Mapping[str, nn.Module],
     declared: Mapping[str, Part],
     config: AdapterConfig,
     variant: Variant,
@@ -189,28 +194,28 @@ def _find(
 ) -> dict[str, dict[str, nn.Module]]:
     """Returns part -> path -> module of all that gets an adapter, in the order of the networks."""
     networks = {
-        part: {path: module for path, module in skeleton[part].named_modules() if path} for part in config.parts
+        part: {path: module for path, module in meta_modules[part].named_modules() if path} for part in config.parts
     }
     by_targets = {part: modules for part, modules in networks.items() if part not in config.full}
     scope = Scope("adapter.targets", by_targets, declared, config.full)
     added = [
         f"{part}/{group}" for group in variant.added_targets for part in by_targets if group in declared[part].groups
     ]
-    asked = {
+    requested = {
         key for target in (*config.targets, *added) if by_targets for key in fit_for_adapters(scope, target, unread)
     }
     return {
         part: {
             path: module
             for path, module in modules.items()
-            if (kind_of(module) if part in config.full else ModuleKey(part, path) in asked)
+            if (layer_type(module) if part in config.full else ModuleKey(part, path) in requested)
         }
         for part, modules in networks.items()
     }
 
 
-class _Own(NamedTuple):
-    """What single modules have of their own."""
+class _ModuleSettings(NamedTuple):
+    """The settings of single modules."""
 
     ranks: Mapping[ModuleKey, Entry]
     alphas: Mapping[ModuleKey, Entry]
@@ -226,18 +231,18 @@ class _Own(NamedTuple):
         return self.learning_rates[key].value if key in self.learning_rates else None
 
 
-def _own_settings(
-    found: Mapping[str, Mapping[str, nn.Module]],
+def _module_settings(
+    trained: Mapping[str, Mapping[str, nn.Module]],
     declared: Mapping[str, Part],
     config: AdapterConfig,
     learning_rates: Sequence[str],
-) -> _Own:
-    sized = {part: modules for part, modules in found.items() if part not in config.full}
+) -> _ModuleSettings:
+    sized = {part: modules for part, modules in trained.items() if part not in config.full}
     scope = Scope("adapter.module_ranks", sized, declared, config.full, "trained module")
-    return _Own(
+    return _ModuleSettings(
         settle(config.module_ranks, scope),
         settle(config.module_alphas, replace(scope, key="adapter.module_alphas")),
-        settle(learning_rates, Scope("train.module_learning_rates", found, declared, kind="trained module")),
+        settle(learning_rates, Scope("train.module_learning_rates", trained, declared, noun="trained module")),
     )
 
 
@@ -260,9 +265,9 @@ def _check_numbers(config: AdapterConfig, variant: Variant) -> None:
         )
 
 
-def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig, own: _Own) -> None:
+def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig, single: _ModuleSettings) -> None:
     wide = [module.key for module in modules if _is_wide(module.shape)]
-    for name, entries in (("conv_rank", own.ranks), ("conv_alpha", own.alphas)):
+    for name, entries in (("conv_rank", single.ranks), ("conv_alpha", single.alphas)):
         if getattr(config, name) is None or any(key not in entries for key in wide):
             continue
         reason = "no convolution larger than 1x1 is among the targets; add conv to adapter.targets"
@@ -275,12 +280,12 @@ def _check_convolutions(modules: Sequence[PlannedModule], config: AdapterConfig,
         )
 
 
-def _check_parts(parts: Sequence[str], skeleton: Mapping[str, nn.Module], declared: Mapping[str, Part]) -> None:
+def _check_parts(parts: Sequence[str], meta_modules: Mapping[str, nn.Module], declared: Mapping[str, Part]) -> None:
     if not parts:
         raise ConfigError(f"adapter.parts is empty; name one or more of {', '.join(declared)}.")
     for part in parts:
-        if part not in declared or part not in skeleton:
-            present = [name for name in declared if name in skeleton]
+        if part not in declared or part not in meta_modules:
+            present = [name for name in declared if name in meta_modules]
             raise ConfigError(
                 f'adapter.parts: the base has no part "{part}"{suggestion(part, present)}. Use {", ".join(present)}.'
             )
@@ -293,17 +298,19 @@ def _check_full(config: AdapterConfig, variant: Variant) -> None:
     if config.full and variant.stored != variants.FULL.stored:
         able = ", ".join(other.name for other in variants.every() if other.stored == variants.FULL.stored)
         raise ConfigError(
-            f"adapter.full={_shown(config.full)} does not go with adapter.variant={variant.name}, since PEFT holds one "
-            f"kind in a file; use one of {able}."
+            f"adapter.full={_listed(config.full)} does not go with adapter.variant={variant.name}, since PEFT holds "
+            f"one variant in a file; use one of {able}."
         )
 
 
-def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant, own: _Own) -> None:
+def _check_ranks(
+    modules: Sequence[PlannedModule], config: AdapterConfig, variant: Variant, single: _ModuleSettings
+) -> None:
     limits: dict[str, dict[PlannedModule, int]] = {}
     for module in modules if variant.has_largest_rank else ():
         if not module.identity:
             key = "conv_rank" if config.conv_rank is not None and _is_wide(module.shape) else "rank"
-            source = str(own.ranks.get(module.key, f"adapter.{key}={module.rank}"))
+            source = str(single.ranks.get(module.key, f"adapter.{key}={module.rank}"))
             limits.setdefault(source, {})[module] = variants.largest_rank(module.shape)
     for source, largest in limits.items():
         small = [module for module, limit in largest.items() if module.rank > limit]
@@ -311,16 +318,13 @@ def _check_ranks(modules: Sequence[PlannedModule], config: AdapterConfig, varian
             raise ConfigError(
                 f"{source} is larger than {len(small)} of the matched modules can hold; the largest rank that fits all "
                 f"of them is {min(largest.values())}. Lower the rank or name other targets.",
-                [
-                    f"{module.part}/{module.path} holds rank {largest[module]} at most"
-                    for module in small[:SHOWN_FAULTS]
-                ],
+                [f"{module.part}/{module.path} holds rank {largest[module]} at most" for module in small[:MAX_LISTED]],
             )
 
 
-def _check_alphas(modules: Sequence[PlannedModule], own: _Own) -> None:
-    used = {own.alphas[module.key] for module in modules if module.key in own.alphas and module.is_scaled}
-    for entry in own.alphas.values():
+def _check_alphas(modules: Sequence[PlannedModule], single: _ModuleSettings) -> None:
+    used = {single.alphas[module.key] for module in modules if module.key in single.alphas and module.is_scaled}
+    for entry in single.alphas.values():
         if entry not in used:
             raise ConfigError(
                 f"{entry} does nothing, since lokr holds all that it matches as two whole factors, which have no "
@@ -328,32 +332,34 @@ def _check_alphas(modules: Sequence[PlannedModule], own: _Own) -> None:
             )
 
 
-def _planned(key: ModuleKey, module: nn.Module, config: AdapterConfig, variant: Variant, own: _Own) -> PlannedModule:
+def _planned(
+    key: ModuleKey, module: nn.Module, config: AdapterConfig, variant: Variant, single: _ModuleSettings
+) -> PlannedModule:
     shape = tuple(module.get_parameter("weight").shape)
     if key.part in config.full:
-        return _planned_in_full(key, kind_of(module), shape)
+        return _planned_in_full(key, layer_type(module), shape)
     size = _size(shape, config, variant.alpha_power)
-    rank, alpha = _resized(size, own.rank(key), own.alpha(key), variant.alpha_power)
+    rank, alpha = _resized(size, single.rank(key), single.alpha(key), variant.alpha_power)
     tensors = variant.shapes(shape, rank, config.lokr_factor)
     return PlannedModule(
         part=key.part,
         path=key.path,
-        kind=kind_of(module),
+        layer_type=layer_type(module),
         shape=shape,
         rank=rank,
         alpha=alpha,
         tensors=tensors,
-        num_parameters=sum(math.prod(own) for own in tensors.values()),
+        num_parameters=sum(math.prod(shape) for shape in tensors.values()),
     )
 
 
-def _planned_in_full(key: ModuleKey, kind: str, shape: tuple[int, ...]) -> PlannedModule:
+def _planned_in_full(key: ModuleKey, layer: str, shape: tuple[int, ...]) -> PlannedModule:
     rank = variants.largest_rank(shape)
     tensors = variants.FULL.shapes(shape, rank, -1)
     # The square factor is the identity, so that the other is the change of the weight.
     identity = "down" if rank == math.prod(shape[1:]) else "up"
     trained = math.prod(shape)
-    return PlannedModule(key.part, key.path, kind, shape, rank, float(rank), tensors, trained, identity)
+    return PlannedModule(key.part, key.path, layer, shape, rank, float(rank), tensors, trained, identity)
 
 
 def _size(shape: Sequence[int], config: AdapterConfig, power: float) -> tuple[int, float]:
@@ -378,5 +384,5 @@ def _count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _shown(words: Sequence[str]) -> str:
+def _listed(words: Sequence[str]) -> str:
     return "[" + ", ".join(words) + "]"

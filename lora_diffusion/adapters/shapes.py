@@ -24,7 +24,7 @@ def inject_shapes(
     Args:
         loaded: its networks are on the meta device and are changed in place.
         plan: made from the same base and variant.
-        variant: kind of adapter.
+        variant: of the adapter.
         dropout: of the adapter.
 
     Returns:
@@ -41,8 +41,8 @@ def inject_shapes(
         network = loaded.parts[module.part]
         layer = _Lora(network.get_submodule(module.path), module, dropout)
         network.set_submodule(module.path, layer)
-        own = {name: layer.get_parameter(f"{name}.weight") for name in ("down", "up")}
-        parameters[module.part] |= {f"{module.path}.{name}": weight for name, weight in own.items()}
+        factors = {name: layer.get_parameter(f"{name}.weight") for name in ("down", "up")}
+        parameters[module.part] |= {f"{module.path}.{name}": weight for name, weight in factors.items()}
     return parameters
 
 
@@ -62,14 +62,14 @@ class _Lora(nn.Module):
         self.is_fused = isinstance(base, nn.Linear) and not dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        base, kind = self.base_layer, self.get_parameter("down.weight").dtype
+        base, dtype = self.base_layer, self.get_parameter("down.weight").dtype
         is_cast = torch.is_autocast_enabled(x.device.type)
-        if self.is_fused and x.dim() > 1 and (is_cast or x.dtype == kind):
+        if self.is_fused and x.dim() > 1 and (is_cast or x.dtype == dtype):
             target = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
             factors = (self.down.weight, self.up.weight)
             return FusedProduct.apply(x, base.weight, base.bias, *factors, self.scale, target)  # type: ignore[no-any-return]
         answer = base(x)
-        return (answer + self.up(self.down(self.dropout(x.to(kind)))) * self.scale).to(answer.dtype)  # type: ignore[no-any-return]
+        return (answer + self.up(self.down(self.dropout(x.to(dtype)))) * self.scale).to(answer.dtype)  # type: ignore[no-any-return]
 
 
 def _factors(base: nn.Module, rank: int) -> tuple[nn.Module, nn.Module]:

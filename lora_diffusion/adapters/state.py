@@ -56,7 +56,7 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
         ConfigError: the name is taken.
         UnsupportedError: a variant that does not run on quantized layers, and the base has such.
     """
-    _check_kinds(state, name)
+    _check_variants(state, name)
     check_fit(state, loaded.parts, f'The adapter "{name}"')
     _check_quantization(state, getattr(loaded.options, "quantization", "none"), name)
 
@@ -70,19 +70,21 @@ def load_state(loaded: Loaded, state: AdapterState, name: str, weight: float = 1
     add_adapter(loaded, slots, name, make, weight=weight)
 
 
-def _check_kinds(state: AdapterState, name: str) -> None:
-    found = {adapter.variant for _, adapter in state if adapter.variant not in ENGINES}
-    found |= {"changes of biases" for _, adapter in state if "bias" in adapter.tensors}
-    if found:
+def _check_variants(state: AdapterState, name: str) -> None:
+    unfit = {adapter.variant for _, adapter in state if adapter.variant not in ENGINES}
+    unfit |= {"changes of biases" for _, adapter in state if "bias" in adapter.tensors}
+    if unfit:
         raise UnsupportedError(
-            f'The adapter "{name}" holds {", ".join(sorted(found))}, which cannot be switched on and off beside a '
+            f'The adapter "{name}" holds {", ".join(sorted(unfit))}, which cannot be switched on and off beside a '
             "base; merge it into the base: lora-diffusion merge."
         )
 
 
 def _check_quantization(state: AdapterState, quantization: str, name: str) -> None:
-    found = {adapter.variant for _, adapter in state}
-    unable = [own.stored for own in variants.every() if own.stored in found and quantization not in own.quantizations]
+    stored = {adapter.variant for _, adapter in state}
+    unable = [
+        each.stored for each in variants.every() if each.stored in stored and quantization not in each.quantizations
+    ]
     if unable:
         raise UnsupportedError(
             f'The adapter "{name}": {" and ".join(unable)} cannot run on a {quantization} base; set '
@@ -103,25 +105,25 @@ def check_fit(state: AdapterState, parts: Mapping[str, nn.Module], source: str) 
     """
     if not state.modules:
         raise AdapterFileError(f"{source} holds no adapter.")
-    faults = [fault for key, adapter in state if (fault := _misfit(parts, key, adapter))]
-    if faults:
+    errors = [error for key, adapter in state if (error := _misfit(parts, key, adapter))]
+    if errors:
         raise AdapterFileError(
-            f"{source} does not fit this base: {len(faults)} of its {len(state.modules)} modules are missing or of "
+            f"{source} does not fit this base: {len(errors)} of its {len(state.modules)} modules are missing or of "
             "another shape. Load it with the base it was trained on.",
-            faults[:10],
+            errors[:10],
         )
 
 
 def weight_shapes(parts: Mapping[str, nn.Module]) -> dict[ModuleKey, tuple[int, ...]]:
-    """Returns the shapes of the weights of all layers that adapters of any kind change; the meta device is enough."""
+    """Returns the weight shapes of all layers that adapters of any variant change; the meta device is enough."""
     from torch import nn
 
-    kinds = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding
+    layer_types = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding
     return {
         ModuleKey(part, path): tuple(module.get_parameter("weight").shape)
         for part, network in parts.items()
         for path, module in network.named_modules()
-        if isinstance(module, kinds)
+        if isinstance(module, layer_types)
     }
 
 
@@ -139,12 +141,12 @@ def _misfit(parts: Mapping[str, nn.Module], key: ModuleKey, adapter: ModuleAdapt
         return f"{key.part}/{key.path}: a {type(base).__name__} cannot hold {adapter.variant}"
     if "bias" in adapter.tensors and getattr(base, "bias", None) is None:
         return f"{key.part}/{key.path}: a bias is changed, and the base has none"
-    fault = _wrong_factor(adapter, shape) or _wrong_change(adapter, shape)
-    return fault and f"{key.part}/{key.path}: {fault}"
+    error = _wrong_factor(adapter, shape) or _wrong_change(adapter, shape)
+    return error and f"{key.part}/{key.path}: {error}"
 
 
 def _shape(base: nn.Module, adapter: ModuleAdapter) -> tuple[int, ...] | None:
-    """Returns the shape of a layer's weight; None if it is of a kind that cannot hold the adapter."""
+    """Returns the shape of a layer's weight; None if layers of its type cannot hold the adapter."""
     # A quantized weight is stored in another shape.
     if isinstance(base, nn.Linear):
         return (base.out_features, base.in_features)
@@ -161,10 +163,10 @@ def _wrong_factor(adapter: ModuleAdapter, shape: Sequence[int]) -> str | None:
         return None
     expected = {"down": (adapter.rank, *shape[1:]), "up": (shape[0], adapter.rank, *(1,) * (len(shape) - 2))}
     for tensor, wanted in expected.items():
-        own = tuple(adapter.tensors[tensor].shape)
+        actual = tuple(adapter.tensors[tensor].shape)
         # ComfyUI writes the factors of convolutions flat.
-        if _bare(own) != _bare(wanted) and own != (wanted[0], math.prod(wanted[1:])):
-            return f"{tensor} is {list(own)}, the base needs {list(wanted)}"
+        if _bare(actual) != _bare(wanted) and actual != (wanted[0], math.prod(wanted[1:])):
+            return f"{tensor} is {list(actual)}, the base needs {list(wanted)}"
     return None
 
 

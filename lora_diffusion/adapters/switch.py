@@ -31,8 +31,8 @@ class PeftSwitch:
     def layers(self) -> Iterator[tuple[ModuleKey, Any]]:
         """Yields every layer of PEFT (which is untyped), in the order of the networks.
 
-        Adapters of different kinds on one module are layers around each other, which come one after the other with the
-        same key, the outermost first.
+        Adapters of different variants on one module are layers around each other, which come one after the other
+        with the same key, the outermost first.
         """
         for part, network in self._loaded.parts.items():
             for path, module in network.named_modules():
@@ -64,9 +64,9 @@ class PeftSwitch:
         layers = [layer for _, layer in self.layers()]
         with _kept_gradient_flags(layers):
             for layer in layers:
-                own = [name for name in active if name in layer.r]
-                layer.set_adapter(own)
-                for name in own:
+                names = [name for name in active if name in layer.r]
+                layer.set_adapter(names)
+                for name in names:
                     layer.set_scale(name, active[name])
 
     @contextmanager
@@ -94,7 +94,7 @@ def switch_of(loaded: Loaded) -> PeftSwitch:
 
 @contextmanager
 def _kept_gradient_flags(layers: Sequence[Any]) -> Iterator[None]:
-    # PEFT decides requires_grad anew whenever an adapter is switched; only `inject` decides what is trained.
+    # PEFT decides requires_grad again whenever an adapter is switched; only `inject` decides what is trained.
     flags = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
         yield

@@ -17,7 +17,7 @@ from lora_diffusion.core.text import name_some, question, suggestion
 if TYPE_CHECKING:
     from torch import nn
 
-SHOWN_FAULTS = 10
+MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scope:
     """Part -> its groups, for all parts of the base."""
     full: Sequence[str] = ()
     """Parts that are not looked at, as they are trained in full."""
-    kind: str = "module"
+    noun: str = "module"
     """What messages call one of the modules."""
 
     def find(self, target: str) -> list[ModuleKey]:
@@ -42,17 +42,19 @@ class Scope:
             TargetError: it names none, or a part that is not looked at, or is no regular expression.
         """
         parts, bare = self._split(target)
-        found = [ModuleKey(part, path) for part in parts for path in self._match(part, bare)]
-        if not found:
+        matched = [ModuleKey(part, path) for part in parts for path in self._match(part, bare)]
+        if not matched:
             words = [group for part in parts for group in self.declared[part].groups if self._match(part, group)]
             groups = dict.fromkeys(words)
-            paths = dict.fromkeys(path for part in parts for path, own in self.modules[part].items() if kind_of(own))
+            paths = dict.fromkeys(
+                path for part in parts for path, module in self.modules[part].items() if layer_type(module)
+            )
             near = self._near(parts, bare, paths) if bare.startswith("re:") else suggestion(bare, groups | paths)
             raise TargetError(
-                f'{self.key}: "{target}" matches no {self.kind} of {", ".join(parts)}'
+                f'{self.key}: "{target}" matches no {self.noun} of {", ".join(parts)}'
                 f"{near}. Use a group ({', '.join(groups)}), the path of a Linear or Conv2d module, or re:PATTERN."
             )
-        return found
+        return matched
 
     def _near(self, parts: Sequence[str], bare: str, paths: Iterable[str]) -> str:
         """Suggests patterns that match: the given one for the end of a path, and those with one word corrected."""
@@ -66,10 +68,10 @@ class Scope:
 
     def _holds_adapters(self, parts: Sequence[str], pattern: str) -> bool:
         try:
-            found = [self.modules[part][path] for part in parts for path in self._match(part, f"re:{pattern}")]
+            modules = [self.modules[part][path] for part in parts for path in self._match(part, f"re:{pattern}")]
         except TargetError:  # what was a pattern is none any more
             return False
-        return bool(found) and all(map(kind_of, found))
+        return bool(modules) and all(map(layer_type, modules))
 
     def _split(self, target: str) -> tuple[tuple[str, ...], str]:
         if target.startswith("re:") or "/" not in target:
@@ -114,30 +116,32 @@ def fit_for_adapters(scope: Scope, target: str, unread: Mapping[str, Sequence[st
     Raises:
         TargetError: one cannot, or the base reads the output of none.
     """
-    found = scope.find(target)
-    if not any(read_ones({path: scope.modules[part][path]}, unread.get(part, ())) for part, path in found):
+    matched = scope.find(target)
+    if not any(read_ones({path: scope.modules[part][path]}, unread.get(part, ())) for part, path in matched):
         raise TargetError(
-            f'{scope.key}: "{target}" matches only {name_some([f"{part}/{path}" for part, path in found])}, whose '
+            f'{scope.key}: "{target}" matches only {name_some([f"{part}/{path}" for part, path in matched])}, whose '
             "output this base never reads, so that nothing could be learnt there. Name other layers."
         )
     unfit = [
         f"{part}/{path} is a {type(scope.modules[part][path]).__name__}"
-        for part, path in found
-        if not kind_of(scope.modules[part][path])
+        for part, path in matched
+        if not layer_type(scope.modules[part][path])
     ]
     if unfit:
         raise TargetError(
             f'{scope.key}: "{target}" matches {len(unfit)} module(s) that cannot hold an adapter; only Linear and '
             "Conv2d (without groups) can. Name a narrower target.",
-            unfit[:SHOWN_FAULTS],
+            unfit[:MAX_LISTED],
         )
-    return found
+    return matched
 
 
 def read_ones(modules: Mapping[str, nn.Module], unread: Sequence[str]) -> dict[str, nn.Module]:
     """Returns the modules whose output the base reads."""
     patterns = [re.compile(pattern) for pattern in unread]
-    return {path: own for path, own in modules.items() if not any(pattern.fullmatch(path) for pattern in patterns)}
+    return {
+        path: module for path, module in modules.items() if not any(pattern.fullmatch(path) for pattern in patterns)
+    }
 
 
 def settle(texts: Sequence[str], scope: Scope) -> dict[ModuleKey, Entry]:
@@ -159,7 +163,7 @@ def settle(texts: Sequence[str], scope: Scope) -> dict[ModuleKey, Entry]:
     return settled
 
 
-def kind_of(module: nn.Module) -> str:
+def layer_type(module: nn.Module) -> str:
     """Returns linear or conv for a module that can hold an adapter, else ""."""
     from torch import nn
 

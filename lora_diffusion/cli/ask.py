@@ -6,30 +6,28 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_csv, check_csv, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_csv, check_csv, print_result, set_up_logs
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("ask", help="ask about pictures, or score the answers")
+    parser = commands.add_parser("ask", help="ask about images, or score the answers")
     add_base(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--question", help="what to ask about each picture")
+    what.add_argument("--question", help="what to ask about each image")
     what.add_argument("--score", action="store_true", help="compare with the answers of conversations: exact match, F1")
     parser.add_argument("--clip", metavar="NAME", help="with --score: a CLIP that scores the answers as captions")
-    parser.add_argument("--images", metavar="DIR", help="with --score: folder of the pictures that the data names")
+    parser.add_argument("--images", metavar="DIR", help="with --score: folder of the images that the data names")
     parser.add_argument("--split", metavar="NAME", help="with --score: folder, file or split to score on (all)")
     add_csv(parser, "the answers")
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders; conversations to score"
-    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="images or folders; conversations to score")
     parser.set_defaults(run=run)
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose a base that talks about pictures, and its adapters."""
+    """Adds the options that choose a base of visual question answering, and its adapters."""
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--config", type=Path, help="take the base model from a training config")
     base.add_argument("--model", help="a folder of LLaVA or a hub id (builtin:emoji-llava)")
@@ -80,5 +78,5 @@ def _data(args: argparse.Namespace) -> Any:
     from lora_diffusion.config.schema import ChatDataConfig
 
     data = _config(args).data
-    own = data if isinstance(data, ChatDataConfig) else ChatDataConfig()
-    return replace(own, images=args.images or own.images, split=args.split or "all")
+    config = data if isinstance(data, ChatDataConfig) else ChatDataConfig()
+    return replace(config, images=args.images or config.images, split=args.split or "all")

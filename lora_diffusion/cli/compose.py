@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_embeddings, add_rank, print_result, set_up_logs, weighted_parts
+from lora_diffusion.cli._arguments_and_output import add_embeddings, add_rank, print_result, set_up_logs, weighted_parts
 from lora_diffusion.core import registry
 
 
@@ -19,10 +19,10 @@ def add_parser(commands: Any) -> None:
         metavar="FILE:WEIGHT",
         help="adapter with one weight (a.safetensors:0.8) or one for each part (a.safetensors:unet=0.8,text_encoder=0)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="file, in kohya's spelling")
+    parser.add_argument("--output", type=Path, required=True, help="file, in kohya's format")
     parser.add_argument("--method", choices=registry.available("methods"), default="sum", help="how; default: sum")
     add_rank(parser, required=False)
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of the adapters")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype; default: that of the adapters")
     parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
     add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result
+from lora_diffusion.cli._arguments_and_output import add_config, config_and_overrides, print_result
 
 
 def add_parser(commands: Any) -> None:
@@ -17,17 +17,17 @@ def add_parser(commands: Any) -> None:
     listing.set_defaults(run=list_shipped)
     copying = actions.add_parser("copy", help="copy one of them, to be changed")
     copying.add_argument("name", help="as 'config list' prints it")
-    copying.add_argument("target", type=Path, nargs="?", help="new file; default: its own name in this folder")
+    copying.add_argument("target", type=Path, nargs="?", help="new file; default: its name, in this folder")
     copying.set_defaults(run=copy)
     for name, function, text in (
-        ("check", check, "find every fault of a config"),
+        ("check", check, "find every error of a config"),
         ("show", show, "print every value with its meaning"),
     ):
         action = actions.add_parser(name, help=text)
         add_config(action, "train.max_steps=500")
         action.set_defaults(run=function)
     for action in actions.choices.values():
-        # Without a default of their own, so that they do not undo what stands before the action.
+        # Without a default, so that they do not undo what stands before the action.
         keep = argparse.SUPPRESS
         action.add_argument("--json", action="store_true", default=keep, help="print the result as JSON")
         action.add_argument("--debug", action="store_true", default=keep, help="show the traceback of an error")

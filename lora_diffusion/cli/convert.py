@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_embeddings, add_family, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_embeddings, add_family, print_result, set_up_logs
 from lora_diffusion.core import registry
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("convert", help="write an adapter file in another spelling")
+    parser = commands.add_parser("convert", help="write an adapter file in another format")
     parser.add_argument(
         "input", type=Path, metavar="IN", help="adapter file, folder saved by PEFT, or checkpoint of a run"
     )
@@ -21,9 +21,9 @@ def add_parser(commands: Any) -> None:
         "--to",
         required=True,
         choices=[*registry.available("formats"), "comfyui", "a1111", "forge"],
-        help="spelling; comfyui, a1111 and forge read that of kohya",
+        help="format; comfyui, a1111 and forge read that of kohya",
     )
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype; default: that of IN")
     add_family(parser, "what the tensors tell")
     parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
     parser.add_argument(

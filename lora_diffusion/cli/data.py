@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import print_result, set_up_logs
 from lora_diffusion.cli.ask import add_base, read_base
 from lora_diffusion.core.errors import ConfigError
 
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
 def _add_check(actions: Any) -> None:
     check = actions.add_parser("check", help="list all that is wrong with a data set, or what it holds")
     check.add_argument(
-        "folder", nargs="?", metavar="FOLDER", help="data.path; of pictures, unless model.family says else"
+        "folder", nargs="?", metavar="FOLDER", help="data.path; of images, unless model.family says else"
     )
     check.add_argument("--config", type=Path, help="YAML file, or a name of 'config list'")
     check.add_argument("overrides", nargs="*", metavar="key=value", help="say data.captions=optional")
@@ -34,8 +34,8 @@ def _add_check(actions: Any) -> None:
 
 
 def _add_caption(actions: Any) -> None:
-    caption = actions.add_parser("caption", help="write a caption beside each picture that has none")
-    caption.add_argument("folder", metavar="FOLDER", help="pictures to caption")
+    caption = actions.add_parser("caption", help="write a caption beside each image that has none")
+    caption.add_argument("folder", metavar="FOLDER", help="images to caption")
     add_base(caption)
     caption.add_argument(
         "--prompt", default="Describe the picture.", help="{name} and {folder} stand for file and folder"

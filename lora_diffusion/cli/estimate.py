@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_config, config_and_overrides, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import base_of, print_result, set_up_logs, size
+from lora_diffusion.cli._arguments_and_output import base_of, print_result, set_up_logs, size
 from lora_diffusion.core import registry
 from lora_diffusion.core.errors import GateError
 
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--run", type=Path, dest="run_path", metavar="RUN_DIR", help="compare the checkpoints of a run")
     parser.add_argument("--weights", type=_numbers, default=(1.0,), help="multiply all weights with each, say 0,0.5,1")
-    parser.add_argument("--prompts", required=True, metavar="FILE|SUITE", help="prompts by kind, say dreambooth-object")
+    parser.add_argument("--prompts", required=True, metavar="FILE|SUITE", help="prompt suite, say dreambooth-object")
     parser.add_argument("--trigger", action="append", default=[], help="words for {trigger}, the next for {trigger2}")
     parser.add_argument(
         "--class", action="append", default=[], dest="classes", help="words for {class}, the next for {class2}"
@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
         action="append",
         type=_pair,
         default=[],
-        metavar="KIND=NAME",
+        metavar="ROLE=NAME",
         help="another model that scores, say dino=FOLDER",
     )
     parser.add_argument("--seed", action="append", type=int, help="may be given several times; default 0 to 3")
@@ -102,10 +102,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pair(text: str) -> tuple[str, str]:
-    kind, sign, name = text.partition("=")
-    if not kind or not sign or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} names no scorer; write KIND=NAME, say dino=FOLDER")
-    return kind, name
+    role, sign, name = text.partition("=")
+    if not role or not sign or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} names no scorer; write ROLE=NAME, say dino=FOLDER")
+    return role, name
 
 
 def _numbers(text: str) -> tuple[float, ...]:

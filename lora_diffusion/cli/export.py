@@ -6,18 +6,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import print_result, set_up_logs
 from lora_diffusion.core import registry
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("export", help="write the adapter of a run in another spelling")
+    parser = commands.add_parser("export", help="write the adapter of a run in another format")
     parser.add_argument(
         "run_path", type=Path, metavar="RUN_DIR", help="folder of a training run, or a checkpoint in it"
     )
     parser.add_argument("--step", type=int, help="the checkpoint after this step instead of the finished adapter")
-    parser.add_argument("--to", required=True, choices=registry.available("formats"), help="spelling of the file")
+    parser.add_argument("--to", required=True, choices=registry.available("formats"), help="format of the file")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder for peft")
     parser.add_argument(
         "--client",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_family, add_rank, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_family, add_rank, print_result, set_up_logs
 from lora_diffusion.core import registry
 
 
@@ -14,7 +14,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("extract", help="write the difference of two base models as an adapter")
     parser.add_argument("base", metavar="BASE", help="model that the adapter is for: folder, checkpoint or hub id")
-    parser.add_argument("tuned", metavar="TUNED", help="fine-tuned model of the same kind")
+    parser.add_argument("tuned", metavar="TUNED", help="fine-tuned model of the same family")
     parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
     add_rank(parser, required=True)
     parser.add_argument("--parts", nargs="+", default=[], help="networks to look at, say unet; default: all")

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser with all commands."""
     parser = _Parser(
         prog="lora-diffusion",
-        description="Train small adapter files for image models, look at what they draw, and use them everywhere.",
+        description="Train small adapter files for image models, look at what they generate, and use them everywhere.",
         epilog="New here? Run: lora-diffusion quickstart",
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -129,10 +129,10 @@ def _check_processes(command: str) -> None:
 
 
 def _tell_unused_precision(command: str) -> None:
-    asked = launch.launcher_precision()
-    if asked and command in _WITHOUT_TRAINING and launch.process_index() == 0:
-        told = f"accelerate's mixed precision ({asked}) is that of training; {command} computes in model.dtype"
-        print(f"lora-diffusion {command}: {told}.", file=sys.stderr)
+    precision = launch.launcher_precision()
+    if precision and command in _WITHOUT_TRAINING and launch.process_index() == 0:
+        message = f"accelerate's mixed precision ({precision}) is that of training; {command} computes in model.dtype"
+        print(f"lora-diffusion {command}: {message}.", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,10 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, say head, has enough
         silence(sys.stdout)
     except (MemoryError, OSError, RuntimeError) as error:
-        told = None if args.debug else _failure(error)
-        if told is None:
+        message = None if args.debug else _failure(error)
+        if message is None:
             raise
-        _tell(args, told)
+        _tell(args, message)
         return 1
     except KeyboardInterrupt:
         instead = " instead of --overwrite" if getattr(args, "overwrite", False) else ""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_family, print_result, set_up_logs, weighted_parts
+from lora_diffusion.cli._arguments_and_output import add_family, print_result, set_up_logs, weighted_parts
 
 
 def add_parser(commands: Any) -> None:
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
-        help="number type of the networks' weights; default: as stored in the base, as all else in it stays",
+        help="dtype of the networks' weights; default: as stored in the base, as all else in it stays",
     )
     add_family(parser, "what its files tell")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

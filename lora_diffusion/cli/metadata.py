@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result
+from lora_diffusion.cli._arguments_and_output import print_result
 from lora_diffusion.core.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     strip = actions.add_parser("strip", help="take out all that apps do not need")
     for action in (show, edit, strip):
         action.add_argument("path", type=Path, metavar="FILE", help=".safetensors file")
-        # Without a default of their own, so that they do not undo what stands before the action.
+        # Without a default, so that they do not undo what stands before the action.
         keep = argparse.SUPPRESS
         action.add_argument("--json", action="store_true", default=keep, help="print the result as JSON")
         action.add_argument("--debug", action="store_true", default=keep, help="show the traceback of an error")
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     edit.add_argument(
         "--unset", nargs="+", action="extend", default=[], metavar="KEY", dest="removed", help="takes it out"
     )
-    edit.add_argument("--thumbnail", type=Path, help="picture that is made small and put into the file")
+    edit.add_argument("--thumbnail", type=Path, help="image that is scaled down and put into the file")
     strip.add_argument(
         "--keep", nargs="+", action="extend", default=[], metavar="KEY", help='"ss_*" keeps all of those'
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_embeddings, add_rank, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_embeddings, add_rank, print_result, set_up_logs
 
 
 def add_parser(commands: Any) -> None:
@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("input", type=Path, metavar="IN", help="adapter file, or folder saved by PEFT")
     parser.add_argument("output", type=Path, metavar="OUT", help="file, or folder for peft")
     add_rank(parser, required=True)
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="number type; default: that of IN")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="dtype; default: that of IN")
     parser.add_argument("--model", help="the base itself, if it is built unlike those that were published")
     add_embeddings(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

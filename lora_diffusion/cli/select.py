@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import print_result, set_up_logs
 from lora_diffusion.core.errors import ConfigError
 
 _LIMITS = {

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from lora_diffusion.cli._shared import add_config, config_and_overrides, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_config, config_and_overrides, print_result, set_up_logs
 from lora_diffusion.core.result import Result
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
-    parser = commands.add_parser("train", help="train an adapter from a folder of pictures")
+    parser = commands.add_parser("train", help="train an adapter from a folder of images")
     add_config(parser, "data.path=photos train.max_steps=500")
     parser.add_argument("--resume", action="store_true", help="continue the run in output.path where it stopped")
     parser.add_argument("--dry-run", action="store_true", help="show data, plan and memory; train nothing")

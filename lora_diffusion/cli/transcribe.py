@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import add_csv, check_csv, print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import add_csv, check_csv, print_result, set_up_logs
 from lora_diffusion.compose.plan import weighted_file
 from lora_diffusion.core.errors import ConfigError
 
@@ -99,5 +99,5 @@ def _data(args: argparse.Namespace, config: Any) -> Any:
 
     from lora_diffusion.config.schema import RecordingDataConfig
 
-    own = config.data if isinstance(config.data, RecordingDataConfig) else RecordingDataConfig()
-    return replace(own, split=args.split or "all")
+    data = config.data if isinstance(config.data, RecordingDataConfig) else RecordingDataConfig()
+    return replace(data, split=args.split or "all")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.cli._shared import print_result, set_up_logs
+from lora_diffusion.cli._arguments_and_output import print_result, set_up_logs
 from lora_diffusion.core.errors import VerificationError
 
 
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="comfyui, a1111, forge, kohya or diffusers; may be given several times; default: all",
     )
-    parser.add_argument("--base", help="sd1, sd2, sdxl or a base model; default: found from the file")
+    parser.add_argument("--base", help="sd1, sd2, sdxl or a base model; default: as the file says")
     parser.set_defaults(run=run)
 
 

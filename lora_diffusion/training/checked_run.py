@@ -1,4 +1,4 @@
-"""What a training run is made of, once all of it has been checked."""
+"""The pieces of a training run, once all of them have been checked."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def folder(run_path: Path) -> Path:
 
 def saved_steps(run_path: Path) -> dict[int, Path]:
     """Returns step -> folder of the checkpoints of a run, oldest first, whole or not."""
-    found = {path.name.removeprefix("step-"): path for path in folder(run_path).glob("step-*") if path.is_dir()}
-    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
+    paths = {path.name.removeprefix("step-"): path for path in folder(run_path).glob("step-*") if path.is_dir()}
+    return {int(step): paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)}
 
 
 def save(
@@ -93,10 +93,11 @@ def save(
             write_json(temporary / _STATE, {**values, _CHECKSUM: _digest(values)})
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be written: {error}. Older checkpoints are untouched; make room and continue with --resume."
+            f"{path} cannot be written: {error}. Older checkpoints are untouched; free some space and "
+            "continue with --resume."
         ) from error
-    if fault := _fault(path):
-        raise CheckpointError(f"{path} {fault} right after it was written; check the disk, then use --resume.")
+    if damage := _damage(path):
+        raise CheckpointError(f"{path} {damage} right after it was written; check the disk, then use --resume.")
     saved = saved_steps(run_path)
     older = [step for step in saved if step <= state.step]
     for step in older[:-keep] if keep else []:
@@ -119,10 +120,10 @@ def find_latest(run_path: Path) -> Path | None:
         remove_leftovers(folder(run_path))
     damaged = []
     for path in reversed(saved_steps(run_path).values()):
-        fault = _fault(path)
-        if fault is None:
+        damage = _damage(path)
+        if damage is None:
             break
-        damaged.append(f"{path.name} {fault}")
+        damaged.append(f"{path.name} {damage}")
     else:
         path = None
     if damaged:
@@ -146,16 +147,16 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     # Through JSON, as the other side went: tuples become lists.
     now = json.loads(json.dumps(fingerprint))
     then = read_state(path).fingerprint
-    faults = [
+    changes = [
         f"{key}: {then.get(key, 'absent')} in the checkpoint, {now[key]} now"
         for key in sorted(now)
         if not _agree(key, then, now[key])
     ]
-    if faults:
+    if changes:
         raise ConfigError(
             f"{path} comes from a run with other settings or data, so it cannot be continued. Set them back, or start "
-            "anew with --overwrite or another output.path.",
-            faults,
+            "again with --overwrite or another output.path.",
+            changes,
         )
 
 
@@ -181,7 +182,7 @@ def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
         # A setting that the version of the checkpoint did not know was as good as not given.
         return key == NETWORKS or value in ([], None)
     if key == "base" and isinstance(value, str):
-        # Version 0.1.0 kept the word auto for the number type that it stood for.
+        # Version 0.1.0 kept the word auto for the dtype that it stood for.
         words = zip_longest(str(then[key]).split(), value.split())
         return all(old in (new, "auto") for old, new in words)
     return bool(then[key] == value)
@@ -194,16 +195,16 @@ def load_params(path: Path, params: Params) -> None:
         CheckpointError: the parameters have other names or shapes.
     """
     saved = load_file(path / _ADAPTER)
-    own = dict(named(params))
-    faults = [name for name in sorted({*saved, *own}) if _shape(saved.get(name)) != _shape(own.get(name))]
-    if faults:
+    current = dict(named(params))
+    unequal = [name for name in sorted({*saved, *current}) if _shape(saved.get(name)) != _shape(current.get(name))]
+    if unequal:
         raise CheckpointError(
-            f"{path} holds another adapter: {len(faults)} parameters are missing on one side or have another shape. "
+            f"{path} holds another adapter: {len(unequal)} parameters are missing on one side or have another shape. "
             "Use the adapter: section that the run was trained with.",
-            faults[:10],
+            unequal[:10],
         )
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in current.items():
             parameter.copy_(saved[name])
 
 
@@ -213,8 +214,8 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the checkpoint is not whole.
     """
-    if fault := _fault(path):
-        raise CheckpointError(f"The checkpoint {path} {fault}; it cannot be used.")
+    if damage := _damage(path):
+        raise CheckpointError(f"The checkpoint {path} {damage}; it cannot be used.")
     return load_file(path / _ADAPTER)
 
 
@@ -249,12 +250,12 @@ def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _fault(path: Path) -> str | None:
+def _damage(path: Path) -> str | None:
     """Says what is wrong with the files of a checkpoint, or None."""
     try:
         state = read_json(path / _STATE)
-        if fault := _fault_of_state(state):
-            return f"{fault} {_STATE}"
+        if damage := _damage_of_state(state):
+            return f"{damage} {_STATE}"
         damaged = [name for name in (_ADAPTER, _OPTIMIZER) if sha256(path / name) != state["sha256"][name]]
     except FileNotFoundError as error:
         return f"lacks {Path(error.filename).name}"
@@ -263,14 +264,14 @@ def _fault(path: Path) -> str | None:
     return f"has a damaged {damaged[0]}" if damaged else None
 
 
-def _fault_of_state(state: Any) -> str | None:
+def _damage_of_state(state: Any) -> str | None:
     known = {*TrainState.__dataclass_fields__, "sha256", _CHECKSUM}
     if not isinstance(state, dict) or known - {*state} - _OPTIONAL:
         return "has an incomplete"
-    told = state.get(_CHECKSUM)
+    checksum = state.get(_CHECKSUM)
     rest = {name: value for name, value in state.items() if name != _CHECKSUM}
-    # Without the checksum, a name that is not known is one whose letters changed, maybe its own.
-    is_whole = {*state} <= known if told is None else told == _digest(rest)
+    # Without the checksum, a name that is not known is one whose letters changed, maybe that of the checksum.
+    is_whole = {*state} <= known if checksum is None else checksum == _digest(rest)
     mappings = [state[name] for name in ("fingerprint", "scaler", "versions")] + [state.get("hooks", {})]
     numbers = [state["step"], state["num_steps"]]
     is_typed = all(isinstance(value, dict) for value in mappings) and all(type(number) is int for number in numbers)

@@ -77,12 +77,12 @@ def take_step(
 def _move(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            own_dtype = parameter.dtype if parameter.requires_grad else dtype
-            moved = torch.empty(parameter.shape, dtype=own_dtype, device=device)
+            stored_dtype = parameter.dtype if parameter.requires_grad else dtype
+            moved = torch.empty(parameter.shape, dtype=stored_dtype, device=device)
             setattr(module, name, nn.Parameter(moved, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
-            own_dtype = dtype if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=own_dtype, device=device))
+            stored_dtype = dtype if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, torch.empty(buffer.shape, dtype=stored_dtype, device=device))
 
 
 def _on(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -259,15 +259,15 @@ _RULES: Mapping[Any, Callable[[Sequence[Any]], Any]] = {
 """Operator -> what gives its output on the meta device, or None where torch itself must."""
 
 
-def _on_meta(value: Any, found: list[_FakeTensor]) -> Any:
-    """Returns an argument with tensors on the meta device, and adds fake ones to `found`."""
+def _on_meta(value: Any, arguments: list[_FakeTensor]) -> Any:
+    """Returns an argument with tensors on the meta device, and adds fake ones to `arguments`."""
     if isinstance(value, _FakeTensor):
-        found.append(value)
+        arguments.append(value)
         return value.inner
     if isinstance(value, Tensor):
         return value.to("meta")
     if isinstance(value, list | tuple):
-        return [_on_meta(one, found) for one in value]
+        return [_on_meta(one, arguments) for one in value]
     return value
 
 

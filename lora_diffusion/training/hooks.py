@@ -19,9 +19,9 @@ class Hook:
     name = ""
     """Under which a checkpoint keeps the state; a hook with a state needs one."""
     should_stop = False
-    """True once the run should end with the step that was just made."""
+    """True once the run should end with the step that was just done."""
     kept_step: int | None = None
-    """A step whose checkpoint must be written, if it was just made, and must stay."""
+    """A step whose checkpoint must be written, if it was just done, and must stay."""
     decides = False
     """Whether it can ever end the run or keep a step, which all processes must learn after each step."""
     generates = False

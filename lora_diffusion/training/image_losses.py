@@ -63,16 +63,16 @@ class ImageLosses(Hook):
         if not chosen.num_images:
             if run.config.evaluate.picture_draws is None:
                 logger.info(
-                    "Too few steps to take the losses of single pictures; evaluate.picture_draws=8 asks for them."
+                    "Too few steps to take the losses of single images; evaluate.picture_draws=8 asks for them."
                 )
             return
         if chosen.num_images < num_samples:
-            logger.info("The losses of the first %d of %d pictures are taken.", chosen.num_images, num_samples)
+            logger.info("The losses of the first %d of %d images are taken.", chosen.num_images, num_samples)
         losses = measure(
             self._losses,
             run.family.collate,
             run.samples[: chosen.num_images],
-            watch(self._items[: chosen.num_images], chosen.num_images, "Losses of training pictures"),
+            watch(self._items[: chosen.num_images], chosen.num_images, "Losses of training images"),
             num_draws=chosen.num_draws,
             batch_size=train.batch_size,
             seed=train.seed,
@@ -98,7 +98,7 @@ def budget(num_images: int, num_passes: int, batch_size: int) -> Budget:
 
     Args:
         num_images: of the data set.
-        num_passes: forward passes that training made.
+        num_passes: forward passes of training.
         batch_size: samples in a pass.
     """
     most = min(num_images, MAX_IMAGES)
@@ -148,14 +148,14 @@ def measure(
     sizes = [min(batch_size, num_draws - start) for start in range(0, num_draws, batch_size)]
 
     def losses_of(item: Prepared, view: Callable[[Batch], Batch]) -> tuple[Tensor, Tensor]:
-        found = [losses(view(collate([item] * size)), derive(seed, "pictures", i)) for i, size in enumerate(sizes)]
-        levels = [torch.zeros(len(o.per_sample)) if o.noise_levels is None else o.noise_levels.cpu() for o in found]
-        return torch.cat([output.per_sample.float().cpu() for output in found]), torch.cat(levels)
+        outputs = [losses(view(collate([item] * size)), derive(seed, "pictures", i)) for i, size in enumerate(sizes)]
+        levels = [torch.zeros(len(o.per_sample)) if o.noise_levels is None else o.noise_levels.cpu() for o in outputs]
+        return torch.cat([output.per_sample.float().cpu() for output in outputs]), torch.cat(levels)
 
-    drawn = [(losses_of(item, with_one_caption), losses_of(item, without_caption)) for item in items]
-    own, blank = (torch.stack([pair[place][0] for pair in drawn]) for place in (0, 1))
-    usual = usual_losses(own, torch.stack([pair[0][1] for pair in drawn]))
-    values = torch.stack([own / usual, (blank - own) / usual]).mean(dim=2)
+    measured = [(losses_of(item, with_one_caption), losses_of(item, without_caption)) for item in items]
+    captioned, blank = (torch.stack([pair[place][0] for pair in measured]) for place in (0, 1))
+    usual = usual_losses(captioned, torch.stack([pair[0][1] for pair in measured]))
+    values = torch.stack([captioned / usual, (blank - captioned) / usual]).mean(dim=2)
     return [
         SampleLoss(sample.key, str(sample.path), sample.captions[0], *pair)
         for sample, pair in zip(samples, values.T.tolist(), strict=True)

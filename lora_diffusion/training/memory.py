@@ -74,7 +74,7 @@ def estimate(
         dtype: of the frozen weights that are not quantized.
         device: where the run will be.
     """
-    counts = [parameter.numel() for own in params.values() for parameter in own.values()]
+    counts = [parameter.numel() for parameters in params.values() for parameter in parameters.values()]
     context = partial(forward_context, config.precision, device)
     set_up = checkpoint_activations if config.gradient_checkpointing else None
     kernels = _kernel_bytes(parts.values(), dtype, device)
@@ -90,7 +90,7 @@ def estimate(
 
 
 def _kernel_bytes(networks: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> int:
-    """Returns what a kernel takes at most by itself: on CPUs oneDNN orders the weight of a convolution anew."""
+    """Returns what a kernel takes at most by itself: on CPUs oneDNN orders the weight of a convolution again."""
     if device.type != "cpu":
         return 0
     layers = (layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d))
@@ -110,8 +110,8 @@ def checkpoint_activations(parts: Mapping[str, nn.Module]) -> None:
         else:
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             # A part that is only a few layers, as LLaVA's projector, has no blocks to recompute.
-            for own in [getattr(network, name) for name in names if hasattr(network, name)][:1]:
-                own(settings)
+            for set_checkpointing in [getattr(network, name) for name in names if hasattr(network, name)][:1]:
+                set_checkpointing(settings)
         network.train()
 
 

@@ -95,8 +95,8 @@ def state_bytes(name: str, num_parameters: int) -> int:
 
 def named(params: Params) -> Iterable[tuple[str, nn.Parameter]]:
     """Yields ("part/name", parameter) in the order of checkpoints."""
-    for part, own in params.items():
-        for name, parameter in own.items():
+    for part, parameters in params.items():
+        for name, parameter in parameters.items():
             yield f"{part}/{name}", parameter
 
 
@@ -107,8 +107,8 @@ def learning_rate(config: TrainConfig, part: str) -> float:
         return float(named[part])
     if not part.startswith("text_encoder"):
         return config.learning_rate
-    own = config.text_encoder_learning_rate
-    return config.learning_rate / 10 if own is None else own
+    rate = config.text_encoder_learning_rate
+    return config.learning_rate / 10 if rate is None else rate
 
 
 def build(
@@ -127,8 +127,8 @@ def build(
     """
     groups: _Groups = [
         {"params": group, "lr": rate, "initial_lr": rate, "part": part}
-        for part, own in params.items()
-        for rate, group in _by_rate(part, own, learning_rate(config, part), module_rates).items()
+        for part, parameters in params.items()
+        for rate, group in _by_rate(part, parameters, learning_rate(config, part), module_rates).items()
         if group
     ]
     if not groups:
@@ -138,11 +138,11 @@ def build(
 
 
 def _by_rate(
-    part: str, own: Mapping[str, nn.Parameter], usual: float, module_rates: Mapping[ModuleKey, float]
+    part: str, parameters: Mapping[str, nn.Parameter], usual: float, module_rates: Mapping[ModuleKey, float]
 ) -> dict[float, list[nn.Parameter]]:
-    # The usual rate comes first, since the rate of the first group is the one that is shown.
+    # The usual rate comes first, since the rate of the first group is the one that the log shows.
     groups: dict[float, list[nn.Parameter]] = {usual: []}
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         rate = module_rates.get(ModuleKey(part, name.rpartition(".")[0]), usual)
         groups.setdefault(rate, []).append(parameter)
     return groups
@@ -179,6 +179,6 @@ def load_state(optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, M
             saved = states[parameter]
             if saved:
                 optimizer.init_state(group, parameter, group_index, index)
-            own = optimizer.state[parameter] if saved else {}
+            state = optimizer.state[parameter] if saved else {}
             for name, value in saved.items():
-                own[name] = int(value) if name == "step" else own[name].copy_(value)
+                state[name] = int(value) if name == "step" else state[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Previews: what the model makes of a few requests while it is trained, in `previews/` of the run folder."""
+"""Previews: what the model generates for a few requests while it is trained, in `previews/` of the run folder."""
 
 from __future__ import annotations
 

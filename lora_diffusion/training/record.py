@@ -32,7 +32,7 @@ from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import read_metrics
 
 METADATA_NAME = "metadata.json"
-"""What the adapter of the run tells of itself, in the run folder, for files of its checkpoints."""
+"""What the adapter of the run says of itself, in the run folder, for files of its checkpoints."""
 _OF_OBJECTIVE = {
     "noise_offset": "noise_offset",
     "min_snr_gamma": "min_snr_gamma",
@@ -75,9 +75,9 @@ def metadata(run: CheckedRun, batches: Batches, state: AdapterState, step: int) 
 
     Args:
         run: what was trained on what.
-        batches: how the samples were shown.
+        batches: how the samples were batched.
         state: the trained adapter.
-        step: optimizer steps made.
+        step: optimizer steps done.
     """
     config, info, samples, written_at = run.config, run.info, run.samples, time.time()
     training = {
@@ -115,26 +115,26 @@ def at_step(metadata: Mapping[str, str], step: int, name: str, written_at: float
 
     Args:
         metadata: as the function of that name gives them; those of older versions may lack texts, which stay away.
-        step: optimizer steps made.
+        step: optimizer steps done.
         name: file name without ending.
         written_at: seconds since 1970.
     """
     per_epoch = [metadata.get(key, "") for key in ("ss_num_batches_per_epoch", "ss_gradient_accumulation_steps")]
-    told = {"ss_steps": str(step), "ss_max_train_steps": str(step), "ss_output_name": name}
-    told |= {"ss_training_finished_at": str(written_at), "modelspec.date": spec_date(written_at)}
+    values = {"ss_steps": str(step), "ss_max_train_steps": str(step), "ss_output_name": name}
+    values |= {"ss_training_finished_at": str(written_at), "modelspec.date": spec_date(written_at)}
     if all(text.isdecimal() and int(text) for text in per_epoch):
         batches, accumulation = map(int, per_epoch)
         epochs = str(-(-step * accumulation // batches))
-        told |= {"ss_epoch": epochs, "ss_num_epochs": epochs}
+        values |= {"ss_epoch": epochs, "ss_num_epochs": epochs}
     if metadata.get("modelspec.title") == metadata.get("ss_output_name"):
-        told["modelspec.title"] = name
-    return {**metadata, **{key: value for key, value in told.items() if key in metadata}}
+        values["modelspec.title"] = name
+    return {**metadata, **{key: value for key, value in values.items() if key in metadata}}
 
 
 def _network_args(config: Config) -> dict[str, Any]:
-    own = {name: getattr(config.adapter, name) for name in ("module_ranks", "module_alphas")}
-    own["module_learning_rates"] = config.train.module_learning_rates
-    given = {name: entries for name, entries in own.items() if entries}
+    settings = {name: getattr(config.adapter, name) for name in ("module_ranks", "module_alphas")}
+    settings["module_learning_rates"] = config.train.module_learning_rates
+    given = {name: entries for name, entries in settings.items() if entries}
     return {"parts": config.adapter.parts, "targets": config.adapter.targets, **given}
 
 
@@ -166,7 +166,7 @@ def _training(config: Config, batches: Batches, step: int) -> dict[str, Any]:
 
 
 def check_thumbnail(config: Config) -> None:
-    """Checks that `output.thumbnail` is a picture.
+    """Checks that `output.thumbnail` is an image.
 
     Raises:
         DataError: it cannot be read as one.

@@ -36,7 +36,7 @@ def begin(run_path: Path, adapters: Iterable[str]) -> None:
         run_path: run folder, which holds a config.yaml.
         adapters: names of the adapters that it ends with.
     """
-    _write(run_path, {*own(run_path), *_ALWAYS, *adapters}, Path.cwd())
+    _write(run_path, {*written(run_path), *_ALWAYS, *adapters}, Path.cwd())
 
 
 def add(run_path: Path, names: Iterable[str]) -> None:
@@ -81,7 +81,7 @@ def claim(run_path: Path, names: Iterable[str], setting: str) -> None:
 
 def check_free(run_path: Path, names: Iterable[str], setting: str) -> None:
     """Checks that no file of somebody else stands under a name that a run is to write; raises as `claim`."""
-    known = own(run_path)
+    known = written(run_path)
     taken = [name for name in names if name not in known and _is_there(run_path / name)]
     if taken:
         raise ConfigError(
@@ -90,13 +90,13 @@ def check_free(run_path: Path, names: Iterable[str], setting: str) -> None:
         )
 
 
-def own(run_path: Path) -> set[str]:
+def written(run_path: Path) -> set[str]:
     """Returns the files and folders that a run wrote, by their paths in its folder; may name more than are there.
 
     Of a run of an older version, which kept no record, those are meant whose names no one else gives.
     """
     known = read(run_path)
-    return {*_found(run_path)} if known is None else known
+    return {*_present(run_path)} if known is None else known
 
 
 def foreign_steps(run_path: Path) -> set[int]:
@@ -117,14 +117,14 @@ def remove(run_path: Path, names: Iterable[str]) -> None:
 
 
 def remove_all(run_path: Path, adapters: Iterable[str]) -> None:
-    """Deletes what a run wrote, its record and its config last, and tells what stays.
+    """Deletes what a run wrote, its record and its config last, and logs what stays.
 
     Args:
         run_path: run folder.
         adapters: names of those that the run ends with.
     """
     last = (RECORD_NAME, "config.yaml")
-    remove(run_path, sorted({*own(run_path), *adapters} - {*last}))
+    remove(run_path, sorted({*written(run_path), *adapters} - {*last}))
     for folder in (run_path / "checkpoints", run_path / "previews"):
         remove_leftovers(folder)
         _remove_if_empty(folder)
@@ -137,8 +137,8 @@ def remove_all(run_path: Path, adapters: Iterable[str]) -> None:
 
 def started_in(run_path: Path) -> Path | None:
     """Returns the working directory in which the run was started or resumed last; None where it is not known."""
-    told = _read(run_path).get("started_in")
-    return Path(told) if isinstance(told, str) and "\0" not in told else None
+    started = _read(run_path).get("started_in")
+    return Path(started) if isinstance(started, str) and "\0" not in started else None
 
 
 def read(run_path: Path) -> set[str] | None:
@@ -170,7 +170,7 @@ def _is_inside(name: Any) -> bool:
     return isinstance(name, str) and bool(name) and not {"..", "/"} & {*Path(name).parts} and "\0" not in name
 
 
-def _found(run_path: Path) -> Iterator[str]:
+def _present(run_path: Path) -> Iterator[str]:
     """Yields what is surely of a run that kept no record."""
     yield from (name for name in _ALWAYS if (run_path / name).exists())
     yield from (f"checkpoints/{path.name}" for path in checkpoint.saved_steps(run_path).values())

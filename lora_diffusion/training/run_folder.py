@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def previews_path(self) -> Path:
-        """Pictures drawn while training."""
+        """Images generated while training."""
         return self.path / "previews"
 
     def name(self, config: Config) -> str:
@@ -139,13 +139,13 @@ class RunFolder:
 
 def _located(section: str, config: Config, stored: Config, places: Sequence[Path]) -> dict[str, Any]:
     """Returns the paths of a section that were stored, so that they are found from here."""
-    found = {}
+    paths = {}
     for key in [name.split(".")[1] for name in PATHS if name.startswith(f"{section}.")]:
         value = getattr(getattr(config, section), key, None)
         if isinstance(value, str) and value == getattr(getattr(stored, section), key):
             # A suite may also be called by its name, which a folder can have by chance.
-            found[key] = _find(value, places, Path.is_file if key == "prompts" else Path.exists)
-    return found
+            paths[key] = _find(value, places, Path.is_file if key == "prompts" else Path.exists)
+    return paths
 
 
 def _find(text: str, places: Sequence[Path], is_there: Callable[[Path], bool]) -> str:
@@ -202,8 +202,8 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> RunFolder:
         )
     if user_path(config.data.path, "data.path").resolve() in (run.path.resolve(), *run.path.resolve().parents):
         raise ConfigError(
-            f"output.path={run.path} lies inside data.path={config.data.path}, so that pictures made by the run would "
-            "become training pictures; name a folder outside."
+            f"output.path={run.path} lies inside data.path={config.data.path}, so that images which the run "
+            "generates would become training images; name a folder outside."
         )
     if run.config_path.is_file():
         if resume:
@@ -264,14 +264,16 @@ def prepare(run: RunFolder, config: Config, *, overwrite: bool) -> None:
         run_files.begin(run.path, [*adapters, *run.adapter_names(config)])
     except OSError as error:
         raise ConfigError(
-            f"output.path={run.path} cannot be written ({error.strerror}); make room, correct the access rights or "
-            "name another folder."
+            f"output.path={run.path} cannot be written ({error.strerror}); free some space, correct the access "
+            "rights or name another folder."
         ) from error
 
 
 def go_on(run: RunFolder) -> None:
     """Takes the marks of the best checkpoint away, since the run that it was chosen from gets longer."""
-    chosen = {name for name in run_files.own(run.path) if name in run_files.CHOICE or run_files.CHOSEN.fullmatch(name)}
+    chosen = {
+        name for name in run_files.written(run.path) if name in run_files.CHOICE or run_files.CHOSEN.fullmatch(name)
+    }
     if any((run.path / name).exists() for name in chosen):
         logger.warning(
             "The run goes on, so the choice of its best checkpoint is dropped; select again when it is done."

@@ -31,9 +31,9 @@ class _MetricsFile:
     """One JSON line per optimizer step; lines after `done_steps`, which a stopped run left, are dropped."""
 
     def __init__(self, path: Path, done_steps: int) -> None:
-        found = _read_lines(path)
-        _warn_of_damage(path, found)
-        write_text(path, "".join(f"{line.text}\n" for line in found if line.values and line.step <= done_steps))
+        lines = _read_lines(path)
+        _warn_of_damage(path, lines)
+        write_text(path, "".join(f"{line.text}\n" for line in lines if line.values and line.step <= done_steps))
         self._stream = path.open("a", encoding="utf-8")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -136,9 +136,9 @@ def read_metrics(run_path: Path) -> list[dict[str, Any]]:
     Each record has a whole "step" above 0 and a finite "loss". Nothing is returned where there is no file.
     """
     path = run_path / METRICS_NAME
-    found = _read_lines(path)
-    _warn_of_damage(path, found)
-    return [line.values for line in found if line.values]
+    lines = _read_lines(path)
+    _warn_of_damage(path, lines)
+    return [line.values for line in lines if line.values]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _warn_of_damage(path: Path, lines: Sequence[_Line]) -> None:
 
 
 def read_held_out(path: Path) -> list[dict[str, float]]:
-    """Returns what a run recorded of held-out samples; nothing where the file is missing, damaged or of pictures."""
+    """Returns what a run recorded of held-out samples; nothing where the file is missing, damaged or of images."""
     try:
         lines = [{name: float(value) for name, value in line.items()} for line in read_json(path)]
     except (OSError, ValueError, TypeError, AttributeError):

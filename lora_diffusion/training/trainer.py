@@ -1,4 +1,4 @@
-"""The training loop: the only one, for every family, part and kind of adapter."""
+"""The training loop: the only one, for every family, part and variant."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Trainer:
         self._check_finite("loss", loss, step, micro_batches, per_sample)
         self._scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm or math.inf).item()
-        # An overflow in fp16 is not a fault: the scaler leaves the step out and tries a smaller scale.
+        # An overflow in fp16 is no error: the scaler leaves the step out and tries a smaller scale.
         if not self._scaler.is_enabled() or self._scaler.get_scale() < 1.0:
             self._check_finite("gradient norm", norm, step, micro_batches, per_sample)
         self._scaler.step(self.optimizer)
@@ -215,12 +215,12 @@ class Trainer:
 
     def _average_processes(self, per_sample: Tensor, weights: Tensor) -> tuple[float, int]:
         """Makes gradients and loss the weighted means over all processes; returns loss and number of samples."""
-        loss_sum, own = (per_sample * weights).sum(), weights.sum()
+        loss_sum, weight = (per_sample * weights).sum(), weights.sum()
         if self.processes.num_processes == 1:
-            return (loss_sum / own).item(), len(per_sample)
+            return (loss_sum / weight).item(), len(per_sample)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        flat = torch.cat([loss_sum[None], *(own * gradient.flatten() for gradient in gradients)])
-        totals = reduce(torch.stack([own, torch.tensor(float(len(per_sample)), device=self.device)]), "sum")
+        flat = torch.cat([loss_sum[None], *(weight * gradient.flatten() for gradient in gradients)])
+        totals = reduce(torch.stack([weight, torch.tensor(float(len(per_sample)), device=self.device)]), "sum")
         flat = reduce(flat, "sum") / totals[0]
         sizes = [gradient.numel() for gradient in gradients]
         for parameter, mean in zip(self._parameters, flat[1:].split(sizes), strict=True):
@@ -237,7 +237,7 @@ class Trainer:
             f"Step {step}: the {what} became {value} with {name_some(bad or names)}. "
             + (f"The checkpoint of step {kept[-1]} is kept. " if kept else "No checkpoint had been written yet. ")
             + f"Look at what is named; lower train.learning_rate (now {self.config.learning_rate:g}) or set "
-            "train.precision=fp32, then start anew."
+            "train.precision=fp32, then start again."
         )
 
     def _save(self, num_steps: int) -> None:
@@ -261,10 +261,10 @@ class Trainer:
 
     def _ask_hooks(self, step: int) -> tuple[bool, bool]:
         """Says whether hooks of the main process end the run, and want this step's checkpoint; all processes agree."""
-        asked = [(any(hook.should_stop for hook in self.hooks), any(hook.kept_step == step for hook in self.hooks))]
+        wishes = [(any(hook.should_stop for hook in self.hooks), any(hook.kept_step == step for hook in self.hooks))]
         if self._is_decided_by_hooks and self.processes.num_processes > 1:
-            broadcast_object_list(asked)
-        return asked[0]
+            broadcast_object_list(wishes)
+        return wishes[0]
 
     def _open_trackers(self, num_steps: int) -> AbstractContextManager[list[Tracker]]:
         if not self.processes.is_main_process:

@@ -132,11 +132,11 @@ def open_adapter(path: Path, source: Path | None = None) -> ParsedFile:
 
     Args:
         path: file or folder.
-        source: what messages call it, if it was made from something else.
+        source: what messages call it, if it was written from something else.
 
     Raises:
         AdapterFileError: it cannot be read.
-        UnsupportedError: it was made for another kind of base, which is named.
+        UnsupportedError: it was made for a base of another family, which is named.
     """
     file = parse_file(path, source)
     refuse_other(file)
@@ -177,7 +177,7 @@ def read_stored(
     guess = known or _guess(file)
     # Names alone may deceive: some programs give all text encoders the prefix of SDXL's first.
     others = [] if known else [name for name in registry.available("families") if name != guess]
-    faults: list[InputError] = []
+    errors: list[InputError] = []
     unnamed: list[InputError] = []
     for name in [guess, *others] if guess else others:
         family: Family = registry.find("families", name)
@@ -189,11 +189,11 @@ def read_stored(
         try:
             state = format_.read(file, names)
         except (AdapterFileError, UnsupportedError) as error:
-            faults.append(error)
+            errors.append(error)
             continue
         return family, fit_dimensions(state, published_shapes(DIFFUSION[name])) if name in DIFFUSION else state
     # A family without names for the format says less than one that cannot read the file.
-    raise (faults or unnamed)[0]
+    raise (errors or unnamed)[0]
 
 
 def _guess(file: ParsedFile) -> str | None:

@@ -28,9 +28,9 @@ from lora_diffusion.evaluation.sampling import Look, look
 from lora_diffusion.training import checkpoint
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
-from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._base_and_adapters import attach, read_adapter
+from lora_diffusion.workflows._errors import Errors
 from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
-from lora_diffusion.workflows._steps import attach, read_adapter
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Entry:
         return Candidate(f"{source.name}@{float(weight)}", file.path, file.sha256, source.step, weights, weight)
 
 
-def from_files(texts: Sequence[str], family: Family, model: ModelOptions, errors: Faults) -> list[Entry]:
+def from_files(texts: Sequence[str], family: Family, model: ModelOptions, errors: Errors) -> list[Entry]:
     """Returns an entry for each FILE, FILE:WEIGHT or FILE:WEIGHT+FILE:WEIGHT; files that do not fit are errors."""
     groups = []
     for text in texts:
@@ -75,13 +75,15 @@ def from_files(texts: Sequence[str], family: Family, model: ModelOptions, errors
             groups.append(parts)
     paths = list(dict.fromkeys(path for parts in groups for path, _ in parts))
     checkpoints = {path: _run_checkpoints.find(path) for path in paths}
-    stems = {path: own.folder.name if own else path.stem for path, own in checkpoints.items()}
+    stems = {path: of_run.folder.name if of_run else path.stem for path, of_run in checkpoints.items()}
     sources = {}
-    for path, own in checkpoints.items():
+    for path, of_run in checkpoints.items():
         with errors.noted():
             twins = [twin for twin, stem in stems.items() if stem == stems[path]]
             name = stems[path] if len(twins) == 1 else _distinct_name(path, twins)
-            sources[path] = _source(name, path, own.file if own else path, partial(read_adapter, path, family, model))
+            sources[path] = _source(
+                name, path, of_run.file if of_run else path, partial(read_adapter, path, family, model)
+            )
     return [
         Entry(tuple((sources[path], weight) for path, weight in parts))
         for parts in groups
@@ -96,9 +98,9 @@ def _distinct_name(path: Path, twins: Sequence[Path]) -> str:
     return os.path.relpath(path, os.path.commonpath(twins))
 
 
-def from_run(run: RunFolder, errors: Faults) -> list[Entry]:
+def from_run(run: RunFolder, errors: Errors) -> list[Entry]:
     """Returns an entry for each whole checkpoint of a run, oldest first; where none is, the damaged ones are errors."""
-    entries, damaged = [], Faults()
+    entries, damaged = [], Errors()
     saved = checkpoint.saved_steps(run.path)
     if not saved:
         errors.append(f"--run {run.path} has no checkpoint; train it, with train.save_every_steps above 0.")
@@ -153,7 +155,7 @@ def triggers(entries: Sequence[Entry], run: RunFolder | None, config: Config | N
     if run and config:
         configured = str(getattr(config.data, "trigger", "auto"))
         words.append("" if configured == "auto" else configured)
-        with Faults().noted():  # a run that has not finished has no adapter file yet
+        with Errors().noted():  # a run that has not finished has no adapter file yet
             words.append(_trigger(read_adapter(run.find_adapter(config), family, config.model)))
     return list(dict.fromkeys(filter(None, words)))
 
@@ -188,7 +190,7 @@ class CandidateSampler:
     family: Family
     loaded: Loaded
     entries: Mapping[str, tuple[Entry, Candidate]]
-    """Candidate -> what it is made of."""
+    """Candidate -> its adapters with their weights."""
     attached: tuple[str, ...] = ()
     """Names of the adapters that the base carries now."""
 
@@ -217,7 +219,7 @@ class CandidateSampler:
 
 
 def looks(entries: Mapping[str, tuple[Entry, Candidate]]) -> dict[str, Look]:
-    """Returns candidate -> what makes its images; the base comes first."""
+    """Returns candidate -> what generates its images; the base comes first."""
     by_name: dict[str, Look] = {BASE: ()}
     for name, (entry, candidate) in entries.items():
         by_name[name] = look((source.content, candidate.weights[source.name]) for source, _ in entry.parts)

@@ -1,4 +1,4 @@
-"""Checkpoints of runs, where an adapter file may be named: found by their path, read without the base."""
+"""Checkpoints of runs, where an adapter file may be named: looked up by their path, read without the base."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunCheckpoint:
 
     @property
     def step(self) -> int:
-        """Optimizer steps made."""
+        """Optimizer steps done."""
         return int(self.folder.name.removeprefix("step-"))
 
     @property
@@ -62,7 +62,7 @@ def at_step(run_path: Path, step: int) -> RunCheckpoint:
     """Returns the checkpoint of a step of a run.
 
     Raises:
-        ConfigError: there is none; tells which are there.
+        ConfigError: there is none; names those that are there.
     """
     from lora_diffusion.training.checkpoint import saved_steps
 
@@ -101,8 +101,10 @@ def read(checkpoint: RunCheckpoint) -> tuple[Family, AdapterState]:
     try:
         for module in _plan(run, config, family).modules:
             fixed = module.fixed()
-            own = {name: tensors[f"{module.part}/{module.path}.{name}"] for name in module.tensors if name not in fixed}
-            modules[module.key] = ModuleAdapter(stored, own | fixed, module.alpha)
+            trained = {
+                name: tensors[f"{module.part}/{module.path}.{name}"] for name in module.tensors if name not in fixed
+            }
+            modules[module.key] = ModuleAdapter(stored, trained | fixed, module.alpha)
     except KeyError as error:
         raise CheckpointError(
             f"{checkpoint.folder} lacks {error}, which the plan of its run names; was it copied from another run?"
@@ -134,7 +136,7 @@ def _metadata(checkpoint: RunCheckpoint, run: RunFolder, config: Config, family:
 
 
 def _metadata_of_finished(run: RunFolder, config: Config) -> dict[str, str]:
-    """Returns what the finished adapter of a run of an older version tells of itself; nothing if there is none."""
+    """Returns what the finished adapter of a run of an older version says of itself; nothing if there is none."""
     try:
         return dict(parse_file(run.find_adapter(config)).headers[0].metadata)
     except InputError:
@@ -172,7 +174,7 @@ def _format_for(family: Family, state: AdapterState) -> Format:
             if not variants & {*format_.refused}:
                 return format_
     held = " and ".join(sorted(variants))
-    raise UnsupportedError(f"No format holds an adapter of kind {held} for {family.architecture.name}.")
+    raise UnsupportedError(f"No format holds an adapter of variant {held} for {family.architecture.name}.")
 
 
 def _names(checkpoint: RunCheckpoint, family: Family, format_: Format, state: AdapterState) -> KeyMap:

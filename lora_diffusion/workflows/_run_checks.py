@@ -28,14 +28,14 @@ from lora_diffusion.training.checked_run import CheckedRun
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import check_tracker
 from lora_diffusion.training.trainer import total_steps
-from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._errors import Errors
 from lora_diffusion.workflows.hooks import held_out_scores, image_scores
 
 if TYPE_CHECKING:
     pass
 
 _FOR_ALL = ("preview.prompts", "preview.seeds", "evaluate.every_steps", "evaluate.patience", "evaluate.metrics")
-"""What says something to bases that write, too; of those only that which samples its answers looks at seeds."""
+"""What matters for text-output models, too; seeds only for one that samples its answers."""
 _DECIDE_STEPS = (
     "train.epochs",
     "train.max_steps",
@@ -50,12 +50,12 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> CheckedRun:
     """Looks at config, base, data and folders; loads no weights and writes nothing.
 
     Raises:
-        InputError: anything that the user can mend, all of it at once.
+        InputError: anything that the user can correct, all of it at once.
     """
-    faults = Faults()
+    errors = Errors()
 
     def look(at: Callable[[], Any]) -> Any:
-        with faults.noted():
+        with errors.noted():
             return at()
         return None
 
@@ -70,7 +70,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> CheckedRun:
     look(lambda: cache.check(config.cache))
     look(lambda: record.check_thumbnail(config))
     if not sample_type.makes_images:
-        faults += _without_effect(config)
+        errors += _without_effect(config)
     if variant:
         look(lambda: check_output(config.output.formats, variant.stored))
     meta_modules: Any = None
@@ -80,7 +80,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> CheckedRun:
         unread = {} if resume and _trains_unread(RunFolder(Path(config.output.path))) else info.unread
         rates = config.train.module_learning_rates
         plan = look(lambda: make_plan(meta_modules, family.parts, config.adapter, rates, unread))
-        look(lambda: _check_spellings(family, config))
+        look(lambda: _check_formats(family, config))
         samples = look(lambda: sample_type.read(config.data, info))
     held_out: Sequence[Sample] = ()
     if samples and config.data.held_out is not None:
@@ -96,7 +96,7 @@ def check(config: Config, *, resume: bool, overwrite: bool) -> CheckedRun:
         look(lambda: image_scores.check(config, samples))
     if num_steps:
         requests = look(lambda: _preview_requests(config, sample_type, samples, num_steps))
-    faults.stop("train")
+    errors.stop("train")
     return CheckedRun(
         config, family, sample_type, variant, info, meta_modules, plan, folder, samples, held_out, num_steps, requests
     )
@@ -111,17 +111,17 @@ def _trains_unread(run: RunFolder) -> bool:
 
 
 def _without_effect(config: Config) -> Iterator[str]:
-    """Yields a line for each setting that is about pictures made by the base, of a base that makes none."""
+    """Yields a line for each setting that is about generated images, of a base that generates none."""
     for name, section in (("preview", config.preview), ("evaluate", config.evaluate)):
         usual = type(section)()
         for key, value in vars(section).items():
             if value != getattr(usual, key) and f"{name}.{key}" not in _FOR_ALL:
-                yield f"{name}.{key}={as_written(value)}: is about pictures, and this base makes none; drop this key."
+                yield f"{name}.{key}={as_written(value)}: is about images, and this base generates none; drop this key."
     if config.output.thumbnail == record.PREVIEW:
-        yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no pictures; name one."
+        yield f"output.thumbnail={record.PREVIEW}: the previews of this base are no images; name one."
 
 
-def _check_spellings(family: Family, config: Config) -> None:
+def _check_formats(family: Family, config: Config) -> None:
     for format_name in config.output.formats:
         family.key_map(format_name, config.model)
 
@@ -145,8 +145,8 @@ def _preview_requests(
     every = config.train.preview_every_steps
     if config.output.thumbnail == record.PREVIEW and every > num_steps:
         raise ConfigError(
-            f"output.thumbnail={record.PREVIEW}: no preview is drawn in {num_steps} steps with "
-            f"train.preview_every_steps={every}; lower it, or name a picture."
+            f"output.thumbnail={record.PREVIEW}: no preview is generated in {num_steps} steps with "
+            f"train.preview_every_steps={every}; lower it, or name an image."
         )
     requests = sample_type.previews(samples, config.preview) if every else []
     if every > num_steps:

@@ -1,4 +1,4 @@
-"""What a base, with or without adapters, says about pictures."""
+"""Answers of a base, with or without adapters, to questions about images."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ class ImageAnswers:
 
 
 def ask(model: ModelOptions | Model, paths: Sequence[Path], question: str, adapters: Adapters = ()) -> ImageAnswers:
-    """Returns the answer to a question about each picture.
+    """Returns the answer to a question about each image.
 
     Args:
         model: a base of visual question answering.
-        paths: pictures, and folders of them.
-        question: what is asked of each.
+        paths: images, and folders of them.
+        question: the same for each.
         adapters: files or folders with their weights; all are applied at once.
 
     Raises:
-        InputError: the base, an adapter or a picture cannot be used; all faults of pictures are listed at once.
+        InputError: the base, an adapter or an image cannot be used; all errors of images are listed at once.
     """
     answerer = Answerer(model, adapters)
-    files = [file for path in paths for file in _pictures(path)]
-    requests, faults = [], []
+    files = [file for path in paths for file in _images(path)]
+    requests, errors = [], []
     for file in files:
         try:
             requests.append(chats.ask(file, question))
         except ImageError as error:
-            faults.append(str(error))
-    if faults:
-        raise DataError(f"{len(faults)} of {len(files)} pictures cannot be read; correct or leave them out.", faults)
+            errors.append(str(error))
+    if errors:
+        raise DataError(f"{len(errors)} of {len(files)} images cannot be read; correct or leave them out.", errors)
     return ImageAnswers(question, dict(zip(files, answerer.answer(requests), strict=True)))
 
 
-def _pictures(path: Path) -> Sequence[Path]:
+def _images(path: Path) -> Sequence[Path]:
     return preflight.list_images(str(path), "PATH").files if path.is_dir() else (path,)
 
 
@@ -98,9 +98,9 @@ def score_answers(
     """
     answerer, scorers = Answerer(model, adapters), Scorers({"clip": clip}) if clip else None
     sets = [CHATS.read(replace(data, path=str(path)), answerer.info) for path in data_paths]
-    if clip and (blind := [sample.key for samples in sets for sample in samples if not _is_shown(sample)]):
+    if clip and (blind := [sample.key for samples in sets for sample in samples if not _has_image(sample)]):
         raise DataError(
-            f"--clip scores answers as captions, but {len(blind)} first questions show no picture "
+            f"--clip scores answers as captions, but {len(blind)} first questions show no image "
             f"({name_some(blind)}); leave those out, or --clip."
         )
     scores = tuple(compare(answerer.answer, samples, scorers) for samples in sets)
@@ -115,15 +115,15 @@ def compare(
     """Compares the answers to the first question of each conversation with those that are right."""
     pairs = chats.questions(samples)
     answers = answer([request for request, _ in pairs])
-    asked = [request.prompt for request, _ in pairs]
+    prompts = [request.prompt for request, _ in pairs]
     keys, targets = [sample.key for sample in samples], [target for _, target in pairs]
     questioned = [request.sample for request, _ in pairs if isinstance(request.sample, Chat)]
-    pictures = [chat.views[0][0] for chat in questioned] if scorers else []
-    names = [str(sample.images[0].path) if _is_shown(sample) else "" for sample in samples]
-    return evaluate_answers(keys, asked, targets, answers, pictures, scorers, names)
+    images = [chat.views[0][0] for chat in questioned] if scorers else []
+    names = [str(sample.images[0].path) if _has_image(sample) else "" for sample in samples]
+    return evaluate_answers(keys, prompts, targets, answers, images, scorers, names)
 
 
-def _is_shown(sample: Chat) -> bool:
+def _has_image(sample: Chat) -> bool:
     return sample.first_question().num_images > 0
 
 
@@ -142,7 +142,7 @@ class Answerer:
         self.info = info
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
-        """Returns what it says.
+        """Returns the answers.
 
         Raises:
             ModelError: the chat template of the base cannot render a question; raised before the base is loaded.
@@ -153,13 +153,13 @@ class Answerer:
         return [output.text for output in self._model.answer(requests)]
 
     def _check(self, requests: Sequence[Request]) -> None:
-        assert self.info.count_tokens is not None, "a base that talks counts tokens"
-        asked = []
+        assert self.info.count_tokens is not None, "a base of visual question answering counts tokens"
+        conversations = []
         for request in requests:
-            assert isinstance(request.sample, Chat), "a request to talk holds a conversation"
+            assert isinstance(request.sample, Chat), "its requests hold a conversation"
             count = request.sample.first_question().num_images
             turns = (Turn("user", request.prompt, count), Turn("assistant", ""))
-            asked.append(replace(request.sample, turns=turns, images=request.sample.images[:count]))
-        for fault in self.info.count_tokens(asked):
-            if isinstance(fault, str):
-                raise ModelError(f"{self.info.source} cannot be asked {requests[0].prompt!r}: {fault}")
+            conversations.append(replace(request.sample, turns=turns, images=request.sample.images[:count]))
+        for error in self.info.count_tokens(conversations):
+            if isinstance(error, str):
+                raise ModelError(f"{self.info.source} cannot be asked {requests[0].prompt!r}: {error}")

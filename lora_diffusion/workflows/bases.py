@@ -46,24 +46,24 @@ def weights_path(family: Family, options: ModelOptions) -> Path:
 
 
 def _find(path: str, family: str | None, check: Callable[[Family, ModelOptions], Any]) -> ModelOptions:
-    faults: dict[str, list[str]] = {}
+    errors: dict[str, list[str]] = {}
     for name in [family] if family else registry.available("families"):
         candidate: Family = registry.find("families", name)
         options: ModelOptions = candidate.options_type(family=name, path=path)
         try:
             check(candidate, options)
         except MissingModelError as error:
-            faults.setdefault(str(error) if family else error.message, []).append(name)
+            errors.setdefault(str(error) if family else error.message, []).append(name)
         except UntrainableError as error:
             raise ModelError(str(error)) from error
         except ModelError as error:
-            faults.setdefault(str(error), []).append(name)
+            errors.setdefault(str(error), []).append(name)
         else:
             return options
-    if len(faults) == 1:
-        raise ModelError(next(iter(faults)))
+    if len(errors) == 1:
+        raise ModelError(next(iter(errors)))
     raise ModelError(
-        f"{path} is no base of a known family.", [f"{', '.join(names)}: {fault}" for fault, names in faults.items()]
+        f"{path} is no base of a known family.", [f"{', '.join(names)}: {text}" for text, names in errors.items()]
     )
 
 

@@ -1,4 +1,4 @@
-"""Adapter files made from adapter files; no base model is needed."""
+"""Adapter files from adapter files; no base model is needed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _NOTHING = 1e-4
 
 @dataclass(frozen=True)
 class Composition:
-    """An adapter file made from others."""
+    """An adapter file composed of others."""
 
     path: Path
     total: Sum
@@ -204,7 +204,7 @@ def _joined_embeddings(terms: Sequence[Term]) -> dict[str, Tensor]:
             if not same_bits(as_array(joined.setdefault(name, tensor)), as_array(tensor)):
                 raise AdapterFileError(
                     f"{term.name} and another adapter hold different text embeddings of the name {name}; give "
-                    "--embeddings drop, and load them from files of their own."
+                    "--embeddings drop, and load them from separate files."
                 )
     return joined
 
@@ -233,7 +233,7 @@ def kernels(family: Family, base: GivenBase | None) -> dict[ModuleKey, tuple[int
 
 
 def source_of(file: ParsedFile, term: Term) -> Source:
-    """Returns what a sum tells of an adapter in it."""
+    """Returns what a sum records of an adapter in it."""
     return Source(term.name, hash_adapter(file.path), term.weights, term.state.metadata)
 
 

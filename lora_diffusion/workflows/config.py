@@ -1,4 +1,4 @@
-"""Config files: those that come along, one of them copied, one checked, all its values with their meaning; no torch."""
+"""Config files: those that come along, one of them copied, one checked, all its values explained; no torch."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def copy_config(name: str, target: Path | None = None) -> CopiedConfig:
 
     Args:
         name: as `list_configs` gives it.
-        target: new file; None takes its own name in the working directory.
+        target: new file; None takes its name, in the working directory.
 
     Raises:
         ConfigError: no such config, or the file is there.
@@ -102,7 +102,7 @@ def copy_config(name: str, target: Path | None = None) -> CopiedConfig:
 
 
 def check_config(config: Config, path: Path | None = None) -> CheckedConfig:
-    """Checks what a loaded config, which `load` found right, cannot know by itself.
+    """Checks what a loaded config, which `load` accepted, cannot know by itself.
 
     Args:
         config: as it was loaded.

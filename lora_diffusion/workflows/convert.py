@@ -85,8 +85,8 @@ def convert(
 ) -> Conversion:
     """Writes an adapter in another format, with the same tensors, alphas and metadata.
 
-    The kind of base, by which A1111 and Forge list files, is added to the metadata where it is missing, and zeros to a
-    text encoder that diffusers would refuse.
+    The architecture of the base, by which A1111 and Forge list files, is added to the metadata where it is missing,
+    and zeros to a text encoder that diffusers would refuse.
 
     Args:
         input_path: adapter file, folder saved by PEFT, or checkpoint of a run.
@@ -94,7 +94,7 @@ def convert(
         format_name: format, or a program that reads it.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
         model_path: base whose modules give the names; needed only for networks of another build than the published.
-        family_name: kind of base; without it, what the tensors tell.
+        family_name: family of the base; without it, the one that the tensors match.
         is_pickle: take the tensors out of a pickle, without running what is in it.
         embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.

@@ -28,9 +28,9 @@ class Captions:
     written: dict[Path, str]
     """Caption file -> its text."""
     kept: tuple[Path, ...]
-    """Pictures that had a caption."""
+    """Images that had a caption."""
     silent: tuple[Path, ...]
-    """Pictures about which the model said nothing."""
+    """Images about which the model said nothing."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -43,7 +43,7 @@ class Captions:
     def text(self) -> str:
         """Returns lines for people."""
         lines = [f"{path}: {text}" for path, text in self.written.items()]
-        lines.append(f"Wrote {len(self.written)} captions; {len(self.kept)} pictures had one and keep it.")
+        lines.append(f"Wrote {len(self.written)} captions; {len(self.kept)} images had one and keep it.")
         if self.silent:
             lines.append(f"Without an answer, not written: {name_some([str(path) for path in self.silent], 10)}.")
         return "\n".join(lines)
@@ -59,36 +59,36 @@ def caption(
     ending: str = ".txt",
     overwrite: bool = False,
 ) -> Captions:
-    """Writes a caption beside each picture that has none, batch by batch, so that a stop loses one batch at most.
+    """Writes a caption beside each image that has none, batch by batch, so that a stop loses one batch at most.
 
     A caption file that is empty is filled, whatever its ending.
 
     Args:
-        folder_path: pictures, in subfolders too.
+        folder_path: images, in subfolders too.
         model: a base of visual question answering.
         adapters: files or folders with their weights; all are applied at once.
-        prompt: what is asked; {name} stands for the file's name in words, {folder} for that of its folder.
+        prompt: the question; {name} stands for the file's name in words, {folder} for that of its folder.
         trigger: words put before each caption that does not hold them.
         ending: of new caption files, one of `data.captions.ENDINGS`.
         overwrite: replace captions of that ending.
 
     Raises:
-        InputError: the base, an adapter, the prompt or a picture cannot be used; nothing was written then.
+        InputError: the base, an adapter, the prompt or an image cannot be used; nothing was written then.
     """
     _check_words(prompt, ending)
     answerer = Answerer(model, adapters)
     folder = preflight.list_images(folder_path, "FOLDER")
     check_writable(folder.root, "FOLDER")
-    faults: list[str] = []
-    found = captions.collect(folder, faults)
-    has_caption = {path for path, lines in found.items() if lines is None or lines}
+    errors: list[str] = []
+    existing = captions.collect(folder, errors)
+    has_caption = {path for path, lines in existing.items() if lines is None or lines}
     wanted = [path for path in folder.files if overwrite or path not in has_caption]
     beside = _beside(folder)
     files = {path: _caption_file(path, beside, path in has_caption, ending) for path in wanted}
-    faults += _conflicts(folder, files, beside, found)
-    preflight.measure(folder, False, faults)
-    if faults:
-        raise DataError(f"{folder.root}: nothing was captioned; correct the folder.", faults)
+    errors += _conflicts(folder, files, beside, existing)
+    preflight.measure(folder, False, errors)
+    if errors:
+        raise DataError(f"{folder.root}: nothing was captioned; correct the folder.", errors)
     written: dict[Path, str] = {}
     silent: list[Path] = []
     for start in range(0, len(wanted), _AT_ONCE):
@@ -101,7 +101,7 @@ def caption(
             elif overwrite or _is_free(file):
                 written[file] = _with_trigger(answer, trigger)
                 write_text(file, written[file] + "\n")
-        logger.info("Captioned %d of %d pictures.", min(start + _AT_ONCE, len(wanted)), len(wanted))
+        logger.info("Captioned %d of %d images.", min(start + _AT_ONCE, len(wanted)), len(wanted))
     return Captions(written, tuple(path for path in folder.files if path not in wanted), tuple(silent))
 
 
@@ -119,7 +119,7 @@ def _check_words(prompt: str, ending: str) -> None:
         raise ConfigError(f"--prompt {prompt!r} holds {{{unknown[0]}}}; it may hold {known}.")
     if ending not in captions.ENDINGS:
         raise ConfigError(
-            f"--ending {ending}: captions are found in files that end in {' or '.join(captions.ENDINGS)}."
+            f"--ending {ending}: captions are read from files that end in {' or '.join(captions.ENDINGS)}."
         )
 
 
@@ -133,27 +133,27 @@ def _beside(folder: Folder) -> dict[Path, list[Path]]:
 
 
 def _caption_file(path: Path, beside: Mapping[Path, Sequence[Path]], has_caption: bool, ending: str) -> Path:
-    """Returns where the caption of a picture goes: into the file that waits for it, else into one of that ending."""
-    own = path.with_suffix(ending)
-    there = beside.get(path.with_suffix(""), [own])
-    return own if has_caption or own in there else there[0]
+    """Returns where the caption of an image goes: into the file that waits for it, else into one of that ending."""
+    new = path.with_suffix(ending)
+    there = beside.get(path.with_suffix(""), [new])
+    return new if has_caption or new in there else there[0]
 
 
 def _is_free(file: Path) -> bool:
-    """Tells whether there is no caption in a file, which somebody may have written in the meantime."""
+    """Says whether there is no caption in a file, which somebody may have written in the meantime."""
     return not file.exists() or not file.read_text(encoding="utf-8-sig", errors="replace").strip()
 
 
 def _conflicts(
-    folder: Folder, files: Mapping[Path, Path], beside: Mapping[Path, Sequence[Path]], found: Mapping[Path, Any]
+    folder: Folder, files: Mapping[Path, Path], beside: Mapping[Path, Sequence[Path]], existing: Mapping[Path, Any]
 ) -> list[str]:
-    """Returns a fault for each picture whose new caption would stand beside another one."""
+    """Returns an error for each image whose new caption would stand beside another one."""
     twins = [group for group in folder.by_stem.values() if len(group) > 1 and set(group) & files.keys()]
-    faults = [f"{' and '.join(map(folder.name, group))} would share a caption file; rename one." for group in twins]
-    return faults + [
+    errors = [f"{' and '.join(map(folder.name, group))} would share a caption file; rename one." for group in twins]
+    return errors + [
         f"{folder.name(path)}: its caption is not in {file.name} alone; remove the other one first."
         for path, file in files.items()
-        if path in found and beside.get(path.with_suffix("")) != [file]
+        if path in existing and beside.get(path.with_suffix("")) != [file]
     ]
 
 

@@ -26,7 +26,7 @@ class CheckedData:
     def text(self) -> str:
         """Returns lines for people."""
         # Names of files may hold line breaks.
-        return "\n".join([*(line.replace("\n", r"\n") for line in self.report.lines()), "No faults."])
+        return "\n".join([*(line.replace("\n", r"\n") for line in self.report.lines()), "No errors."])
 
 
 def check_data(config: Config, *, base_is_named: bool = True) -> CheckedData:
@@ -37,7 +37,7 @@ def check_data(config: Config, *, base_is_named: bool = True) -> CheckedData:
         base_is_named: the user did name the base; else captions may be as long as CLIP reads them.
 
     Raises:
-        InputError: the base or the data cannot be used; all faults of the data are listed at once.
+        InputError: the base or the data cannot be used; all errors of the data are listed at once.
     """
     family: Family = registry.find("families", config.model.family)
     sample_type = sample_types.find(family.sample_type)

@@ -1,4 +1,4 @@
-"""What a training run would need and do, told before anything is loaded: `estimate`, and `train --dry-run`."""
+"""What a training run would need and do, before anything is loaded: `estimate`, and `train --dry-run`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Estimate:
 def estimate(config: Config) -> Estimate:
     """Predicts the peak memory of a training step from shapes alone; loads no weights.
 
-    Pictures are taken to fill `data.resolution`; of other data the longest sample is looked up.
+    Images are taken to fill `data.resolution`; of other data the longest sample is looked up.
 
     Raises:
         InputError: the run could not start.
@@ -60,10 +60,10 @@ def estimate(config: Config) -> Estimate:
     variants.find(config.adapter.variant, config.model.quantization)
     optim.check(config.train, pick_device())
     info = family.check(config.model)
-    skeleton = family.meta_modules(config.model)
-    plan = make_plan(skeleton, family.parts, config.adapter, config.train.module_learning_rates, info.unread)
+    networks = family.meta_modules(config.model)
+    plan = make_plan(networks, family.parts, config.adapter, config.train.module_learning_rates, info.unread)
     size = _size(config, family, info)
-    return Estimate(plan, step_memory(config, family, info, skeleton, plan, size), size)
+    return Estimate(plan, step_memory(config, family, info, networks, plan, size), size)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DryRunReport:
 def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> DryRunReport:
     """Checks config, base and data as `train` does, and says what it would do; loads no weights, writes nothing.
 
-    A folder that holds this very run is no fault, since it could be resumed; with `overwrite` any run may be there.
+    A folder that holds this very run is no error, since it could be resumed; with `overwrite` any run may be there.
     """
     config = config if overwrite else run_folder.as_started(config)
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
@@ -106,15 +106,15 @@ def step_memory(
     config: Config,
     family: Family,
     info: BaseInfo,
-    skeleton: Mapping[str, nn.Module],
+    networks: Mapping[str, nn.Module],
     plan: InjectionPlan,
     size: tuple[int, int],
 ) -> memory.MemoryEstimate:
-    """Takes a step with fake tensors on samples of a size; the skeleton cannot be used afterwards."""
+    """Takes a step with fake tensors on samples of a size; the networks cannot be used afterwards."""
     device, trained = pick_device(), frozenset(config.adapter.parts)
     dtype, quantization = frozen_dtype(config.model.dtype, device), config.model.quantization
     example = family.example(config.model, trained, config.train.batch_size, size)
-    called = {**skeleton, **example.heads}
+    called = {**networks, **example.heads}
     parts = {name: called[name] for name in example.inputs}
     weights = sum(weight_bytes(network, quantization, dtype) for network in parts.values())
     for network in parts.values():

@@ -45,16 +45,16 @@ from lora_diffusion.scoring.clip import BUILTIN, default_clip, is_encoder_of_bas
 from lora_diffusion.scoring.scorers import LOADERS, Scorers
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _candidates
+from lora_diffusion.workflows._base_and_adapters import attach, find_family, read_adapter
 from lora_diffusion.workflows._candidates import CandidateSampler, Entry
-from lora_diffusion.workflows._faults import Faults
-from lora_diffusion.workflows._steps import attach, find_family, read_adapter
+from lora_diffusion.workflows._errors import Errors
 from lora_diffusion.workflows.bases import find_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Candidates = Mapping[str, tuple[Entry, Candidate]]
-"""Candidate, without the base -> what it is made of."""
+"""Candidate, without the base -> its adapters with their weights."""
 
 _OPTIONS = {"references": "--references DIR", "training_images": "--training DIR"}
 """Field of Evidence -> the option that gives it."""
@@ -130,7 +130,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     Raises:
         InputError: anything that the user can correct, all of it at once; raised before the base is loaded.
     """
-    errors, device = Faults(), pick_device()
+    errors, device = Errors(), pick_device()
     run = RunFolder(request.run) if request.run else None
     config = _config_of(run, errors)
     model = request.model or (config.model if config else None)
@@ -245,13 +245,13 @@ def evaluate_as_table(model: str | Path | ModelOptions | None = None, **request:
     return evaluate(EvaluationRequest(model=options, **request)).table()
 
 
-def _config_of(run: RunFolder | None, errors: Faults) -> Config | None:
+def _config_of(run: RunFolder | None, errors: Errors) -> Config | None:
     with errors.noted():
         return run.config() if run else None
     return None
 
 
-def _info(family: Family, model: ModelOptions, size: tuple[int, int] | None, errors: Faults) -> BaseInfo:
+def _info(family: Family, model: ModelOptions, size: tuple[int, int] | None, errors: Errors) -> BaseInfo:
     """Looks at the base; where there is an error, what is returned is never used."""
     info: Any = None
     with errors.noted():
@@ -267,7 +267,7 @@ def _entries(
     config: Config | None,
     family: Family,
     model: ModelOptions,
-    errors: Faults,
+    errors: Errors,
 ) -> list[Entry]:
     num_errors = len(errors)
     entries = _candidates.from_files(request.adapters, family, model, errors)
@@ -278,7 +278,7 @@ def _entries(
     return entries
 
 
-def _weighted(entries: Sequence[Entry], weights: Sequence[float], errors: Faults) -> Candidates:
+def _weighted(entries: Sequence[Entry], weights: Sequence[float], errors: Errors) -> Candidates:
     """Returns each entry at each weight."""
     bad = [weight for weight in weights if not math.isfinite(weight)]
     if bad or not weights:
@@ -294,7 +294,7 @@ def _weighted(entries: Sequence[Entry], weights: Sequence[float], errors: Faults
     return candidates
 
 
-def _cases(request: EvaluationRequest, recorded: Sequence[str], errors: Faults) -> Sequence[Case]:
+def _cases(request: EvaluationRequest, recorded: Sequence[str], errors: Errors) -> Sequence[Case]:
     """Returns the cases; `recorded` are the triggers that the adapters' files name."""
     if not isinstance(request.prompts, str | Path):
         return request.prompts
@@ -320,7 +320,7 @@ def _training_folder(request: EvaluationRequest, config: Config | None) -> Path 
     return None
 
 
-def _images(folder: Path | None, option: str, errors: Faults) -> list[FileHash]:
+def _images(folder: Path | None, option: str, errors: Errors) -> list[FileHash]:
     """Returns the images of a folder and its subfolders, all of which can be read."""
     if folder is None:
         return []
@@ -330,7 +330,7 @@ def _images(folder: Path | None, option: str, errors: Faults) -> list[FileHash]:
 
 
 def _metrics(
-    request: EvaluationRequest, cases: Sequence[Case], given: set[str], scorers: Scorers, errors: Faults
+    request: EvaluationRequest, cases: Sequence[Case], given: set[str], scorers: Scorers, errors: Errors
 ) -> list[Metric]:
     """Returns the metrics that were named, or all that can be computed, with their models loaded."""
     metrics = []
@@ -394,7 +394,7 @@ def _guidance(request: EvaluationRequest, info: BaseInfo) -> float:
     return info.guidance if request.guidance is None else request.guidance
 
 
-def _check_rest(request: EvaluationRequest, candidates: Candidates, metrics: Sequence[Metric], errors: Faults) -> None:
+def _check_rest(request: EvaluationRequest, candidates: Candidates, metrics: Sequence[Metric], errors: Errors) -> None:
     if not request.seeds or len(set(request.seeds)) < len(request.seeds):
         errors.append(f"--seed {' '.join(map(str, request.seeds))}: give each seed once, and at least one.")
     errors += [
@@ -419,17 +419,17 @@ def _check_rest(request: EvaluationRequest, candidates: Candidates, metrics: Seq
 def _warnings(
     references: Sequence[FileHash], training: Sequence[FileHash], scorers: Scorers, architecture: Architecture
 ) -> list[str]:
-    found = []
+    caveats = []
     trained = {file.sha256 for file in training}
     shared = [Path(file.path).name for file in references if file.sha256 in trained]
     if shared:
-        found.append(
+        caveats.append(
             f"{len(shared)} of {len(references)} references are training images ({name_some(shared)}), so likeness "
             "to them rewards copying; give images that were not trained on."
         )
     if is_encoder_of_base(scorers.names["clip"], architecture):
-        found.append(
+        caveats.append(
             f"The base reads its prompts with the very CLIP that scores its images ({scorers.names['clip']}), so "
             "clip_text flatters it; give another --clip."
         )
-    return found
+    return caveats

@@ -17,7 +17,7 @@ from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints, model_card, verify
 from lora_diffusion.workflows._adapter_files import check_target
-from lora_diffusion.workflows._steps import read_adapter
+from lora_diffusion.workflows._base_and_adapters import read_adapter
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def export(
     key_map = family.key_map(format_name, config.model)
     with atomic_path(output_path) as temporary:
         write_verified(state, key_map, format_, temporary, find_dtype(config.output.dtype))
-        faults = verify.faults(temporary, format_name, family, config.model, apps)
-        verify.require_sound(output_path, faults)
+        errors = verify.app_errors(temporary, format_name, family, config.model, apps)
+        verify.require_sound(output_path, errors)
     if card:
         package = model_card.collect_exported(output_path, format_name, run)
         write_text(card_path, model_card.write(package, "."))

@@ -30,7 +30,7 @@ class GeneratedImages:
 
     def text(self) -> str:
         """Returns lines for people."""
-        return f"{len(self.files)} picture(s) in {self.grid.parent}, all together in {self.grid}"
+        return f"{len(self.files)} image(s) in {self.grid.parent}, all together in {self.grid}"
 
 
 def generate(

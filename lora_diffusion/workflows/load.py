@@ -18,7 +18,7 @@ from lora_diffusion.core.text import suggestion
 from lora_diffusion.data.sample_types import IMAGES, SampleType
 from lora_diffusion.runtime.autotune import use_threads
 from lora_diffusion.runtime.device import pick_device
-from lora_diffusion.workflows._steps import check_family, find_family, read_adapter
+from lora_diffusion.workflows._base_and_adapters import check_family, find_family, read_adapter
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +31,7 @@ class Model:
     """A base in memory with its adapters."""
 
     def __init__(self, family: Family, loaded: Loaded, weights: Mapping[str, float]) -> None:
-        """Takes what `CheckedModel.load` made; the weights are those of calls that give no others."""
+        """Takes what `CheckedModel.load` loaded; the weights are those of calls that give no others."""
         self.family, self.loaded, self.weights = family, loaded, dict(weights)
 
     @property

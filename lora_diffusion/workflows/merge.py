@@ -24,7 +24,7 @@ from lora_diffusion.formats.detect import is_adapter
 from lora_diffusion.runtime.device import find_dtype
 from lora_diffusion.tensorfile.streaming import TensorFile
 from lora_diffusion.workflows._adapter_files import file_names, hash_adapter
-from lora_diffusion.workflows._steps import read_unchecked
+from lora_diffusion.workflows._base_and_adapters import read_unchecked
 from lora_diffusion.workflows.bases import open_base
 
 _UNET = ("model.diffusion_model.", "diffusion_model.", "input_blocks.", "down_blocks.", "unet.down_blocks.")
@@ -74,7 +74,7 @@ def merge(
         adapters: files or folders, each with one weight or one for each part.
         output_path: folder, or file if the base is a single file.
         dtype: fp32, fp16 or bf16, of the weights of the networks that can hold adapters; auto keeps that of each
-            tensor, and all else in the base keeps its own anyhow.
+            tensor, and all else in the base keeps its dtype anyhow.
         overwrite: replace what is there.
 
     Raises:

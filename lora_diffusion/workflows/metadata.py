@@ -1,4 +1,4 @@
-"""The texts in the header of an adapter file: shown, changed, taken out. The tensors keep every byte."""
+"""The texts in the header of an adapter file: printed, changed, removed. The tensors keep every byte."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MetadataChange:
     changed: tuple[str, ...]
     removed: tuple[str, ...]
     kept: tuple[str, ...]
-    """Those that apps tell the base from."""
+    """Those by which apps know the base."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -105,7 +105,7 @@ def edit_metadata(
 def strip_metadata(
     path: Path, kept: Sequence[str] = (), output_path: Path | None = None, *, overwrite: bool = False
 ) -> MetadataChange:
-    """Takes out all texts but those that apps need to list the file, and those that are asked for.
+    """Takes out all texts but those that apps need to list the file, and those that are named.
 
     Args:
         path: safetensors file.

@@ -72,19 +72,19 @@ class Package:
     """A hub id, or what else the base is called; of a folder or file of this machine only the name."""
     evaluation: Evaluation | None = None
     is_of_run: bool = False
-    """It was trained with this program, as far as can be told."""
+    """It was trained with this program, as far as its metadata says."""
 
     @property
     def text_output(self) -> TextOutputArchitecture | None:
         """That of its base, if it answers in text."""
-        own = find_modelspec(self.metadata.get("modelspec.architecture", ""))
-        return own if isinstance(own, TextOutputArchitecture) else None
+        architecture = find_modelspec(self.metadata.get("modelspec.architecture", ""))
+        return architecture if isinstance(architecture, TextOutputArchitecture) else None
 
     @property
     def diffusion(self) -> DiffusionArchitecture | None:
         """That of its base, if it makes images and the metadata tell it."""
-        own = base_of(self.metadata)
-        return own if isinstance(own, DiffusionArchitecture) else None
+        architecture = base_of(self.metadata)
+        return architecture if isinstance(architecture, DiffusionArchitecture) else None
 
 
 def collect(source: Path) -> Package:
@@ -141,14 +141,14 @@ def _package(
     report = describe_file(parse_file(next(iter(adapters.values()))))
     if not report.num_modules:
         raise AdapterFileError(f"{report.path} holds no adapter.")
-    if report.faults:
-        raise AdapterFileError(f"{report.path} is broken; get it again, or use an earlier checkpoint.", report.faults)
-    shown_images = {image.name: image for image in images[:_MOST_IMAGES]}
+    if report.errors:
+        raise AdapterFileError(f"{report.path} is broken; get it again, or use an earlier checkpoint.", report.errors)
+    listed = {image.name: image for image in images[:_MOST_IMAGES]}
     contents = {name: path for adapter in adapters.values() for name, path in _contents(adapter).items()}
     return Package(
-        files={**contents, **shown_images},
+        files={**contents, **listed},
         adapters={format_name: path.name for format_name, path in adapters.items()},
-        images=tuple(shown_images),
+        images=tuple(listed),
         metadata=report.metadata,
         variant=report.variant,
         base=_base_name(base or report.metadata.get("ss_sd_model_name", "an unknown base")),
@@ -188,11 +188,11 @@ def _head(package: Package) -> dict[str, Any]:
         "widget": widget or None,
     }
     kept = {key: value for key, value in head.items() if value}
-    made_with = ["lora-diffusion"] * package.is_of_run
+    tools = ["lora-diffusion"] * package.is_of_run
     if package.text_output:
         task = package.text_output.task
-        return {"library_name": "peft", "pipeline_tag": task, "tags": [task, "lora", *made_with], **kept}
-    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", *made_with]
+        return {"library_name": "peft", "pipeline_tag": task, "tags": [task, "lora", *tools], **kept}
+    tags = ["text-to-image", "stable-diffusion", "lora", "template:sd-lora", *tools]
     return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, **kept}
 
 
@@ -253,17 +253,17 @@ def _layer(app: str, architecture: DiffusionArchitecture, skip: int) -> int | No
 
 
 def _loading(package: Package) -> dict[str, str | bool]:
-    """Returns what the code that loads the base is made of, and whether its prediction must be told."""
+    """Returns the pieces of the code that loads the base, and whether its prediction must be given."""
     builtin = _builtin_folder(package.base)
     base = f'builtin_path("{builtin}")' if builtin else _code(json.dumps(package.base))
     metadata, architecture = package.metadata, package.diffusion
     # Where bases of one architecture predict either, programs tell.
-    is_told = architecture is not None and architecture.is_distinguished_by_prediction
+    is_implied = architecture is not None and architecture.is_distinguished_by_prediction
     is_velocity = _predicts_velocity(metadata)
     values: dict[str, str | bool] = {
         "base_code": base,
         "base_import": _IMPORT_BUILTIN if builtin else "",
-        "is_unusual": is_velocity and not is_told,
+        "is_unusual": is_velocity and not is_implied,
     }
     if not package.base.endswith(".safetensors"):
         return {**values, "pipeline": "AutoPipelineForText2Image", "loader": "from_pretrained"}
@@ -272,7 +272,7 @@ def _loading(package: Package) -> dict[str, str | bool]:
     scheduler = ['prediction_type="v_prediction"' if is_velocity else 'prediction_type="epsilon"']
     if metadata.get("ss_zero_terminal_snr") == "True":
         scheduler += ["rescale_betas_zero_snr=True", 'timestep_spacing="trailing"']
-    settings = ", ".join(scheduler) if is_velocity or is_told else ""
+    settings = ", ".join(scheduler) if is_velocity or is_implied else ""
     return {**values, "pipeline": pipeline, "loader": "from_single_file", "scheduler": settings}
 
 
@@ -282,7 +282,7 @@ def _predicts_velocity(metadata: Mapping[str, str]) -> bool:
 
 
 def _builtin_folder(base: str) -> str | None:
-    """Returns the folder of a built-in base; None for others, and for names that a stranger's file made up."""
+    """Returns the folder of a built-in base; None for others, and for names that no base has."""
     if not base.startswith("builtin:"):
         return None
     try:

@@ -59,11 +59,11 @@ def report(paths: Sequence[Path], output_path: Path | None = None) -> Report:
     for path, selection in chosen.items():
         _check(path, selection)
     if len(paths) > 1:
-        entries = [comparison_page.Entry(_name(path), *_found(path, chosen[path])) for path in paths]
+        entries = [comparison_page.Entry(_name(path), *_findings(path, chosen[path])) for path in paths]
         page, *numbers = comparison_page.write_comparison(output, entries)
         return Report(page, tuple(numbers))
     path = paths[0]
-    findings, training = _found(path, chosen[path])
+    findings, training = _findings(path, chosen[path])
     if output.parent.resolve() == path.resolve():
         run_files.add(path, [output.with_suffix(ending).name for ending in (output.suffix, ".json", ".csv")])
     page, *numbers = write_report(
@@ -77,7 +77,7 @@ def report(paths: Sequence[Path], output_path: Path | None = None) -> Report:
 
 
 def _chosen_file(selection: Selection | None, findings: Findings | None) -> str | None:
-    """Returns the file that `select` made, unless the page now comes to another choice."""
+    """Returns the file that `select` wrote, unless the page now leads to another choice."""
     choice = findings.choice if findings else None
     if selection is None or choice is None or choice.candidate.name != selection.candidate:
         return None
@@ -124,7 +124,7 @@ def _evaluation_folder(path: Path, selection: Selection | None) -> Path | None:
 
 
 def _located(evaluation: Evaluation, run: RunFolder) -> Evaluation:
-    """Returns an evaluation of a run whose images are found from here, too."""
+    """Returns an evaluation of a run whose images can be opened from here, too."""
     if not run.config_path.is_file():
         return evaluation
     files = {file.path for file in (*evaluation.references, *evaluation.training_images)}
@@ -137,7 +137,7 @@ def _located(evaluation: Evaluation, run: RunFolder) -> Evaluation:
     )
 
 
-def _found(path: Path, selection: Selection | None) -> tuple[Findings | None, Training]:
+def _findings(path: Path, selection: Selection | None) -> tuple[Findings | None, Training]:
     folder, training = _evaluation_folder(path, selection), read_training(path)
     if folder is None:
         return None, training

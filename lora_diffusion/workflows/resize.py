@@ -38,14 +38,14 @@ def resize(
         rank: of each module; no rank grows.
         energy: share of each module's squared norm to keep; given instead of a rank.
         dtype: fp32, fp16 or bf16; auto keeps that of the input.
-        model_path: base whose modules give the names; needed only for networks of another build than the published.
+        model_path: base whose modules give the names; needed only for networks of another size than the published ones.
         embeddings: keep or drop text embeddings that are packed into the file.
         overwrite: replace what is there.
 
     Raises:
         ConfigError: the output exists, or neither or both of rank and energy are given.
         AdapterFileError: the file cannot be read.
-        UnsupportedError: a variant that has no rank of its own.
+        UnsupportedError: a variant that has no rank.
     """
     rule = required_rank_rule(rank, energy)
     with _run_checkpoints.as_file(input_path) as path:

@@ -41,8 +41,8 @@ from lora_diffusion.training.checkpoint import saved_steps
 from lora_diffusion.training.record import at_step
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.workflows import _run_checkpoints
+from lora_diffusion.workflows._base_and_adapters import read_adapter
 from lora_diffusion.workflows._run_checkpoints import RunCheckpoint
-from lora_diffusion.workflows._steps import read_adapter
 from lora_diffusion.workflows.evaluate import EvaluationRequest, evaluate
 
 EVALUATION_NAME = "evaluation"
@@ -172,8 +172,8 @@ def evaluation_request(run: RunFolder, config: Config, folder: Path) -> Evaluati
     Raises:
         ConfigError: the section names no references.
     """
-    own = config.evaluate
-    if not own.references:
+    settings = config.evaluate
+    if not settings.references:
         raise ConfigError(
             f"{folder} holds no evaluation, and the run's config names no images to compare with; add "
             f"evaluate.references=DIR, or run 'lora-diffusion evaluate --run {run.path} --output {folder}' with what "
@@ -185,11 +185,11 @@ def evaluation_request(run: RunFolder, config: Config, folder: Path) -> Evaluati
         output_path=folder,
         prompts=cases(config, trigger),
         run=run.path,
-        weights=own.weights,
-        references=user_path(own.references, "evaluate.references"),
-        metrics=own.metrics,
+        weights=settings.weights,
+        references=user_path(settings.references, "evaluate.references"),
+        metrics=settings.metrics,
         scorers=scorers(config),
-        seeds=own.seeds,
+        seeds=settings.seeds,
         num_steps=config.preview.num_steps,
         guidance=config.preview.guidance,
         negative=config.preview.negative,
@@ -203,11 +203,11 @@ def scorers(config: Config) -> dict[str, str]:
         ConfigError: an entry names no model, or a role that no metric asks for; or a metric of `evaluate.metrics` asks
             for one that is not named.
     """
-    own = config.evaluate
+    settings = config.evaluate
     metrics: dict[str, Metric] = {name: registry.find("metrics", name) for name in registry.available("metrics")}
     roles = sorted({role for metric in metrics.values() for role in metric.scorers} - {"clip"})
-    named = {"clip": own.clip} if own.clip else {}
-    for text in own.scorers:
+    named = {"clip": settings.clip} if settings.clip else {}
+    for text in settings.scorers:
         role, _, name = text.partition("=")
         if role not in roles or not name:
             raise ConfigError(
@@ -215,7 +215,7 @@ def scorers(config: Config) -> dict[str, str]:
                 f"{suggestion(role, roles)}, as in dino=FOLDER; the CLIP is evaluate.clip."
             )
         named[role] = name
-    for metric in own.metrics:
+    for metric in settings.metrics:
         lacking = [role for role in registry.find("metrics", metric).scorers if role not in {"clip", *named}]
         if lacking:
             raise ConfigError(f"evaluate.metrics: {metric} needs a model; add evaluate.scorers=[{lacking[0]}=NAME].")
@@ -228,29 +228,29 @@ def cases(config: Config, trigger: str) -> tuple[Case, ...]:
     Raises:
         ConfigError: no prompt would ask for what is trained, or the suite is wrong.
     """
-    own = config.evaluate
-    if own.prompts:
-        classes = [own.class_words] if own.class_words else []
-        found = read_cases(own.prompts, [trigger] if trigger else [], classes, setting="evaluate.prompts=")
-        if unused := check_used(own.prompts, [], classes, setting="evaluate.prompts="):
+    settings = config.evaluate
+    if settings.prompts:
+        classes = [settings.class_words] if settings.class_words else []
+        suite = read_cases(settings.prompts, [trigger] if trigger else [], classes, setting="evaluate.prompts=")
+        if unused := check_used(settings.prompts, [], classes, setting="evaluate.prompts="):
             raise ConfigError(f"evaluate.class_words={unused[0]}")
-        return found
+        return suite
     family: Family = registry.find("families", config.model.family)
-    data = replace(config.data, path=str(own.references), trigger="", captions="required", flip=False)
+    data = replace(config.data, path=str(settings.references), trigger="", captions="required", flip=False)
     try:
         captions = [sample.captions[0] for sample in image_folder.read(data, family.check(config.model))]
     except DataError as error:
         raise DataError(
-            f"evaluate.references={own.references}: its captions would be the prompts; correct them, or name a suite "
-            "with evaluate.prompts (configs/evaluate).",
+            f"evaluate.references={settings.references}: its captions would be the prompts; correct them, or name a "
+            "suite with evaluate.prompts (configs/evaluate).",
             error.errors,
         ) from error
     both = dict.fromkeys(zip(captions, control_prompts(captions, trigger), strict=True))
     pairs = [(caption, control) for caption, control in both if caption != control or not trigger]
     if not pairs:
         raise ConfigError(
-            f"evaluate.references={own.references}: none of the captions holds the trigger words {trigger!r}, so they "
-            "are no prompts for what is trained; name a suite with evaluate.prompts (configs/evaluate)."
+            f"evaluate.references={settings.references}: none of the captions holds the trigger words {trigger!r}, so "
+            "they are no prompts for what is trained; name a suite with evaluate.prompts (configs/evaluate)."
         )
     texts = [(caption, control, "subject") for caption, control in pairs[:_MAX_CONCEPT]]
     if trigger:
@@ -292,18 +292,18 @@ def _write(
     run_files.claim(run.path, [*run_files.CHOICE, *([] if is_final else [name])], f"select {run.path}")
     format_name = detect(parse_file(final)) if is_final else _format_name(config)
     _write_adapter(AdapterState(state.modules, metadata), family, config, path, format_name)
-    chosen = {name for name in run_files.own(run.path) if run_files.CHOSEN.fullmatch(name)}
+    chosen = {name for name in run_files.written(run.path) if run_files.CHOSEN.fullmatch(name)}
     run_files.discard(run.path, chosen - {name})
     return path
 
 
 def _record(run: RunFolder, file: Path, folder: Path, choice: Choice, preference: Preference) -> None:
     """Writes what was chosen and from which evaluation, then the link."""
-    own, inner = run.path.resolve(), folder.resolve()
+    outer, inner = run.path.resolve(), folder.resolve()
     values = {
         "file": file.name,
         # A run may be moved along with what is inside it.
-        "evaluation": (inner.relative_to(own) if inner.is_relative_to(own) else inner).as_posix(),
+        "evaluation": (inner.relative_to(outer) if inner.is_relative_to(outer) else inner).as_posix(),
         "preference": dataclasses.asdict(preference),
         **choice.to_json(),
         "lora_diffusion": __version__,

@@ -80,11 +80,11 @@ class TrainingRun:
     def __init__(
         self, checked: CheckedRun, trainer: Trainer, batches: Batches, files: AdapterFiles, held: ExitStack
     ) -> None:
-        """Takes what `setup` made; `held` is let go of when the run is closed."""
+        """Takes what `setup` prepared; `held` is let go of when the run is closed."""
         self.checked, self.trainer, self.batches, self.files, self._held = checked, trainer, batches, files, held
 
     def fit(self) -> None:
-        """Makes the steps that are left, with all that goes on beside them."""
+        """Takes the steps that are left, with all that goes on beside them."""
         self.trainer.fit(self.batches)
 
     def export(self) -> TrainResult:
@@ -155,7 +155,7 @@ def _log(run: CheckedRun) -> None:
 
 
 def _take_folder(run: CheckedRun, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path | None:
-    """Makes the run folder ready, and returns the checkpoint with which the run goes on; None where it starts."""
+    """Prepares the run folder, and returns the checkpoint with which the run goes on; None where it starts."""
     folder, processes = run.folder, process_group()
     with processes.main_process_first():  # which takes away what a killed process left
         latest = checkpoint.find_latest(folder.path) if resume else None

@@ -1,4 +1,4 @@
-"""What a base, with or without adapters, hears in recordings."""
+"""Transcripts of recordings by a base, with or without adapters."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _EVERYTHING = RecordingDataConfig(split=ALL_SPLITS)
 
 @dataclass(frozen=True)
 class Transcription:
-    """What was heard in one recording."""
+    """The transcript of one recording."""
 
     path: Path
     text: str
     segments: tuple[Segment, ...] = ()
-    """The words with when they were said: as timestamps tell it, else for each piece in which they were heard."""
+    """The words with their times: from timestamps, else those of each piece of the recording."""
 
 
 @dataclass(frozen=True)
 class Transcripts:
-    """What was heard in several recordings."""
+    """The transcripts of several recordings."""
 
     transcriptions: tuple[Transcription, ...]
 
@@ -68,7 +68,7 @@ def transcribe(model: ModelOptions | Model, paths: Sequence[Path], adapters: Ada
         adapters: files or folders with their weights; all are applied at once.
 
     Raises:
-        InputError: the base, an adapter or a recording cannot be used; all faults of recordings are listed at once.
+        InputError: the base, an adapter or a recording cannot be used; all errors of recordings are listed at once.
     """
     checked, info = _check(model, adapters)
     listed = list_requests(paths, info)
@@ -93,7 +93,7 @@ def score_transcripts(
     adapters: Adapters = (),
     data: RecordingDataConfig = _EVERYTHING,
 ) -> SetScores[TranscriptEvaluation]:
-    """Compares what is heard in folders of recordings with their transcripts; one result for each folder.
+    """Compares the output for folders of recordings with their transcripts; one result for each folder.
 
     Args:
         model: a base of speech recognition, or one that is loaded.
@@ -118,12 +118,12 @@ def compare(
     """Compares the transcripts of a loaded base with those of samples."""
     opened = [RECORDINGS.open(sample, RecordingDataConfig()) for sample in samples]
     outputs = generate([Request("", 0, sample=one) for one in opened])
-    said = [without_timestamps(sample.transcript) for sample in samples]
-    heard = [without_timestamps(output.text) for output in outputs]
+    references = [without_timestamps(sample.transcript) for sample in samples]
+    transcripts = [without_timestamps(output.text) for output in outputs]
     languages = [_written(sample, loaded.options) for sample in samples]
     normalizers = {language: whisper_normalizer(language, loaded.info.path) for language in set(languages)}
     keys = [sample.key for sample in samples]
-    return evaluate_transcripts(keys, said, heard, [normalizers[language] for language in languages])
+    return evaluate_transcripts(keys, references, transcripts, [normalizers[language] for language in languages])
 
 
 def _written(sample: AudioText, options: Any) -> str:
@@ -236,12 +236,12 @@ def write_transcripts(
         overwrite: files may be there.
 
     Raises:
-        InputError: as `transcribe` does; or a file cannot be written, which is told before anything is heard.
+        InputError: as `transcribe` does; or a file cannot be written, which is checked before anything is transcribed.
     """
     files = _plan(list_named(paths), form, output, overwrite=overwrite)
     transcriptions = transcribe(model, paths, adapters).transcriptions
-    for file, own in files.items():
-        write_text(file, FORMATS[form]([one for one in transcriptions if one.path in own]))
+    for file, recordings in files.items():
+        write_text(file, FORMATS[form]([one for one in transcriptions if one.path in recordings]))
     return WrittenTranscripts(tuple(files), "" if files else FORMATS[form](transcriptions))
 
 
@@ -259,7 +259,7 @@ def _plan(paths: Sequence[Path], form: str, output: Path | None, *, overwrite: b
         for path in paths:
             by_file[output / f"{path.stem}.{form}"].append(path)
         files = dict(by_file)
-        twins = next((own for own in files.values() if len(own) > 1), None)
+        twins = next((recordings for recordings in files.values() if len(recordings) > 1), None)
         if twins:
             raise ConfigError(
                 f"--output {output}: {' and '.join(map(str, twins))} would share a file; transcribe them one by one."

@@ -31,7 +31,7 @@ _FORMATS = ("kohya", "diffusers", "peft", "norms")
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found."""
+    """The results of `verify`."""
 
     path: Path
     base: str
@@ -69,7 +69,7 @@ def verify(path: Path, app_names: Sequence[str] = (), base: str | None = None) -
         AdapterFileError: the file cannot be read, or does not tell its base.
         ConfigError: there is no such app.
         ModelError: the base cannot be used.
-        UnsupportedError: the file is for a kind of base that is not known here.
+        UnsupportedError: the file is for a base that is not known here.
     """
     with _run_checkpoints.as_file(path) as inside:
         file = open_adapter(inside)
@@ -80,8 +80,10 @@ def verify(path: Path, app_names: Sequence[str] = (), base: str | None = None) -
         return Verification(path, name, tuple(simulate_apps(matched, app_names)))
 
 
-def faults(path: Path, format_name: str, family: Family, model: ModelOptions, app_names: Sequence[str]) -> list[str]:
-    """Returns what the apps of a written file would lose or misread, one line for each fault.
+def app_errors(
+    path: Path, format_name: str, family: Family, model: ModelOptions, app_names: Sequence[str]
+) -> list[str]:
+    """Returns what the apps of a written file would lose or misread, one line for each error.
 
     Args:
         path: the file or folder.
@@ -103,16 +105,16 @@ def faults(path: Path, format_name: str, family: Family, model: ModelOptions, ap
     ]
 
 
-def require_sound(path: Path, faults: Sequence[str]) -> None:
-    """Raises VerificationError if there are faults."""
-    if faults:
-        raise VerificationError(f"{path} was not written: apps would not apply all of it.", faults)
+def require_sound(path: Path, errors: Sequence[str]) -> None:
+    """Raises VerificationError if there are errors."""
+    if errors:
+        raise VerificationError(f"{path} was not written: apps would not apply all of it.", errors)
 
 
-def warn(path: Path, faults: Sequence[str]) -> None:
-    """Logs faults as warnings."""
-    for fault in faults:
-        logger.warning("%s: %s", path.name, fault)
+def warn(path: Path, errors: Sequence[str]) -> None:
+    """Logs errors as warnings."""
+    for error in errors:
+        logger.warning("%s: %s", path.name, error)
 
 
 def published_base(name: str) -> Base:

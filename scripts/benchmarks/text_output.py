@@ -188,7 +188,7 @@ def _our_logits(case: Case, base: Path, run: Path, adapter: Path) -> tuple[Any, 
     from lora_diffusion.data import sample_types
     from lora_diffusion.families.language import speech, vision
     from lora_diffusion.runtime.device import pick_device
-    from lora_diffusion.workflows._steps import attach, read_adapter
+    from lora_diffusion.workflows._base_and_adapters import attach, read_adapter
 
     config, family = config_of(case, base, run), registry.find("families", case.family)
     sample_type = sample_types.find(family.sample_type)

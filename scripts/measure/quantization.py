@@ -19,7 +19,7 @@ from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.data import sample_types
 from lora_diffusion.runtime.device import pick_device
-from lora_diffusion.workflows._steps import read_adapter
+from lora_diffusion.workflows._base_and_adapters import read_adapter
 from lora_diffusion.workflows.train import train
 
 QUANTIZATIONS = ("none", "8bit", "nf4")

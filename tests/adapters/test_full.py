@@ -44,9 +44,9 @@ def test_every_weight_of_the_part_is_trained_and_nothing_else_of_it() -> None:
         for path, module in loaded.parts["text_encoder"].named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    made = _plan(loaded)
-    assert {module.path: module.num_parameters for module in made.of_part("text_encoder")} == weights
-    assert all(not module.identity for module in made.of_part("unet"))
+    injection = _plan(loaded)
+    assert {module.path: module.num_parameters for module in injection.of_part("text_encoder")} == weights
+    assert all(not module.identity for module in injection.of_part("unet"))
     params = _trained(loaded)["text_encoder"]
     assert {name.rpartition(".")[0]: parameter.numel() for name, parameter in params.items()} == weights
 
@@ -78,8 +78,8 @@ def test_step_is_that_of_the_weights_themselves() -> None:
 
 def test_file_is_a_lora_that_gives_the_same(tmp_path: Path) -> None:
     loaded, fresh = tiny_loaded(), tiny_loaded()
-    for own in _trained(loaded).values():
-        for parameter in own.values():
+    for each in _trained(loaded).values():
+        for parameter in each.values():
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     fresh_names, format_ = key_map("kohya", fresh), registry.find("formats", "kohya")
     path = write_verified(read_state(loaded), fresh_names, format_, tmp_path / "a.safetensors", torch.float32)

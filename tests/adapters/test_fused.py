@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lora_diffusion.adapters._engines import FusedLinear
 
 
-def _run(kind: type[Linear], dtype: torch.dtype, *, needs_x: bool, bias: bool) -> list[Tensor]:
+def _run(layer_class: type[Linear], dtype: torch.dtype, *, needs_x: bool, bias: bool) -> list[Tensor]:
     torch.manual_seed(0)
     base = nn.Linear(12, 10, bias=bias).requires_grad_(False).to(dtype)
     config = LoraConfig(r=3, lora_alpha=1, target_modules=["x"])
-    layer = kind(base, "default", config=config, r=3, lora_alpha=1)
+    layer = layer_class(base, "default", config=config, r=3, lora_alpha=1)
     for name, shape in (("lora_A", (3, 12)), ("lora_B", (10, 3))):
         getattr(layer, name)["default"].weight = nn.Parameter(torch.randn(shape))
     x = torch.randn(2, 5, 12).to(dtype).requires_grad_(needs_x)
@@ -35,6 +35,6 @@ def test_same_numbers_as_peft(dtype: torch.dtype, needs_x: bool, bias: bool) -> 
     ours = _run(FusedLinear, dtype, needs_x=needs_x, bias=bias)
     theirs = _run(Linear, dtype, needs_x=needs_x, bias=bias)
     assert len(ours) == len(theirs) == 3 + needs_x
-    for own, other in zip(ours, theirs, strict=True):
-        assert own.dtype == other.dtype
-        assert torch.allclose(own, other, **close)
+    for each, other in zip(ours, theirs, strict=True):
+        assert each.dtype == other.dtype
+        assert torch.allclose(each, other, **close)

@@ -58,14 +58,14 @@ def test_first_values_depend_on_seed_and_module_only() -> None:
 def test_only_adapter_parameters_get_gradients() -> None:
     loaded = tiny_loaded()
     parameters = _trained(loaded)
-    assert all(p.dtype == torch.float32 for own in parameters.values() for p in own.values())
+    assert all(p.dtype == torch.float32 for settings in parameters.values() for p in settings.values())
     ids, latents = torch.randint(0, 200, (1, 7)), torch.randn(1, 4, 8, 8)
     text = loaded.parts["text_encoder"](ids).last_hidden_state
     loaded.parts["unet"](latents, torch.tensor([5]), text).sample.square().mean().backward()
-    own = {id(parameter) for group in parameters.values() for parameter in group.values()}
+    settings = {id(parameter) for group in parameters.values() for parameter in group.values()}
     for network in loaded.parts.values():
         for name, parameter in network.named_parameters():
-            assert parameter.requires_grad == (parameter.grad is not None) == (id(parameter) in own), name
+            assert parameter.requires_grad == (parameter.grad is not None) == (id(parameter) in settings), name
 
 
 def test_state_round_trip_is_identity_with_own_ranks_and_alphas() -> None:
@@ -84,7 +84,7 @@ def test_state_round_trip_is_identity_with_own_ranks_and_alphas() -> None:
 
 def test_loaded_state_acts_as_the_trained_adapter() -> None:
     trained, fresh = tiny_loaded(), tiny_loaded()
-    for number, parameter in enumerate(p for own in _trained(trained).values() for p in own.values()):
+    for number, parameter in enumerate(p for each in _trained(trained).values() for p in each.values()):
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(number))
     load_state(fresh, read_state(trained), "file")
     assert _equal(answers(fresh), answers(trained))

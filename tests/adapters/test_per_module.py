@@ -16,7 +16,7 @@ _MID = "mid_block.attentions.0.transformer_blocks.0"
 
 
 @pytest.fixture(scope="module")
-def skeleton() -> dict[str, nn.Module]:
+def networks() -> dict[str, nn.Module]:
     return tiny_loaded().parts
 
 
@@ -26,7 +26,7 @@ def _config(variant: str = "lora", **values: object) -> AdapterConfig:
 
 
 def _sizes(made: InjectionPlan) -> dict[str, tuple[int, float]]:
-    """Returns rank and alpha of some modules of every kind."""
+    """Returns rank and alpha of some modules of every layer type."""
     paths = {
         "to_q": f"unet/{_MID}.attn1.to_q",
         "to_k": f"unet/{_MID}.attn2.to_k",
@@ -39,10 +39,10 @@ def _sizes(made: InjectionPlan) -> dict[str, tuple[int, float]]:
     return {name: sizes[path] for name, path in paths.items()}
 
 
-def test_every_kind_of_target_and_the_last_match_counts(skeleton: dict[str, nn.Module]) -> None:
+def test_every_form_of_target_and_the_last_match_counts(networks: dict[str, nn.Module]) -> None:
     ranks = ("attn=8", f"unet/{_MID}.ff.net.2=6", "text_encoder/attn=2", r"re:.*attn2\.to_(k|v)=3", "conv=5")
-    made = plan(skeleton, PARTS, _config(module_ranks=ranks))
-    assert {name: rank for name, (rank, _) in _sizes(made).items()} == {
+    injection = plan(networks, PARTS, _config(module_ranks=ranks))
+    assert {name: rank for name, (rank, _) in _sizes(injection).items()} == {
         "to_q": 8,
         "to_k": 3,
         "ff": 6,
@@ -51,17 +51,17 @@ def test_every_kind_of_target_and_the_last_match_counts(skeleton: dict[str, nn.M
         "fc1": 4,
     }
     # Only the one module is named by its path; its siblings keep adapter.rank.
-    assert {module.rank for module in made.modules if ".ff." in module.path} == {4, 6}
-    for module in made.modules:
+    assert {module.rank for module in injection.modules if ".ff." in module.path} == {4, 6}
+    for module in injection.modules:
         assert module.tensors["down"][0] == module.tensors["up"][1] == module.rank
 
 
 @pytest.mark.parametrize(("variant", "power"), [("lora", 1.0), ("rslora", 0.5)])
-def test_rank_keeps_the_scale_and_alpha_sets_it(skeleton: dict[str, nn.Module], variant: str, power: float) -> None:
+def test_rank_keeps_the_scale_and_alpha_sets_it(networks: dict[str, nn.Module], variant: str, power: float) -> None:
     config = _config(
         variant, alpha=2.0, module_ranks=("attn=8", "re:.*fc1=2"), module_alphas=("text_encoder/attn=6", "unet/ff=1")
     )
-    scales = {name: alpha / rank for name, (rank, alpha) in _sizes(plan(skeleton, PARTS, config)).items()}
+    scales = {name: alpha / rank for name, (rank, alpha) in _sizes(plan(networks, PARTS, config)).items()}
     usual = 2 / 4**power
     assert scales == pytest.approx(
         {
@@ -75,41 +75,43 @@ def test_rank_keeps_the_scale_and_alpha_sets_it(skeleton: dict[str, nn.Module], 
     )
 
 
-def test_single_modules_come_before_convolutions_and_all_else(skeleton: dict[str, nn.Module]) -> None:
+def test_single_modules_come_before_convolutions_and_all_else(networks: dict[str, nn.Module]) -> None:
     settings = {"alpha": 2.0, "conv_rank": 8, "conv_alpha": 2.0}
     path = "mid_block.resnets.0.conv1"
-    by_rank = _sizes(plan(skeleton, PARTS, _config(**settings, module_ranks=(f"{path}=16",))))
+    by_rank = _sizes(plan(networks, PARTS, _config(**settings, module_ranks=(f"{path}=16",))))
     assert (by_rank["conv"], by_rank["to_q"]) == ((16, 4.0), (4, 2.0))
-    by_alpha = _sizes(plan(skeleton, PARTS, _config(**settings, module_alphas=(f"{path}=1",))))
+    by_alpha = _sizes(plan(networks, PARTS, _config(**settings, module_alphas=(f"{path}=1",))))
     assert (by_alpha["conv"], by_alpha["to_q"]) == ((8, 1.0), (4, 2.0))
 
 
-def test_alpha_stays_what_it_was_to_the_last_bit(skeleton: dict[str, nn.Module]) -> None:
-    made = plan(skeleton, PARTS, _config(rank=3, alpha=0.1, module_ranks=("attn=3",)))
-    assert {module.alpha for module in made.modules} == {0.1}
+def test_alpha_stays_what_it_was_to_the_last_bit(networks: dict[str, nn.Module]) -> None:
+    injection = plan(networks, PARTS, _config(rank=3, alpha=0.1, module_ranks=("attn=3",)))
+    assert {module.alpha for module in injection.modules} == {0.1}
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "locon", "dora", "dora_out", "loha", "lokr"])
-def test_all_kinds_take_them(skeleton: dict[str, nn.Module], variant: str) -> None:
-    made = plan(skeleton, PARTS, _config(variant, module_ranks=("text_encoder/attn=2",), module_alphas=("attn=1",)))
-    assert _sizes(made)["q_proj"][0] == 2
-    assert _sizes(made)["to_q"][0] == _sizes(made)["fc1"][0] == 4
+def test_all_variants_take_them(networks: dict[str, nn.Module], variant: str) -> None:
+    injection = plan(
+        networks, PARTS, _config(variant, module_ranks=("text_encoder/attn=2",), module_alphas=("attn=1",))
+    )
+    assert _sizes(injection)["q_proj"][0] == 2
+    assert _sizes(injection)["to_q"][0] == _sizes(injection)["fc1"][0] == 4
 
 
-def test_learning_rates_reach_every_trained_module(skeleton: dict[str, nn.Module]) -> None:
+def test_learning_rates_reach_every_trained_module(networks: dict[str, nn.Module]) -> None:
     """Parts in full have no rank, but they learn."""
-    made = plan(skeleton, PARTS, _full(), ("attn=1e-3", "text_encoder/ff=2e-3", "re:.*to_k=3e-3"))
-    rates = {f"{key.part}/{key.path}": rate for key, rate in made.module_rates().items()}
+    injection = plan(networks, PARTS, _full(), ("attn=1e-3", "text_encoder/ff=2e-3", "re:.*to_k=3e-3"))
+    rates = {f"{key.part}/{key.path}": rate for key, rate in injection.module_rates().items()}
     assert set(rates.values()) == {1e-3, 2e-3, 3e-3}
     assert rates[f"unet/{_MID}.attn2.to_k"] == 3e-3
     assert rates["text_encoder/encoder.layers.0.self_attn.q_proj"] == 1e-3
     assert f"unet/{_MID}.ff.net.2" not in rates
-    assert InjectionPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
-    assert [line.endswith("learning rate 0.003") for line in made.module_lines()].count(True) == 8
+    assert InjectionPlan.from_json(json.loads(json.dumps(injection.to_json()))) == injection
+    assert [line.endswith("learning rate 0.003") for line in injection.module_lines()].count(True) == 8
     with pytest.raises(TargetError, match=r'train.module_learning_rates: "conv_in" matches no trained module of unet'):
-        plan(skeleton, PARTS, _config(), ("conv_in=1e-3",))
+        plan(networks, PARTS, _config(), ("conv_in=1e-3",))
     with pytest.raises(TargetError, match=r'train.module_learning_rates: "unet/ff=0.001" acts on no module'):
-        plan(skeleton, PARTS, _config(), ("unet/ff=1e-3", "ff=2e-3"))
+        plan(networks, PARTS, _config(), ("unet/ff=1e-3", "ff=2e-3"))
 
 
 def _full(**values: object) -> AdapterConfig:
@@ -146,16 +148,16 @@ def _full(**values: object) -> AdapterConfig:
         (_config("lokr", rank=1000, module_alphas=("attn=2",)), ConfigError, '"attn=2" does nothing, since lokr'),
     ],
 )
-def test_refusals(skeleton: dict[str, nn.Module], config: AdapterConfig, error: type[ConfigError], text: str) -> None:
+def test_refusals(networks: dict[str, nn.Module], config: AdapterConfig, error: type[ConfigError], text: str) -> None:
     with pytest.raises(error) as caught:
-        plan(skeleton, PARTS, config)
+        plan(networks, PARTS, config)
     assert text in str(caught.value)
 
 
-def test_rank_of_the_others_is_judged_without_them(skeleton: dict[str, nn.Module]) -> None:
+def test_rank_of_the_others_is_checked_without_them(networks: dict[str, nn.Module]) -> None:
     """What is too small for adapter.rank can have a rank of its own, and parts in full have none."""
     with pytest.raises(ConfigError, match=r"adapter.rank=33 is larger than .* fits all of them is 32. Lower the rank"):
-        plan(skeleton, PARTS, _config(targets=("attn", "conv"), rank=33, module_ranks=("unet/conv=2",)))
+        plan(networks, PARTS, _config(targets=("attn", "conv"), rank=33, module_ranks=("unet/conv=2",)))
     settings = {"parts": ("unet",), "targets": ("conv_out", "mid_block.resnets.0.conv1"), "rank": 5}
-    made = plan(skeleton, PARTS, _config(**settings, module_ranks=("conv_out=4",)))
-    assert {module.path: module.rank for module in made.modules} == {"conv_out": 4, "mid_block.resnets.0.conv1": 5}
+    injection = plan(networks, PARTS, _config(**settings, module_ranks=("conv_out=4",)))
+    assert {module.path: module.rank for module in injection.modules} == {"conv_out": 4, "mid_block.resnets.0.conv1": 5}

@@ -21,7 +21,7 @@ _TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
-def skeleton() -> dict[str, nn.Module]:
+def networks() -> dict[str, nn.Module]:
     return tiny_loaded().parts
 
 
@@ -29,43 +29,47 @@ def _config(*targets: str, parts: tuple[str, ...] = ("unet",), rank: int = 4, **
     return AdapterConfig(targets=targets, parts=parts, rank=rank, **values)  # type: ignore[arg-type]
 
 
-def test_group_covers_every_module_of_every_part(skeleton: dict[str, nn.Module]) -> None:
-    made = plan(skeleton, PARTS, _config("attn", parts=("unet", "text_encoder")))
-    assert len(made.of_part("unet")) == 4 * 8
-    assert len(made.of_part("text_encoder")) == 2 * 4
-    assert {module.alpha for module in made.modules} == {4.0}
+def test_group_covers_every_module_of_every_part(networks: dict[str, nn.Module]) -> None:
+    injection = plan(networks, PARTS, _config("attn", parts=("unet", "text_encoder")))
+    assert len(injection.of_part("unet")) == 4 * 8
+    assert len(injection.of_part("text_encoder")) == 2 * 4
+    assert {module.alpha for module in injection.modules} == {4.0}
 
 
-def test_counts_and_shares(skeleton: dict[str, nn.Module]) -> None:
-    made = plan(skeleton, PARTS, _config("mid_block.resnets.0.conv1", alpha=1.0))
-    module = made.modules[0]
-    assert (module.kind, module.shape, module.alpha) == ("conv", (64, 64, 3, 3), 1.0)
-    assert module.num_parameters == made.num_parameters == 4 * (64 * 9 + 64)
-    size = sum(parameter.numel() for parameter in skeleton["unet"].parameters())
-    assert made.lines() == [f"unet: 1 modules, 2,560 trained parameters ({256000 / size:.2f} % of {size:,})"]
-    assert "rank 4  alpha 1" in made.module_lines()[0]
+def test_counts_and_shares(networks: dict[str, nn.Module]) -> None:
+    injection = plan(networks, PARTS, _config("mid_block.resnets.0.conv1", alpha=1.0))
+    module = injection.modules[0]
+    assert (module.layer_type, module.shape, module.alpha) == ("conv", (64, 64, 3, 3), 1.0)
+    assert module.num_parameters == injection.num_parameters == 4 * (64 * 9 + 64)
+    size = sum(parameter.numel() for parameter in networks["unet"].parameters())
+    assert injection.lines() == [f"unet: 1 modules, 2,560 trained parameters ({256000 / size:.2f} % of {size:,})"]
+    assert "rank 4  alpha 1" in injection.module_lines()[0]
 
 
-def test_works_on_the_meta_device(skeleton: dict[str, nn.Module]) -> None:
+def test_works_on_the_meta_device(networks: dict[str, nn.Module]) -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(skeleton["unet"].config)
-    assert plan({"unet": unet}, PARTS, _config("attn")) == plan(skeleton, PARTS, _config("attn"))
+        unet = UNet2DConditionModel.from_config(networks["unet"].config)
+    assert plan({"unet": unet}, PARTS, _config("attn")) == plan(networks, PARTS, _config("attn"))
 
 
-def test_path_pattern_and_part_prefix(skeleton: dict[str, nn.Module]) -> None:
+def test_path_pattern_and_part_prefix(networks: dict[str, nn.Module]) -> None:
     both = ("unet", "text_encoder")
-    made = plan(skeleton, PARTS, _config(f"unet/{_TO_Q}", "text_encoder/re:.*fc1", parts=both))
-    assert [module.path for module in made.modules] == [_TO_Q, "encoder.layers.0.mlp.fc1", "encoder.layers.1.mlp.fc1"]
+    injection = plan(networks, PARTS, _config(f"unet/{_TO_Q}", "text_encoder/re:.*fc1", parts=both))
+    assert [module.path for module in injection.modules] == [
+        _TO_Q,
+        "encoder.layers.0.mlp.fc1",
+        "encoder.layers.1.mlp.fc1",
+    ]
 
 
-def test_pattern_must_match_the_whole_path(skeleton: dict[str, nn.Module]) -> None:
+def test_pattern_must_match_the_whole_path(networks: dict[str, nn.Module]) -> None:
     with pytest.raises(TargetError, match="matches no module"):
-        plan(skeleton, PARTS, _config("re:to_q"))
+        plan(networks, PARTS, _config("re:to_q"))
 
 
-def test_json_gives_the_plan_back(skeleton: dict[str, nn.Module]) -> None:
-    made = plan(skeleton, PARTS, _config("attn", "conv"))
-    assert InjectionPlan.from_json(json.loads(json.dumps(made.to_json()))) == made
+def test_json_gives_the_plan_back(networks: dict[str, nn.Module]) -> None:
+    injection = plan(networks, PARTS, _config("attn", "conv"))
+    assert InjectionPlan.from_json(json.loads(json.dumps(injection.to_json()))) == injection
 
 
 @pytest.mark.parametrize(
@@ -90,15 +94,15 @@ def test_json_gives_the_plan_back(skeleton: dict[str, nn.Module]) -> None:
         (_config("attn", parts=()), ConfigError, "adapter.parts is empty"),
     ],
 )
-def test_refusals(skeleton: dict[str, nn.Module], config: AdapterConfig, error: type[ConfigError], text: str) -> None:
+def test_refusals(networks: dict[str, nn.Module], config: AdapterConfig, error: type[ConfigError], text: str) -> None:
     with pytest.raises(error) as caught:
-        plan(skeleton, PARTS, config)
+        plan(networks, PARTS, config)
     assert text in str(caught.value)
 
 
-def test_module_that_is_too_small_is_named(skeleton: dict[str, nn.Module]) -> None:
+def test_module_that_is_too_small_is_named(networks: dict[str, nn.Module]) -> None:
     with pytest.raises(ConfigError, match="unet/conv_out holds rank 4 at most"):
-        plan(skeleton, PARTS, _config("conv_out", rank=5))
+        plan(networks, PARTS, _config("conv_out", rank=5))
 
 
 def test_unknown_variant_and_combination() -> None:

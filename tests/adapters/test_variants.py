@@ -1,4 +1,4 @@
-"""Every kind of adapter obeys the laws of training, loading and merging, and changes the weight by its formula."""
+"""Every variant obeys the laws of training, loading and merging, and changes the weight by its formula."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def trained(loaded: Loaded, variant: str, **values: object) -> Parameters:
 def moved(parameters: Parameters) -> None:
     """Moves every parameter a little, as training does."""
     generator = torch.Generator().manual_seed(5)
-    for own in parameters.values():
-        for parameter in own.values():
+    for each in parameters.values():
+        for parameter in each.values():
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -71,10 +71,10 @@ def test_new_adapter_changes_nothing_and_only_it_gets_gradients(variant: str) ->
     text = loaded.parts["text_encoder"](torch.arange(7)[None]).last_hidden_state
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     loaded.parts["unet"](latents, torch.tensor([5]), text).sample.square().mean().backward()
-    own = {id(parameter) for group in parameters.values() for parameter in group.values()}
+    settings = {id(parameter) for group in parameters.values() for parameter in group.values()}
     for network in loaded.parts.values():
         for name, parameter in network.named_parameters():
-            assert parameter.requires_grad == (parameter.grad is not None) == (id(parameter) in own), name
+            assert parameter.requires_grad == (parameter.grad is not None) == (id(parameter) in settings), name
     zeros = VARIANTS[variant].zeros
     assert all(
         parameter.grad.any() for name, parameter in parameters["unet"].items() if name.rsplit(".", 1)[1] in zeros
@@ -83,13 +83,13 @@ def test_new_adapter_changes_nothing_and_only_it_gets_gradients(variant: str) ->
 
 def test_plan_tells_the_tensors(variant: str) -> None:
     loaded = tiny_loaded()
-    made = plan(loaded.parts, PARTS, config_of(variant))
+    injection = plan(loaded.parts, PARTS, config_of(variant))
     parameters = trained(loaded, variant)
-    for module in made.modules:
+    for module in injection.modules:
         for tensor, shape in module.tensors.items():
             assert tuple(parameters[module.part].pop(f"{module.path}.{tensor}").shape) == shape
     assert not any(parameters.values())
-    assert made.num_parameters == sum(t.numel() for _, own in read_state(loaded) for t in own.tensors.values())
+    assert injection.num_parameters == sum(t.numel() for _, each in read_state(loaded) for t in each.tensors.values())
 
 
 def test_layer_answers_with_the_changed_weight(variant: str) -> None:
@@ -153,26 +153,26 @@ def test_merge_equals_unmerged_and_unmerge_restores(variant: str) -> None:
     assert near(answers(loaded), answers(tiny_loaded()))
 
 
-def test_adapters_of_different_kinds_stand_on_the_same_modules() -> None:
+def test_adapters_of_different_variants_stand_on_the_same_modules() -> None:
     loaded = tiny_loaded()
     alone = {}
-    for kind in ("lokr", "lora", "dora", "loha"):
-        load_state(loaded, state_of(kind), kind)
+    for variant in ("lokr", "lora", "dora", "loha"):
+        load_state(loaded, state_of(variant), variant)
         single = tiny_loaded()
-        load_state(single, state_of(kind), kind)
-        alone[kind] = answers(single)
+        load_state(single, state_of(variant), variant)
+        alone[variant] = answers(single)
     switch = switch_of(loaded)
-    for kind, expected in alone.items():
-        switch.set_weights({kind: 1.0})
+    for variant, expected in alone.items():
+        switch.set_weights({variant: 1.0})
         assert near(answers(loaded), expected)
-        assert same(read_state(loaded, kind), state_of(kind))
+        assert same(read_state(loaded, variant), state_of(variant))
     switch.set_weights({})
     assert near(answers(loaded), answers(tiny_loaded()))
 
 
-def test_one_adapter_of_several_kinds() -> None:
-    kinds = [state_of(kind) for kind in ("lora", "dora", "dora_out", "loha", "lokr")]
-    mixed = AdapterState({key: kinds[index % 5].modules[key] for index, key in enumerate(kinds[0].modules)})
+def test_one_adapter_of_several_variants() -> None:
+    states = [state_of(variant) for variant in ("lora", "dora", "dora_out", "loha", "lokr")]
+    mixed = AdapterState({key: states[index % 5].modules[key] for index, key in enumerate(states[0].modules)})
     loaded, merged = tiny_loaded(), tiny_loaded()
     load_state(loaded, mixed, "mixed")
     assert same(read_state(loaded, "mixed"), mixed)
@@ -192,8 +192,8 @@ def test_dora_by_hand(variant: str, inputs_axis: bool) -> None:
         whole = weight.double() + 0.5 * torch.einsum("or,rikl->oikl", up[..., 0, 0].double(), down.double())
         part, was = (whole[:, index], weight[:, index]) if inputs_axis else (whole[index], weight[index])
         expected = magnitude.flatten()[index].double() * part / part.square().sum().sqrt() - was.double()
-        found = change[:, index] if inputs_axis else change[index]
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        actual = change[:, index] if inputs_axis else change[index]
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_scale_of_lokr_is_that_of_its_low_rank_factor() -> None:
@@ -271,11 +271,11 @@ def test_scale_of_rslora() -> None:
 
 
 def test_locon_covers_convolutions_with_a_size_of_their_own() -> None:
-    skeleton = tiny_loaded().parts
-    made = plan(skeleton, PARTS, config_of("locon", targets=("attn",), rank=4, alpha=2.0, conv_rank=2))
-    sizes = {(len(module.shape) > 2 and module.shape[2], module.rank, module.alpha) for module in made.modules}
+    networks = tiny_loaded().parts
+    injection = plan(networks, PARTS, config_of("locon", targets=("attn",), rank=4, alpha=2.0, conv_rank=2))
+    sizes = {(len(module.shape) > 2 and module.shape[2], module.rank, module.alpha) for module in injection.modules}
     assert sizes == {(False, 4, 2.0), (1, 4, 2.0), (3, 2, 1.0)}
-    wide = plan(skeleton, PARTS, config_of("lora", targets=("unet/conv",), parts=("unet",), conv_alpha=1.0)).modules
+    wide = plan(networks, PARTS, config_of("lora", targets=("unet/conv",), parts=("unet",), conv_alpha=1.0)).modules
     assert {module.alpha for module in wide if module.shape[2:] == (3, 3)} == {1.0}
 
 
@@ -294,8 +294,8 @@ def test_settings_without_use_are_refused(variant: str, values: dict[str, object
 
 
 def test_rank_of_lokr_may_mean_whole_factors() -> None:
-    made = plan(tiny_loaded().parts, PARTS, config_of("lokr", rank=1000))
-    assert all(set(module.tensors) == {"w1", "w2"} for module in made.modules)
+    injection = plan(tiny_loaded().parts, PARTS, config_of("lokr", rank=1000))
+    assert all(set(module.tensors) == {"w1", "w2"} for module in injection.modules)
 
 
 def test_tensors_of_another_size_are_refused_with_the_reason() -> None:

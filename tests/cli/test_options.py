@@ -49,20 +49,20 @@ EVERYWHERE = {"--json", "--debug"}
 
 
 def _parsers(parser: argparse.ArgumentParser, name: str = "") -> dict[str, argparse.ArgumentParser]:
-    found = {name: parser} if name else {}
+    actual = {name: parser} if name else {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for word, child in action.choices.items():
-                found |= _parsers(child, f"{name} {word}".strip())
-    return found
+                actual |= _parsers(child, f"{name} {word}".strip())
+    return actual
 
 
 def test_no_option_appears_or_goes_unseen() -> None:
-    found = {
+    actual = {
         name: {(action.option_strings or [action.dest])[-1] for action in parser._actions} - {"--help"}
         for name, parser in _parsers(build_parser()).items()
     }
-    assert found == {name: {*options.split(), *EVERYWHERE} for name, options in OPTIONS.items()}
+    assert actual == {name: {*options.split(), *EVERYWHERE} for name, options in OPTIONS.items()}
 
 
 def test_every_option_is_explained() -> None:

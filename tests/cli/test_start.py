@@ -73,8 +73,8 @@ def test_work_on_files_does_not_wait_for_torch(tmp_path: Path) -> None:
     tensors = {f"{stem}.lora_down.weight": torch.ones(2, 2048) / 8, f"{stem}.lora_up.weight": torch.ones(640, 2) / 8}
     for name, dtype in (("half", torch.float16), ("brain", torch.bfloat16), ("full", torch.float32)):
         path = tmp_path / f"{name}.safetensors"
-        own = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-        save_file({**own, f"{stem}.alpha": torch.tensor(2.0)}, path, {"ss_seed": "1"})
+        settings = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        save_file({**settings, f"{stem}.alpha": torch.tensor(2.0)}, path, {"ss_seed": "1"})
         commands = [["inspect", path], ["metadata", "edit", path, "--set", "modelspec.title=t"]]
         commands += [["convert", path, tmp_path / f"{name}-{to}", "--to", to] for to in ("kohya", "diffusers", "peft")]
         for arguments in commands:
@@ -86,15 +86,15 @@ def test_work_on_files_does_not_wait_for_torch(tmp_path: Path) -> None:
             assert {*heavy} <= {"numpy"}, arguments
 
 
-def test_a_folder_of_pictures_is_checked_without_torch() -> None:
-    pictures = shipped_path("datasets") / "blob-style" / "references"
+def test_a_folder_of_images_is_checked_without_torch() -> None:
+    images = shipped_path("datasets") / "blob-style" / "references"
     done = subprocess.run(
-        [sys.executable, "-c", _RUN_AND_TELL, "data", "check", pictures], check=False, capture_output=True, text=True
+        [sys.executable, "-c", _RUN_AND_TELL, "data", "check", images], check=False, capture_output=True, text=True
     )
     code, heavy = ast.literal_eval(done.stdout.splitlines()[-1])
     assert code == 0, done.stderr
     assert {*heavy} <= {"numpy", "PIL", "safetensors"}
-    assert min(_processor_s([*PROGRAM, "data", "check", str(pictures)]) for _ in range(2)) < 2 * LIMIT_S
+    assert min(_processor_s([*PROGRAM, "data", "check", str(images)]) for _ in range(2)) < 2 * LIMIT_S
 
 
 def test_a_dry_run_imports_torch_and_nothing_of_its_size(tmp_path: Path) -> None:

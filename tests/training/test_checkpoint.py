@@ -44,9 +44,9 @@ def test_a_damaged_checkpoint_is_skipped_with_one_warning(
     if name == "state.json" and damage is flip_a_bit:
         (checkpoint.folder(tmp_path) / "step-000003" / name).write_text('{"step": 3}')
     with caplog.at_level(logging.WARNING):
-        found = checkpoint.find_latest(tmp_path)
-    assert found is not None
-    assert found.name == "step-000002"
+        actual = checkpoint.find_latest(tmp_path)
+    assert actual is not None
+    assert actual.name == "step-000002"
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
     assert "step-000003" in caplog.text
     assert name in caplog.text
@@ -71,9 +71,9 @@ def test_a_changed_state_is_noticed(tmp_path: Path, old: bytes, new: bytes, capl
     path = checkpoint.folder(tmp_path) / "step-000003" / "state.json"
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new, 1))
-    found = checkpoint.find_latest(tmp_path)
-    assert found is not None
-    assert found.name == "step-000002"
+    actual = checkpoint.find_latest(tmp_path)
+    assert actual is not None
+    assert actual.name == "step-000002"
     assert "state.json" in caplog.text
 
 
@@ -114,9 +114,9 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path) -> None:
     assert subprocess.run(command, check=False, cwd=Path(__file__).parents[2]).returncode == 9
     leftovers = [path for path in checkpoint.folder(tmp_path).iterdir() if path.name.startswith(".part-")]
     assert len(leftovers) == 1
-    found = checkpoint.find_latest(tmp_path)
-    assert found is not None
-    assert found.name == "step-000002"
+    actual = checkpoint.find_latest(tmp_path)
+    assert actual is not None
+    assert actual.name == "step-000002"
     assert not leftovers[0].exists()
 
 

@@ -59,8 +59,8 @@ def test_logits_are_counted(is_tied: bool) -> None:
     inner = network()
     inner[0].weight.requires_grad_()
     parts = {"decoder": Call(inner), "head": Head(vocabulary, width, is_tied=is_tied)}
-    made = torch.empty(tokens, width, device="meta")
-    examples = {"decoder": {"x": made}, "head": {"hidden": made}}
+    result = torch.empty(tokens, width, device="meta")
+    examples = {"decoder": {"x": result}, "head": {"hidden": result}}
     # The probabilities are kept until the backward pass makes their gradient.
     assert 2 <= take_step(parts, examples, CPU, torch.float32, nullcontext) / (4 * tokens * vocabulary) < 3.5
 
@@ -83,24 +83,24 @@ def test_a_quantized_weight_is_wide_only_while_it_is_used() -> None:
 
 def test_layers_in_8_bits_keep_their_inputs() -> None:
     peaks = {}
-    for kind in ("nf4", "8bit"):
+    for quantization in ("nf4", "8bit"):
         with torch.device("meta"):
             inner = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).requires_grad_(False)
         inner[0].bias.requires_grad_()
-        use_placeholders(inner, [str(index) for index in range(1, 6)], kind)
-        peaks[kind] = peak(inner)
+        use_placeholders(inner, [str(index) for index in range(1, 6)], quantization)
+        peaks[quantization] = peak(inner)
     assert peaks["8bit"] - peaks["nf4"] >= 4 * (4 * 1024 * 64)
 
 
 def test_layers_in_8_bits_scale_their_products_one_after_the_other() -> None:
     """Without a fused kernel, whole numbers, their scales and what is scaled lie in memory at once."""
     sizes = {}
-    for kind in ("nf4", "8bit"):
+    for quantization in ("nf4", "8bit"):
         with torch.device("meta"):
             inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4096), nn.Linear(4096, 8)).requires_grad_(False)
         inner[0].bias.requires_grad_()
-        use_placeholders(inner, ["1"], kind)
-        sizes[kind] = peak(inner, 256, 8)
+        use_placeholders(inner, ["1"], quantization)
+        sizes[quantization] = peak(inner, 256, 8)
     assert 1 <= (sizes["8bit"] - sizes["nf4"]) / (4 * 256 * 4096) <= 3
 
 

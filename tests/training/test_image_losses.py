@@ -48,13 +48,13 @@ def losses(batch: Batch, rng: torch.Generator) -> LossOutput:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_noise_levels_do_not_decide(batch_size: int) -> None:
-    found = measure(losses, collate, samples(3), prepared(3), num_draws=400, batch_size=batch_size, seed=0)
-    assert [own.loss for own in found] == pytest.approx([0.5, 1.0, 1.5], rel=1e-5)
-    assert [own.caption_help for own in found] == pytest.approx([0.25] * 3, rel=1e-5)
-    assert [own.caption for own in found] == ["a cat 0", "a cat 1", "a cat 2"]
+    actual = measure(losses, collate, samples(3), prepared(3), num_draws=400, batch_size=batch_size, seed=0)
+    assert [each.loss for each in actual] == pytest.approx([0.5, 1.0, 1.5], rel=1e-5)
+    assert [each.caption_help for each in actual] == pytest.approx([0.25] * 3, rel=1e-5)
+    assert [each.caption for each in actual] == ["a cat 0", "a cat 1", "a cat 2"]
 
 
-def test_all_pictures_get_the_same_draws() -> None:
+def test_all_images_get_the_same_draws() -> None:
     seen = []
 
     def spy(batch: Batch, rng: torch.Generator) -> LossOutput:
@@ -94,7 +94,7 @@ def test_budget_is_3_percent_of_the_passes_of_training() -> None:
         assert 2 * chosen.num_images * chosen.num_draws <= 0.03 * num_passes * batch_size
 
 
-def test_fewer_draws_come_before_fewer_pictures() -> None:
+def test_fewer_draws_come_before_fewer_images() -> None:
     assert budget(20, 10**4, 4) == Budget(20, 8)
     assert budget(20, 1500, 4) == Budget(20, 4)
     assert budget(20, 1000, 1) == Budget(7, 2)

@@ -37,7 +37,7 @@ def train_share(rank: int, run_path: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Five pictures in batches of two: the second process gets fewer pictures, and in every second step none."""
+    """Five images in batches of two: the second process gets fewer images, and in every second step none."""
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=train_share, args=(rank, tmp_path / "two")) for rank in range(2)]
     for worker in workers:

@@ -62,7 +62,7 @@ def test_infinite_norm_of_a_step_that_fp16_left_out_is_no_damage(tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [b"\x00", b'[{"key": "a"}]', b"[1]", b"3", b"null", b'{"a": 1}'])
-def test_damaged_losses_of_pictures_are_left_out(
+def test_damaged_losses_of_images_are_left_out(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / image_losses.LOSSES_NAME).write_bytes(content)

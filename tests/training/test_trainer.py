@@ -55,7 +55,7 @@ def test_steps_and_epochs_together_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_items", [6, 5])
 def test_accumulation_equals_one_big_batch(tmp_path: Path, num_items: int) -> None:
-    """With five pictures the last batch holds one: it must weigh half as much as a full one."""
+    """With five images the last batch holds one: it must weigh half as much as a full one."""
     small, big = Toy(noise=0.0, dropout=0.0), Toy(noise=0.0, dropout=0.0)
     small.trainer(tmp_path / "a", max_steps=3).fit(ToyBatches(num_items, batch_size=2, accumulation=3))
     big.trainer(tmp_path / "b", max_steps=3).fit(ToyBatches(num_items, batch_size=num_items))
@@ -79,9 +79,9 @@ def test_samples_weigh_as_the_batch_says(tmp_path: Path, batch_size: int) -> Non
     assert losses == same
     assert all(torch.equal(value, alike.weights()[name]) for name, value in plain.weights().items())
 
-    weighted, found = train("weighted", num_items=4, batch_size=batch_size, weights=[2.0, 2.0, 0.0, 0.0])
+    weighted, actual = train("weighted", num_items=4, batch_size=batch_size, weights=[2.0, 2.0, 0.0, 0.0])
     few, expected = train("few", num_items=2, batch_size=2)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
     for name, value in weighted.weights().items():
         torch.testing.assert_close(value, few.weights()[name], rtol=1e-4, atol=1e-6)  # other order of sums
 

@@ -17,7 +17,7 @@ from lora_diffusion.training.trainer import Trainer
 
 
 class ToyBatches:
-    """Pictures 0 to n-1 in order, every epoch alike; the last batch of an epoch may be short."""
+    """Images 0 to n-1 in order, every epoch alike; the last batch of an epoch may be short."""
 
     def __init__(
         self,

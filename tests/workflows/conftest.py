@@ -1,4 +1,4 @@
-"""Whole commands in this process, on the tiny base and a handful of pictures."""
+"""Whole commands in this process, on the tiny base and a handful of images."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Commands:
     return Commands(capsys)
 
 
-def fill_with_pictures(folder: Path, count: int = 4) -> Path:
+def fill_with_images(folder: Path, count: int = 4) -> Path:
     """Writes captioned noise of several shapes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -108,8 +108,8 @@ def fill_with_pictures(folder: Path, count: int = 4) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return fill_with_pictures(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    return fill_with_images(tmp_path / "pictures")
 
 
 @pytest.fixture(scope="session")
@@ -121,12 +121,15 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_unevenly(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with modules of different ranks and alphas."""
-    own = ("adapter.module_ranks=[unet/attn=8, text_encoder/ff=2, 're:.*to_k=3']", "adapter.module_alphas=[unet/ff=9]")
-    return _trained(tiny_base, tmp_path_factory.mktemp("trained_unevenly"), *own)
+    settings = (
+        "adapter.module_ranks=[unet/attn=8, text_encoder/ff=2, 're:.*to_k=3']",
+        "adapter.module_alphas=[unet/ff=9]",
+    )
+    return _trained(tiny_base, tmp_path_factory.mktemp("trained_unevenly"), *settings)
 
 
 def _trained(tiny_base: Path, root: Path, *more: str) -> Path:
-    fill_with_pictures(root / "pictures")
+    fill_with_images(root / "pictures")
     settings = [
         f"model.path={tiny_base}",
         f"data.path={root / 'pictures'}",

@@ -78,8 +78,8 @@ def _run(arguments: list[str], kill: tuple[str, int, float] | None) -> int:
 
 
 def _is_there(pattern: str, num_lines: int) -> bool:
-    found = Path("/").glob(pattern.lstrip("/"))
-    return any(not num_lines or path.read_bytes().count(b"\n") >= num_lines for path in found)
+    actual = Path("/").glob(pattern.lstrip("/"))
+    return any(not num_lines or path.read_bytes().count(b"\n") >= num_lines for path in actual)
 
 
 if __name__ == "__main__":

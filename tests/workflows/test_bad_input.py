@@ -30,13 +30,13 @@ def _no_base(monkeypatch: pytest.MonkeyPatch) -> None:
 class Training:
     """`lora-diffusion train` on good input, which tests then spoil."""
 
-    def __init__(self, command: Commands, base: Path, pictures: Path, output: Path) -> None:
-        self.command, self.base, self.pictures, self.output = command, base, pictures, output
+    def __init__(self, command: Commands, base: Path, images: Path, output: Path) -> None:
+        self.command, self.base, self.images, self.output = command, base, images, output
 
     def refused(self, *arguments: str) -> str:
         """Trains, checks that it is refused before anything is written, and returns the message."""
         before = _contents(self.output)
-        paths = [f"model.path={self.base}", f"data.path={self.pictures}", f"output.path={self.output}"]
+        paths = [f"model.path={self.base}", f"data.path={self.images}", f"output.path={self.output}"]
         outcome = self.command("train", *paths, "adapter.rank=2", *arguments)
         assert outcome.code == 2, outcome.err
         assert outcome.out == ""
@@ -51,40 +51,40 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def training(command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path) -> Training:
-    return Training(command, tiny_base, pictures, tmp_path / "run")
+def training(command: Commands, tiny_base: Path, images: Path, tmp_path: Path) -> Training:
+    return Training(command, tiny_base, images, tmp_path / "run")
 
 
 @pytest.fixture
-def own_base(training: Training, tmp_path: Path) -> Path:
+def base_copy(training: Training, tmp_path: Path) -> Path:
     """A copy of the base, to be damaged."""
     training.base = Path(shutil.copytree(training.base, tmp_path / "own base"))
     return training.base
 
 
 def test_folder_that_does_not_exist(training: Training, tmp_path: Path) -> None:
-    training.pictures = tmp_path / "nowhere"
+    training.images = tmp_path / "nowhere"
     message = training.refused()
     assert f"data.path={tmp_path}/nowhere" in message
     assert "correct the path" in message
 
 
 def test_empty_folder(training: Training, tmp_path: Path) -> None:
-    training.pictures = tmp_path / "empty"
-    training.pictures.mkdir()
+    training.images = tmp_path / "empty"
+    training.images.mkdir()
     assert "hold no images" in training.refused()
 
 
-def test_all_faults_of_the_data_at_once(training: Training) -> None:
-    whole = (training.pictures / "0.png").read_bytes()
-    (training.pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (training.pictures / "cut.txt").write_text("a cut cat, sks style")
-    (training.pictures / "zero.jpg").write_bytes(b"")
-    (training.pictures / "zero.txt").write_text("a zero cat, sks style")
-    (training.pictures / "words.png").write_text("not a picture")
-    (training.pictures / "words.txt").write_text("sks style words")
-    (training.pictures / "1.txt").write_bytes("un chat rouge, sks style, frisé".encode("latin-1"))
-    (training.pictures / "2.txt").unlink()
+def test_all_errors_of_the_data_at_once(training: Training) -> None:
+    whole = (training.images / "0.png").read_bytes()
+    (training.images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (training.images / "cut.txt").write_text("a cut cat, sks style")
+    (training.images / "zero.jpg").write_bytes(b"")
+    (training.images / "zero.txt").write_text("a zero cat, sks style")
+    (training.images / "words.png").write_text("not a picture")
+    (training.images / "words.txt").write_text("sks style words")
+    (training.images / "1.txt").write_bytes("un chat rouge, sks style, frisé".encode("latin-1"))
+    (training.images / "2.txt").unlink()
     message = training.refused("data.trigger=")
     for name, reason in {
         "cut.png": "damaged or cut off",
@@ -99,7 +99,7 @@ def test_all_faults_of_the_data_at_once(training: Training) -> None:
 
 
 def test_no_captions_at_all(training: Training) -> None:
-    for file in training.pictures.glob("*.txt"):
+    for file in training.images.glob("*.txt"):
         file.unlink()
     message = training.refused()
     assert "None of the 4 images has a caption" in message
@@ -151,7 +151,7 @@ def test_no_captions_at_all(training: Training) -> None:
         (["train.epochs=1", "train.warmup_steps=4"], ["train.warmup_steps=4: must be less than the 4 steps"]),
         (
             ["train.max_steps=2", "train.preview_every_steps=3", "output.thumbnail=preview"],
-            ["output.thumbnail=preview: no preview is drawn in 2 steps"],
+            ["output.thumbnail=preview: no preview is generated in 2 steps"],
         ),
         ([f"output.name={'n' * 201}"], ["has 201 bytes; give one of at most 200"]),
         (["train.threads=²"], ["train.threads=²: must be auto or a number"]),
@@ -170,27 +170,27 @@ def test_settings(training: Training, arguments: list[str], fragments: list[str]
         assert fragment in message
 
 
-def test_all_faults_of_the_config_at_once(training: Training) -> None:
+def test_all_errors_of_the_config_at_once(training: Training) -> None:
     message = training.refused("train.sed=1", "adapter.rank=big", "data.flip=perhaps", "train.batch_size=0")
     for name in ("train.sed", "adapter.rank", "data.flip", "train.batch_size"):
         assert f"- {name}" in message
     assert "4 error(s)" in message
 
 
-def test_all_faults_of_a_run_at_once(training: Training) -> None:
-    (training.pictures / "0.png").write_bytes(b"")
+def test_all_errors_of_a_run_at_once(training: Training) -> None:
+    (training.images / "0.png").write_bytes(b"")
     training.output.mkdir()
     (training.output / "other").touch()
     settings = ["train.optimizer=paged_adamw8bit", "adapter.targets=atn", "output.thumbnail=/no/picture.png"]
     for dry in ([], ["--dry-run"]):
         message = training.refused(*settings, *dry)
-        assert "train was asked with 5 faults; nothing was done" in message
+        assert "train found 5 errors; nothing was done" in message
         for fragment in ("0.png: is empty", "holds other files", "paged_adamw8bit", '"atn"', "/no/picture.png"):
             assert fragment in message
 
 
 def test_file_names_that_are_not_utf8(training: Training) -> None:
-    shutil.copy(training.pictures / "0.png", os.fsencode(training.pictures) + b"/gr\xfcn.png")
+    shutil.copy(training.images / "0.png", os.fsencode(training.images) + b"/gr\xfcn.png")
     message = training.refused()
     assert "1 file name(s) are not UTF-8; rename them" in message
     assert r"b'gr\xfcn.png'" in message
@@ -202,19 +202,19 @@ def test_what_only_a_file_says_gives_way(
     """The steps that epochs make are known once the data are read; the run is resumed with the same command."""
     path = tmp_path / "c.yaml"
     path.write_text("train: {max_steps: 350, warmup_steps: 10, save_every_steps: 1}")
-    paths = [f"model.path={training.base}", f"data.path={training.pictures}", f"output.path={training.output}"]
+    paths = [f"model.path={training.base}", f"data.path={training.images}", f"output.path={training.output}"]
     outcome = command.good("train", "--config", path, *paths, "adapter.rank=2", "train.epochs=1", "--dry-run")
     assert "gives way to train.epochs=1; it is null now" in caplog.text
     assert "train.warmup_steps=10 of the config gives way to train.epochs=1; it is 0 now" in outcome.message
-    told = training.refused("--config", str(path), "train.epochs=1", "train.warmup_steps=10")
-    assert "train.warmup_steps=10: must be less than the 4 steps" in told
+    result = training.refused("--config", str(path), "train.epochs=1", "train.warmup_steps=10")
+    assert "train.warmup_steps=10: must be less than the 4 steps" in result
 
 
 def test_data_check_of_a_config_without_base(training: Training, tmp_path: Path, command: Commands) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(f"data: {{path: '{training.pictures}'}}")
-    assert "No faults." in command.good("data", "check", "--config", path).out
-    path.write_text(f"model: {{family: sdxl}}\ndata: {{path: '{training.pictures}'}}")
+    path.write_text(f"data: {{path: '{training.images}'}}")
+    assert "No errors." in command.good("data", "check", "--config", path).out
+    path.write_text(f"model: {{family: sdxl}}\ndata: {{path: '{training.images}'}}")
     outcome = command("data", "check", "--config", path)
     assert outcome.code == 2
     assert "model.path must be given" in outcome.message
@@ -235,20 +235,20 @@ def test_config_file_that_is_not_yaml(training: Training, tmp_path: Path) -> Non
 
 class TestBase:
     @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-    def test_without_a_component(self, training: Training, own_base: Path, component: str) -> None:
-        shutil.rmtree(own_base / component)
+    def test_without_a_component(self, training: Training, base_copy: Path, component: str) -> None:
+        shutil.rmtree(base_copy / component)
         message = training.refused()
-        assert str(own_base / component) in message
+        assert str(base_copy / component) in message
 
-    def test_weights_that_are_cut_off(self, training: Training, own_base: Path) -> None:
-        weights = own_base / "unet" / "diffusion_pytorch_model.safetensors"
+    def test_weights_that_are_cut_off(self, training: Training, base_copy: Path) -> None:
+        weights = base_copy / "unet" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
         message = training.refused()
         assert str(weights) in message
         assert "cut off" in message
 
-    def test_weights_that_lack_a_tensor(self, training: Training, own_base: Path) -> None:
-        path = own_base / "unet" / "diffusion_pytorch_model.safetensors"
+    def test_weights_that_lack_a_tensor(self, training: Training, base_copy: Path) -> None:
+        path = base_copy / "unet" / "diffusion_pytorch_model.safetensors"
         tensors = load_file(path)
         del tensors["conv_in.weight"]
         save_file(tensors, path)
@@ -257,8 +257,8 @@ class TestBase:
         assert "conv_in.weight" in message
 
     @pytest.mark.parametrize("weights", ["vae/diffusion_pytorch_model", "text_encoder/model"])
-    def test_another_network_that_lacks_tensors(self, training: Training, own_base: Path, weights: str) -> None:
-        path = own_base / f"{weights}.safetensors"
+    def test_another_network_that_lacks_tensors(self, training: Training, base_copy: Path, weights: str) -> None:
+        path = base_copy / f"{weights}.safetensors"
         tensors = load_file(path)
         gone = sorted(tensors)[:12]
         save_file({name: tensor for name, tensor in tensors.items() if name not in gone}, path)
@@ -267,41 +267,41 @@ class TestBase:
             assert "lacks 12 tensors" in message
             assert message.count(f"- {weights.split('/')[0]}/") == 10
 
-    def test_git_lfs_pointer(self, training: Training, own_base: Path) -> None:
-        weights = own_base / "vae" / "diffusion_pytorch_model.safetensors"
+    def test_git_lfs_pointer(self, training: Training, base_copy: Path) -> None:
+        weights = base_copy / "vae" / "diffusion_pytorch_model.safetensors"
         weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
         assert "git lfs pull" in training.refused()
 
-    def test_pickled_weights_only(self, training: Training, own_base: Path) -> None:
-        weights = own_base / "text_encoder" / "model.safetensors"
+    def test_pickled_weights_only(self, training: Training, base_copy: Path) -> None:
+        weights = base_copy / "text_encoder" / "model.safetensors"
         weights.rename(weights.with_name("pytorch_model.bin"))
         assert "pickled weights" in training.refused()
 
     @pytest.mark.parametrize("text", ["{", "[1, 2]", "", "{}"])
-    def test_broken_component_config(self, training: Training, own_base: Path, text: str) -> None:
-        config = own_base / "unet" / "config.json"
+    def test_broken_component_config(self, training: Training, base_copy: Path, text: str) -> None:
+        config = base_copy / "unet" / "config.json"
         config.write_text(text)
         message = training.refused()
-        assert str(own_base) in message
+        assert str(base_copy) in message
 
-    def test_config_with_impossible_values(self, training: Training, own_base: Path) -> None:
-        _change(own_base / "unet" / "config.json", down_block_types=["NoSuchBlock2D"] * 2)
+    def test_config_with_impossible_values(self, training: Training, base_copy: Path) -> None:
+        _change(base_copy / "unet" / "config.json", down_block_types=["NoSuchBlock2D"] * 2)
         assert "NoSuchBlock2D" in training.refused()
 
     @pytest.mark.parametrize(
-        ("change", "kind"),
+        ("change", "message"),
         [
             ({"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "Stable Diffusion XL"),
             ({"cross_attention_dim": 1024}, "Stable Diffusion 2"),
             ({"in_channels": 9}, "inpainting"),
         ],
     )
-    def test_of_another_kind(self, training: Training, own_base: Path, change: dict, kind: str) -> None:
-        _change(own_base / "unet" / "config.json", **change)
-        assert kind in training.refused()
+    def test_of_another_family(self, training: Training, base_copy: Path, change: dict, message: str) -> None:
+        _change(base_copy / "unet" / "config.json", **change)
+        assert message in training.refused()
 
-    def test_folder_of_pictures(self, training: Training) -> None:
-        training.base = training.pictures
+    def test_folder_of_images(self, training: Training) -> None:
+        training.base = training.images
         assert "is not a complete Stable Diffusion 1.x folder" in training.refused()
 
     def test_folder_with_a_checkpoint_file(self, training: Training, tmp_path: Path) -> None:
@@ -359,11 +359,11 @@ class TestOutputFolder:
         assert "has made 8 steps already and cannot be continued as one of 5" in message
 
     @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"])
-    def test_resume_on_a_changed_base(self, training: Training, own_base: Path, trained: Path, file: str) -> None:
+    def test_resume_on_a_changed_base(self, training: Training, base_copy: Path, trained: Path, file: str) -> None:
         self._copy_of_a_run(training, trained)
         config = training.output / "config.yaml"
-        config.write_text(config.read_text().replace(str(_base_of(trained)), str(own_base)))
-        path = own_base / file
+        config.write_text(config.read_text().replace(str(_base_of(trained)), str(base_copy)))
+        path = base_copy / file
         if path.suffix == ".json":
             _change(path, beta_end=0.02)
         else:
@@ -403,7 +403,7 @@ class TestOutputFolder:
         assert "output.path=/proc/run" in training.refused()
 
     def test_lies_in_the_data(self, training: Training) -> None:
-        training.output = training.pictures / "run"
+        training.output = training.images / "run"
         assert "lies inside data.path" in training.refused()
 
     def test_cache_cannot_be_written(self, training: Training, tmp_path: Path) -> None:
@@ -510,8 +510,8 @@ class TestGenerate:
     ) -> None:
         assert reason in self.refused(command, tiny_base, "--output", tmp_path / "out", *arguments)
 
-    def test_output_is_a_file(self, command: Commands, tiny_base: Path, pictures: Path) -> None:
-        assert "is a file" in self.refused(command, tiny_base, "--output", pictures / "0.png")
+    def test_output_is_a_file(self, command: Commands, tiny_base: Path, images: Path) -> None:
+        assert "is a file" in self.refused(command, tiny_base, "--output", images / "0.png")
 
     def test_no_prompt(self, command: Commands, tiny_base: Path, tmp_path: Path) -> None:
         outcome = command("generate", "--model", tiny_base, "--output", tmp_path / "out")
@@ -529,8 +529,8 @@ class TestGenerate:
 
 
 class TestExportAndInspect:
-    def test_folder_that_is_no_run(self, command: Commands, pictures: Path, tmp_path: Path) -> None:
-        outcome = command("export", pictures, "--to", "peft", "--output", tmp_path / "x")
+    def test_folder_that_is_no_run(self, command: Commands, images: Path, tmp_path: Path) -> None:
+        outcome = command("export", images, "--to", "peft", "--output", tmp_path / "x")
         assert outcome.code == 2
         assert "is not a run folder" in outcome.message
 
@@ -550,15 +550,13 @@ class TestExportAndInspect:
         assert target.read_text() == "mine"
 
     @pytest.mark.parametrize("format_name", ["kohya", "diffusers", "peft"])
-    def test_folders_are_never_replaced(
-        self, command: Commands, trained: Path, pictures: Path, format_name: str
-    ) -> None:
-        outcome = command("export", trained, "--to", format_name, "--output", pictures, "--overwrite")
+    def test_folders_are_never_replaced(self, command: Commands, trained: Path, images: Path, format_name: str) -> None:
+        outcome = command("export", trained, "--to", format_name, "--output", images, "--overwrite")
         assert outcome.code == 2
-        assert len(list(pictures.glob("*.png"))) == 4
+        assert len(list(images.glob("*.png"))) == 4
 
-    def test_inspect_of_what_is_no_adapter(self, command: Commands, pictures: Path, tmp_path: Path) -> None:
-        for path in (pictures / "0.png", pictures, tmp_path / "nothing.safetensors"):
+    def test_inspect_of_what_is_no_adapter(self, command: Commands, images: Path, tmp_path: Path) -> None:
+        for path in (images / "0.png", images, tmp_path / "nothing.safetensors"):
             outcome = command("inspect", path)
             assert outcome.code == 2
             assert str(path) in outcome.message

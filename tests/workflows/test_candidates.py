@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_diffusion.core.base_model import Loaded
 from lora_diffusion.workflows import _candidates
-from lora_diffusion.workflows._faults import Faults
+from lora_diffusion.workflows._errors import Errors
 
 
 def _loaded(weight: float = 1.0, clip_skip: int | None = None, resolution: int = 64) -> Loaded:
@@ -25,7 +25,7 @@ def _loaded(weight: float = 1.0, clip_skip: int | None = None, resolution: int =
 
 
 @pytest.mark.parametrize("change", [{"weight": 2.0}, {"clip_skip": 2}, {"resolution": 128}])
-def test_pictures_of_bases_that_draw_differently_have_other_names(change: dict[str, Any]) -> None:
+def test_images_of_bases_that_draw_differently_have_other_names(change: dict[str, Any]) -> None:
     assert _candidates.base_key(_loaded(**change)) != _candidates.base_key(_loaded())
     assert _candidates.base_key(_loaded(**change)) == _candidates.base_key(_loaded(**change))
 
@@ -34,10 +34,10 @@ def test_a_base_without_text_layers_to_skip_has_a_name() -> None:
     assert _candidates.base_key(replace(_loaded(), options=SimpleNamespace()))
 
 
-def test_a_checkpoint_without_its_adapter_is_a_fault(tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_adapter_is_a_error(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
     run: Any = SimpleNamespace(path=tmp_path)
-    faults = Faults()
-    assert _candidates.from_run(run, faults) == []
-    assert len(faults) == 1
-    assert "step-000002 lacks" in faults[0]
+    errors = Errors()
+    assert _candidates.from_run(run, errors) == []
+    assert len(errors) == 1
+    assert "step-000002 lacks" in errors[0]

@@ -1,4 +1,4 @@
-"""`merge` and `extract` as commands: pictures of the merged model, and the adapter out of it again."""
+"""`merge` and `extract` as commands: images of the merged model, and the adapter out of it again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PROMPT = ("--prompt", "a red cat, sks style", "--seed", 3, "--steps", 3)
 
 
 def drawn(command: Commands, output: Path, *arguments: object) -> np.ndarray:
-    told = json.loads(command.good("generate", *arguments, *PROMPT, "--output", output, "--json").out)
-    return np.asarray(Image.open(told["pictures"][0])).astype(int)
+    result = json.loads(command.good("generate", *arguments, *PROMPT, "--output", output, "--json").out)
+    return np.asarray(Image.open(result["pictures"][0])).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -38,37 +38,37 @@ def test_merged_model_draws_what_live_adapters_draw(
     command: Commands, merged: Path, trained: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     base = drawn(command, tmp_path / "base", "--model", tiny_base)
-    found = drawn(command, tmp_path / "merged", "--model", merged)
+    actual = drawn(command, tmp_path / "merged", "--model", merged)
     live = drawn(command, tmp_path / "live", "--model", tiny_base, "--adapter", f"{trained / 'run.safetensors'}:0.7")
     assert np.abs(live - base).max() > 5
     # The files hold 255 levels: a difference of 1e-3 moves a value by one of them at most.
-    assert np.abs(found - live).max() <= 1
+    assert np.abs(actual - live).max() <= 1
 
 
 def test_composed_file_draws_the_same_too(command: Commands, trained: Path, tiny_base: Path, tmp_path: Path) -> None:
     first, second = trained / "run.safetensors", trained / "run.peft"
     output = tmp_path / "sum.safetensors"
     command.good("compose", f"{first}:0.9", f"{second}:-0.3", "--output", output)
-    found = drawn(command, tmp_path / "a", "--model", tiny_base, "--adapter", output)
+    actual = drawn(command, tmp_path / "a", "--model", tiny_base, "--adapter", output)
     live = drawn(
         command, tmp_path / "b", "--model", tiny_base, "--adapter", f"{first}:0.9", "--adapter", f"{second}:-0.3"
     )
-    assert np.abs(found - live).max() <= 1
+    assert np.abs(actual - live).max() <= 1
 
 
 def test_merge_tells_what_it_did(command: Commands, trained: Path, tiny_base: Path, tmp_path: Path) -> None:
     adapter, output = trained / "run.safetensors", tmp_path / "out"
-    asked = ("--adapter", f"{adapter}:unet=0.5,text_encoder=0", "--adapter", trained / "run.peft", "--dtype", "fp16")
-    told = json.loads(command.good("merge", "--model", tiny_base, *asked, "--output", output, "--json").out)
-    assert told["modules"] == told["changed_tensors"] == len(read_alone(parse_file(adapter))[1].modules)
-    assert [entry["file"] for entry in told["adapters"]] == ["run.safetensors", "run.peft"]
-    assert told["adapters"][0]["weights"] == {"text_encoder": 0.0, "unet": 0.5}
+    options = ("--adapter", f"{adapter}:unet=0.5,text_encoder=0", "--adapter", trained / "run.peft", "--dtype", "fp16")
+    result = json.loads(command.good("merge", "--model", tiny_base, *options, "--output", output, "--json").out)
+    assert result["modules"] == result["changed_tensors"] == len(read_alone(parse_file(adapter))[1].modules)
+    assert [entry["file"] for entry in result["adapters"]] == ["run.safetensors", "run.peft"]
+    assert result["adapters"][0]["weights"] == {"text_encoder": 0.0, "unet": 0.5}
     with safe_open(next((output / "unet").glob("*.safetensors")), "pt") as file:
-        assert json.loads(file.metadata()["lora_diffusion.merged"])["adapters"] == told["adapters"]
+        assert json.loads(file.metadata()["lora_diffusion.merged"])["adapters"] == result["adapters"]
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
     assert (
         "tensors hold the sum"
-        in command.good("merge", "--model", tiny_base, *asked, "--output", output, "--overwrite").out
+        in command.good("merge", "--model", tiny_base, *options, "--output", output, "--overwrite").out
     )
 
 
@@ -76,16 +76,18 @@ def test_extract_gives_the_adapter_back(
     command: Commands, merged: Path, trained: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "back.safetensors"
-    told = json.loads(command.good("extract", tiny_base, merged, output, "--rank", 4, "--dtype", "fp32", "--json").out)
+    result = json.loads(
+        command.good("extract", tiny_base, merged, output, "--rank", 4, "--dtype", "fp32", "--json").out
+    )
     _, wanted = read_alone(parse_file(trained / "run.safetensors"))
-    _, found = read_alone(parse_file(output))
-    assert told["modules"] == len(wanted.modules) == len(found.modules)
-    assert told["equal_modules"] > 0
-    assert told["not_held"] == []
-    assert told["relative_error"] < 1e-5
+    _, actual = read_alone(parse_file(output))
+    assert result["modules"] == len(wanted.modules) == len(actual.modules)
+    assert result["equal_modules"] > 0
+    assert result["not_held"] == []
+    assert result["relative_error"] < 1e-5
     for key, adapter in wanted:
         change = 0.7 * delta_weight(adapter)
-        error = (delta_weight(found.modules[key]).reshape(change.shape) - change).norm() / change.norm()
+        error = (delta_weight(actual.modules[key]).reshape(change.shape) - change).norm() / change.norm()
         # The merged weights were rounded to float32, and a trained change is a hundred times smaller than they are.
         assert float(error) < 1e-4, key
 
@@ -96,21 +98,21 @@ def test_errors_of_extract_are_those_of_the_file(
 ) -> None:
     output = tmp_path / "back"
     arguments = ("extract", tiny_base, merged, output, *rule, "--to", format_name, "--dtype", "bf16", "--json")
-    told = json.loads(command.good(*arguments).out)
-    assert told["dtype"] == "bf16"
-    found, lost, size = read_alone(parse_file(output))[1].modules, 0.0, 0.0
+    result = json.loads(command.good(*arguments).out)
+    assert result["dtype"] == "bf16"
+    actual, lost, size = read_alone(parse_file(output))[1].modules, 0.0, 0.0
     for key, adapter in read_alone(parse_file(trained / "run.safetensors"))[1]:
         exact = 0.7 * delta_weight(adapter).double()
-        error = float((exact - delta_weight(found[key]).double().reshape(exact.shape)).norm())
+        error = float((exact - delta_weight(actual[key]).double().reshape(exact.shape)).norm())
         # The merged weights were rounded to float32 too.
-        assert told["errors"][f"{key.part}/{key.path}"] == pytest.approx(error / float(exact.norm()), rel=5e-3)
+        assert result["errors"][f"{key.part}/{key.path}"] == pytest.approx(error / float(exact.norm()), rel=5e-3)
         lost, size = lost + error**2, size + float(exact.norm()) ** 2
-    assert told["relative_error"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
-    assert told["relative_error"] > 1e-3
+    assert result["relative_error"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+    assert result["relative_error"] > 1e-3
     (file,) = output.parent.rglob("back*") if format_name == "kohya" else (output / "unet").glob("*.safetensors")
     with safe_open(file, "pt") as opened:
         about = json.loads(opened.metadata()["lora_diffusion.extracted"])
-    assert about["relative_error"] == told["relative_error"]
+    assert about["relative_error"] == result["relative_error"]
 
 
 def test_extract_of_one_part_takes_its_own_groups(

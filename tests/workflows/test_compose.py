@@ -48,19 +48,19 @@ def other(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_exact_sum_of_two_spellings(command: Commands, trained: Path, other: Path, tmp_path: Path) -> None:
     output = tmp_path / "sum.safetensors"
     first = trained / "run.safetensors"
-    told = json.loads(
+    result = json.loads(
         command.good("compose", f"{first}:unet=0.8,text_encoder=-0.5", f"{other}:0.3", "--output", output, "--json").out
     )
-    assert told["relative_error"] == 0
-    assert told["dtype"] == "fp32"
-    whole, own, added = changes(output), changes(first), changes(other)
-    assert told["missing_modules"] == {"run.safetensors": 0, "other.safetensors": len(own) - len(added)}
+    assert result["relative_error"] == 0
+    assert result["dtype"] == "fp32"
+    whole, each, added = changes(output), changes(first), changes(other)
+    assert result["missing_modules"] == {"run.safetensors": 0, "other.safetensors": len(each) - len(added)}
     for key, change in whole.items():
-        expected = (0.8 if key.part == "unet" else -0.5) * own[key]  # type: ignore[attr-defined]
+        expected = (0.8 if key.part == "unet" else -0.5) * each[key]  # type: ignore[attr-defined]
         if key in added:
-            expected = expected + 0.3 * added[key].reshape(own[key].shape)
+            expected = expected + 0.3 * added[key].reshape(each[key].shape)
         assert torch.allclose(change, expected, rtol=0, atol=1e-6 * max(1.0, float(expected.norm())))
-    assert {overlap["part"] for overlap in told["overlaps"]} == {"unet"}
+    assert {overlap["part"] for overlap in result["overlaps"]} == {"unet"}
     about = metadata(output)
     assert about["modelspec.trigger_phrase"].endswith(", zwx")
     assert [entry["weights"] for entry in json.loads(about["lora_diffusion.made_from"])] == [
@@ -103,16 +103,16 @@ def test_base_of_another_build_gives_the_names(command: Commands, tiny_base: Pat
 @pytest.mark.parametrize("name", ["run.safetensors", "run.diffusers.safetensors", "run.peft"])
 def test_resize_keeps_spelling_and_tells_errors(command: Commands, trained: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / name
-    told = json.loads(command.good("resize", trained / name, output, "--rank", 2, "--json").out)
+    result = json.loads(command.good("resize", trained / name, output, "--rank", 2, "--json").out)
     before, after = changes(trained / name), changes(output)
     left = sum(float((after[key] - before[key]).norm()) ** 2 for key in before) ** 0.5
     size = sum(float(change.norm()) ** 2 for change in before.values()) ** 0.5
-    assert told["relative_error"] == pytest.approx(left / size, rel=1e-4)
-    assert told["largest_rank"] == 2
+    assert result["relative_error"] == pytest.approx(left / size, rel=1e-4)
+    assert result["largest_rank"] == 2
     for key, change in before.items():
         singular = torch.linalg.svdvals(change.flatten(1))
         best = float(singular[2:].norm() / singular.norm())
-        assert told["errors"][f"{key.part}/{key.path}"] == pytest.approx(best, abs=1e-5)  # type: ignore[attr-defined]
+        assert result["errors"][f"{key.part}/{key.path}"] == pytest.approx(best, abs=1e-5)  # type: ignore[attr-defined]
 
 
 ROUNDED = [
@@ -132,30 +132,30 @@ def test_errors_are_those_of_the_file(
     first, output = trained / "run.safetensors", tmp_path / "out.safetensors"
     name, *rule = asked.split()
     paths = (f"{first}:0.8", f"{other}:0.3", "--output", output) if name == "compose" else (first, output)
-    told = json.loads(command.good(name, *paths, *rule, "--dtype", dtype, "--json").out)
-    own, added, written = changes(first), changes(other), changes(output)
+    result = json.loads(command.good(name, *paths, *rule, "--dtype", dtype, "--json").out)
+    each, added, written = changes(first), changes(other), changes(output)
     lost = size = 0.0
-    for key, change in own.items():
+    for key, change in each.items():
         exact = change
         if name == "compose":
             exact = 0.8 * change + (0.3 * added[key].reshape(change.shape) if key in added else 0)
         error = float((exact - written[key]).norm())
         about = f"{key.part}/{key.path}"  # type: ignore[attr-defined]
-        assert told["errors"][about] == pytest.approx(error / float(exact.norm()), rel=2e-3)
+        assert result["errors"][about] == pytest.approx(error / float(exact.norm()), rel=2e-3)
         lost, size = lost + error**2, size + float(exact.norm()) ** 2
-    assert told["relative_error"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
-    assert told["relative_error"] > {"fp16": 1e-4, "bf16": 1e-3}[dtype]
-    assert float(metadata(output)["lora_diffusion.relative_error"]) == pytest.approx(told["relative_error"], rel=1e-5)
+    assert result["relative_error"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+    assert result["relative_error"] > {"fp16": 1e-4, "bf16": 1e-3}[dtype]
+    assert float(metadata(output)["lora_diffusion.relative_error"]) == pytest.approx(result["relative_error"], rel=1e-5)
 
 
 def test_resize_to_more_keeps_all_and_its_dtype_may_change(command: Commands, trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "same.safetensors"
-    told = json.loads(
+    result = json.loads(
         command.good("resize", trained / "run.safetensors", output, "--rank", 64, "--dtype", "fp16", "--json").out
     )
     # Rounding of two factors, each by up to half a step of 2**-10.
-    assert 1e-4 < told["relative_error"] < 2**-10
-    assert told["largest_rank"] == 4
+    assert 1e-4 < result["relative_error"] < 2**-10
+    assert result["largest_rank"] == 4
     assert {t.dtype for name, t in load_file(output).items() if "alpha" not in name} == {torch.float16}
     assert "ss_steps" in metadata(output)
     assert (
@@ -194,7 +194,7 @@ def test_bad_input(command: Commands, trained: Path, tmp_path: Path, arguments: 
     assert not places["out"].exists()
 
 
-def test_another_kind_of_base_is_refused(command: Commands, trained: Path, other: Path, tmp_path: Path) -> None:
+def test_another_architecture_is_refused(command: Commands, trained: Path, other: Path, tmp_path: Path) -> None:
     strange = tmp_path / "xl.safetensors"
     save_file(load_file(other), strange, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
     outcome = command("compose", trained / "run.safetensors", strange, "--output", tmp_path / "out.safetensors")

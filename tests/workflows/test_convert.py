@@ -88,10 +88,10 @@ def test_there_and_back_gives_the_same_file(
     command: Commands, family: str, start: str, other: str, tmp_path: Path
 ) -> None:
     first = write(published(family), family, start, tmp_path / "first")
-    told = json.loads(command.good("convert", first, tmp_path / "second", "--to", other, "--json").out)
-    assert told["family"] == family
-    assert (told["from"], told["to"], told["dtype"], told["rounding"]) == (start, other, "fp16", 0.0)
-    assert told["variants"] == {"lora": len(published(family).modules)}
+    result = json.loads(command.good("convert", first, tmp_path / "second", "--to", other, "--json").out)
+    assert result["family"] == family
+    assert (result["from"], result["to"], result["dtype"], result["rounding"]) == (start, other, "fp16", 0.0)
+    assert result["variants"] == {"lora": len(published(family).modules)}
     command.good("convert", tmp_path / "second", tmp_path / "third", "--to", start)
     assert same_file(tmp_path / "third", first)
 
@@ -99,8 +99,8 @@ def test_there_and_back_gives_the_same_file(
 def test_programs_are_names_of_what_they_read(command: Commands, tmp_path: Path) -> None:
     first = write(published("sdxl", "dora"), "sdxl", "kohya", tmp_path / "first")
     for program in ("comfyui", "a1111", "forge"):
-        told = json.loads(command.good("convert", first, tmp_path / program, "--to", program, "--json").out)
-        assert told["to"] == "kohya"
+        result = json.loads(command.good("convert", first, tmp_path / program, "--to", program, "--json").out)
+        assert result["to"] == "kohya"
         assert same_file(tmp_path / program, first)
 
 
@@ -163,11 +163,11 @@ def test_magnitudes_along_the_outputs_go_to_peft_but_to_no_program_of_kohya_file
     command.good("convert", first, tmp_path / "second.safetensors", "--to", "diffusers")
     lycoris = {
         f"{name}.{end}": tensor
-        for (key, own) in published("sd1", "dora_out")
+        for (key, each) in published("sd1", "dora_out")
         for name in [key_map("kohya", None, DIFFUSION["sd1"]).name(key)]
         for end, tensor in (
-            ("lora_down.weight", own.tensors["down"]), ("lora_up.weight", own.tensors["up"]),
-            ("dora_scale", own.tensors["magnitude"]), ("alpha", torch.tensor(own.alpha)),
+            ("lora_down.weight", each.tensors["down"]), ("lora_up.weight", each.tensors["up"]),
+            ("dora_scale", each.tensors["magnitude"]), ("alpha", torch.tensor(each.alpha)),
         )
     }  # fmt: skip
     save_file({name: tensor.half() if tensor.dim() else tensor for name, tensor in lycoris.items()}, tmp_path / "third")
@@ -186,8 +186,8 @@ def test_base_of_another_build_gives_the_names(command: Commands, tiny_base: Pat
     command.good("convert", first, tmp_path / "third", "--to", "kohya", "--family", "sd1")
     assert same_file(tmp_path / "second", tmp_path / "third")
     dora = {
-        key: replace(own, variant="dora", tensors={**own.tensors, "magnitude": torch.ones(1, 64, 1, 1)})
-        for key, own in modules.items()
+        key: replace(each, variant="dora", tensors={**each.tensors, "magnitude": torch.ones(1, 64, 1, 1)})
+        for key, each in modules.items()
     }
     turned = write(AdapterState(dora, BASES["sd1"]), "sd1", "kohya", tmp_path / "dora.safetensors")
     command.good("convert", turned, tmp_path / "dora again", "--to", "kohya", "--model", tiny_base)
@@ -245,7 +245,7 @@ def test_factors_get_the_dimensions_of_the_weight(command: Commands, tiny_base: 
         flat = {ModuleKey("unet", f"mid_block.attentions.0.{name}"): {"down": down, "up": up} for name in ("proj_in",)}
         deep = {ModuleKey("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"): {
             "down": down[..., None, None], "up": up[..., None, None]}}  # fmt: skip
-        modules = {key: ModuleAdapter("lora", own, 2.0) for key, own in {**flat, **deep}.items()}
+        modules = {key: ModuleAdapter("lora", each, 2.0) for key, each in {**flat, **deep}.items()}
         first = write(AdapterState(modules, BASES["sd1"]), "sd1", "kohya", tmp_path / f"{width}.safetensors")
         commands = [["convert", first, "{}", "--to", "kohya"]]
         commands += [["resize", first, "{}", "--rank", 2], ["compose", first, "--output", "{}"]]
@@ -273,9 +273,9 @@ def test_base_is_told_where_it_was_not(command: Commands, family: str, tmp_path:
     ]
     for output, message in zip(outputs, messages, strict=True):
         with safe_open(output, "pt") as file:
-            told = BASES[family].items() <= file.metadata().items()
+            result = BASES[family].items() <= file.metadata().items()
         # Only the prediction tells what a base of Stable Diffusion 2 is called.
-        assert (told, "metadata edit FILE" in message) == (family != "sd2", family == "sd2")
+        assert (result, "metadata edit FILE" in message) == (family != "sd2", family == "sd2")
 
 
 def _root_folder(family: str, part: str, path: Path, metadata: dict[str, str]) -> Path:
@@ -299,8 +299,8 @@ def test_root_folder_is_for_the_base_that_its_sizes_tell(
     command: Commands, family: str, part: str, metadata: dict[str, str], start: str, tmp_path: Path
 ) -> None:
     folder = _root_folder(family, part, tmp_path / "root", metadata)
-    told = json.loads(command.good("convert", folder, tmp_path / "a.safetensors", "--to", "kohya", "--json").out)
-    assert (told["family"], list(told["modules"])) == (family, [part])
+    result = json.loads(command.good("convert", folder, tmp_path / "a.safetensors", "--to", "kohya", "--json").out)
+    assert (result["family"], list(result["modules"])) == (family, [part])
     assert all(name.startswith(start) for name in load_file(tmp_path / "a.safetensors"))
 
 
@@ -331,7 +331,7 @@ def test_modules_that_no_adapter_has_here_are_named(command: Commands, module: s
 @pytest.mark.parametrize("part", ["", "unet"])
 def test_folder_of_peft_with_a_pickle(command: Commands, part: str, tmp_path: Path) -> None:
     state = published("sd1")
-    unet = AdapterState({key: own for key, own in state if key.part == "unet"}, {})
+    unet = AdapterState({key: each for key, each in state if key.part == "unet"}, {})
     folder = write(unet, "sd1", "peft", tmp_path / "old one")
     inner = folder / "unet"
     torch.save(load_file(inner / "adapter_model.safetensors"), inner / "adapter_model.bin")
@@ -367,9 +367,9 @@ def test_endings_that_would_deceive_are_refused(command: Commands, to: str, name
     assert (outcome.code, "--output" in outcome.message, (tmp_path / name).exists()) == (2, True, False)
 
 
-def test_numbers_that_a_type_cannot_hold_are_a_fault_of_the_option(command: Commands, tmp_path: Path) -> None:
+def test_numbers_that_a_type_cannot_hold_are_a_error_of_the_option(command: Commands, tmp_path: Path) -> None:
     state = published("sd1")
-    huge = {key: replace(own, tensors={name: 1e5 * t for name, t in own.tensors.items()}) for key, own in state}
+    huge = {key: replace(each, tensors={name: 1e5 * t for name, t in each.tensors.items()}) for key, each in state}
     names, kohya = key_map("kohya", None, DIFFUSION["sd1"]), registry.find("formats", "kohya")
     first = write_exactly(AdapterState(huge), names, kohya, tmp_path / "a.safetensors", torch.float32).path
     for arguments in (

@@ -1,4 +1,4 @@
-"""What a run spends beside its training steps: each picture is encoded once, and nothing is drawn that is not used."""
+"""What a run spends beside its training steps: each image is encoded once, and nothing is drawn that is not used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture
-def train(command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path) -> Train:
+def train(command: Commands, tiny_base: Path, images: Path, tmp_path: Path) -> Train:
     def run(name: str, *arguments: str) -> Path:
-        settings = [f"model.path={tiny_base}", f"data.path={pictures}", f"cache.path={tmp_path / 'cache'}"]
+        settings = [f"model.path={tiny_base}", f"data.path={images}", f"cache.path={tmp_path / 'cache'}"]
         settings += ["adapter.rank=2", "train.max_steps=1", "train.precision=fp32", "train.threads=1"]
         run.said = command.good(
             "train", *settings, f"output.path={tmp_path / name}", "output.name=a", *arguments
@@ -44,27 +44,27 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
-def test_each_picture_is_encoded_once(train: Train, pictures: Path, encoded: list[int]) -> None:
+def test_each_image_is_encoded_once(train: Train, images: Path, encoded: list[int]) -> None:
     run = train("first", "evaluate.picture_draws=2", "model.prior_weight=0.3")
     assert sum(encoded) == 4
     assert len(json.loads((run / "picture_losses.json").read_text())) == 4
-    (pictures / "1.txt").write_text("another dog of sks style\n")
+    (images / "1.txt").write_text("another dog of sks style\n")
     train("captions", "evaluate.picture_draws=2", "model.prior_weight=0.3")
     train("parts", "adapter.parts=[unet,text_encoder]", "evaluate.picture_draws=1")
     assert sum(encoded) == 4
-    (pictures / "1.png").write_bytes((pictures / "2.png").read_bytes())
+    (images / "1.png").write_bytes((images / "2.png").read_bytes())
     train("replaced", "evaluate.picture_draws=1")
-    assert sum(encoded) == 4, "the same picture under another name"
+    assert sum(encoded) == 4, "the same image under another name"
     train("mirrored", "data.flip=true")
     assert encoded[4:] == [2, 2, 2]
 
 
-def test_losses_of_pictures_are_the_same_from_a_warm_cache(train: Train) -> None:
+def test_losses_of_images_are_the_same_from_a_warm_cache(train: Train) -> None:
     first, second = (train(name, "evaluate.picture_draws=3", "model.prior_weight=0.3") for name in ("one", "two"))
     assert (first / "picture_losses.json").read_text() == (second / "picture_losses.json").read_text()
 
 
-def test_short_runs_measure_pictures_only_where_it_is_asked_for(train: Train) -> None:
+def test_short_runs_measure_images_only_where_it_is_asked_for(train: Train) -> None:
     assert not (train("short") / "picture_losses.json").exists()
     assert "evaluate.picture_draws=8 asks for them" in train.said  # type: ignore[attr-defined]
 
@@ -84,10 +84,10 @@ def test_long_runs_measure_within_3_percent_of_their_passes(train: Train, monkey
 
 
 def test_a_run_too_short_for_previews_or_scores_draws_nothing(
-    train: Train, tiny_base: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tiny_base: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_: pytest.fail("a picture was drawn"))
-    scored = [f"evaluate.references={pictures}", "evaluate.clip=builtin:emoji-clip"]
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *_: pytest.fail("an image was generated"))
+    scored = [f"evaluate.references={images}", "evaluate.clip=builtin:emoji-clip"]
     run = train("run", "train.preview_every_steps=2", "evaluate.every_steps=2", *scored)
     assert not (run / "previews").exists()
     assert "No preview is made in 1 steps" in train.said  # type: ignore[attr-defined]

@@ -18,13 +18,13 @@ def estimated(base: Path, *overrides: str) -> Any:
 
 
 def test_parts_are_what_they_must_be(tiny_base: Path) -> None:
-    found = estimated(tiny_base, "adapter.rank=2")
-    numbers = found.plan.num_parameters
-    assert found.memory.adapter_bytes == found.memory.gradient_bytes == 4 * numbers
-    assert found.memory.optimizer_bytes == 8 * numbers
-    assert found.memory.weights_bytes == 4 * found.plan.part_sizes["unet"]
-    assert found.memory.total_bytes == sum(found.memory.parts().values())
-    assert found.size == (16, 16)
+    actual = estimated(tiny_base, "adapter.rank=2")
+    numbers = actual.plan.num_parameters
+    assert actual.memory.adapter_bytes == actual.memory.gradient_bytes == 4 * numbers
+    assert actual.memory.optimizer_bytes == 8 * numbers
+    assert actual.memory.weights_bytes == 4 * actual.plan.part_sizes["unet"]
+    assert actual.memory.total_bytes == sum(actual.memory.parts().values())
+    assert actual.size == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_settings_change_what_they_should(
     assert factor[0] * plain[part] <= changed[part] <= factor[1] * plain[part]
 
 
-def test_trained_towers_count(tmp_path: Path) -> None:
+def test_trained_encoders_count(tmp_path: Path) -> None:
     base = save_tiny_sdxl_pipeline(tmp_path / "base")
     alone, both = (
         estimated(base, "model.family=sdxl", f"adapter.parts={parts}").memory
@@ -60,8 +60,8 @@ def test_trained_towers_count(tmp_path: Path) -> None:
 
 
 def test_only_what_is_trained_and_what_lies_behind_it_counts(tmp_path: Path) -> None:
-    base, picture = save_tiny_llava(tmp_path / "base"), write_picture(tmp_path / "data" / "a.png", 0).name
-    write_chats(tmp_path / "data", [entry(picture, "What?", "cat " * 9)])
+    base, image = save_tiny_llava(tmp_path / "base"), write_picture(tmp_path / "data" / "a.png", 0).name
+    write_chats(tmp_path / "data", [entry(image, "What?", "cat " * 9)])
     values = [f"model.path={base}", f"data.path={tmp_path / 'data'}", "output.path=unused", "model.family=llava"]
     model, projector, both = (
         estimate(load(None, [*values, "train.batch_size=8", "adapter.rank=1", f"adapter.parts=[{parts}]"]))
@@ -87,8 +87,8 @@ def test_command_prints_json(tiny_base: Path, capsys: pytest.CaptureFixture[str]
 
 def test_what_decides_nothing_need_not_be_given(command: Commands, tiny_base: Path) -> None:
     values = ("train.precision=fp32", "model.dtype=fp32", f"model.path={tiny_base}")
-    told = json.loads(command.good("estimate", *values, "--json").out)
-    assert told["total_bytes"] > 0
+    result = json.loads(command.good("estimate", *values, "--json").out)
+    assert result["total_bytes"] > 0
     outcome = command("estimate", "model.family=whisper", "model.path=builtin:digits")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "data.path: must be given" in outcome.message

@@ -27,7 +27,7 @@ subject:
 leak:
   - a blue heart
 """
-NUM_PICTURES = 4 * 2
+NUM_IMAGES = 4 * 2
 """Of each candidate: prompts by seeds."""
 
 Ask = Callable[..., Evaluation]
@@ -41,9 +41,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def question(prompts: Path, run: Path, output: Path, *more: object) -> list[str]:
-    asked = ["evaluate", "--prompts", prompts, "--class", "cat", "--clip", "builtin:emoji-clip", "--output", output]
-    asked += ["--references", run.parent / "pictures", "--steps", 2, "--guidance", 3, "--seed", 0, "--seed", 1]
-    return [str(word) for word in (*asked, *more)]
+    options = ["evaluate", "--prompts", prompts, "--class", "cat", "--clip", "builtin:emoji-clip", "--output", output]
+    options += ["--references", run.parent / "pictures", "--steps", 2, "--guidance", 3, "--seed", 0, "--seed", 1]
+    return [str(word) for word in (*options, *more)]
 
 
 @pytest.fixture(scope="module")
@@ -56,41 +56,41 @@ def done(tiny_base: Path, trained: Path, prompts: Path, tmp_path_factory: pytest
 
 
 def test_compares_checkpoints_files_and_weights_with_the_base(done: Path, trained: Path) -> None:
-    found = results.read(done)
+    actual = results.read(done)
     names = ["base", "run@0.0", "run@1.0", "step-000008@0.0", "step-000008@1.0"]
-    assert [candidate.name for candidate in found.candidates] == names
-    assert found.candidate("step-000008@1.0").step == 8
-    assert found.candidate("step-000008@1.0").file == str(trained / "checkpoints" / "step-000008")
-    assert found.base.architecture == "stable-diffusion-v1"
-    assert found.scorer == {"clip": "builtin:emoji-clip"}
-    assert [case.prompt for case in found.cases] == [
+    assert [candidate.name for candidate in actual.candidates] == names
+    assert actual.candidate("step-000008@1.0").step == 8
+    assert actual.candidate("step-000008@1.0").file == str(trained / "checkpoints" / "step-000008")
+    assert actual.base.architecture == "stable-diffusion-v1"
+    assert actual.scorer == {"clip": "builtin:emoji-clip"}
+    assert [case.prompt for case in actual.cases] == [
         "a sks style cat",
         "a red sks style cat",
         "the cat of sks style",
         "a blue heart",
     ]
-    assert [case.scoring_caption for case in found.cases][:2] == ["a cat", "a red cat"]
-    measured = {metric.name for metric in found.metrics}
+    assert [case.scoring_caption for case in actual.cases][:2] == ["a cat", "a red cat"]
+    measured = {metric.name for metric in actual.metrics}
     assert measured >= {"clip_text", "clip_image", "prior_drift", "prompt_leak", "diversity", "copying"}
     assert measured.isdisjoint({"dino_image", "aesthetic", "wer"})
-    assert any("references are training images" in warning for warning in found.warnings)
-    assert found.find("run@1.0", "prior_drift", "leak").mean > 0
-    assert found.find("base", "prior_drift").mean == pytest.approx(0, abs=1e-6)
-    assert found.find("run@1.0", "clip_text").count == 6
+    assert any("references are training images" in warning for warning in actual.warnings)
+    assert actual.find("run@1.0", "prior_drift", "leak").mean > 0
+    assert actual.find("base", "prior_drift").mean == pytest.approx(0, abs=1e-6)
+    assert actual.find("run@1.0", "clip_text").count == 6
 
 
-def test_pictures_depend_on_what_an_adapter_does_not_on_its_file(done: Path) -> None:
+def test_images_depend_on_what_an_adapter_does_not_on_its_file(done: Path) -> None:
     """Weight 0 is the base; the last checkpoint is the adapter file that was written in float32."""
-    found = results.read(done)
+    actual = results.read(done)
     by_candidate = {
-        name: {score.image for score in found.scores if score.candidate == name and score.image}
-        for name in (candidate.name for candidate in found.candidates)
+        name: {score.image for score in actual.scores if score.candidate == name and score.image}
+        for name in (candidate.name for candidate in actual.candidates)
     }
     assert by_candidate["run@0.0"] == by_candidate["step-000008@0.0"] == by_candidate["base"]
     assert by_candidate["run@1.0"] == by_candidate["step-000008@1.0"] != by_candidate["base"]
-    assert len(list((done / "pictures").iterdir())) == 2 * NUM_PICTURES
+    assert len(list((done / "pictures").iterdir())) == 2 * NUM_IMAGES
     same = {"base", "run@0.0", "step-000008@0.0"}
-    assert not any({open_.candidate, open_.other} <= same for open_ in found.open_comparisons)
+    assert not any({open_.candidate, open_.other} <= same for open_ in actual.open_comparisons)
 
 
 def test_stopped_continued_and_shared_evaluations_are_equal(
@@ -100,14 +100,14 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
     more = ["--run", str(trained), "--adapter", str(trained / "run.safetensors"), "--weights", "0,1"]
     stopped, shared = (question(prompts, trained, tmp_path / name, *more) for name in ("stopped", "shared"))
     assert killer.run(stopped, (f"{tmp_path}/stopped/pictures/[!.]*.png", 0, 0.0)) == -9, log.read_text()
-    pictures = tmp_path / "stopped" / "pictures"
+    images = tmp_path / "stopped" / "pictures"
     # What was half-written when the process died has a name that starts with a dot, and is removed.
-    there = {path: path.stat().st_mtime_ns for path in pictures.glob("[!.]*.png")}
-    assert 0 < len(there) < 2 * NUM_PICTURES
+    there = {path: path.stat().st_mtime_ns for path in images.glob("[!.]*.png")}
+    assert 0 < len(there) < 2 * NUM_IMAGES
     assert not (tmp_path / "stopped" / "evaluation.json").exists()
     assert killer.run(stopped) == 0, log.read_text()
     assert {path: path.stat().st_mtime_ns for path in there} == there
-    assert not list(pictures.glob(".*"))
+    assert not list(images.glob(".*"))
     assert killer.run(shared, num_processes=2) == 0, log.read_text()
     assert "Generating 8 of 8 images" in log.read_text()
     for name in ("stopped", "shared"):
@@ -150,13 +150,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestAsked:
-    """Small questions, each answered from the pictures of one folder."""
+    """Small questions, each answered from the images of one folder."""
 
     @pytest.fixture
     def ask(self, command: Commands, tiny_base: Path, trained: Path, prompts: Path, output: Path) -> Callable[..., str]:
         def run(*more: object, code: int = 0) -> str:
-            asked = question(prompts, trained, output, "--model", tiny_base, *more)
-            outcome = command(*asked)
+            options = question(prompts, trained, output, "--model", tiny_base, *more)
+            outcome = command(*options)
             assert outcome.code == code, outcome.err
             return outcome.out + outcome.message
 
@@ -164,16 +164,16 @@ class TestAsked:
 
     def test_compositions_and_json(self, ask: Callable[..., str], trained: Path) -> None:
         kohya, peft = trained / "run.safetensors", trained / "run.peft"
-        found = json.loads(
+        actual = json.loads(
             ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json").split("INFO")[0]
         )
-        names = [candidate["name"] for candidate in found["candidates"]]
+        names = [candidate["name"] for candidate in actual["candidates"]]
         assert names == ["base", "run.safetensors:0.25+run.peft:0.75@1.0"]
-        assert found["candidates"][1]["weights"] == {"run.safetensors": 0.25, "run.peft": 0.75}
-        assert found["candidates"][1]["file"] is None
-        assert {entry["path"] for entry in found["adapters"].values()} == {str(kohya), str(peft)}
-        assert [metric["name"] for metric in found["metrics"]] == ["clip_text"]
-        assert found["failed"] == []
+        assert actual["candidates"][1]["weights"] == {"run.safetensors": 0.25, "run.peft": 0.75}
+        assert actual["candidates"][1]["file"] is None
+        assert {entry["path"] for entry in actual["adapters"].values()} == {str(kohya), str(peft)}
+        assert [metric["name"] for metric in actual["metrics"]] == ["clip_text"]
+        assert actual["failed"] == []
 
     def test_gates_decide_the_exit_code(self, ask: Callable[..., str], trained: Path) -> None:
         adapter = ("--adapter", trained / "run.safetensors", "--metrics", "clip_image,clip_text")
@@ -206,20 +206,20 @@ class TestAsked:
         assert means["base", "clip_text"] == pytest.approx(kept.find("base", "clip_text").mean, abs=1e-6)
 
 
-def test_all_faults_are_told_before_the_base_is_loaded(
+def test_all_errors_are_told_before_the_base_is_loaded(
     command: Commands, tiny_base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("lora_diffusion.families.sd1.StableDiffusion1.load", refuse)
+    monkeypatch.setattr("lora_diffusion.families.stable_diffusion.family.StableDiffusion.load", refuse)
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "0.png").write_text("no picture")
-    asked = ["evaluate", "--model", tiny_base, "--adapter", trained / "run.safetensors", "--adapter", "none:1"]
-    asked += ["--adapter", f"{trained / 'run.safetensors'}:1+{trained / 'run.safetensors'}:0.5"]
-    asked += ["--prompts", "dreambooth-object", "--references", bad, "--training", tmp_path / "nowhere"]
-    asked += [
+    options = ["evaluate", "--model", tiny_base, "--adapter", trained / "run.safetensors", "--adapter", "none:1"]
+    options += ["--adapter", f"{trained / 'run.safetensors'}:1+{trained / 'run.safetensors'}:0.5"]
+    options += ["--prompts", "dreambooth-object", "--references", bad, "--training", tmp_path / "nowhere"]
+    options += [
         "--metrics",
         "clip_text,clip_imag,dino_image,wer",
         "--clip",
@@ -229,11 +229,11 @@ def test_all_faults_are_told_before_the_base_is_loaded(
         "--steps",
         1000,
     ]
-    asked += ["--guidance", 0, "--size", "17x16", "--weights", "1,nan", "--assert", "oops", "--output", bad]
-    outcome = command(*asked)
+    options += ["--guidance", 0, "--size", "17x16", "--weights", "1,nan", "--assert", "oops", "--output", bad]
+    outcome = command(*options)
     assert outcome.code == 2
     assert outcome.out == ""
-    for fault in (
+    for error in (
         "there is no file none",
         "names a file twice; name it once, with the sum of its weights",
         "give --class",
@@ -252,7 +252,7 @@ def test_all_faults_are_told_before_the_base_is_loaded(
         'assert "oops" is no condition',
         "holds other files",
     ):
-        assert fault in outcome.message, fault
+        assert error in outcome.message, error
 
 
 @pytest.mark.parametrize(

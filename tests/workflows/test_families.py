@@ -28,9 +28,9 @@ VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(text.split("=")[1] for text in value) or "plain",
 )
-def test_trains_and_writes(command: Commands, pictures: Path, tmp_path: Path, family: str, settings: list[str]) -> None:
+def test_trains_and_writes(command: Commands, images: Path, tmp_path: Path, family: str, settings: list[str]) -> None:
     base, run = SAVERS[family](tmp_path / "base"), tmp_path / "run"
-    common = [f"model.family={family}", f"model.path={base}", f"data.path={pictures}", f"output.path={run}"]
+    common = [f"model.family={family}", f"model.path={base}", f"data.path={images}", f"output.path={run}"]
     steps = ["train.max_steps=2", "train.batch_size=2", "train.precision=fp32", "adapter.rank=2"]
     command.good(
         "train", *common, *steps, f"adapter.parts={PARTS[family]}", "output.formats=[kohya,diffusers]", *settings
@@ -41,16 +41,18 @@ def test_trains_and_writes(command: Commands, pictures: Path, tmp_path: Path, fa
         assert file.metadata()["ss_base_model_version"] == VERSIONS[family]
 
 
-def test_previews_work_while_one_tower_of_two_is_trained(command: Commands, pictures: Path, tmp_path: Path) -> None:
+def test_previews_work_while_one_text_encoder_of_two_is_trained(
+    command: Commands, images: Path, tmp_path: Path
+) -> None:
     base, run = save_tiny_sdxl_pipeline(tmp_path / "base"), tmp_path / "run"
     settings = ["adapter.parts=[unet,text_encoder_2]", "train.preview_every_steps=1", "preview.num_steps=1"]
-    common = ["model.family=sdxl", f"model.path={base}", f"data.path={pictures}", f"output.path={run}"]
+    common = ["model.family=sdxl", f"model.path={base}", f"data.path={images}", f"output.path={run}"]
     command.good("train", *common, *settings, "train.max_steps=2", "adapter.rank=2")
     assert len(list((run / "previews").glob("step-*"))) == 3
 
 
-def test_wrong_family_is_one_line_that_names_the_right_one(command: Commands, pictures: Path, tmp_path: Path) -> None:
+def test_wrong_family_is_one_line_that_names_the_right_one(command: Commands, images: Path, tmp_path: Path) -> None:
     base = save_tiny_sdxl_pipeline(tmp_path / "base")
-    outcome = command("train", f"model.path={base}", f"data.path={pictures}", f"output.path={tmp_path / 'run'}")
+    outcome = command("train", f"model.path={base}", f"data.path={images}", f"output.path={tmp_path / 'run'}")
     assert outcome.code == 2
     assert "is Stable Diffusion XL, not Stable Diffusion 1.x; set model.family=sdxl" in outcome.message

@@ -81,9 +81,9 @@ def test_a_folder_does_not_take_the_place_of_a_file(command: Commands, adapter: 
 @pytest.mark.parametrize("name", WRITING)
 def test_an_adapter_may_become_itself(command: Commands, adapter: Path, name: str) -> None:
     command.good(*filled(WRITING[name], adapter, adapter), "--overwrite")
-    (found,) = read_alone(parse_file(adapter))[1].modules.values()
-    assert found.rank == (1 if name == "resize" else 2)
-    assert float(found.tensors["up"].abs().sum()) > 0
+    (actual,) = read_alone(parse_file(adapter))[1].modules.values()
+    assert actual.rank == (1 if name == "resize" else 2)
+    assert float(actual.tensors["up"].abs().sum()) > 0
     assert [path.name for path in adapter.parent.iterdir()] == [adapter.name]
 
 
@@ -142,9 +142,9 @@ _OTHERS = {
 
 
 @pytest.mark.parametrize("name", ["convert", "resize", "compose"])
-@pytest.mark.parametrize("kind", _OTHERS)
-def test_other_kinds_are_named(command: Commands, tmp_path: Path, name: str, kind: str) -> None:
-    tensors, reason = _OTHERS[kind]
+@pytest.mark.parametrize("case", _OTHERS)
+def test_other_variants_are_named(command: Commands, tmp_path: Path, name: str, case: str) -> None:
+    tensors, reason = _OTHERS[case]
     save_file({tensor: torch.ones(2, 2) for tensor in tensors}, tmp_path / "a.safetensors")
     outcome = command(*filled(WRITING[name], tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
     assert (outcome.code, reason in outcome.message) == (2, True), outcome.message
@@ -159,7 +159,7 @@ def test_kind_of_a_folder_is_told_before_its_names(command: Commands, tmp_path: 
 
 
 def test_another_family_is_refused(command: Commands, adapter: Path, tmp_path: Path) -> None:
-    for family, reason in (("sd9", "Known: "), ("sd1", "has the sizes of sdxl, not of sd1")):
+    for family, reason in (("sd9", "invalid choice: 'sd9'"), ("sd1", "has the sizes of sdxl, not of sd1")):
         outcome = command("convert", adapter, tmp_path / "out", "--to", "peft", "--family", family)
         assert (outcome.code, reason in outcome.message) == (2, True)
     outcome = command("verify", adapter, "--base", "sd1", "--json")
@@ -189,14 +189,14 @@ def test_merge_replaces_a_base_only(command: Commands, tmp_path: Path) -> None:
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     adapter = write_adapter(tmp_path / "a.safetensors", (stem, inner, width))
     (tmp_path / "text.safetensors").write_text("precious")
-    asked = ("merge", "--model", base, "--adapter", adapter, "--overwrite", "--output")
+    options = ("merge", "--model", base, "--adapter", adapter, "--overwrite", "--output")
     for target in (adapter, tmp_path / "text.safetensors"):
         content = target.read_bytes()
-        outcome = command(*asked, target)
+        outcome = command(*options, target)
         assert (outcome.code, "is no base, and nothing else is replaced" in outcome.message) == (2, True)
         assert target.read_bytes() == content
-    assert command(*asked, base).code == 2
+    assert command(*options, base).code == 2
     merged = tmp_path / "merged.safetensors"
     for _ in range(2):
-        command.good(*asked, merged)
+        command.good(*options, merged)
     assert merged.stat().st_size > adapter.stat().st_size

@@ -1,4 +1,4 @@
-"""Laws of drawn pictures: they depend on prompt, seed and adapter weights, and on nothing else."""
+"""Laws of generated images: they depend on prompt, seed and adapter weights, and on nothing else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw(command: Commands, tiny_base: Path, tmp_path: Path) -> Drawing:
 def test_seed_and_prompt_decide_whatever_else_is_in_the_batch(draw: Drawing) -> None:
     table = draw("--prompt", "a cat", "--prompt", "a red dog", "--seed", 1, "--seed", 2, "--seed", 3)
     assert len(table) == 6
-    assert len({picture.tobytes() for picture in table}) == 6
+    assert len({image.tobytes() for image in table}) == 6
     (alone,) = draw("--prompt", "a red dog", "--seed", 2)
     # One level of 255: a batch of another size is summed in another order.
     assert np.abs(alone.astype(int) - table[4]).max() <= 1
@@ -65,8 +65,8 @@ def test_adapters_by_weight(draw: Drawing, trained: Path) -> None:
 
 
 def test_size_and_empty_prompt(draw: Drawing) -> None:
-    (picture,) = draw("--prompt", "", "--size", "24x12")
-    assert picture.shape == (12, 24, 3)
+    (image,) = draw("--prompt", "", "--size", "24x12")
+    assert image.shape == (12, 24, 3)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_base_that_has_the_fp16_files_only(command: Commands, tiny_base: Path, t
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     for path in list(base.rglob("*.safetensors")):
         path.rename(path.with_suffix(".fp16.safetensors"))
-    pictures = []
+    images = []
     for number, model in enumerate((tiny_base, base)):
         output = tmp_path / str(number)
         command.good("generate", "--model", model, "--prompt", "a cat", "--output", output, *STEPS)
-        pictures.append((output / "grid.png").read_bytes())
-    assert pictures[0] == pictures[1]
+        images.append((output / "grid.png").read_bytes())
+    assert images[0] == images[1]
 
 
 def test_family_of_the_base_is_found(command: Commands, tmp_path: Path) -> None:

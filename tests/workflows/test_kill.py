@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.workflows.conftest import Killer, fill_with_pictures
+from tests.workflows.conftest import Killer, fill_with_images
 
 NUM_STEPS = 60
 NUM_KILLS = int(os.environ.get("LORA_DIFFUSION_KILLS", "3"))
 
 
 def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tmp_path: Path) -> None:
-    pictures = fill_with_pictures(tmp_path / "pictures", count=6)
+    images = fill_with_images(tmp_path / "pictures", count=6)
 
     def settings(run: Path) -> list[str]:
         return [
@@ -30,7 +30,7 @@ def test_killed_run_equals_uninterrupted_run(killer: Killer, tiny_base: Path, tm
             "model.caption_dropout=0.2",
             "model.prior_weight=0.5",
             "model.min_snr_gamma=5",
-            f"data.path={pictures}",
+            f"data.path={images}",
             "data.caption_lines=each",
             "data.flip=true",
             "adapter.parts=[unet, text_encoder]",

@@ -1,4 +1,4 @@
-"""Whole commands on pictures and questions: train, resume, ask, score, caption, check, and the tools for files."""
+"""Whole commands on images and questions: train, resume, ask, score, caption, check, and the tools for files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chats")
     names = [write_picture(folder / f"{index}.png", index).name for index in range(3)]
     texts = (("What?", "a cat"), ("What?", "a dog", "Sure?", "yes"), ("Colour?", "red"))
-    write_chats(folder, [entry(name, *own) for name, own in zip(names, texts, strict=True)])
+    write_chats(folder, [entry(name, *each) for name, each in zip(names, texts, strict=True)])
     return folder
 
 
@@ -92,8 +92,8 @@ def test_files_of_a_run_and_tools(train: Train, command: Commands, base: Path, d
         return str(texts[str(file)])
 
     adapter = run / "adapter.peft"
-    told = json.loads(command.good("inspect", adapter, "--json").out)
-    assert told["metadata"]["modelspec.architecture"] == "llava/lora"
+    result = json.loads(command.good("inspect", adapter, "--json").out)
+    assert result["metadata"]["modelspec.architecture"] == "llava/lora"
     with_adapter = said("--model", base, "--adapter", f"{adapter}:1")
     command.good("compose", f"{adapter}:0.5", f"{adapter}:0.5", "--output", tmp_path / "sum.peft")
     assert said("--model", base, "--adapter", f"{tmp_path / 'sum.peft'}:1") == with_adapter
@@ -110,7 +110,7 @@ def test_files_of_a_run_and_tools(train: Train, command: Commands, base: Path, d
     assert "use peft" in command("convert", adapter, tmp_path / "other.safetensors", "--to", "kohya").err
 
 
-def test_mark_of_the_picture_may_stand_in_the_question(command: Commands, base: Path, data: Path) -> None:
+def test_mark_of_the_image_may_stand_in_the_question(command: Commands, base: Path, data: Path) -> None:
     texts = [
         command.good("ask", "--model", base, "--question", question, data / "1.png").out
         for question in ("What?", "<image>\nWhat?")
@@ -131,11 +131,11 @@ def test_template_that_cannot_be_rendered_is_told_before_the_base_is_loaded(
 
 
 def test_score(command: Commands, base: Path, data: Path) -> None:
-    told = json.loads(command.good("ask", "--model", base, "--score", data, "--json").out)[str(data)]
-    assert [one["target"] for one in sorted(told["answers"], key=lambda one: one["key"])] == ["a cat", "a dog", "red"]
-    assert set(told["by_question"]) == {"What?", "Colour?"}
-    assert 0 <= told["exact_match"] <= told["token_f1"] <= 1
-    assert told["clip_score"] is None
+    result = json.loads(command.good("ask", "--model", base, "--score", data, "--json").out)[str(data)]
+    assert [one["target"] for one in sorted(result["answers"], key=lambda one: one["key"])] == ["a cat", "a dog", "red"]
+    assert set(result["by_question"]) == {"What?", "Colour?"}
+    assert 0 <= result["exact_match"] <= result["token_f1"] <= 1
+    assert result["clip_score"] is None
     scored = command.good("ask", "--model", base, "--score", data, "--clip", "builtin:emoji-clip", "--json").out
     assert 0 <= json.loads(scored)[str(data)]["clip_score"] <= 2.5
     assert "exact match" in command.good("ask", "--model", base, "--score", data / "chats.json").out
@@ -147,17 +147,17 @@ def next_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestNext:
-    """LLaVA-NeXT counts the tokens of a picture from its size."""
+    """LLaVA-NeXT counts the tokens of an image from its size."""
 
-    def test_asks_and_captions_pictures_of_any_shape(self, command: Commands, next_base: Path, tmp_path: Path) -> None:
+    def test_asks_and_captions_images_of_any_shape(self, command: Commands, next_base: Path, tmp_path: Path) -> None:
         sizes = [(40, 20), (20, 41), (1, 60), (16, 16)]
         for index, size in enumerate(sizes):
             write_picture(tmp_path / "pictures" / f"{index}.png", index, size)
         model = ("--model", next_base)
-        told = command.good("ask", *model, "--question", "What?", tmp_path / "pictures", "--json").out
-        assert len(json.loads(told)) == len(sizes)
-        told = command.good("data", "caption", tmp_path / "pictures", *model, "--json").out
-        assert len(json.loads(told)["written"]) + len(json.loads(told)["silent"]) == len(sizes)
+        result = command.good("ask", *model, "--question", "What?", tmp_path / "pictures", "--json").out
+        assert len(json.loads(result)) == len(sizes)
+        result = command.good("data", "caption", tmp_path / "pictures", *model, "--json").out
+        assert len(json.loads(result)["written"]) + len(json.loads(result)["silent"]) == len(sizes)
 
     def test_trains_with_previews(self, command: Commands, next_base: Path, tmp_path: Path) -> None:
         names = [write_picture(tmp_path / "data" / f"{size}.png", size, (size, 24)).name for size in (8, 60)]
@@ -175,7 +175,7 @@ class TestNext:
 class TestScoreOptions:
     """Held-out files, as their owners have them."""
 
-    def test_pictures_in_another_folder(
+    def test_images_in_another_folder(
         self, command: Commands, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
@@ -195,19 +195,19 @@ class TestScoreOptions:
         ).message
         assert "--csv scores.csv is there already" in message
         assert "--images is about answers" in command("ask", "--question", "x", "--images", "coco", "coco").message
-        told = command.good("ask", "--model", base, "--question", "Why?", "coco", "--csv", "plain.csv").out
+        result = command.good("ask", "--model", base, "--question", "Why?", "coco", "--csv", "plain.csv").out
         (plain,) = csv.DictReader(Path("plain.csv").read_text(encoding="utf-8").splitlines())
-        assert told == printable(f"{plain['picture']}\t{plain['answer']}\n") and plain["question"] == "Why?"
+        assert result == printable(f"{plain['picture']}\t{plain['answer']}\n") and plain["question"] == "Why?"
 
     def test_texts_alone_and_splits(self, command: Commands, base: Path, tmp_path: Path) -> None:
         alone = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}
         write_chats(tmp_path, [alone], "test.json")
         write_chats(tmp_path, [alone, alone], "train.json")
         for split, count in (((), 3), (("--split", "test"), 1)):
-            told = command.good("ask", "--model", base, "--score", tmp_path, "--json", *split).out
-            assert len(json.loads(told)[str(tmp_path)]["answers"]) == count
+            result = command.good("ask", "--model", base, "--score", tmp_path, "--json", *split).out
+            assert len(json.loads(result)[str(tmp_path)]["answers"]) == count
         outcome = command("ask", "--model", base, "--score", tmp_path, "--clip", "builtin:emoji-clip")
-        assert "3 first questions show no picture" in outcome.message
+        assert "3 first questions show no image" in outcome.message
 
 
 def test_mixed_conversations_train_and_resume(train: Train, base: Path, data: Path, tmp_path: Path) -> None:
@@ -261,15 +261,15 @@ class TestCaption:
             "--trigger",
             "sks",
         )
-        told = json.loads(command.good(*arguments, "--json").out)
-        assert told["written"] == {str(folder / "in" / "c-d.txt"): "sks, Say c d of in."}
+        result = json.loads(command.good(*arguments, "--json").out)
+        assert result["written"] == {str(folder / "in" / "c-d.txt"): "sks, Say c d of in."}
         assert (folder / "in" / "c-d.txt").read_text(encoding="utf-8") == "sks, Say c d of in.\n"
-        assert told["kept"] == [str(folder / "a.png"), str(folder / "b.png")]
+        assert result["kept"] == [str(folder / "a.png"), str(folder / "b.png")]
         assert (folder / "a.txt").read_text(encoding="utf-8") == "mine\n"
         assert not (folder / "b.txt").exists()
-        assert "Wrote 0 captions; 3 pictures had one" in command.good(*arguments).out
+        assert "Wrote 0 captions; 3 images had one" in command.good(*arguments).out
 
-    def test_mark_of_the_picture_may_stand_in_the_prompt(self, command: Commands, base: Path, folder: Path) -> None:
+    def test_mark_of_the_image_may_stand_in_the_prompt(self, command: Commands, base: Path, folder: Path) -> None:
         command.good("data", "caption", folder, "--model", base, "--prompt", "<image>\nSay {name}.")
         assert (folder / "a.txt").read_text(encoding="utf-8") == "Say a.\n"
 
@@ -277,9 +277,9 @@ class TestCaption:
     def test_fills_a_file_that_is_empty(self, command: Commands, base: Path, folder: Path, ending: str) -> None:
         (folder / "a.txt").write_text("\ufeff \n", encoding="utf-8")
         arguments = ("data", "caption", folder, "--model", base, "--ending", ending, "--json")
-        told = json.loads(command.good(*arguments).out)
+        result = json.loads(command.good(*arguments).out)
         files = [folder / "a.txt", folder / f"b{ending}", folder / "in" / f"c-d{ending}"]
-        assert told["written"] == dict.fromkeys(map(str, files), "Describe the picture.")
+        assert result["written"] == dict.fromkeys(map(str, files), "Describe the picture.")
         assert (folder / "a.txt").read_text(encoding="utf-8") == "Describe the picture.\n"
         assert len(json.loads(command.good(*arguments).out)["kept"]) == 3
 
@@ -310,7 +310,7 @@ class TestCaption:
             (("--prompt", "{name:{folder}}"), "holds {name:{folder}}; it may hold {name} and {folder}"),
             (("--prompt", "{name!x}"), "holds {name!x}; it may hold {name} and {folder}"),
             (("--prompt", "{"), "a brace without its pair"),
-            (("--ending", ".json"), "--ending .json: captions are found in files that end in .txt or .caption"),
+            (("--ending", ".json"), "--ending .json: captions are read from files that end in .txt or .caption"),
             (("--model", "builtin:emoji"), "there is no such built-in base of this family"),
             (("--overwrite",), "b.png: its caption is not in b.txt alone; remove the other one first."),
         ],
@@ -325,7 +325,7 @@ class TestCaption:
         assert message in outcome.message
         assert not list(folder.rglob("*.txt"))
 
-    def test_unreadable_and_twin_pictures_are_told_at_once(self, command: Commands, base: Path, folder: Path) -> None:
+    def test_unreadable_and_twin_images_are_reported_at_once(self, command: Commands, base: Path, folder: Path) -> None:
         (folder / "bad.png").write_bytes(b"no picture")
         write_picture(folder / "a.bmp")
         outcome = command("data", "caption", folder, "--model", base)
@@ -337,14 +337,14 @@ class TestCaption:
 class TestCheck:
     def test_conversations(self, command: Commands, base: Path, data: Path) -> None:
         arguments = ("model.family=llava", f"model.path={base}")
-        told = json.loads(command.good("data", "check", data, *arguments, "--json").out)
-        assert (told["num_conversations"], told["num_answers"]) == (3, 4)
-        assert "No faults." in command.good("data", "check", data, *arguments).out
+        result = json.loads(command.good("data", "check", data, *arguments, "--json").out)
+        assert (result["num_conversations"], result["num_answers"]) == (3, 4)
+        assert "No errors." in command.good("data", "check", data, *arguments).out
 
-    def test_pictures(self, command: Commands, pictures: Path) -> None:
-        assert "Images:" in command.good("data", "check", pictures).out
+    def test_images(self, command: Commands, images: Path) -> None:
+        assert "Images:" in command.good("data", "check", images).out
 
-    def test_faults(self, command: Commands, tmp_path: Path) -> None:
+    def test_errors(self, command: Commands, tmp_path: Path) -> None:
         write_picture(tmp_path / "a.png")
         outcome = command("data", "check", tmp_path)
         assert outcome.code == 2
@@ -356,9 +356,9 @@ class TestCheck:
 def test_dry_run(train: Train) -> None:
     outcome = train("dry", "--dry-run", "train.epochs=2", "--json")
     assert outcome.code == 0, outcome.err
-    told = json.loads(outcome.out)
-    assert (told["data"]["num_pictures"], told["steps"]) == (3, 4)
-    assert {module["part"] for module in told["plan"]["modules"] if module["identity"]} == {"projector"}
+    result = json.loads(outcome.out)
+    assert (result["data"]["num_pictures"], result["steps"]) == (3, 4)
+    assert {module["part"] for module in result["plan"]["modules"] if module["identity"]} == {"projector"}
 
 
 @pytest.mark.parametrize(
@@ -379,12 +379,12 @@ def test_bad_settings(train: Train, tmp_path: Path, overrides: list[str], messag
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
 
 
-def test_layers_of_the_tower_that_are_never_read_are_left_out_and_named(train: Train, tmp_path: Path) -> None:
+def test_layers_of_the_text_encoder_that_are_never_read_are_left_out_and_named(train: Train, tmp_path: Path) -> None:
     parts = ("adapter.parts=[vision_tower]", "adapter.full=[]", "train.part_learning_rates=[]")
     outcome = train("run", "train.max_steps=1", *parts, "adapter.targets=[all-linear]")
     assert outcome.code == 0, outcome.err
-    told = "left out: 6 modules whose output this base never reads (vision_tower/encoder.layers.1."
-    assert told in " ".join(outcome.err.split())
+    result = "left out: 6 modules whose output this base never reads (vision_tower/encoder.layers.1."
+    assert result in " ".join(outcome.err.split())
     record = json.loads((tmp_path / "run" / "adapter.peft" / "adapter_config.json").read_text(encoding="utf-8"))
     assert record["base_model_name_or_path"] is None
     assert record["auto_mapping"]["base_model_class"] == "LlavaForConditionalGeneration"
@@ -398,7 +398,7 @@ def test_layers_of_the_tower_that_are_never_read_are_left_out_and_named(train: T
 
 
 def test_a_run_that_was_begun_with_unread_layers_goes_on_so(train: Train, tmp_path: Path) -> None:
-    own = (
+    settings = (
         "adapter.parts=[vision_tower]",
         "adapter.full=[]",
         "train.part_learning_rates=[]",
@@ -406,10 +406,10 @@ def test_a_run_that_was_begun_with_unread_layers_goes_on_so(train: Train, tmp_pa
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(vision, "_unread", lambda folder: ())
-        assert train("run", "train.max_steps=1", *own).code == 0
+        assert train("run", "train.max_steps=1", *settings).code == 0
     path = tmp_path / "run" / "plan.json"
     plan = json.loads(path.read_text(encoding="utf-8"))
     del plan["unread"]
     path.write_text(json.dumps(plan), encoding="utf-8")
-    outcome = train("run", "train.max_steps=2", *own, "--resume")
+    outcome = train("run", "train.max_steps=2", *settings, "--resume")
     assert outcome.code == 0, outcome.err

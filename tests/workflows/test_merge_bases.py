@@ -91,25 +91,25 @@ def test_copies_of_the_weights_are_told(command: Commands, whole: dict[str, Tens
 WIDE = {"inpainting": 9, "editing": 8, "depth": 5}
 
 
-@pytest.mark.parametrize("kind", [*WIDE, "no VAE", "no text encoder", "old names of CLIP"])
-def test_bases_that_cannot_be_trained(command: Commands, whole: dict[str, Tensor], kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [*WIDE, "no VAE", "no text encoder", "old names of CLIP"])
+def test_bases_that_cannot_be_trained(command: Commands, whole: dict[str, Tensor], case: str, tmp_path: Path) -> None:
     base = dict(whole)
-    if kind in WIDE:
+    if case in WIDE:
         name = f"{UNET}input_blocks.0.0.weight"
-        base[name] = torch.cat([base[name], base[name].repeat(1, 2, 1, 1)], 1)[:, : WIDE[kind]].contiguous()
-    if kind == "no VAE":
+        base[name] = torch.cat([base[name], base[name].repeat(1, 2, 1, 1)], 1)[:, : WIDE[case]].contiguous()
+    if case == "no VAE":
         base = {name: tensor for name, tensor in whole.items() if not name.startswith("first_stage_model.")}
-    if kind == "no text encoder":
+    if case == "no text encoder":
         base = {name: tensor for name, tensor in whole.items() if not name.startswith("cond_stage_model.")}
-    if kind == "old names of CLIP":
+    if case == "old names of CLIP":
         base = {name.replace(*OLD_CLIP): tensor for name, tensor in whole.items()}
-    file, change = adapter(whole, tmp_path / "a.safetensors", text=kind != "no text encoder")
+    file, change = adapter(whole, tmp_path / "a.safetensors", text=case != "no text encoder")
     merged = merge(command, base, file, tmp_path)
     query = f"{UNET}{QUERY}.weight"
     assert torch.allclose(merged[query], whole[query] + change)
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
-    prefix = OLD_CLIP[kind == "old names of CLIP"]
-    text = {f"{prefix}encoder.layers.0.mlp.fc1.weight"} if kind != "no text encoder" else set()
+    prefix = OLD_CLIP[case == "old names of CLIP"]
+    text = {f"{prefix}encoder.layers.0.mlp.fc1.weight"} if case != "no text encoder" else set()
     assert changed == {query} | text
     assert merged.keys() == base.keys()
 
@@ -200,5 +200,5 @@ def test_difference_of_two_unets(command: Commands, whole: dict[str, Tensor], tm
     output = tmp_path / "o.safetensors"
     arguments = (tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", output, "--rank", 1, "--dtype", "fp32")
     command.good("extract", *arguments)
-    found = load_file(output)
-    assert torch.allclose(found[f"{FLAT}.lora_up.weight"] @ found[f"{FLAT}.lora_down.weight"], change, atol=1e-5)
+    actual = load_file(output)
+    assert torch.allclose(actual[f"{FLAT}.lora_up.weight"] @ actual[f"{FLAT}.lora_down.weight"], change, atol=1e-5)

@@ -29,28 +29,28 @@ def _data(path: Path) -> bytes:
 
 
 def _show(command: Commands, path: Path) -> dict[str, str]:
-    told: dict[str, str] = json.loads(command.good("metadata", "show", path, "--json").out)
-    return told
+    result: dict[str, str] = json.loads(command.good("metadata", "show", path, "--json").out)
+    return result
 
 
 def test_what_training_tells(command: Commands, file: Path) -> None:
-    told = _show(command, file)
+    result = _show(command, file)
     known = {"ss_network_dim": "4", "ss_network_alpha": "3", "ss_steps": "8", "ss_total_batch_size": "2"}
-    assert known.items() <= told.items()
-    assert told["modelspec.unet_dtype"] == "float32"
-    assert told["ss_cache_latents"] == "True"
-    assert 1.7e9 < float(told["ss_training_started_at"]) < float(told["ss_training_finished_at"])
-    buckets = json.loads(told["ss_bucket_info"])
+    assert known.items() <= result.items()
+    assert result["modelspec.unet_dtype"] == "float32"
+    assert result["ss_cache_latents"] == "True"
+    assert 1.7e9 < float(result["ss_training_started_at"]) < float(result["ss_training_finished_at"])
+    buckets = json.loads(result["ss_bucket_info"])
     counts = {tuple(bucket["resolution"]): bucket["count"] for bucket in buckets["buckets"].values()}
-    # Of the four pictures one is of 24x12.
+    # Of the four images one is of 24x12.
     assert counts == {(16, 16): 3, (20, 12): 1}
     assert buckets["mean_img_ar_error"] == pytest.approx((2 - 20 / 12) / 4)
-    assert (told["ss_num_reg_images"], told["ss_shuffle_caption"]) == ("0", "False")
+    assert (result["ss_num_reg_images"], result["ss_shuffle_caption"]) == ("0", "False")
     tensors = load_file(file)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].numpy().tobytes())
-    assert told["modelspec.hash_sha256"] == f"0x{digest.hexdigest()}"
+    assert result["modelspec.hash_sha256"] == f"0x{digest.hexdigest()}"
     assert "ss_network_dim: 4\n" in command.good("metadata", "show", file).out
 
 
@@ -59,17 +59,17 @@ def test_edit_changes_texts_and_no_tensor(command: Commands, file: Path, tmp_pat
     Image.new("RGB", (900, 300), "red").save(picture)
     new = tmp_path / "b.safetensors"
     arguments = ("--set", "modelspec.title=Ä=b", "ss_training_comment=x", "--unset", "ss_seed", "--thumbnail", picture)
-    told = json.loads(command.good("metadata", "edit", file, *arguments, "--output", new, "--json").out)
+    result = json.loads(command.good("metadata", "edit", file, *arguments, "--output", new, "--json").out)
     assert _show(command, file) == before
     assert _data(new) == data
     after = _show(command, new)
-    assert told["metadata"] == after
+    assert result["metadata"] == after
     assert (after["modelspec.title"], after["ss_training_comment"]) == ("Ä=b", "x")
     assert "ss_seed" not in after
     assert after["sshs_model_hash"] == before["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
     small = Image.open(io.BytesIO(base64.b64decode(after["modelspec.thumbnail"].split(",")[1])))
     assert small.size == (LONGEST_SIDE, LONGEST_SIDE // 3)
-    assert told["removed"] == ["ss_seed"]
+    assert result["removed"] == ["ss_seed"]
 
 
 def test_hash_is_that_of_the_bytes_in_their_order(command: Commands, file: Path, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_strip_keeps_what_lists_the_file(command: Commands, file: Path) -> None:
         (["edit", "--set", "a=b", "--output", "FOLDER"], "is a folder"),
     ],
 )
-def test_faults_change_nothing(command: Commands, file: Path, arguments: list[str], text: str) -> None:
+def test_errors_change_nothing(command: Commands, file: Path, arguments: list[str], text: str) -> None:
     content = file.read_bytes()
     (file.parent / "picture.png").write_bytes(b"no picture")
     given = [

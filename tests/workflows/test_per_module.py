@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lora_diffusion.config.load import load
 from lora_diffusion.core import registry
 from lora_diffusion.workflows import _run_checkpoints
-from lora_diffusion.workflows._steps import read_adapter
+from lora_diffusion.workflows._base_and_adapters import read_adapter
 from tests.tiny_adapters import same
 from tests.workflows.conftest import Commands, Killer
 
@@ -26,9 +26,9 @@ OWN = (
 
 
 @pytest.fixture
-def settings(tiny_base: Path, pictures: Path, tmp_path: Path) -> list[str]:
+def settings(tiny_base: Path, images: Path, tmp_path: Path) -> list[str]:
     return [
-        *(f"model.path={tiny_base}", f"data.path={pictures}", f"cache.path={tmp_path / 'cache'}", *OWN),
+        *(f"model.path={tiny_base}", f"data.path={images}", f"cache.path={tmp_path / 'cache'}", *OWN),
         *("adapter.parts=[unet, text_encoder]", "adapter.targets=[attn, ff, unet/conv]", "adapter.rank=4"),
         *("train.max_steps=12", "train.save_every_steps=3", "train.learning_rate=1e-2", "train.precision=fp32"),
         *("train.threads=1", "output.name=adapter", "output.dtype=fp32", "output.formats=[kohya, diffusers, peft]"),
@@ -81,7 +81,7 @@ def test_files_of_a_run(command: Commands, settings: list[str], tmp_path: Path) 
     family = registry.find("families", "sd1")
     plan = json.loads((run / "plan.json").read_text())
     _, trained = _run_checkpoints.read(_run_checkpoints.at_step(run, 12))
-    assert {(*key, own.rank, own.alpha) for key, own in trained} == {
+    assert {(*key, each.rank, each.alpha) for key, each in trained} == {
         (module["part"], module["path"], module["rank"], module["alpha"]) for module in plan["modules"]
     }
     peft = read_adapter(run / "adapter.peft", family, config.model)
@@ -91,11 +91,11 @@ def test_files_of_a_run(command: Commands, settings: list[str], tmp_path: Path) 
     assert set(record["alpha_pattern"].values()) == {1.0, 3.0, 4.0}
 
     with safe_open(run / "adapter.safetensors", "pt") as file:
-        told = file.metadata()
-    assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("8", "8")
-    assert json.loads(told["ss_network_args"])["module_ranks"] == list(config.adapter.module_ranks)
-    assert (told["ss_unet_lr"], told["ss_text_encoder_lr"]) == ("0.02", "0.001")
-    assert json.loads(told["ss_network_args"])["module_learning_rates"] == ["unet/conv=3e-3", "text_encoder/ff=2e-3"]
+        result = file.metadata()
+    assert (result["ss_network_dim"], result["ss_network_alpha"]) == ("8", "8")
+    assert json.loads(result["ss_network_args"])["module_ranks"] == list(config.adapter.module_ranks)
+    assert (result["ss_unet_lr"], result["ss_text_encoder_lr"]) == ("0.02", "0.001")
+    assert json.loads(result["ss_network_args"])["module_learning_rates"] == ["unet/conv=3e-3", "text_encoder/ff=2e-3"]
 
     command.good("convert", run / "adapter.safetensors", tmp_path / "there", "--to", "peft", "--dtype", "fp32")
     command.good("convert", tmp_path / "there", tmp_path / "back.safetensors", "--to", "kohya", "--dtype", "fp32")

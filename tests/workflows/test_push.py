@@ -52,12 +52,12 @@ def _with_metadata(trained: Path, metadata: dict[str, str], path: Path) -> None:
 
 
 def test_dry_run_of_a_run(command: Commands, trained: Path) -> None:
-    told = json.loads(command.good("push", trained, "--repo", "maria/blorp", "--dry-run", "--json").out)
-    assert told["url"] is None
-    assert {"run.safetensors", "run.diffusers.safetensors", "README.md"} <= told["files"].keys()
-    assert "run.peft/unet/adapter_model.safetensors" in told["files"]
-    assert not any("config.yaml" in name or ".lock" in name for name in told["files"])
-    card = told["card"]
+    result = json.loads(command.good("push", trained, "--repo", "maria/blorp", "--dry-run", "--json").out)
+    assert result["url"] is None
+    assert {"run.safetensors", "run.diffusers.safetensors", "README.md"} <= result["files"].keys()
+    assert "run.peft/unet/adapter_model.safetensors" in result["files"]
+    assert not any("config.yaml" in name or ".lock" in name for name in result["files"])
+    card = result["card"]
     assert _head(card)["instance_prompt"] == "sks style"
     assert "<lora:run:1> sks style" in card
     assert 'load_lora_weights("maria/blorp", weight_name="run.diffusers.safetensors")' in card
@@ -72,7 +72,7 @@ def test_dry_run_of_a_run(command: Commands, trained: Path) -> None:
     assert "To maria/blorp would go:" in command.good("push", trained, "--repo", "maria/blorp", "--dry-run").out
 
 
-def test_push_uploads_files_pictures_and_card(trained: Path, tmp_path: Path) -> None:
+def test_push_uploads_files_images_and_card(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for path in trained.iterdir():
@@ -165,10 +165,10 @@ SKIPS = [
 
 def _card(trained: Path, base: str = "maria/base", **metadata: str) -> str:
     package = model_card.collect(trained.resolve())
-    told = {key.replace("__", "."): value for key, value in metadata.items()}
+    result = {key.replace("__", "."): value for key, value in metadata.items()}
     known = {key: text for key, text in package.metadata.items() if key != "ss_base_model_version"}
     adapters = {"kohya": "a.safetensors", "diffusers": "b.safetensors"}
-    return model_card.write(replace(package, base=base, metadata={**known, **told}, adapters=adapters), "maria/blorp")
+    return model_card.write(replace(package, base=base, metadata={**known, **result}, adapters=adapters), "maria/blorp")
 
 
 @pytest.mark.parametrize(("architecture", "skip", "words", "num_told", "num_unable"), SKIPS)
@@ -196,8 +196,8 @@ def test_card_is_silent_about_the_usual_layer(trained: Path, architecture: str, 
 
 def test_card_of_a_stranger_does_not_believe_in_a_clip_skip_of_sdxl(trained: Path) -> None:
     package = model_card.collect(trained.resolve())
-    told = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_clip_skip": "1"}
-    card = model_card.write(replace(package, metadata=told, is_of_run=False), "maria/blorp")
+    result = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_clip_skip": "1"}
+    card = model_card.write(replace(package, metadata=result, is_of_run=False), "maria/blorp")
     assert "clip_skip" not in card
 
 
@@ -214,17 +214,17 @@ def test_card_of_a_stranger_does_not_believe_in_a_clip_skip_of_sdxl(trained: Pat
 def test_card_tells_the_prediction_where_programs_would_guess(
     trained: Path, architecture: str, prediction: str, base: str, scheduler: str | None, is_told: bool
 ) -> None:
-    told = {"modelspec__prediction_type": prediction, "modelspec__predict_key": prediction}
+    result = {"modelspec__prediction_type": prediction, "modelspec__predict_key": prediction}
     zero = {"ss_zero_terminal_snr": str(prediction == "v")}
-    card = _card(trained, base, modelspec__architecture=f"{architecture}/lora", **told, **zero)
+    card = _card(trained, base, modelspec__architecture=f"{architecture}/lora", **result, **zero)
     assert ("(**v-prediction**)" in card) == ("ModelSamplingDiscrete" in card) == is_told
     (line,) = re.findall(r"pipeline.scheduler = (.*)", card) or [None]
     assert (line is not None) == (scheduler is not None)
     if line:
         pipeline = SimpleNamespace(scheduler=PNDMScheduler())
-        made = eval(line, {"EulerDiscreteScheduler": EulerDiscreteScheduler, "pipeline": pipeline})
-        assert made.config.prediction_type == scheduler
-        assert made.config.rescale_betas_zero_snr == (prediction == "v")
+        actual = eval(line, {"EulerDiscreteScheduler": EulerDiscreteScheduler, "pipeline": pipeline})
+        assert actual.config.prediction_type == scheduler
+        assert actual.config.rescale_betas_zero_snr == (prediction == "v")
         assert "import EulerDiscreteScheduler, Stable" in card
 
 
@@ -241,8 +241,8 @@ def test_stranger_is_no_work_of_ours_and_broken_files_stay_here(trained: Path, t
         "no up": {other: tensor for other, tensor in tensors.items() if other != name},
         "do not fit": {**tensors, name: tensors[name][:, :1].contiguous()},
     }
-    for reason, own in broken.items():
-        save_file(own, path)
+    for reason, each in broken.items():
+        save_file(each, path)
         with pytest.raises(AdapterFileError, match=rf"is broken.*(.|\n)*{reason}"):
             push.push(path, "maria/blorp", dry_run=True)
 
@@ -279,7 +279,7 @@ def test_names_of_bases_that_are_none(trained: Path, tmp_path: Path, name: str) 
 def test_nothing_that_is_published_tells_where_files_lie(
     command: Commands, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the card nor the files nor the page, each of which knows paths of base, pictures and run."""
+    """Neither the card nor the files nor the page, each of which knows paths of base, images and run."""
     root = str(trained.parent)
     base = str(RunFolder(trained).config().model.path)
     secrets = [root, str(Path(base).parent), "/home", str(Path.home())]

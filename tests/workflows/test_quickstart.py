@@ -27,7 +27,7 @@ def shortened(config: str, num_steps: int, folder: Path) -> Path:
 
 
 def few_chats(source: Path, folder: Path) -> None:
-    """Copies the first three conversations of a file, and their pictures."""
+    """Copies the first three conversations of a file, and their images."""
     folder.mkdir(parents=True)
     entries = json.loads((source / "chats.json").read_text(encoding="utf-8"))[:3]
     (folder / "chats.json").write_text(json.dumps(entries), encoding="utf-8")

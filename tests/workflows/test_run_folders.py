@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from lora_diffusion.cli.main import main
 from lora_diffusion.training import run_files
-from tests.workflows.conftest import Commands, fill_with_pictures
+from tests.workflows.conftest import Commands, fill_with_images
 
 
-def settings(base: Path, pictures: object, run: object) -> list[str]:
+def settings(base: Path, images: object, run: object) -> list[str]:
     return [
         f"model.path={base}",
-        f"data.path={pictures}",
+        f"data.path={images}",
         f"output.path={run}",
         "output.dtype=fp32",
         "adapter.rank=2",
@@ -38,13 +38,13 @@ def settings(base: Path, pictures: object, run: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project folder with pictures and a run that wrote its adapter after each second step; never changed."""
+    """A project folder with images and a run that wrote its adapter after each second step; never changed."""
     root = tmp_path_factory.mktemp("project")
-    fill_with_pictures(root / "photos")
-    own = ["output.name=a", "output.formats=[kohya, peft]", "train.save_adapter_every_steps=2"]
+    fill_with_images(root / "photos")
+    extra = ["output.name=a", "output.formats=[kohya, peft]", "train.save_adapter_every_steps=2"]
     with redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert main(["train", *settings(tiny_base, "photos", "runs/one"), *own]) == 0
+        assert main(["train", *settings(tiny_base, "photos", "runs/one"), *extra]) == 0
     return root
 
 
@@ -185,26 +185,26 @@ def test_settings_that_may_change_are_listed_once() -> None:
 class TestOtherWorkingDirectory:
     """A run that was started with relative paths finds what they meant."""
 
-    def test_finds_training_pictures(
+    def test_finds_training_images(
         self, project: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from lora_diffusion.training.run_folder import RunFolder
 
-        elsewhere = fill_with_pictures(tmp_path / "elsewhere" / "photos", count=1)
+        elsewhere = fill_with_images(tmp_path / "elsewhere" / "photos", count=1)
         monkeypatch.chdir(elsewhere.parent)
         assert RunFolder(made / "runs/one").config().data.path == str(made / "photos")
         # The project was copied; where it was started is still there, and is looked at first.
         assert RunFolder(project / "runs/one").config().data.path == str(made / "photos")
         record = json.loads((project / "runs/one/files.json").read_text())
-        for told in (None, "/nowhere", 5, "a\0b"):
-            (project / "runs/one/files.json").write_text(json.dumps({**record, "started_in": told}))
+        for result in (None, "/nowhere", 5, "a\0b"):
+            (project / "runs/one/files.json").write_text(json.dumps({**record, "started_in": result}))
             assert RunFolder(project / "runs/one").config().data.path == str(project / "photos")
         overridden = RunFolder(project / "runs/one").config(["evaluate.references=photos"])
         assert overridden.evaluate.references == "photos"
         monkeypatch.chdir(made)
         assert RunFolder(made / "runs/one").config().data.path == "photos"
 
-    def test_report_and_evaluation_find_pictures(
+    def test_report_and_evaluation_find_images(
         self, command: Commands, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run = project / "runs/one"
@@ -239,9 +239,13 @@ class TestAdapterFiles:
         last, final = load_file(run / "a-000004.safetensors"), load_file(run / "a.safetensors")
         assert all(torch.equal(tensor, last[name]) for name, tensor in final.items())
         with safe_open(run / "a-000002.safetensors", "pt") as file:
-            told = file.metadata()
-        assert (told["ss_steps"], told["ss_output_name"], told["modelspec.title"]) == ("2", "a-000002", "a-000002")
-        assert (told["ss_epoch"], told["ss_num_epochs"]) == ("1", "1")
+            result = file.metadata()
+        assert (result["ss_steps"], result["ss_output_name"], result["modelspec.title"]) == (
+            "2",
+            "a-000002",
+            "a-000002",
+        )
+        assert (result["ss_epoch"], result["ss_num_epochs"]) == ("1", "1")
 
     def test_do_not_change_the_training(self, command: Commands, tiny_base: Path, made: Path, tmp_path: Path) -> None:
         arguments = ["train", *settings(tiny_base, made / "photos", tmp_path / "plain"), "output.name=a"]
@@ -265,8 +269,8 @@ class TestAdapterFiles:
         one, two = tmp_path / ("one" if format_name == "peft" else "one.safetensors"), tmp_path / "two.safetensors"
         command.good("export", run, "--step", 4, "--to", format_name, "--output", one)
         command.good("convert", one, two, "--to", "kohya")
-        found, final = load_file(two), load_file(run / "a.safetensors")
-        assert all(torch.equal(tensor, found[name]) for name, tensor in final.items())
+        actual, final = load_file(two), load_file(run / "a.safetensors")
+        assert all(torch.equal(tensor, actual[name]) for name, tensor in final.items())
 
     def test_are_exported_by_the_path_of_a_checkpoint(self, command: Commands, made: Path, tmp_path: Path) -> None:
         folder = made / "runs/one/checkpoints/step-000003"
@@ -303,10 +307,10 @@ class TestCheckpointAsAdapter:
         assert (report["format"], report["family"], report["path"]) == ("checkpoint", "sd1", checkpoint)
         assert report["problems"] == []
         assert json.loads(command("verify", checkpoint, "--base", tiny_base, "--json").out)["file"] == checkpoint
-        told = json.loads(
+        result = json.loads(
             command.good("convert", checkpoint, tmp_path / "a.safetensors", "--to", "kohya", "--json").out
         )
-        assert (told["from"], told["dtype"], told["rounding"]) == ("checkpoint", "fp32", 0)
+        assert (result["from"], result["dtype"], result["rounding"]) == ("checkpoint", "fp32", 0)
         command.good("resize", checkpoint, tmp_path / "b.safetensors", "--rank", 1)
         command.good("compose", f"{checkpoint}:0.5", tmp_path / "a.safetensors", "--output", tmp_path / "c.safetensors")
 
@@ -316,8 +320,8 @@ class TestCheckpointAsAdapter:
         adapter = ("--adapter", f"{checkpoint}:0.5")
         command.good("merge", "--model", tiny_base, *adapter, "--output", tmp_path / "merged")
         arguments = ("--model", tiny_base, "--prompt", "a cat", "--steps", 1)
-        for name, own in (("one", adapter), ("two", ("--adapter", f"{made}/runs/one/a.safetensors:0.5"))):
-            command.good("generate", *arguments, *own, "--output", tmp_path / name)
+        for name, each in (("one", adapter), ("two", ("--adapter", f"{made}/runs/one/a.safetensors:0.5"))):
+            command.good("generate", *arguments, *each, "--output", tmp_path / name)
         assert (tmp_path / "one/grid.png").read_bytes() == (tmp_path / "two/grid.png").read_bytes()
 
     def test_of_no_run_is_refused_in_one_line(self, command: Commands, checkpoint: str, tmp_path: Path) -> None:

@@ -21,15 +21,15 @@ from lora_diffusion.evaluation import results
 from lora_diffusion.formats.metadata import hashes
 from lora_diffusion.training import run_files
 from lora_diffusion.workflows.select import cases, scorers
-from tests.workflows.conftest import Commands, fill_with_pictures
+from tests.workflows.conftest import Commands, fill_with_images
 
 CLIP = "builtin:emoji-clip"
 
 
-def settings(base: Path, pictures: Path, run: Path) -> list[str]:
+def settings(base: Path, images: Path, run: Path) -> list[str]:
     return [
         f"model.path={base}",
-        f"data.path={pictures}",
+        f"data.path={images}",
         "data.caption_lines=each",
         f"output.path={run}",
         "adapter.rank=2",
@@ -40,7 +40,7 @@ def settings(base: Path, pictures: Path, run: Path) -> list[str]:
         "train.precision=fp32",
         "train.threads=1",
         "preview.num_steps=1",
-        f"evaluate.references={pictures}",
+        f"evaluate.references={images}",
         f"evaluate.clip={CLIP}",
         "evaluate.weights=[0.5, 1.0]",
         "evaluate.seeds=[0]",
@@ -52,9 +52,9 @@ def settings(base: Path, pictures: Path, run: Path) -> list[str]:
 def selected(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that chose at its end; shared, never changed."""
     root = tmp_path_factory.mktemp("selected")
-    pictures = fill_with_pictures(root / "pictures")
+    images = fill_with_images(root / "pictures")
     with redirect_stdout(io.StringIO()) as out:
-        arguments = [*settings(tiny_base, pictures, root / "run"), "evaluate.after_training=true", "--json"]
+        arguments = [*settings(tiny_base, images, root / "run"), "evaluate.after_training=true", "--json"]
         assert main(["train", *arguments]) == 0
     (root / "printed.json").write_text(out.getvalue())
     return root / "run"
@@ -73,11 +73,11 @@ def test_training_chooses_marks_and_links_at_its_end(selected: Path) -> None:
     assert best.is_symlink()
     assert best.resolve() == (selected / values["file"]).resolve()
     with safe_open(best, "pt") as file:
-        told = file.metadata()
-    assert told["lora_diffusion.recommended_weight"] == f"{values['weight']:g}"
-    assert told["modelspec.usage_hint"] == f"weight {values['weight']:g}"
-    assert told["ss_steps"] == str(values["step"])
-    assert json.loads(told["lora_diffusion.scores"]).keys() >= {"clip_text", "clip_image", "copying"}
+        result = file.metadata()
+    assert result["lora_diffusion.recommended_weight"] == f"{values['weight']:g}"
+    assert result["modelspec.usage_hint"] == f"weight {values['weight']:g}"
+    assert result["ss_steps"] == str(values["step"])
+    assert json.loads(result["lora_diffusion.scores"]).keys() >= {"clip_text", "clip_image", "copying"}
 
 
 @pytest.mark.parametrize("step", [2, 4])
@@ -103,16 +103,16 @@ def test_marked_file_holds_the_checkpoint_as_it_was(
     downs = sorted(float(tensor.float().sum()) for name, tensor in tensors.items() if "lora_down" in name)
     assert downs == pytest.approx(sorted(float(v.half().float().sum()) for n, v in raw.items() if n.endswith("down")))
     with safe_open(file, "pt") as opened:
-        told = opened.metadata()
-    assert {**told, **hashes(load_arrays(file), told)} == told
+        reply = opened.metadata()
+    assert {**reply, **hashes(load_arrays(file), reply)} == reply
     if step == 4:
         assert all(torch.equal(tensor, before[file][name]) for name, tensor in tensors.items())
     assert json.loads(command.good("inspect", file, "--json").out)["problems"] == []
 
 
 def test_longer_run_is_looked_at_again(command: Commands, selected: Path, tiny_base: Path, tmp_path: Path) -> None:
-    run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
-    arguments = [*settings(tiny_base, pictures, run), "evaluate.after_training=true", "train.max_steps=6"]
+    run, images = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
+    arguments = [*settings(tiny_base, images, run), "evaluate.after_training=true", "train.max_steps=6"]
     assert "the choice of its best checkpoint is dropped" in command.good("train", *arguments, "--resume").message
     evaluation = results.read(run / "evaluation")
     assert {candidate.step for candidate in evaluation.candidates} == {None, 2, 4, 6}
@@ -125,11 +125,11 @@ def test_longer_run_is_looked_at_again(command: Commands, selected: Path, tiny_b
 def test_choice_goes_with_the_run_that_it_was_made_for(
     command: Commands, selected: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    run, pictures = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
+    run, images = shutil.copytree(selected, tmp_path / "run", symlinks=True), selected.parent / "pictures"
     old = run / "run-step-000002.safetensors"
     shutil.copy(run / "run.safetensors", old)
     run_files.add(run, [old.name])
-    plain = settings(tiny_base, pictures, run)
+    plain = settings(tiny_base, images, run)
     command.good("train", *plain, "--resume")
     assert old.exists()
     assert (run / "selection.json").exists(), "nothing was trained"
@@ -154,8 +154,8 @@ def test_report_shows_what_was_chosen_from_where(command: Commands, selected: Pa
     values = {**vars(evaluation), "candidates": [c for c in evaluation.candidates if c.step in (None, 2)]}
     values["scores"] = [score for score in evaluation.scores if score.step in (None, 2)]
     results.write(results.Evaluation(**values), tmp_path / "few")
-    told = json.loads(command.good("select", run, "--evaluation", tmp_path / "few", "--json").out)
-    assert told["evaluation"] == str(tmp_path / "few")
+    result = json.loads(command.good("select", run, "--evaluation", tmp_path / "few", "--json").out)
+    assert result["evaluation"] == str(tmp_path / "few")
     command.good("report", run, "--output", page)
     numbers = json.loads(page.with_suffix(".json").read_text())
     assert len(numbers["evaluation"]["candidates"]) == len(values["candidates"])
@@ -169,16 +169,16 @@ def test_report_shows_what_was_chosen_from_where(command: Commands, selected: Pa
 
 
 def test_scorers_of_a_config_reach_the_evaluation(tmp_path: Path) -> None:
-    own = settings(tmp_path, tmp_path, tmp_path / "run")
-    named = scorers(load(None, [*own, "evaluate.scorers=[dino=a, preference=b/c, probe=d]"]))
+    extra = settings(tmp_path, tmp_path, tmp_path / "run")
+    named = scorers(load(None, [*extra, "evaluate.scorers=[dino=a, preference=b/c, probe=d]"]))
     assert named == {"clip": CLIP, "dino": "a", "preference": "b/c", "probe": "d"}
-    assert scorers(load(None, [*own, "evaluate.clip=null"])) == {}
+    assert scorers(load(None, [*extra, "evaluate.clip=null"])) == {}
 
 
-def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
-    for path in pictures.glob("*.txt"):
+def test_equal_captions_are_one_prompt(images: Path, tiny_base: Path, tmp_path: Path) -> None:
+    for path in images.glob("*.txt"):
         path.write_text("a sks dog")
-    config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
+    config = load(None, settings(tiny_base, images, tmp_path / "run"))
     assert [(case.group, case.prompt) for case in cases(config, "sks")] == [
         ("subject", "a sks dog"),
         ("prior", "a dog"),
@@ -186,11 +186,11 @@ def test_equal_captions_are_one_prompt(pictures: Path, tiny_base: Path, tmp_path
 
 
 def test_captions_that_differ_in_the_trigger_only_have_one_plain_prompt(
-    pictures: Path, tiny_base: Path, tmp_path: Path
+    images: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    for index, path in enumerate(sorted(pictures.glob("*.txt"))):
+    for index, path in enumerate(sorted(images.glob("*.txt"))):
         path.write_text(("a sks dog", "a dog, sks", "sks a dog")[index % 3])
-    config = load(None, settings(tiny_base, pictures, tmp_path / "run"))
+    config = load(None, settings(tiny_base, images, tmp_path / "run"))
     assert [case.prompt for case in cases(config, "sks") if case.group == "prior"] == ["a dog"]
     assert len([case for case in cases(config, "sks") if case.group == "subject"]) == 3
 
@@ -237,10 +237,10 @@ def test_select_says_what_is_missing(command: Commands, trained: Path, tmp_path:
 
 
 def test_select_ends_with_one_line_of_warnings(command: Commands, selected: Path) -> None:
-    told = command("select", selected, "--evaluation", selected / "evaluation")
+    result = command("select", selected, "--evaluation", selected / "evaluation")
     values = json.loads((selected / "selection.json").read_text())
     assert len(values["warnings"]) > 1
-    lines = told.out.strip().splitlines()
+    lines = result.out.strip().splitlines()
     assert len(lines) == 3
     assert f"(+{len(values['warnings']) - 1} more in 'lora-diffusion report" in lines[-1]
 
@@ -265,21 +265,21 @@ def test_select_ends_with_one_line_of_warnings(command: Commands, selected: Path
     ],
 )
 def test_bad_settings_are_told_before_training(
-    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path, override: str, message: str
+    command: Commands, tiny_base: Path, images: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     run = tmp_path / "run"
-    outcome = command("train", *settings(tiny_base, pictures, run), "evaluate.after_training=true", override)
+    outcome = command("train", *settings(tiny_base, images, run), "evaluate.after_training=true", override)
     assert outcome.code == 2
     assert message in outcome.message
     assert not run.exists()
 
 
 def test_bad_references_are_told_before_training(
-    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path
+    command: Commands, tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
-    references = shutil.copytree(pictures, tmp_path / "references")
+    references = shutil.copytree(images, tmp_path / "references")
     (references / "._0.png").write_bytes(b"left by macOS")
-    arguments = [*settings(tiny_base, pictures, tmp_path / "run"), f"evaluate.references={references}"]
+    arguments = [*settings(tiny_base, images, tmp_path / "run"), f"evaluate.references={references}"]
     arguments += ["evaluate.every_steps=1", "train.max_steps=1"]
     command.good("train", *arguments, "--dry-run")
 
@@ -296,9 +296,9 @@ def test_bad_references_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_run_ends_early_and_stays_ended(command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    arguments = ["train", *settings(tiny_base, pictures, tmp_path / "run"), "train.max_steps=40"]
-    # No pictures are better than those of noise, so that the score never rises above its first value for long.
+def test_run_ends_early_and_stays_ended(command: Commands, tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    arguments = ["train", *settings(tiny_base, images, tmp_path / "run"), "train.max_steps=40"]
+    # No images are better than those of noise, so that the score never rises above its first value for long.
     arguments += ["evaluate.every_steps=1", "evaluate.patience=2", "evaluate.picture_draws=0"]
     result = json.loads(command.good(*arguments, "--json").out)
     scores = json.loads((tmp_path / "run" / "progress.json").read_text())
@@ -318,7 +318,7 @@ def test_report_of_a_run_its_evaluation_and_a_comparison(command: Commands, sele
     for part in ("Recommended:", "Training images", "train.max_steps", "evaluate.references", "copying"):
         assert part in html
     losses = json.loads(page.with_suffix(".json").read_text())["training"]["losses"]
-    assert [own["key"] for own in losses] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [each["key"] for each in losses] == ["0.png", "1.png", "2.png", "3.png"]
     other = shutil.copytree(selected, tmp_path / "other", symlinks=True)
     command.good("report", selected, other, "--output", tmp_path / "both.html")
     assert "run against other" in (tmp_path / "both.html").read_text()
@@ -328,12 +328,12 @@ def test_report_of_a_run_its_evaluation_and_a_comparison(command: Commands, sele
     assert "ends in .html" in command("report", selected, "--output", tmp_path / "x.pdf").message
 
 
-def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Path) -> None:
+def test_wrong_caption_and_odd_image_are_found(command: Commands, tmp_path: Path) -> None:
     data = shipped_path("datasets")
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for picture in sorted((data / "blob-style" / "train").glob("*.png"))[:6]:
-        for file in (picture, picture.with_suffix(".txt")):
+    for image in sorted((data / "blob-style" / "train").glob("*.png"))[:6]:
+        for file in (image, image.with_suffix(".txt")):
             shutil.copy(file, folder)
     wrong, odd = sorted(folder.glob("*.png"))[3:5]
     right = folder / "right.png"
@@ -347,7 +347,7 @@ def test_wrong_caption_and_odd_picture_are_found(command: Commands, tmp_path: Pa
     losses = json.loads((tmp_path / "run" / "picture_losses.json").read_text())
     ranked = sorted(losses, key=lambda own: own["caption_help"])
     assert ranked[0]["key"] == odd.name
-    # What a caption is worth depends on the picture too, so the same picture is there with its own.
+    # What a caption is worth depends on the image too, so the same image is there with its own.
     place = [own["key"] for own in ranked]
     assert place.index(wrong.name) < place.index(right.name)
     assert sum(own["loss"] for own in losses) / len(losses) == pytest.approx(1, abs=0.02)

@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 from lora_diffusion.config.load import load
 from lora_diffusion.families.sd1 import FAMILY
 from lora_diffusion.training.run_folder import RunFolder
-from tests.workflows.conftest import Commands, fill_with_pictures
+from tests.workflows.conftest import Commands, fill_with_images
 
 
 class Training:
     """Short runs on the tiny base."""
 
-    def __init__(self, command: Commands, base: Path, pictures: Path, folder: Path) -> None:
+    def __init__(self, command: Commands, base: Path, images: Path, folder: Path) -> None:
         self.command, self.folder = command, folder
         self.settings = [
             f"model.path={base}",
-            f"data.path={pictures}",
+            f"data.path={images}",
             "data.caption_lines=each",
             "adapter.rank=2",
             "train.max_steps=4",
@@ -41,8 +41,8 @@ class Training:
 
 
 @pytest.fixture
-def train(command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path) -> Training:
-    return Training(command, tiny_base, pictures, tmp_path)
+def train(command: Commands, tiny_base: Path, images: Path, tmp_path: Path) -> Training:
+    return Training(command, tiny_base, images, tmp_path)
 
 
 def _assert_equal(one: Path, other: Path) -> None:
@@ -139,7 +139,7 @@ def test_resume_where_nothing_is_starts(train: Training) -> None:
     assert (train("new", "--resume") / "adapter.safetensors").is_file()
 
 
-def test_runs_from_before_caption_lines_go_on_with_a_caption_in_each_line(train: Training, pictures: Path) -> None:
+def test_runs_from_before_caption_lines_go_on_with_a_caption_in_each_line(train: Training, images: Path) -> None:
     run = train("run", "train.max_steps=2")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("  caption_lines: each\n", ""))
@@ -154,9 +154,9 @@ def test_runs_from_before_caption_lines_go_on_with_a_caption_in_each_line(train:
     assert refused.code == 2 and "data.caption_lines" in refused.message
 
 
-def test_resume_with_other_data_is_refused(train: Training, pictures: Path) -> None:
+def test_resume_with_other_data_is_refused(train: Training, images: Path) -> None:
     run = train("run")
-    (pictures / "0.txt").write_text("another cat, sks style")
+    (images / "0.txt").write_text("another cat, sks style")
     outcome = train.command("train", *train.settings, f"output.path={run}", "output.name=adapter", "--resume")
     assert outcome.code == 2
     assert "data:" in outcome.message
@@ -177,8 +177,8 @@ def test_overwrite_removes_the_run_and_nothing_else(train: Training) -> None:
 def test_paths_with_spaces_and_other_letters(train: Training, tiny_base: Path, tmp_path: Path) -> None:
     root = tmp_path / "Bilder ü 猫 #1: [neu]"
     base = shutil.copytree(tiny_base, root / "die Basis")
-    pictures = fill_with_pictures(root / "meine Bilder")
-    train.settings[:2] = [f"model.path={base}", f"data.path={pictures}"]
+    images = fill_with_images(root / "meine Bilder")
+    train.settings[:2] = [f"model.path={base}", f"data.path={images}"]
     run = root / "ein Lauf = 1"
     train.command.good("train", *train.settings, f"output.path={run}")
     assert (run / "ein Lauf = 1.safetensors").is_file()
@@ -211,11 +211,11 @@ def test_dry_run_loads_no_weights_and_writes_nothing(
     text = train.command.good(*arguments, "--dry-run").out
     assert "32 modules" in text
     assert "steps   12" in text
-    outlook = json.loads(train.command.good(*arguments, "--dry-run", "--json").out)
-    assert outlook["steps"] == 12
-    assert outlook["data"]["num_pictures"] == 4
-    assert outlook["plan"]["modules"]
-    assert outlook["memory"]["total_bytes"] > 0
+    estimate = json.loads(train.command.good(*arguments, "--dry-run", "--json").out)
+    assert estimate["steps"] == 12
+    assert estimate["data"]["num_pictures"] == 4
+    assert estimate["plan"]["modules"]
+    assert estimate["memory"]["total_bytes"] > 0
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -237,8 +237,8 @@ def test_export(command: Commands, trained: Path, tmp_path: Path, format_name: s
 
 
 def test_prior_weight_without_trigger_words_is_said(
-    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path
+    command: Commands, tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
-    paths = [f"model.path={tiny_base}", f"data.path={pictures}", f"output.path={tmp_path / 'run'}", "data.trigger="]
+    paths = [f"model.path={tiny_base}", f"data.path={images}", f"output.path={tmp_path / 'run'}", "data.trigger="]
     outcome = command.good("train", *paths, "adapter.rank=2", "train.max_steps=1", "model.prior_weight=0.5")
     assert "model.prior_weight=0.5 does nothing" in outcome.message

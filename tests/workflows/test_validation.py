@@ -55,8 +55,8 @@ def test_scores_best_checkpoint_and_report(train: Train, command: Commands, tmp_
     assert len({line["loss"] for line in lines}) == 3
     best = int(max(lines, key=lambda line: line["score"])["step"])
     assert (tmp_path / "run/checkpoints" / f"step-{best:06d}").is_dir()
-    told = command.good("report", tmp_path / "run").out
-    assert "report.html" in told
+    result = command.good("report", tmp_path / "run").out
+    assert "report.html" in result
     assert f"the best step is {best}" in (tmp_path / "run/report.html").read_text()
 
 
@@ -114,7 +114,7 @@ def test_patience_ends_the_run(train: Train, tmp_path: Path) -> None:
         (["data.validation=nowhere"], "nowhere"),
         (["data.validation=0.25", "evaluate.metrics=[clip_text]"], "is no score of data.validation"),
         (["data.validation=0.25", "evaluate.metrics=[wr]"], 'did you mean "wer"'),
-        (["data.validation=0.25", "evaluate.references=x"], "is about pictures"),
+        (["data.validation=0.25", "evaluate.references=x"], "is about images"),
     ],
 )
 def test_what_cannot_be_validated_is_told_before_training(

@@ -1,4 +1,4 @@
-"""Every kind of adapter from `train` to a picture; what cannot work is refused before anything is loaded."""
+"""Every variant from `train` to an image; what cannot work is refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image
 from tests.workflows.conftest import Commands
 
 
-def _settings(tiny_base: Path, pictures: Path, output: Path, variant: str, format_name: str) -> list[str]:
+def _settings(tiny_base: Path, images: Path, output: Path, variant: str, format_name: str) -> list[str]:
     return [
-        *(f"model.path={tiny_base}", f"data.path={pictures}", f"output.path={output}"),
+        *(f"model.path={tiny_base}", f"data.path={images}", f"output.path={output}"),
         *(f"adapter.variant={variant}", "adapter.parts=[unet, text_encoder]", "adapter.rank=3", "adapter.alpha=2"),
         *(f"output.formats=[{format_name}]", "output.dtype=fp32", "output.name=mine"),
         *("train.max_steps=4", "train.batch_size=2", "train.learning_rate=1e-1", "train.precision=fp32"),
@@ -23,9 +23,9 @@ def _settings(tiny_base: Path, pictures: Path, output: Path, variant: str, forma
 
 
 def _pixels(command: Commands, base: Path, output: Path, *adapters: str) -> np.ndarray:
-    asked = [part for adapter in adapters for part in ("--adapter", adapter)]
+    options = [part for adapter in adapters for part in ("--adapter", adapter)]
     command.good(
-        *("generate", "--model", base, "--prompt", "a red cat, sks style", "--steps", 2, "--output", output, *asked)
+        *("generate", "--model", base, "--prompt", "a red cat, sks style", "--steps", 2, "--output", output, *options)
     )
     (path,) = [path for path in output.glob("*.png") if path.name != "grid.png"]
     return np.asarray(Image.open(path), dtype=np.int64)
@@ -36,13 +36,13 @@ def _pixels(command: Commands, base: Path, output: Path, *adapters: str) -> np.n
     [("locon", "kohya"), ("dora", "kohya"), ("dora_out", "diffusers"), ("loha", "kohya"), ("lokr", "peft")],
 )
 def test_trained_file_draws(
-    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path, variant: str, format_name: str
+    command: Commands, tiny_base: Path, images: Path, tmp_path: Path, variant: str, format_name: str
 ) -> None:
-    settings = _settings(tiny_base, pictures, tmp_path / "run", variant, format_name)
+    settings = _settings(tiny_base, images, tmp_path / "run", variant, format_name)
     command.good("train", *settings)
     (file,) = (path for path in (tmp_path / "run").glob("mine*"))
-    told = json.loads(command.good("inspect", file, "--json").out)
-    assert (told["format"], told["variant"]) == (
+    result = json.loads(command.good("inspect", file, "--json").out)
+    assert (result["format"], result["variant"]) == (
         format_name,
         {"locon": "lora", "dora_out": "dora"}.get(variant, variant),
     )
@@ -53,10 +53,10 @@ def test_trained_file_draws(
 
 
 def test_resumed_run_of_dora_equals_the_uninterrupted_one(
-    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path
+    command: Commands, tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
-    whole = _settings(tiny_base, pictures, tmp_path / "whole", "dora", "kohya")
-    parts = _settings(tiny_base, pictures, tmp_path / "parts", "dora", "kohya")
+    whole = _settings(tiny_base, images, tmp_path / "whole", "dora", "kohya")
+    parts = _settings(tiny_base, images, tmp_path / "parts", "dora", "kohya")
     constant = "train.schedule=constant"
     command.good("train", *whole, constant)
     command.good("train", *parts, constant, "train.max_steps=2")
@@ -78,9 +78,9 @@ def test_resumed_run_of_dora_equals_the_uninterrupted_one(
 )
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_what_cannot_work_is_refused(
-    command: Commands, tiny_base: Path, pictures: Path, tmp_path: Path, change: str, text: str, dry_run: bool
+    command: Commands, tiny_base: Path, images: Path, tmp_path: Path, change: str, text: str, dry_run: bool
 ) -> None:
-    settings = _settings(tiny_base, pictures, tmp_path / "run", "dora", "kohya")
+    settings = _settings(tiny_base, images, tmp_path / "run", "dora", "kohya")
     outcome = command("train", *settings, *change.split(" "), *(["--dry-run"] if dry_run else []))
     assert outcome.code == 2
     assert text in outcome.message

@@ -16,15 +16,15 @@ from tests.workflows.conftest import Commands
 
 
 def test_written_file_is_sound_for_every_client(command: Commands, trained: Path, tiny_base: Path) -> None:
-    told = json.loads(command.good("verify", trained / "run.safetensors", "--base", tiny_base, "--json").out)
-    assert told["sound"]
-    assert [app["client"] for app in told["clients"]] == ["comfyui", "a1111", "forge", "kohya", "diffusers"]
-    assert all(app["num_applied"] == app["num_modules"] > 0 for app in told["clients"])
+    result = json.loads(command.good("verify", trained / "run.safetensors", "--base", tiny_base, "--json").out)
+    assert result["sound"]
+    assert [app["client"] for app in result["clients"]] == ["comfyui", "a1111", "forge", "kohya", "diffusers"]
+    assert all(app["num_applied"] == app["num_modules"] > 0 for app in result["clients"])
     for name in ("run.diffusers.safetensors", "run.peft"):
         command.good("verify", trained / name, "--base", tiny_base, "--client", "diffusers")
 
 
-def test_faults_have_their_own_exit_codes(command: Commands, trained: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_errors_have_their_own_exit_codes(command: Commands, trained: Path, tiny_base: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     renamed = {name.replace("lora_te_", "lora_te2_"): t for name, t in load_file(trained / "run.safetensors").items()}
     save_file(renamed, path)
@@ -43,8 +43,8 @@ def test_full_size_file_needs_no_base(command: Commands, tmp_path: Path) -> None
     path, stem = tmp_path / "a.safetensors", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
     tensors = {f"{stem}.lora_down.weight": torch.ones(2, 2048), f"{stem}.lora_up.weight": torch.ones(640, 2)}
     save_file({**tensors, f"{stem}.alpha": torch.tensor(0.02)}, path, {"ss_base_model_version": "sdxl_base_v1-0"})
-    told = json.loads(command.good("verify", path, "--json").out)
-    assert (told["base"], told["sound"]) == ("sdxl", True)
+    result = json.loads(command.good("verify", path, "--json").out)
+    assert (result["base"], result["sound"]) == ("sdxl", True)
 
 
 def test_export_is_refused_if_a_client_would_lose_something(command: Commands, trained: Path, tmp_path: Path) -> None:

@@ -62,10 +62,13 @@ def train(command: Commands, base: Path, recordings: Path, tmp_path: Path):  # t
 
 
 def test_resume_is_bit_for_bit(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    own = ("adapter.module_ranks=[encoder/attn=3, 're:.*q_proj=1']", "train.module_learning_rates=decoder/attn=1e-3")
-    assert train("whole", "train.max_steps=5", *own).code == 0
-    assert train("halves", "train.max_steps=3", *own).code == 0
-    assert train("halves", "train.max_steps=5", "--resume", *own).code == 0
+    settings = (
+        "adapter.module_ranks=[encoder/attn=3, 're:.*q_proj=1']",
+        "train.module_learning_rates=decoder/attn=1e-3",
+    )
+    assert train("whole", "train.max_steps=5", *settings).code == 0
+    assert train("halves", "train.max_steps=3", *settings).code == 0
+    assert train("halves", "train.max_steps=5", "--resume", *settings).code == 0
     whole, halves = (
         load_file(tmp_path / name / "adapter.peft" / "adapter_model.safetensors") for name in ("whole", "halves")
     )
@@ -84,21 +87,21 @@ def test_files_of_a_run_and_tools(train, command: Commands, base: Path, recordin
     lines = (run / "previews" / "step-000001.tsv").read_text(encoding="utf-8").split("\n")
     assert [line.split("\t")[0] for line in lines if "\t" in line] == ["0.wav", "1.wav", "2.wav"]
 
-    def heard(*arguments: object) -> str:
+    def transcripts(*arguments: object) -> str:
         file = recordings / "1.wav"
         texts = json.loads(command.good("transcribe", *arguments, file, "--json").out)
         assert list(texts) == [str(file)]
         return str(texts[str(file)])
 
     adapter = run / "adapter.peft"
-    told = json.loads(command.good("inspect", adapter, "--json").out)
-    assert told["metadata"]["modelspec.architecture"] == "whisper/lora"
-    assert "ss_base_model_version" not in told["metadata"]
-    with_adapter = heard("--model", base, "--adapter", f"{adapter}:1")
+    result = json.loads(command.good("inspect", adapter, "--json").out)
+    assert result["metadata"]["modelspec.architecture"] == "whisper/lora"
+    assert "ss_base_model_version" not in result["metadata"]
+    with_adapter = transcripts("--model", base, "--adapter", f"{adapter}:1")
     command.good("compose", f"{adapter}:0.5", f"{adapter}:0.5", "--output", tmp_path / "sum.peft")
-    assert heard("--model", base, "--adapter", f"{tmp_path / 'sum.peft'}:1") == with_adapter
+    assert transcripts("--model", base, "--adapter", f"{tmp_path / 'sum.peft'}:1") == with_adapter
     command.good("merge", "--model", base, "--adapter", f"{adapter}:1", "--output", tmp_path / "merged")
-    assert heard("--model", tmp_path / "merged") == with_adapter
+    assert transcripts("--model", tmp_path / "merged") == with_adapter
     command.good("resize", adapter, tmp_path / "small.peft", "--rank", "1")
     card = json.loads(command.good("push", run, "--repo", "maria/words", "--dry-run", "--json").out)["card"]
     assert "pipeline_tag: automatic-speech-recognition" in card
@@ -120,8 +123,8 @@ def test_adapter_as_wide_as_a_text_encoder_is_not_taken_for_one(command: Command
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     tensors = {f"{prefix}.lora_A.weight": torch.ones(2, 1280), f"{prefix}.lora_B.weight": torch.ones(1280, 2)}
     save_file(tensors, folder / "adapter_model.safetensors")
-    told = command.good("convert", folder, tmp_path / "same.peft", "--to", "peft").out
-    assert "for whisper: modules 1 in decoder" in told
+    result = command.good("convert", folder, tmp_path / "same.peft", "--to", "peft").out
+    assert "for whisper: modules 1 in decoder" in result
 
 
 def test_score(command: Commands, base: Path, recordings: Path) -> None:
@@ -140,23 +143,23 @@ def test_score_goes_by_the_languages_of_a_table(command: Commands, base: Path, t
     rows = ("a.wav,Twenty-one,,", "b.wav,Twenty-one,de,", "c.wav,Twenty-one,de,translate")
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,transcription,language,task", *rows]))
 
-    def told(*arguments: str) -> dict[str, dict[str, str]]:
+    def result(*arguments: str) -> dict[str, dict[str, str]]:
         outcome = command.good("transcribe", "--model", base, "--score", tmp_path, *arguments, "--json")
         (score,) = json.loads(outcome.out).values()
         return {one["key"]: one for one in score["recordings"]}
 
-    plain, german = told(), told("--language", "de")
+    plain, german = result(), result("--language", "de")
     assert {key: one["said"] for key, one in plain.items()} == {"a.wav": "21", "b.wav": "twenty one", "c.wav": "21"}
     assert plain["b.wav"] == german["a.wav"] | {"key": "b.wav"}
     assert plain["b.wav"]["heard"] != plain["a.wav"]["heard"]
 
 
 def test_a_recording_that_is_named_twice_is_heard_once(command: Commands, base: Path, recordings: Path) -> None:
-    def heard(*paths: object) -> dict[str, str]:
+    def transcripts(*paths: object) -> dict[str, str]:
         return dict(json.loads(command.good("transcribe", "--model", base, *paths, "--json").out))
 
     again = (recordings / "1.wav", f"{recordings}/../{recordings.name}/1.wav", os.path.relpath(recordings / "1.wav"))
-    assert heard(recordings, *again) == heard(recordings)
+    assert transcripts(recordings, *again) == transcripts(recordings)
 
 
 def test_kinds_that_are_not_heard_are_named(command: Commands, base: Path, tmp_path: Path) -> None:
@@ -227,15 +230,15 @@ class TestFormats:
         timed = "[00:00:00.000 --> 00:00:00.200] a <b>\n[00:00:00.300 --> 00:00:00.400] --> c\n"
         assert heard("--format", "txt", "--timestamps") == timed
         assert heard("--format", "csv") == f"file,start_s,end_s,text\n{file},0.00,0.40,a <b> --> c\n"
-        (told,) = json.loads(heard("--format", "json", "--timestamps"))
-        assert (told["file"], told["text"]) == (str(file), "a <b> --> c")
-        assert told["segments"][1] == {"start_s": 0.3, "end_s": 0.4, "text": "--> c"}
+        (result,) = json.loads(heard("--format", "json", "--timestamps"))
+        assert (result["file"], result["text"]) == (str(file), "a <b> --> c")
+        assert result["segments"][1] == {"start_s": 0.3, "end_s": 0.4, "text": "--> c"}
 
     def test_files(self, command: Commands, base: Path, recordings: Path, tmp_path: Path) -> None:
         model = ("transcribe", "--model", base)
-        told = command.good(*model, recordings, "--format", "srt", "--output", tmp_path / "subs", "--json").out
+        result = command.good(*model, recordings, "--format", "srt", "--output", tmp_path / "subs", "--json").out
         files = [tmp_path / "subs" / f"{index}.srt" for index in range(3)]
-        assert json.loads(told) == {"files": [*map(str, files)]}
+        assert json.loads(result) == {"files": [*map(str, files)]}
         assert files[1].read_text(encoding="utf-8") == self.SRT
         assert (
             "0.srt is there already"
@@ -287,8 +290,8 @@ def test_languages_of_a_table_may_have_names(command: Commands, base: Path, tmp_
         write_recording(tmp_path / f"{name}.wav")
     rows = ("a.wav,x,German", "b.wav,x,EN_us", "c.wav,x,")
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,locale", *rows]))
-    told = command.good("data", "check", tmp_path, "model.family=whisper", f"model.path={base}", "--json").out
-    assert json.loads(told)["languages"] == {"de": 1, "en": 1, "": 1}
+    result = command.good("data", "check", tmp_path, "model.family=whisper", f"model.path={base}", "--json").out
+    assert json.loads(result)["languages"] == {"de": 1, "en": 1, "": 1}
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text,lang", "a.wav,x,Klingon", *rows[1:]]))
     outcome = command("data", "check", tmp_path, "model.family=whisper", f"model.path={base}")
     assert (
@@ -303,24 +306,24 @@ def test_tables_of_bases_that_know_english_only(command: Commands, tmp_path: Pat
     file.write_text(json.dumps(json.loads(file.read_text()) | {"is_multilingual": False}))
     for name in ("a", "b", "c", "d"):
         write_recording(data / f"{name}.wav")
-    own = ("data", "check", data, "model.family=whisper", f"model.path={base}")
+    settings = ("data", "check", data, "model.family=whisper", f"model.path={base}")
     (data / "metadata.csv").write_text(
         "file_name,text,language\na.wav,x,en\nb.wav,x,English\nc.wav,x,en-GB\nd.wav,x,\n"
     )
-    command.good(*own)
+    command.good(*settings)
     (data / "metadata.csv").write_text(
         "file_name,text,language,task\na.wav,x,de,\nb.wav,x,en,translate\nc.wav,x,,\nd.wav,x,,\n"
     )
-    faults = command(*own).message
-    assert "a.wav: is in de, and" in faults and "knows English only; leave it out" in faults
-    assert "b.wav: asks for a translation" in faults
-    command.good(*own, "data.skip_bad=true")
+    errors = command(*settings).message
+    assert "a.wav: is in de, and" in errors and "knows English only; leave it out" in errors
+    assert "b.wav: asks for a translation" in errors
+    command.good(*settings, "data.skip_bad=true")
 
 
 def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
     outcome = train("dry", "--dry-run", "train.epochs=2", "--json")
-    told = json.loads(outcome.out)
-    assert (told["data"]["num_recordings"], told["data"]["num_words"], told["steps"]) == (3, 4, 4)
+    result = json.loads(outcome.out)
+    assert (result["data"]["num_recordings"], result["data"]["num_words"], result["steps"]) == (3, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -332,9 +335,9 @@ def test_dry_run(train) -> None:  # type: ignore[no-untyped-def]
         (["output.formats=[kohya]"], "Whisper adapters have no format kohya; use peft"),
         (["model.language=fr"], "no token for model.language=fr"),
         (["train.preview_every_steps=1", "preview.prompts=[nine.wav]"], "no recording nine.wav"),
-        (["train.preview_every_steps=1", "preview.guidance=2"], "preview.guidance=2.0: is about pictures"),
-        (["evaluate.seeds=[3]"], "evaluate.seeds=[3]: is about pictures"),
-        (["train.preview_every_steps=1", "output.thumbnail=preview"], "the previews of this base are no pictures"),
+        (["train.preview_every_steps=1", "preview.guidance=2"], "preview.guidance=2.0: is about images"),
+        (["evaluate.seeds=[3]"], "evaluate.seeds=[3]: is about images"),
+        (["train.preview_every_steps=1", "output.thumbnail=preview"], "the previews of this base are no images"),
     ],
 )
 def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str) -> None:  # type: ignore[no-untyped-def]
@@ -345,7 +348,7 @@ def test_bad_settings(train, tmp_path: Path, overrides: list[str], message: str)
         assert not (tmp_path / "bad").exists()
 
 
-def test_commands_for_pictures_are_refused(command: Commands, base: Path, tmp_path: Path) -> None:
+def test_commands_for_images_are_refused(command: Commands, base: Path, tmp_path: Path) -> None:
     config = tmp_path / "own.yaml"
     config.write_text(f"model:\n  family: whisper\n  path: {base}\n")
     outcome = command("generate", "--config", config, "--prompt", "a cat", "--output", tmp_path / "out")

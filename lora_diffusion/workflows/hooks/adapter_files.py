@@ -31,7 +31,7 @@ class AdapterFiles(Hook):
     """
 
     def __init__(self, run: CheckedRun, loaded: Loaded, batches: Batches) -> None:
-        """Takes the base that will carry the adapter, and the batches, which tell how long an epoch is."""
+        """Takes the base that will carry the adapter, and the batches, which give the length of an epoch."""
         train = run.config.train
         self._run, self._loaded, self._batches = run, loaded, batches
         self._unit = batches.num_steps_per_epoch if train.save_adapter_every_epochs else 1
@@ -42,7 +42,7 @@ class AdapterFiles(Hook):
         """With data.validation, those of the best step, where that is not the last."""
 
     def begin(self, step: int) -> None:
-        """Writes the metadata of the adapter, for files that are made of checkpoints."""
+        """Writes the metadata of the adapter, for files written from checkpoints."""
         run = self._run
         if self._every > run.num_steps:
             logger.warning("train.save_adapter_every_*: no file is due in the %d steps of this run.", run.num_steps)
@@ -71,7 +71,7 @@ class AdapterFiles(Hook):
         folder = self._run.folder
         names = folder.best_names(self._run.config)
         if best_step is None or best_step == last_step:
-            run_files.discard(folder.path, set(names) & run_files.own(folder.path))
+            run_files.discard(folder.path, set(names) & run_files.written(folder.path))
             return
         run_files.claim(folder.path, names, "data.validation")
         _, state = _run_checkpoints.read(_run_checkpoints.at_step(folder.path, best_step))
@@ -86,5 +86,5 @@ class AdapterFiles(Hook):
         for format_name, path in zip(config.output.formats, paths, strict=True):
             format_: Format = registry.find("formats", format_name)
             write_verified(state, family.key_map(format_name, config.model), format_, path, dtype)
-            verify.warn(path, verify.faults(path, format_name, family, config.model, ()))
+            verify.warn(path, verify.app_errors(path, format_name, family, config.model, ()))
         return tuple(paths)

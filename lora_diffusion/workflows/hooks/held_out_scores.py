@@ -73,7 +73,7 @@ class HeldOutScores(EarlyStop):
         evaluate = run.config.evaluate
         every = evaluate.every_steps or max(1, run.num_steps // _SCORES_OF_A_RUN)
         super().__init__(
-            every, evaluate.patience, self._score_step, self._write, last_step=run.num_steps, show=self._shown
+            every, evaluate.patience, self._score_step, self._write, last_step=run.num_steps, show=self._text
         )
         self._run, self._loaded, self._files = run, loaded, files
         self._samples = run.held_out[:MOST_SCORED]
@@ -83,7 +83,7 @@ class HeldOutScores(EarlyStop):
         self._values: dict[int, Mapping[str, float]] = {}
 
     def prepare(self) -> None:
-        """Prepares the samples as training does its own, without augmentation."""
+        """Prepares the samples as those of training, without augmentation."""
         run, config = self._run, self._run.config
         if len(self._samples) < len(run.held_out):
             logger.info("The first %d of %d held-out samples are scored.", len(self._samples), len(run.held_out))
@@ -116,7 +116,7 @@ class HeldOutScores(EarlyStop):
         deciding = values[self._metrics[0]]
         return deciding if self._is_better_higher else -deciding
 
-    def _shown(self, score: float) -> str:
+    def _text(self, score: float) -> str:
         return f"{self._metrics[0]} {score if self._is_better_higher else -score:.4f}"
 
     def _write(self, scores: Sequence[tuple[int, float]]) -> None:

@@ -29,18 +29,18 @@ def check(config: Config, samples: Sequence[ImageText]) -> None:
     Raises:
         InputError: it cannot.
     """
-    own = config.evaluate
-    if not (own.after_training or own.every_steps):
+    settings = config.evaluate
+    if not (settings.after_training or settings.every_steps):
         return
     _references(config)
     select.cases(config, samples[0].trigger)
     models = Scorers({"clip": default_clip(config.model.path), **select.scorers(config)})
     for role in models.names.keys() & LOADERS.keys():
         models.find(role)
-    if own.after_training:
+    if settings.after_training:
         select.check_name(RunFolder(Path(config.output.path)).name(config))
-        check_metrics(own.metrics)
-    if own.after_training and config.train.keep_checkpoints:
+        check_metrics(settings.metrics)
+    if settings.after_training and config.train.keep_checkpoints:
         logger.warning(
             "evaluate.after_training compares the last %d checkpoints only; train.keep_checkpoints=0 keeps all.",
             config.train.keep_checkpoints,

@@ -67,10 +67,10 @@ def trained_by_comfyui(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], d
 def test_what_comfyui_trains(command: Commands, base: Path, tmp_path: Path) -> None:
     tensors, changes = trained_by_comfyui(load_file(base))
     for weight in (1.0, 0.5):
-        found = merged(command, base, tensors, tmp_path, weight)
-        assert found.keys() == changes.keys()
+        actual = merged(command, base, tensors, tmp_path, weight)
+        assert actual.keys() == changes.keys()
         for name, change in changes.items():
-            assert torch.allclose(found[name], weight * change, atol=1e-6), name
+            assert torch.allclose(actual[name], weight * change, atol=1e-6), name
     source, output = tmp_path / "a.safetensors", tmp_path / "kohya.safetensors"
     command.good("convert", source, output, "--to", "kohya", "--model", base)
     written = load_file(output)
@@ -89,18 +89,18 @@ def test_formats_that_hold_no_whole_changes_say_which_do(
     tensors, _ = trained_by_comfyui(load_file(base))
     for ending, what in ((".diff", "full adapters"), (".diff_b", "changes of biases")):
         module = "" if ending == ".diff" else CONV
-        own = {
+        settings = {
             name: t for name, t in tensors.items() if module in name and name.endswith((".weight", ".alpha", ending))
         }
-        save_file(own, tmp_path / "a.safetensors")
+        save_file(settings, tmp_path / "a.safetensors")
         outcome = command("convert", tmp_path / "a.safetensors", tmp_path / "o", "--to", to, "--model", base)
         assert outcome.code == 2
         assert f"cannot hold {what}" in outcome.message
         assert "Formats that can: kohya" in outcome.message
 
 
-def kinds(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Returns tensors of each kind for a square layer of a width, as LyCORIS, A1111 or ComfyUI write them."""
+def variants(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns tensors of each variant for a square layer of a width, as LyCORIS, A1111 or ComfyUI write them."""
     width = len(weights[f"{UNET}{BLOCK.format(1)}attn1.to_q.weight"])
     return {
         "ia3": {"weight": random(width), "on_input": torch.tensor(1)},
@@ -131,12 +131,12 @@ def kinds(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def test_every_kind_is_merged_and_kept_in_kohyas_names(command: Commands, base: Path, tmp_path: Path) -> None:
     places = [(index, matrix) for index in (0, 1) for matrix in ("to_q", "to_k", "to_v", "to_out.0")]
     weights = load_file(base)
-    found = kinds(weights)
+    actual = variants(weights)
     tensors, modules = {}, {}
-    for (kind, own), (index, matrix) in zip(found.items(), places, strict=True):
+    for (variant, each), (index, matrix) in zip(actual.items(), places, strict=True):
         flat = FLAT.format(index) + "attn1_" + matrix.replace(".", "_")
-        tensors |= {f"{flat}.{name}": tensor for name, tensor in own.items()}
-        modules[f"{BLOCK.format(index + 1)}attn1.{matrix}.weight"] = kind
+        tensors |= {f"{flat}.{name}": tensor for name, tensor in each.items()}
+        modules[f"{BLOCK.format(index + 1)}attn1.{matrix}.weight"] = variant
     changes = merged(command, base, tensors, tmp_path)
     assert changes.keys() == modules.keys()
     command.good("convert", tmp_path / "a.safetensors", tmp_path / "o.safetensors", "--to", "kohya")
@@ -145,19 +145,19 @@ def test_every_kind_is_merged_and_kept_in_kohyas_names(command: Commands, base: 
         assert torch.equal(written[name], tensor), name
         assert written[name].dtype == tensor.dtype
     _, state = read_alone(parse_file(tmp_path / "o.safetensors"))
-    assert {adapter.variant for _, adapter in state} == set(kinds(weights))
+    assert {adapter.variant for _, adapter in state} == set(variants(weights))
     by_change = {adapter.variant: adapter for _, adapter in state}
-    for name, kind in modules.items():
-        assert torch.allclose(changes[name], delta_weight(by_change[kind], weights[UNET + name]), atol=1e-6)
+    for name, variant in modules.items():
+        assert torch.allclose(changes[name], delta_weight(by_change[variant], weights[UNET + name]), atol=1e-6)
 
 
 def test_limits_of_rotations_that_programs_disagree_about_are_told(
     command: Commands, base: Path, tmp_path: Path
 ) -> None:
-    own = kinds(load_file(base))["oft"]
+    settings = variants(load_file(base))["oft"]
     stem = f"{FLAT.format(0)}attn1_to_q"
     for alpha, is_told in ((0.5, True), (50.0, False), (0.0, False)):
-        tensors = {f"{stem}.oft_blocks": own["oft_blocks"], f"{stem}.alpha": torch.tensor(alpha)}
+        tensors = {f"{stem}.oft_blocks": settings["oft_blocks"], f"{stem}.alpha": torch.tensor(alpha)}
         save_file(tensors, tmp_path / "a.safetensors")
         arguments = ("convert", tmp_path / "a.safetensors", tmp_path / "o.safetensors", "--to", "kohya", "--overwrite")
         assert ("alpha limits the rotations" in command.good(*arguments).message) == is_told
@@ -165,11 +165,11 @@ def test_limits_of_rotations_that_programs_disagree_about_are_told(
 
 @pytest.mark.parametrize(("to", "able"), [("peft", "kohya"), ("diffusers", "kohya")])
 def test_kinds_that_peft_and_diffusers_lack(command: Commands, base: Path, to: str, able: str, tmp_path: Path) -> None:
-    for kind, own in kinds(load_file(base)).items():
-        save_file({f"{FLAT.format(0)}attn1_to_q.{name}": t for name, t in own.items()}, tmp_path / "a.safetensors")
+    for variant, each in variants(load_file(base)).items():
+        save_file({f"{FLAT.format(0)}attn1_to_q.{name}": t for name, t in each.items()}, tmp_path / "a.safetensors")
         outcome = command("convert", tmp_path / "a.safetensors", tmp_path / "o", "--to", to)
         assert outcome.code == 2
-        assert f"cannot hold {kind} adapters" in outcome.message
+        assert f"cannot hold {variant} adapters" in outcome.message
         assert f"Formats that can: {able}" in outcome.message
 
 
@@ -187,7 +187,7 @@ def test_norms_of_lycoris(command: Commands, base: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "kind"),
+    ("name", "shape", "message"),
     [
         ("oft_unet_x.oft_blocks", (2, 4, 4), "oft as kohya's networks.oft writes it"),
         ("lora_unet_x.oft_diag", (2, 4, 4), "oft as PEFT or LyCORIS before 2024 writes it"),
@@ -197,11 +197,11 @@ def test_norms_of_lycoris(command: Commands, base: Path, tmp_path: Path) -> None
     ],
 )
 def test_kinds_that_are_not_read_are_named(
-    command: Commands, name: str, shape: tuple[int, ...], kind: str, tmp_path: Path
+    command: Commands, name: str, shape: tuple[int, ...], message: str, tmp_path: Path
 ) -> None:
     save_file({name: torch.ones(shape)}, tmp_path / "a.safetensors")
     outcome = command("convert", tmp_path / "a.safetensors", tmp_path / "o.safetensors", "--to", "kohya")
-    assert (outcome.code, kind in outcome.message) == (2, True), outcome.message
+    assert (outcome.code, message in outcome.message) == (2, True), outcome.message
 
 
 def test_shape_that_fills_up_nothing_is_taken(command: Commands, base: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_packed_embeddings_are_kept_or_dropped(command: Commands, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("family", "tower", "part", "width"),
+    ("family", "encoder", "part", "width"),
     [
         ("sd1", "clip_l", "te", 768),
         ("sdxl", "clip_l", "te1", 768),
@@ -266,9 +266,9 @@ def test_packed_embeddings_are_kept_or_dropped(command: Commands, tmp_path: Path
     ],
 )
 def test_text_encoders_as_comfyui_names_them(
-    command: Commands, family: str, tower: str, part: str, width: int, tmp_path: Path
+    command: Commands, family: str, encoder: str, part: str, width: int, tmp_path: Path
 ) -> None:
-    stem = f"text_encoders.{tower}.transformer.text_model."
+    stem = f"text_encoders.{encoder}.transformer.text_model."
     tensors = {}
     for matrix in ("q", "k", "v", "out"):
         name = f"{stem}encoder.layers.0.self_attn.{matrix}_proj"
@@ -276,7 +276,7 @@ def test_text_encoders_as_comfyui_names_them(
     tensors[f"{stem}encoder.layers.0.layer_norm1.diff"] = random(width)
     tensors[f"{stem}final_layer_norm.diff_b"] = random(width)
     # Its extraction finds no change in a projection that bases of Stable Diffusion lack.
-    projection = f"text_encoders.{tower}.transformer.text_projection"
+    projection = f"text_encoders.{encoder}.transformer.text_projection"
     tensors |= {
         f"{projection}.lora_up.weight": torch.zeros(width, 2),
         f"{projection}.lora_down.weight": random(2, width),
@@ -284,7 +284,7 @@ def test_text_encoders_as_comfyui_names_them(
     source, output = tmp_path / "a.safetensors", tmp_path / "o.safetensors"
     save_file(tensors, source)
     outcome = command.good("convert", source, output, "--to", "kohya", "--family", family)
-    assert ("1 modules that this base does not have change nothing" in outcome.message) == (tower != "clip_g")
+    assert ("1 modules that this base does not have change nothing" in outcome.message) == (encoder != "clip_g")
     written = load_file(output)
     flat = f"lora_{part}_text_model_"
     query = f"{stem}encoder.layers.0.self_attn.q_proj.lora_up.weight"
@@ -321,9 +321,9 @@ def test_nothing_is_left_of_an_adapter_minus_itself(command: Commands, tmp_path:
     outcome = command.good("compose", f"{source}:1", f"{copy}:-1", "--output", tmp_path / "o.safetensors")
     assert "Nothing is left" in outcome.out
     assert "Nothing is left" in outcome.message
-    told = command.good("compose", f"{source}:1", f"{copy}:-0.5", "--output", tmp_path / "p.safetensors", "--json")
-    assert json.loads(told.out)["share_left"] == pytest.approx(0.5 / 1.25**0.5, rel=1e-3)
-    assert "Nothing is left" not in told.err
+    result = command.good("compose", f"{source}:1", f"{copy}:-0.5", "--output", tmp_path / "p.safetensors", "--json")
+    assert json.loads(result.out)["share_left"] == pytest.approx(0.5 / 1.25**0.5, rel=1e-3)
+    assert "Nothing is left" not in result.err
 
 
 def test_extract_tells_rounding_from_change(command: Commands, base: Path, tmp_path: Path) -> None:
@@ -339,11 +339,11 @@ def test_extract_tells_rounding_from_change(command: Commands, base: Path, tmp_p
     }
     save_file({name: tensor.half() for name, tensor in changed.items()}, tuned)
     outcome = command.good("extract", base, tuned, output, "--rank", 2, "--json")
-    assert (told := json.loads(outcome.out))["modules"] == 1
-    assert told["not_held"] == []
+    assert (result := json.loads(outcome.out))["modules"] == 1
+    assert result["not_held"] == []
     assert "float32 and" in outcome.message
     assert "rounding makes up to" in outcome.message
-    assert 0.01 < told["rounding"] < 10
+    assert 0.01 < result["rounding"] < 10
     save_file(changed, tuned)
     outcome = command.good("extract", base, tuned, output, "--rank", 2, "--overwrite")
     assert "rounding makes" not in outcome.message

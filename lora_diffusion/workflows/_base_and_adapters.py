@@ -1,4 +1,4 @@
-"""Steps that several workflows share; PEFT is imported where an adapter is read or attached, since it takes seconds."""
+"""The family of a base, and adapters that are read for it and attached; PEFT is imported where it is needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_family(family: Family, model: ModelOptions, wanted: SampleType) -> Non
     if sample_type is not wanted:
         raise UnsupportedError(
             f"model.family={model.family} does not {wanted.task}, its bases {sample_type.task}; take "
-            "another base, or the command for this kind."
+            "another base, or the command for its samples."
         )
 
 
@@ -55,8 +55,8 @@ def read_adapter(path: Path, family: Family, model: ModelOptions) -> AdapterStat
 
 def read_unchecked(path: Path, family: Family, model: ModelOptions) -> AdapterState:
     """Returns an adapter as `read_adapter` does, also one for parts that the base lacks."""
-    if (found := _run_checkpoints.find(path)) is not None:
-        return _run_checkpoints.read(found)[1]
+    if (checkpoint := _run_checkpoints.find(path)) is not None:
+        return _run_checkpoints.read(checkpoint)[1]
     file = open_adapter(path)
     format_: Format = registry.find("formats", detect(file))
     return in_float32(format_.read(file, family.key_map(format_.name, model)))

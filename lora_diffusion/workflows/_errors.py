@@ -1,4 +1,4 @@
-"""Faults of the input, gathered so that all of them can be told at once."""
+"""Errors of the input, gathered so that all of them can be reported at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from lora_diffusion.core.errors import ConfigError, LoraDiffusionError
 
 
-class Faults(list[str]):
+class Errors(list[str]):
     """One text for each thing that is wrong."""
 
     _latest: LoraDiffusionError | None = None
@@ -23,13 +23,13 @@ class Faults(list[str]):
             self._latest = error
 
     def stop(self, command: str) -> None:
-        """Raises what was found.
+        """Raises what was noted.
 
         Raises:
             LoraDiffusionError: the only error that was noted.
-            ConfigError: there are other faults.
+            ConfigError: there are several, or others.
         """
         if len(self) == 1:
             raise self._latest or ConfigError(self[0])
         if self:
-            raise ConfigError(f"{command} was asked with {len(self)} faults; nothing was done.", self)
+            raise ConfigError(f"{command} found {len(self)} errors; nothing was done.", self)

@@ -1,4 +1,4 @@
-"""Files of a run in the programs they are made for: same pictures in diffusers, same outputs in PEFT."""
+"""Files of a run in the programs they are made for: same images in diffusers, same outputs in PEFT."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_base_alone(command: Commands, tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run.safetensors", "run.diffusers.safetensors"])
-def test_diffusers_draws_the_same_picture(
+def test_diffusers_draws_the_same_image(
     command: Commands,
     tiny_base: Path,
     run: Path,
