@@ -141,8 +141,8 @@ def _package(
     report = describe_file(parse_file(next(iter(adapters.values()))))
     if not report.num_modules:
         raise AdapterFileError(f"{report.path} holds no adapter.")
-    if report.faults:
-        raise AdapterFileError(f"{report.path} is broken; get it again, or use an earlier checkpoint.", report.faults)
+    if report.errors:
+        raise AdapterFileError(f"{report.path} is broken; get it again, or use an earlier checkpoint.", report.errors)
     shown_images = {image.name: image for image in images[:_MOST_IMAGES]}
     contents = {name: path for adapter in adapters.values() for name, path in _contents(adapter).items()}
     return Package(
