@@ -76,7 +76,8 @@ class FileReport:
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
         values = asdict(self)
-        return {**values, "faults": values.pop("errors")}
+        errors = values.pop("errors")
+        return {**values, "faults": errors}
 
     def text(self) -> str:
         """Returns lines for people."""

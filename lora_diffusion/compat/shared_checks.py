@@ -416,7 +416,7 @@ def find_bad_numbers(sim: Simulation) -> None:
     bad = set(sim.file.bad_numbers)
     spoilt = [module.name for module in sim.applied() if any(name in bad for name in _tensor_names(module, bad))]
     if spoilt:
-        text = f"{len(spoilt)} module(s) with NaN or infinity; {sim.app.title} loads them and draws black pictures"
+        text = f"{len(spoilt)} module(s) with NaN or infinity; {sim.app.title} loads them and makes black images"
         sim.report("not finite", WRONG, text, "use an earlier checkpoint of the run", spoilt)
         sim.scale(dict.fromkeys(spoilt, math.nan))
     implausible = [module.name for module in sim.applied() if module.name in sim.file.implausible - {*spoilt}]
@@ -462,7 +462,7 @@ def find_small_numbers(sim: Simulation) -> None:
     if far:
         text = f"{len(far)} module(s) with numbers too small for float16, which {sim.app.title} uses "
         text += f"{sim.app.small_floats}: off by up to {max(sim.moved.values()):.2g}"
-        sim.report("float16 underflow", WRONG, text, "write the file in fp16 and look at its pictures", far)
+        sim.report("float16 underflow", WRONG, text, "write the file in fp16 and look at its images", far)
 
 
 def _moves(module: MatchedModule) -> float:

@@ -16,7 +16,7 @@ SERIES = 6
 _MAX_POINTS = 400
 _SMOOTHING = 0.95
 _LABEL_WIDTH, _LABEL_HEIGHT = 0.17, 0.055
-"""Room of a label in the frontier plot, as shares of its sides."""
+"""Space of a label in the frontier plot, as shares of its sides."""
 # Placeholders that matplotlib writes as they are, and that the page's style sheet then gives a colour.
 _INK, _MUTED, _LINE, _GROUND = "#010101", "#020202", "#030303", "#040404"
 _COLOURS = tuple(f"#0a0a{index:02x}" for index in range(1, SERIES + 1))

@@ -146,7 +146,7 @@ def as_array(tensor: Any) -> Array:
 
 
 def in_float32(state: AdapterState) -> AdapterState:
-    """Returns a state of stored arrays as all other rooms take it, in torch's float32."""
+    """Returns a state of stored arrays as all other packages take it, in torch's float32."""
     return replace(
         state,
         modules={

@@ -6,7 +6,7 @@ python -m scripts.benchmarks evaluate --num 500 --repeats 1
 Both arms read the same PNG files, score them with the same CLIP in batches of the same size, and take turns:
 
     ours            scoring.metrics.clip_text
-    torchmetrics    CLIPScore, which gets the pictures as uint8 tensors
+    torchmetrics    CLIPScore, which gets the images as uint8 tensors
 
 Then an evaluation of one adapter on the built-in base, of which the time that is neither generating nor CLIP is shown.
 """

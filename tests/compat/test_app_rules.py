@@ -1,4 +1,4 @@
-"""Our files give the same pictures in the programs that read them."""
+"""Our files give the same images in the programs that read them."""
 
 from __future__ import annotations
 

@@ -375,7 +375,7 @@ def damaged(error: str, files: dict[str, Path], tmp_path: Path) -> Path:
     return path
 
 
-def test_error_is_found_for_each_client(error: str, damaged: Path, base: Base) -> None:
+def test_error_is_found_for_each_app(error: str, damaged: Path, base: Base) -> None:
     for app, expected in ERRORS[error][1].items():
         result = only(damaged, base, app)
         assert kinds(result) == expected, (app, result.lines())
@@ -628,7 +628,7 @@ def test_rank_other_than_the_record_says(
 _RANK_5 = {"r": 5, "lora_alpha": 5, "target_modules": ".*attn1.to_q"}
 
 
-def test_truncated_file_and_unknown_client(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
+def test_truncated_file_and_unknown_app(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(files["kohya"].read_bytes()[:-1])
     with pytest.raises(AdapterFileError, match="is damaged: its header announces"):
@@ -637,7 +637,7 @@ def test_truncated_file_and_unknown_client(files: dict[str, Path], base: Base, t
         verify(match_file(parse_file(files["kohya"]), base), ["comfy"])
 
 
-def test_clients_that_a_written_file_is_meant_for(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
+def test_apps_that_a_written_file_is_meant_for(files: dict[str, Path], base: Base, tmp_path: Path) -> None:
     assert default_apps("kohya", match_file(parse_file(files["kohya"]), base)) == list(ALL)
     assert default_apps("peft", match_file(parse_file(files["peft"]), base)) == ["diffusers"]
     save_file(_loha(load_file(files["kohya"])), tmp_path / "a.safetensors")

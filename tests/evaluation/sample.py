@@ -1,4 +1,4 @@
-"""A small evaluation folder with consistent contents and random pictures, made without any model."""
+"""A small evaluation folder with consistent contents and random images, made without any model."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ CASES = (
     Case(3, "an emoji of an animal", "an emoji of an animal", "an emoji of an animal", "prior", "sample"),
 )
 METRICS = (
-    MetricFacts("clip_text", "how well the picture shows what its prompt says", True),
-    MetricFacts("clip_image", "how much the picture looks like the references", True),
-    MetricFacts("prior_drift", "how far pictures without the trigger moved from the base's", False),
-    MetricFacts("copying", "likeness to the nearest training picture", False),
-    MetricFacts("diversity", "mean distance of pictures of one prompt", True),
+    MetricFacts("clip_text", "how well the image shows what its prompt says", True),
+    MetricFacts("clip_image", "how much the image looks like the references", True),
+    MetricFacts("prior_drift", "how far images without the trigger moved from the base's", False),
+    MetricFacts("copying", "likeness to the nearest training image", False),
+    MetricFacts("diversity", "mean distance of images of one prompt", True),
 )
 _SET_METRICS = ("diversity",)
 
@@ -48,7 +48,7 @@ def make_sample(folder: Path, seed: int = 0) -> Evaluation:
     Fidelity rises with step and weight, the last checkpoint copies and drifts, alignment falls.
     """
     rng = np.random.default_rng(seed)
-    files = _save_pictures(folder / "training", 3, rng)
+    files = _save_images(folder / "training", 3, rng)
     candidates = [Candidate("base", None, None, None, {}, 0.0)]
     for step in STEPS:
         path, digest = f"run/checkpoints/step-{step:06d}", hashlib.sha256(str(step).encode()).hexdigest()
@@ -66,9 +66,9 @@ def make_sample(folder: Path, seed: int = 0) -> Evaluation:
         metrics=METRICS,
         summary=_summaries(candidates, scores),
         adapters={f"step-{step:06d}": FileHash(f"run/checkpoints/step-{step:06d}", "0" * 64) for step in STEPS},
-        references=_save_pictures(folder / "references", 2, rng),
+        references=_save_images(folder / "references", 2, rng),
         training_images=files,
-        warnings=("clip_image: 2 candidates cannot be told apart from the base with 6 pictures each.",),
+        warnings=("clip_image: 2 candidates cannot be told apart from the base with 6 images each.",),
         open_comparisons=(OpenComparison("clip_image", "step-000100@0.5", "base", 6, 4321.0),),
         random_baseline={"clip_text": 0.05},
         scores=scores,
@@ -77,17 +77,17 @@ def make_sample(folder: Path, seed: int = 0) -> Evaluation:
     return results.read(folder)
 
 
-def _save_pictures(folder: Path, count: int, rng: np.random.Generator) -> list[FileHash]:
+def _save_images(folder: Path, count: int, rng: np.random.Generator) -> list[FileHash]:
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for index in range(count):
         path = folder / f"{index}.png"
-        _random_picture(rng).save(path)
+        _random_image(rng).save(path)
         found.append(FileHash(str(path), hashlib.sha256(path.read_bytes()).hexdigest()))
     return found
 
 
-def _random_picture(rng: np.random.Generator) -> Image.Image:
+def _random_image(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
 
 
@@ -111,7 +111,7 @@ def _scores(candidate: Candidate, folder: Path, training: list[FileHash], rng: n
             key = hashlib.sha256(f"{candidate.name} {case.index} {seed}".encode()).hexdigest()
             names[seed] = f"pictures/{key}.png"
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
-            _random_picture(rng).save(folder / names[seed])
+            _random_image(rng).save(folder / names[seed])
         for metric in METRICS:
             if (metric.name == "prior_drift") != (case.group == "prior"):
                 continue

@@ -28,7 +28,7 @@ from lora_diffusion.scoring.scorers import Scorers
 
 
 class ColourClip:
-    """Sees the mean colour of a picture, and the colour word of a text."""
+    """Sees the mean colour of an image, and the colour word of a text."""
 
     name = "colour"
     words: ClassVar = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
@@ -106,13 +106,13 @@ def test_likeness_is_pooled_over_all_pairs() -> None:
     assert pooled_likeness(vectors[:1]) == 1
 
 
-def test_grid_enlarges_small_pictures_and_labels_them() -> None:
+def test_grid_enlarges_small_images_and_labels_them() -> None:
     sheet = grid([[Image.new("RGB", (64, 64), "red")] * 2] * 3, ["a", "b", "c"], ["left", "right"])
     assert sheet.size == (150 + 2 * 128, 28 + 3 * 128)
     assert sheet.getpixel((150 + 64, 28 + 64)) == (255, 0, 0)
 
 
-def test_picture_files_carry_their_settings(tmp_path: Path) -> None:
+def test_image_files_carry_their_settings(tmp_path: Path) -> None:
     request = Request("A cat / dog!", 7, negative="blur", num_steps=3, guidance=2.5)
     path = save_output(Output(request, Image.new("RGB", (8, 16))), tmp_path, 4)
     assert path.name == "004-a-cat-dog-seed7.png"

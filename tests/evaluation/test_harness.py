@@ -20,7 +20,7 @@ from lora_diffusion.scoring.scorers import Scorers
 class Redness:
     """A metric of another package."""
 
-    name, meaning, higher_is_better = "redness", "how red pictures are that nobody asked to be", False
+    name, meaning, higher_is_better = "redness", "how red images are that nobody asked to be", False
     outputs, needs, scorers, per_prompt = "control", frozenset[str](), (), False
 
     def score(self, evidence: Evidence) -> Scores:

@@ -62,14 +62,14 @@ def test_needs_more_images_than_were_too_few() -> None:
     assert (found.num_images, found.num_needed) == (3, 4)
 
 
-def test_equal_pictures_are_no_question() -> None:
+def test_equal_images_are_no_question() -> None:
     same = judged(0.0, noise=0.0)
     assert same.open_comparisons() == []
     (again,) = same.summaries()[-1:]
     assert (again.vs_base_mean, again.vs_base_low, again.vs_base_high) == (0, 0, 0)
 
 
-def test_one_picture_has_no_interval(tmp_path: Path) -> None:
+def test_one_image_has_no_interval(tmp_path: Path) -> None:
     values = np.array([[[0.1]], [[0.3]], [[0.3]]])
     own = MetricValues(METRIC, ["base", "a", "b"], CASES[:1], values, 1)
     summary = {summary.candidate: summary for summary in own.summaries() if summary.group == ALL}["a"]

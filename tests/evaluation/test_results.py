@@ -27,7 +27,7 @@ def test_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
         made.find("base", "clip_text", "dreams")
 
 
-def test_every_picture_of_the_scores_is_there(tmp_path: Path) -> None:
+def test_every_image_of_the_scores_is_there(tmp_path: Path) -> None:
     made = make_sample(tmp_path)
     named = [score for score in made.scores if score.image]
     assert len({score.image for score in named}) == len(made.candidates) * len(CASES) * len(SEEDS)

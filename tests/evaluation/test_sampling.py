@@ -1,4 +1,4 @@
-"""Pictures are named by what they show, and drawn once."""
+"""Images are named by what they show, and drawn once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def chunks() -> Sequence[Chunk]:
     return lay_out("base key", LOOKS, REQUESTS).chunks
 
 
-def test_the_name_covers_all_that_a_picture_depends_on() -> None:
+def test_the_name_covers_all_that_a_image_depends_on() -> None:
     name = image_key("base key", (("x", 0.5),), REQUEST)
     changes = [{"prompt": "a dog"}, {"seed": 4}, {"negative": ""}, {"num_steps": 21}, {"guidance": 4.0}, {"size": None}]
     others = [image_key("base key", (("x", 0.5),), replace(REQUEST, **change)) for change in changes]
@@ -60,7 +60,7 @@ def test_the_name_covers_all_that_a_picture_depends_on() -> None:
     assert len(look([("x", 0.5), ("x", 0.5)])) == 2
 
 
-def test_places_that_look_alike_share_a_picture() -> None:
+def test_places_that_look_alike_share_a_image() -> None:
     sheet = lay_out("base key", LOOKS, REQUESTS)
     assert len(sheet.keys) == 3 * 20
     assert len(set(sheet.keys.values())) == 2 * 20
@@ -71,7 +71,7 @@ def test_places_that_look_alike_share_a_picture() -> None:
     assert [len(chunk.requests) for chunk in lay_out("base key", {"base": ()}, many).chunks] == [CHUNK, CHUNK, 1]
 
 
-def test_another_seed_draws_its_own_pictures_only(tmp_path: Path) -> None:
+def test_another_seed_draws_its_own_images_only(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     first = {place: request for place, request in REQUESTS.items() if place[1] != 2}
     generate_missing(lay_out("base key", LOOKS, first).chunks, one, None, Pen())
@@ -84,7 +84,7 @@ def test_another_seed_draws_its_own_pictures_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: data[:40], lambda data: b"", _flipped])
-def test_damaged_pictures_are_drawn_again(
+def test_damaged_images_are_drawn_again(
     chunks: Sequence[Chunk], tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
@@ -145,7 +145,7 @@ def test_evaluations_share_a_cache(chunks: Sequence[Chunk], tmp_path: Path) -> N
     assert _content(tmp_path / "cache") == _content(tmp_path / "two")
 
 
-def test_pictures_tell_their_settings(tmp_path: Path) -> None:
+def test_images_tell_their_settings(tmp_path: Path) -> None:
     (chunk,) = lay_out("k", {"base": ()}, {(0, 7): Request("prompt 0", 7, guidance=5.0)}).chunks
     generate_missing([chunk], tmp_path, None, Pen())
     (path,) = tmp_path.iterdir()

@@ -32,7 +32,7 @@ def evaluation(
     noise: Callable[[int, int], float] = lambda case, seed: 0.0,
     more: dict[int, dict[str, float]] | None = None,
 ) -> Evaluation:
-    """An evaluation of (step, weight, likeness, text) whose pictures all score alike but for the noise.
+    """An evaluation of (step, weight, likeness, text) whose images all score alike but for the noise.
 
     Args:
         noise: (case, seed) -> what is added to every second candidate's scores.
@@ -73,10 +73,10 @@ def evaluation(
 
 def test_shares_and_balance_equal_a_computation_by_hand() -> None:
     choice = choose(evaluation((100, 1.0, 0.45, 0.63)))
-    standing = choice.score
-    assert standing.likeness_share == pytest.approx((0.45 - 0.2) / (0.7 - 0.2))
-    assert standing.text_share == pytest.approx(0.63 / 0.7)
-    assert standing.balance == pytest.approx(2 / (1 / 0.5 + 1 / 0.9))
+    score = choice.score
+    assert score.likeness_share == pytest.approx((0.45 - 0.2) / (0.7 - 0.2))
+    assert score.text_share == pytest.approx(0.63 / 0.7)
+    assert score.balance == pytest.approx(2 / (1 / 0.5 + 1 / 0.9))
     leaning = choose(evaluation((100, 1.0, 0.45, 0.63)), Preference(text_weight=0.2))
     assert leaning.score.balance == pytest.approx(1 / (0.8 / 0.5 + 0.2 / 0.9))
 
@@ -85,7 +85,7 @@ def test_overtrained_and_undertrained_lose_to_the_middle() -> None:
     made = evaluation((100, 1.0, 0.3, 0.7), (200, 1.0, 0.55, 0.65), (300, 1.0, 0.65, 0.5), (400, 1.0, 0.69, 0.3))
     choice = choose(made)
     assert choice.candidate.name == "step-000200@1"
-    assert all(standing.on_frontier for standing in choice.scores)
+    assert all(score.on_frontier for score in choice.scores)
     assert "70% of the way" in choice.sentences[0]
     assert "0.550" in choice.sentences[0]
     assert "step-000300@1, has 0.650 and 0.500" in choice.sentences[1]
@@ -100,7 +100,7 @@ def test_weights_of_the_user_move_the_choice() -> None:
 
 def test_beaten_candidates_are_off_the_frontier() -> None:
     choice = choose(evaluation((100, 1.0, 0.5, 0.6), (200, 1.0, 0.45, 0.55), (300, 1.0, 0.55, 0.5)))
-    assert [standing.on_frontier for standing in choice.scores] == [True, False, True]
+    assert [score.on_frontier for score in choice.scores] == [True, False, True]
     assert "1 is beaten" in choice.sentences[1]
 
 
@@ -117,7 +117,7 @@ def test_copy_is_not_chosen_however_alike_it_is() -> None:
     assert choose(made, Preference(copying=0.7)).candidate.step == 200
 
 
-def test_default_limits_come_from_base_and_real_pictures() -> None:
+def test_default_limits_come_from_base_and_real_images() -> None:
     made = evaluation((100, 1.0, 0.5, 0.6))
     found = {limit.metric: limit.value for limit in limits(made, Preference())}
     assert found == {"copying": 0.6, "prior_drift": pytest.approx(0.2), "prompt_leak": pytest.approx(0.25)}

@@ -100,7 +100,7 @@ def _write_pictures(folder: Path) -> None:
         (folder / f"{index}.txt").write_text(lines, encoding="utf-8")
 
 
-def _ask_for_pictures(samples: list[ImageText]) -> list[Request]:
+def _ask_for_images(samples: list[ImageText]) -> list[Request]:
     del samples
     return [Request(prompt, seed, num_steps=2) for prompt in ("a cat", "a dog") for seed in (1, 2)]
 
@@ -126,7 +126,7 @@ def _write_chats(folder: Path) -> None:
     write_chats(folder, [entry(name, *own) for name, own in zip(names, texts, strict=True)])
 
 
-def _ask_about_pictures(samples: list[Chat]) -> list[Request]:
+def _ask_about_images(samples: list[Chat]) -> list[Request]:
     asked = [sample_types.find(Chat).open(sample, ChatDataConfig()) for sample in samples[:2]]
     return [Request(prompt, 0, sample=sample) for sample in asked for prompt in ("What?", "Which colour is it?")]
 
@@ -135,7 +135,7 @@ SAMPLES: Mapping[type[Sample], Kind] = {
     ImageText: Kind(
         _write_pictures,
         ImageDataConfig(flip=True, caption_lines="each"),
-        _ask_for_pictures,
+        _ask_for_images,
         lambda output: np.asarray(output.image).astype(int),
     ),
     AudioText: Kind(
@@ -144,7 +144,7 @@ SAMPLES: Mapping[type[Sample], Kind] = {
         _ask_for_transcripts,
         _bytes,
     ),
-    Chat: Kind(_write_chats, ChatDataConfig(zooms=(1.0, 0.8)), _ask_about_pictures, _bytes),
+    Chat: Kind(_write_chats, ChatDataConfig(zooms=(1.0, 0.8)), _ask_about_images, _bytes),
 }
 FAMILIES = registry.available("families")
 FORMATS = registry.available("formats")
@@ -244,13 +244,13 @@ def _same_global_random_state() -> Iterator[None]:
 
 
 class TestBase:
-    def test_loaded_frozen_as_the_skeleton_says(self, setup: Setup, loaded: Loaded) -> None:
-        skeleton = setup.family.meta_modules(setup.options())
-        assert skeleton.keys() == loaded.parts.keys() == setup.family.parts.keys()
+    def test_loaded_frozen_as_the_meta_modules_says(self, setup: Setup, loaded: Loaded) -> None:
+        meta_modules = setup.family.meta_modules(setup.options())
+        assert meta_modules.keys() == loaded.parts.keys() == setup.family.parts.keys()
         for name, network in loaded.parts.items():
-            expected = {key: value.shape for key, value in skeleton[name].state_dict().items()}
+            expected = {key: value.shape for key, value in meta_modules[name].state_dict().items()}
             assert {key: value.shape for key, value in network.state_dict().items()} == expected
-            assert all(parameter.is_meta for parameter in skeleton[name].parameters())
+            assert all(parameter.is_meta for parameter in meta_modules[name].parameters())
             assert not network.training
             assert not any(parameter.requires_grad for parameter in network.parameters())
         assert loaded.info == setup.family.check(setup.options())
@@ -273,13 +273,13 @@ class TestBase:
         assert (family.cache_key(replace(setup.options(), path=str(moved)), none) != key) == bool(encoders)
 
     def test_example_runs_on_the_meta_device(self, setup: Setup) -> None:
-        skeleton = setup.family.meta_modules(setup.options())
+        meta_modules = setup.family.meta_modules(setup.options())
         for trained in (frozenset[str](), frozenset(setup.family.parts)):
             size = sample_types.find(setup.family.sample_type).largest(setup.samples)
             example = setup.family.example(setup.options(), trained, 2, size)
             assert trained <= example.inputs.keys()
             for name, inputs in example.inputs.items():
-                assert {**skeleton, **example.heads}[name](**inputs)[0].is_meta
+                assert {**meta_modules, **example.heads}[name](**inputs)[0].is_meta
 
 
 class TestNames:
@@ -463,7 +463,7 @@ class TestGenerate:
         # The guidance that suits the base is filled in.
         assert [replace(output.request, guidance=None) for output in outputs] == requests
         pixels = [kind.pixels(output) for output in outputs]
-        assert len({picture.tobytes() for picture in pixels}) == len(requests)
+        assert len({image.tobytes() for image in pixels}) == len(requests)
         for index in (1, 6):
             (alone,) = setup.family.generate(loaded, [requests[index]])
             assert np.abs(kind.pixels(alone) - pixels[index]).max() <= 1

@@ -1,4 +1,4 @@
-"""Our pictures and text against the pipelines of diffusers."""
+"""Our images and text against the pipelines of diffusers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sdxl": tiny_sdxl_pipeline,
 }
 PROMPTS, SEEDS = ["a red cat", "a dog of the sks style"], (1, 2)
-# Half a step of the 8 bits of a picture, and what sums in another order may differ by.
+# Half a step of the 8 bits of an image, and what sums in another order may differ by.
 TOLERANCE = 0.5 / 255 + 1e-3
 
 
@@ -66,23 +66,21 @@ def expected(pipeline: Any, **settings: Any) -> np.ndarray:
     ],
     ids=["plain", "negative", "unguided"],
 )
-def test_pictures_are_those_of_diffusers(
-    family: str, folder: Path, ours: dict[str, Any], theirs: dict[str, Any]
-) -> None:
-    pictures = drawn(family, load(family, folder), **ours)
-    assert np.abs(pictures - expected(PIPELINES[family](), **theirs)).max() < TOLERANCE
+def test_images_are_those_of_diffusers(family: str, folder: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    images = drawn(family, load(family, folder), **ours)
+    assert np.abs(images - expected(PIPELINES[family](), **theirs)).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("one_tower", ["sd1", "sd2"])
-def test_clip_skip_counts_one_more_than_diffusers(one_tower: str, tmp_path: Path) -> None:
-    pipeline = PIPELINES[one_tower]()
+@pytest.mark.parametrize("one_encoder", ["sd1", "sd2"])
+def test_clip_skip_counts_one_more_than_diffusers(one_encoder: str, tmp_path: Path) -> None:
+    pipeline = PIPELINES[one_encoder]()
     pipeline.save_pretrained(tmp_path)
-    # The pipeline looks for the last norm where the tower had it before transformers 5.6.
+    # The pipeline looks for the last norm where the encoder had it before transformers 5.6.
     norm = SimpleNamespace(final_layer_norm=pipeline.text_encoder.final_layer_norm)
     object.__setattr__(pipeline.text_encoder, "text_model", norm)
-    pictures = drawn(one_tower, load(one_tower, tmp_path, clip_skip=2), guidance=1.0)
-    assert np.abs(pictures - expected(pipeline, clip_skip=1, guidance_scale=1.0)).max() < TOLERANCE
-    assert np.abs(pictures - drawn(one_tower, load(one_tower, tmp_path), guidance=1.0)).max() > 1 / 255
+    images = drawn(one_encoder, load(one_encoder, tmp_path, clip_skip=2), guidance=1.0)
+    assert np.abs(images - expected(pipeline, clip_skip=1, guidance_scale=1.0)).max() < TOLERANCE
+    assert np.abs(images - drawn(one_encoder, load(one_encoder, tmp_path), guidance=1.0)).max() > 1 / 255
 
 
 def test_clip_skip_of_sdxl_starts_at_the_last_layer_but_one(tmp_path: Path) -> None:
@@ -92,7 +90,7 @@ def test_clip_skip_of_sdxl_starts_at_the_last_layer_but_one(tmp_path: Path) -> N
     assert not np.array_equal(drawn("sdxl", usual), drawn("sdxl", last))
 
 
-def test_clip_skip_beyond_the_tower_is_refused(family: str, folder: Path) -> None:
+def test_clip_skip_beyond_the_text_encoder_is_refused(family: str, folder: Path) -> None:
     found = registry.find("families", family)
     with pytest.raises(ModelError, match="give a number from 1 to 2"):
         found.check(found.options_type(path=str(folder), clip_skip=3))

@@ -25,7 +25,7 @@ def config(name: str) -> dict[str, Any]:
 
 
 UNET_CONFIGS = {**{name: own.unet_config() for name, own in DIFFUSION.items()}, "built-in": config("unet")}
-TOWER_CONFIGS: dict[str, tuple[str, Mapping[str, Any]]] = {
+ENCODER_CONFIGS: dict[str, tuple[str, Mapping[str, Any]]] = {
     f"{name} {encoder.part}": (encoder.model_class, encoder.config())
     for name, own in DIFFUSION.items()
     for encoder in own.text_encoders
@@ -72,9 +72,9 @@ def test_step_of_the_unet(recomputes: bool) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", TOWER_CONFIGS)
+@pytest.mark.parametrize("name", ENCODER_CONFIGS)
 def test_text_encoder(name: str) -> None:
-    kind, own = TOWER_CONFIGS[name]
+    kind, own = ENCODER_CONFIGS[name]
     with torch.device("meta"):
         theirs = getattr(transformers, kind)(transformers.CLIPTextConfig.from_dict(dict(own)))
         ours = plain_networks.text_encoder(own, kind)

@@ -175,7 +175,7 @@ def test_merged_is_unmerged(load: Any, family: str, kind: str, variant: str) -> 
         bases = [layer.get_base_layer() for _, layer in loaded.adapters.layers()]
         merge(loaded, {"default": 1.0})
         assert {type(layer.get_base_layer()) for _, layer in loaded.adapters.layers()} == {nn.Linear, nn.Conv2d}
-        # Products of 8-bit weights round their inputs too, those of the widened copy do not.
+        # Products of 8-bit weights round their inputs too, those of the upcast copy do not.
         torch.testing.assert_close(losses(family, loaded, inputs), apart, rtol=CLOSE["8bit"], atol=1e-4)
         unmerge(loaded)
         assert [layer.get_base_layer() for _, layer in loaded.adapters.layers()] == bases
@@ -200,7 +200,7 @@ def test_narrow_numbers_work_too(load: Any, family: str, kind: str, dtype: str) 
     assert norms == {torch.bfloat16}
 
 
-def test_pictures_are_drawn(load: Any, family: str, kind: str) -> None:
+def test_images_are_drawn(load: Any, family: str, kind: str) -> None:
     request = Request("a cat", 1, num_steps=2)
     found = registry.find("families", family)
     (own,), (plain,) = (found.generate(base, [request]) for base in (load(kind), load()))

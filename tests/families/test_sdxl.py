@@ -1,4 +1,4 @@
-"""What only Stable Diffusion XL has: sizes and crops, two towers and a summary, and the empty prompt as zeros."""
+"""What only Stable Diffusion XL has: sizes and crops, two text encoders, pooled embeds, the empty prompt as zeros."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_unet_is_told_size_and_crop_of_each_view(loaded: Loaded) -> None:
 def test_crop_is_that_of_the_pixels(
     tmp_path: Path, size: tuple[int, int], bucket: tuple[int, int], margins: tuple[int, int, int, int]
 ) -> None:
-    """A picture whose red grows to the right and green downwards shows where it was cut."""
+    """An image whose red grows to the right and green downwards shows where it was cut."""
     width, height = size
     ramp = np.zeros((height, width, 3))
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 255, width), np.linspace(0, 255, height)[:, None]
@@ -79,7 +79,7 @@ def test_samples_know_their_size_and_crop(tmp_path: Path, base: Path) -> None:
     assert (found.size, found.original_size, found.crop) == ((16, 16), (20, 40), (0, 8, 0, 8))
 
 
-def test_text_is_both_penultimate_layers_and_the_summary_of_the_second(loaded: Loaded) -> None:
+def test_text_is_both_penultimate_layers_and_the_pooled_embeds_of_the_second(loaded: Loaded) -> None:
     (item,) = FAMILY.prepare(loaded, [sample()], frozenset())
     pipeline = tiny_sdxl_pipeline()
     embeds, _, pooled, _ = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=False)

@@ -126,9 +126,9 @@ def test_wrong_family_names_the_right_one(family: str, base: Path, other: str) -
 
 def test_prepared_items_depend_on_which_text_encoders_are_trained(family: str, base: Path) -> None:
     found = registry.find("families", family)
-    towers = [part for part in found.parts if part != "unet"]
-    keys = {found.cache_key(options(family, base), frozenset(towers[:count])) for count in range(len(towers) + 1)}
-    assert len(keys) == len(towers) + 1
+    encoders = [part for part in found.parts if part != "unet"]
+    keys = {found.cache_key(options(family, base), frozenset(encoders[:count])) for count in range(len(encoders) + 1)}
+    assert len(keys) == len(encoders) + 1
     assert found.cache_key(options(family, base), frozenset({"unet"})) in keys
 
 
@@ -144,9 +144,9 @@ def test_tokenizer_is_that_of_clip(checkpoint: Path) -> None:
         assert got[: end + 1] == want[: end + 1]
 
 
-def test_skeleton_needs_no_weights(checkpoint: Path) -> None:
-    skeleton = FAMILY.meta_modules(SD1Options(path=str(checkpoint)))
-    assert {p.device.type for part in skeleton.values() for p in part.parameters()} == {"meta"}
+def test_meta_modules_need_no_weights(checkpoint: Path) -> None:
+    meta_modules = FAMILY.meta_modules(SD1Options(path=str(checkpoint)))
+    assert {p.device.type for part in meta_modules.values() for p in part.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -244,9 +244,9 @@ def test_kohya_files_are_complete_and_have_one_alpha_in_each_part(family: str, t
     again = in_float32(kohya.read(parse_file(path), names))
     for part in again.parts():
         assert len({own.alpha for key, own in again if key.part == part}) == 1
-    towers = [part for part in again.parts() if part != "unet"]
-    layers = {part: sum(key.part == part for key in modules) for part in towers}
-    assert {part: sum(key.part == part for key in again.modules) for part in towers} == {
+    encoders = [part for part in again.parts() if part != "unet"]
+    layers = {part: sum(key.part == part for key in modules) for part in encoders}
+    assert {part: sum(key.part == part for key in again.modules) for part in encoders} == {
         part: 4 * count for part, count in layers.items()
     }
     expected, found = _expected(uneven, family), _expected(again, family)

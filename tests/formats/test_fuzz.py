@@ -166,7 +166,7 @@ def _set_field(draw: st.DataObject, header: dict) -> None:
 
 
 def _reshape(draw: st.DataObject, header: dict) -> None:
-    """Gives a tensor another shape or number type that fits its bytes."""
+    """Gives a tensor another shape or dtype that fits its bytes."""
     entry = header[_tensor_name(draw, header)]
     start, end = entry["data_offsets"]
     dtype, size = draw.draw(

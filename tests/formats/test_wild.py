@@ -131,7 +131,7 @@ def test_alpha_missing_in_one_module_is_the_rank_and_diffusers_is_named(
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
-def test_alpha_of_any_number_type(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_alpha_of_any_dtype(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
     name = "lora_unet_mid_block_resnets_0_conv1"
     tensors = {
         f"{name}.lora_down.weight": torch.ones(2, 1280, 3, 3),

@@ -29,7 +29,7 @@ LOSSES = [{"step": float(step), "loss": 1 / step} for step in range(1, 30)]
 
 
 class Page(HTMLParser):
-    """What a page refers to, its headings, and its pictures without a text for those who do not see them."""
+    """What a page refers to, its headings, and its images without a text for those who do not see them."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Page(HTMLParser):
         self.anchors: list[str] = []
         self.ids: list[str] = []
         self.levels: list[int] = []
-        self.num_pictures, self.num_mute, self.num_plots = 0, 0, 0
+        self.num_images, self.num_mute, self.num_plots = 0, 0, 0
         self.open: list[str] = []
         self.feed(html)
 
@@ -50,7 +50,7 @@ class Page(HTMLParser):
         elif target and not target.startswith(("data:", "#")):
             self.links.append(target)
         if tag == "img" and "src" in own:
-            self.num_pictures += 1
+            self.num_images += 1
             self.num_mute += not own.get("alt")
         if tag == "svg":
             self.num_plots += 1
@@ -71,10 +71,10 @@ def findings(sample: tuple[Path, Evaluation]) -> Findings:
 
 
 def losses(folder: Path) -> list[SampleLoss]:
-    picture = str(folder / "training" / "0.png")
+    image = str(folder / "training" / "0.png")
     return [
-        SampleLoss("good.png", picture, "a <good> caption", 0.9, 0.2),
-        SampleLoss("wrong.png", picture, "a car", 1.1, -0.1),
+        SampleLoss("good.png", image, "a <good> caption", 0.9, 0.2),
+        SampleLoss("wrong.png", image, "a car", 1.1, -0.1),
         SampleLoss("gone.png", str(folder / "gone.png"), "gone", 1.0, 0.1),
     ]
 
@@ -103,7 +103,7 @@ def test_page_needs_no_other_file_and_no_network(written: tuple[Path, ...]) -> N
 def test_page_is_told_to_those_who_do_not_see_it(written: tuple[Path, ...]) -> None:
     shown = Page(written[0].read_text())
     assert shown.num_mute == 0
-    assert shown.num_pictures > 50
+    assert shown.num_images > 50
     assert shown.levels[0] == 1
     assert all(after - before <= 1 for before, after in zip(shown.levels, shown.levels[1:], strict=False))
     assert set(shown.anchors) <= set(shown.ids)
@@ -137,7 +137,7 @@ def test_numbers_beside_the_page_are_those_of_the_evaluation(
     assert len(rows) == len(sample[1].scores)
 
 
-def test_suspicious_training_pictures_come_first_and_lost_ones_are_said(written: tuple[Path, ...]) -> None:
+def test_suspicious_training_images_come_first_and_lost_ones_are_said(written: tuple[Path, ...]) -> None:
     html = written[0].read_text()
     table = html[html.index('class="losses"') :]
     assert table.index("wrong.png") < table.index("gone.png") < table.index("good.png")
@@ -146,7 +146,7 @@ def test_suspicious_training_pictures_come_first_and_lost_ones_are_said(written:
     assert re.findall(r'<li class="chosen">\s*<img [^>]*alt="(.*?)"', table) == ["wrong.png"]
 
 
-def test_each_picture_finds_that_of_the_base(written: tuple[Path, ...]) -> None:
+def test_each_image_finds_that_of_the_base(written: tuple[Path, ...]) -> None:
     tags = re.findall(r'<figure class="shot[^"]*" data-pair="([^"]*)" data-role="([^"]*)">', written[0].read_text())
     bases = {pair for pair, role in tags if role == "base"}
     assert {pair for pair, _ in tags if pair} == bases
@@ -184,7 +184,7 @@ def test_run_without_evaluation_has_a_page(tmp_path: Path) -> None:
     assert Page(files[0].read_text()).num_plots == 1
 
 
-def test_pictures_shrink_until_the_page_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_shrink_until_the_page_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     album, noise = Album(), Image.effect_noise((600, 300), 80)
     for index in range(4):
         album.add(str(index), noise)
@@ -229,7 +229,7 @@ def test_quickstart_page_is_of_the_same_design(tmp_path: Path) -> None:
     )
     html = path.read_text()
     shown = Page(html)
-    assert shown.num_pictures == 4
+    assert shown.num_images == 4
     assert shown.num_mute == 0
     assert "0.500 ± 0.100" in html
     assert 'data-pair="0:True" data-role="base"' in html
@@ -328,7 +328,7 @@ def test_what_shares_nothing_does_not_differ_for_sure(
     assert {tuple(cells[-2:]) for cells in differences} == {("\N{EN DASH}", "\N{EN DASH}")}
 
 
-def test_pictures_are_paired_by_prompt_where_the_order_differs(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+def test_images_are_paired_by_prompt_where_the_order_differs(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
     evaluation = sample[1]
     order = {case.index: len(evaluation.cases) - 1 - case.index for case in evaluation.cases}
     html, _ = _compared(
@@ -383,7 +383,7 @@ def test_pages_are_written_anew(sample: tuple[Path, Evaluation], tmp_path: Path)
         write_report(tmp_path / "r.html", title="x", findings=findings(sample))
 
 
-def test_a_single_picture_has_a_page_without_intervals(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+def test_a_single_image_has_a_page_without_intervals(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
     folder, evaluation = sample
     few = dataclasses.replace(
         evaluation, cases=evaluation.cases[:1], scores=[s for s in evaluation.scores if (s.case, s.seed) == (0, 0)]
@@ -405,7 +405,7 @@ def test_page_tells_what_it_was_made_with_and_prints_unfolded(sample: tuple[Path
     assert "beforeprint" in html
 
 
-def test_training_pictures_come_by_the_worse_of_two_ranks(tmp_path: Path) -> None:
+def test_training_images_come_by_the_worse_of_two_ranks(tmp_path: Path) -> None:
     shown = {"usual": (1.0, 0.3), "odd": (3.0, 0.4), "wrong": (0.9, -0.5), "harder": (1.5, 0.2), "fine": (0.8, 0.5)}
     listed = [SampleLoss(key, "", f"a picture called {key}", loss, gain) for key, (loss, gain) in shown.items()]
     html = write_report(tmp_path / "r.html", title="x", training=Training(losses=listed))[0].read_text()
@@ -413,12 +413,12 @@ def test_training_pictures_come_by_the_worse_of_two_ranks(tmp_path: Path) -> Non
     assert "the worse of an image's two ranks" in html.replace("&#39;", "'")
 
 
-def test_missing_pictures_are_left_out(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
+def test_missing_images_are_left_out(sample: tuple[Path, Evaluation], tmp_path: Path) -> None:
     evaluation = sample[1]
     bare = Findings(evaluation, tmp_path, choose(evaluation), Table(evaluation))
     assert Shots(bare, Album()).find(BASE, evaluation.cases[0], 0, "base") is None
     files = write_report(tmp_path / "r.html", title="x", findings=bare)
-    assert Page(files[0].read_text()).num_pictures <= 8
+    assert Page(files[0].read_text()).num_images <= 8
 
 
 def test_running_mean_of_a_falling_loss_stays_inside_its_plot() -> None:
@@ -439,7 +439,7 @@ def test_numbers_at_a_curve_keep_their_sign() -> None:
     assert all(float(right) >= 9 * 0.6 * len(text) for right, text in ticks)
 
 
-def test_labels_do_not_lie_on_each_other_where_real_pictures_are_far_above() -> None:
+def test_labels_do_not_lie_on_each_other_where_real_images_are_far_above() -> None:
     places = {"chosen": (0.40, 0.02, "chosen"), "a": (0.46, 0.010, "frontier"), "b": (0.465, 0.015, "frontier")}
     points = [plots.Point(label, text, likeness, kind, label) for label, (text, likeness, kind) in places.items()]
     assert {"a", "b"} <= set(re.findall(r">(\w+)</text>", plots.frontier(points, ("text", "likeness"), None)))

@@ -28,20 +28,20 @@ EMOJI_CLIP = f"local-dir:{builtin_path('emoji-clip')}"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[str]]:
-    """200 pictures of several shapes, and what each shows."""
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[str]]:
+    """200 images of several shapes, and what each shows."""
     return make_images(tmp_path_factory.mktemp("pictures"), 200, sides=(64, 80, 40))
 
 
 @pytest.fixture(scope="module")
-def reference(pictures: tuple[list[Path], list[str]]) -> tuple[Tensor, Tensor]:
-    """Unit vectors of pictures and texts, by open_clip one after another."""
+def reference(image_files: tuple[list[Path], list[str]]) -> tuple[Tensor, Tensor]:
+    """Unit vectors of images and texts, by open_clip one after another."""
     model, _, transform = open_clip.create_model_and_transforms(EMOJI_CLIP)
     tokenizer = open_clip.get_tokenizer(EMOJI_CLIP)
     model.eval()
     with torch.no_grad():
-        seen = torch.cat([model.encode_image(transform(Image.open(path))[None]) for path in pictures[0]])
-        read = model.encode_text(tokenizer(pictures[1]))
+        seen = torch.cat([model.encode_image(transform(Image.open(path))[None]) for path in image_files[0]])
+        read = model.encode_text(tokenizer(image_files[1]))
     return seen / seen.norm(dim=1, keepdim=True), read / read.norm(dim=1, keepdim=True)
 
 
@@ -55,9 +55,9 @@ def judge(name: str, evidence: Evidence) -> Scores:
 
 
 def test_clip_text_and_score_equal_open_clip_and_torchmetrics(
-    pictures: tuple[list[Path], list[str]], reference: tuple[Tensor, Tensor], scorers: Scorers
+    image_files: tuple[list[Path], list[str]], reference: tuple[Tensor, Tensor], scorers: Scorers
 ) -> None:
-    paths, texts = pictures
+    paths, texts = image_files
     evidence = Evidence(paths, texts, scorers=scorers)
     cosines = (reference[0] * reference[1]).sum(dim=1)
     own = judge("clip_text", evidence).values
@@ -73,21 +73,21 @@ def test_clip_text_and_score_equal_open_clip_and_torchmetrics(
 
 
 def test_clip_image_equals_open_clip_and_torchmetrics(
-    pictures: tuple[list[Path], list[str]], reference: tuple[Tensor, Tensor], scorers: Scorers
+    image_files: tuple[list[Path], list[str]], reference: tuple[Tensor, Tensor], scorers: Scorers
 ) -> None:
-    evidence = Evidence(pictures[0], references=pictures[0][:5], scorers=scorers)
+    evidence = Evidence(image_files[0], references=image_files[0][:5], scorers=scorers)
     cosines = reference[0] @ reference[0][:5].T
     own = judge("clip_image", evidence).values
     torch.testing.assert_close(own, cosines.mean(dim=1), atol=1e-4, rtol=0)
     torch.testing.assert_close(judge("clip_image_max", evidence).values, cosines.amax(dim=1), atol=1e-4, rtol=0)
     parts = torchmetrics_clip()
-    pixels = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in pictures[0][:6]]
+    pixels = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in image_files[0][:6]]
     theirs = clip_score([pixels[5]] * 5, pixels[:5], lambda: parts).item() / 100
     assert max(own[5].item(), 0) == pytest.approx(theirs, abs=1e-4)
 
 
-def test_shuffled_captions_score_at_chance(pictures: tuple[list[Path], list[str]], scorers: Scorers) -> None:
-    paths, texts = pictures
+def test_shuffled_captions_score_at_chance(image_files: tuple[list[Path], list[str]], scorers: Scorers) -> None:
+    paths, texts = image_files
     metric = registry.find("metrics", "clip_text")
     evidence = Evidence(paths, texts, scorers=scorers)
     right, chance = metric.score(evidence).values, metric.random_baseline(evidence)
@@ -99,8 +99,8 @@ def test_shuffled_captions_score_at_chance(pictures: tuple[list[Path], list[str]
     assert metric.random_baseline(Evidence(paths[:2], texts[:1] * 2, scorers=scorers)) is None
 
 
-def test_a_training_picture_among_the_samples_is_found(
-    pictures: tuple[list[Path], list[str]], scorers: Scorers, tmp_path: Path
+def test_a_training_image_among_the_samples_is_found(
+    image_files: tuple[list[Path], list[str]], scorers: Scorers, tmp_path: Path
 ) -> None:
     training = sorted((shipped_path("datasets") / "blob-style" / "train").glob("*.png"))
     planted = Path(shutil.copy(training[7], tmp_path / "sample.png"))
@@ -115,8 +115,8 @@ def test_a_training_picture_among_the_samples_is_found(
     assert not metric.higher_is_better
 
 
-def test_drift_and_leak_compare_with_the_base(pictures: tuple[list[Path], list[str]], scorers: Scorers) -> None:
-    paths = pictures[0][:6]
+def test_drift_and_leak_compare_with_the_base(image_files: tuple[list[Path], list[str]], scorers: Scorers) -> None:
+    paths = image_files[0][:6]
     cases = [0, 0, 0, 1, 1, 1]
     still = Evidence(paths, cases=cases, base_images=paths, references=paths[:2], scorers=scorers)
     moved = Evidence(paths, cases=cases, base_images=[*paths[1:], paths[0]], references=paths[:2], scorers=scorers)
@@ -130,8 +130,8 @@ def test_drift_and_leak_compare_with_the_base(pictures: tuple[list[Path], list[s
     assert metric.random_baseline(Evidence(paths[:1], cases=[0], scorers=scorers)) is None
 
 
-def test_diversity_counts_different_pictures(pictures: tuple[list[Path], list[str]], scorers: Scorers) -> None:
-    one, other = pictures[0][0], pictures[0][30]
+def test_diversity_counts_different_images(image_files: tuple[list[Path], list[str]], scorers: Scorers) -> None:
+    one, other = image_files[0][0], image_files[0][30]
     evidence = Evidence([one, one, one, other], cases=[5, 5, 2, 2], scorers=scorers)
     cosine = float(scorers.see("clip", [one])[0] @ scorers.see("clip", [other])[0])
     torch.testing.assert_close(judge("diversity", evidence).values, torch.tensor([0, 1 - cosine]), atol=1e-5, rtol=0)
@@ -141,7 +141,7 @@ def test_diversity_counts_different_pictures(pictures: tuple[list[Path], list[st
     torch.testing.assert_close(judge("vendi", evidence).values, expected, atol=1e-4, rtol=0)
 
 
-def test_vendi_of_unrelated_pictures_is_their_number() -> None:
+def test_vendi_of_unrelated_images_is_their_number() -> None:
     class Orthogonal:
         def encode_images(self, images: list[Path]) -> Tensor:
             return torch.eye(len(images))
@@ -152,10 +152,10 @@ def test_vendi_of_unrelated_pictures_is_their_number() -> None:
     assert judge("diversity", evidence).values.tolist() == [1]
 
 
-def test_likeness_of_real_pictures_leaves_themselves_out(
-    pictures: tuple[list[Path], list[str]], scorers: Scorers
+def test_likeness_of_real_images_leaves_themselves_out(
+    image_files: tuple[list[Path], list[str]], scorers: Scorers
 ) -> None:
-    references = pictures[0][:3]
+    references = image_files[0][:3]
     evidence = Evidence(references=references, scorers=scorers)
     vectors = scorers.see("clip", references)
     others = [float(vectors[a] @ vectors[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
@@ -168,7 +168,7 @@ def test_likeness_of_real_pictures_leaves_themselves_out(
     assert registry.find("metrics", "clip_image").reference_score(alone) is None
 
 
-def test_dino_from_a_folder(pictures: tuple[list[Path], list[str]], tmp_path: Path) -> None:
+def test_dino_from_a_folder(image_files: tuple[list[Path], list[str]], tmp_path: Path) -> None:
     from transformers import Dinov2Config, Dinov2Model
 
     with torch.random.fork_rng(devices=[]):
@@ -177,7 +177,7 @@ def test_dino_from_a_folder(pictures: tuple[list[Path], list[str]], tmp_path: Pa
         model = Dinov2Model(config).eval()
     model.save_pretrained(tmp_path / "dino")
     scorers = Scorers({"dino": str(tmp_path / "dino")})
-    square = [path for path in pictures[0] if len(set(Image.open(path).size)) == 1][:3]
+    square = [path for path in image_files[0] if len(set(Image.open(path).size)) == 1][:3]
     own = judge("dino_image", Evidence(square, references=square[:2], scorers=scorers)).values
 
     def pixels(path: Path) -> Tensor:
@@ -195,7 +195,7 @@ def test_dino_from_a_folder(pictures: tuple[list[Path], list[str]], tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def clip_of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a CLIPModel of random weights that takes pictures of 24x24 pixels."""
+    """A folder with a CLIPModel of random weights that takes images of 24x24 pixels."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(builtin_path("emoji-sd") / "tokenizer")
@@ -216,11 +216,13 @@ def clip_of_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_clip_in_the_format_of_transformers(pictures: tuple[list[Path], list[str]], clip_of_transformers: Path) -> None:
+def test_clip_in_the_format_of_transformers(
+    image_files: tuple[list[Path], list[str]], clip_of_transformers: Path
+) -> None:
     from transformers import AutoProcessor, CLIPModel
 
     model, processor = (kind.from_pretrained(clip_of_transformers) for kind in (CLIPModel, AutoProcessor))
-    paths, texts = pictures[0][:6], ["a cat", "an emoji of a red apple, noto style"]
+    paths, texts = image_files[0][:6], ["a cat", "an emoji of a red apple, noto style"]
     images = [Image.open(path).convert("RGB").resize((24, 40)) for path in paths]
     with torch.no_grad():
         inputs = processor(text=texts, images=images, padding="max_length", max_length=24, return_tensors="pt")
@@ -232,9 +234,9 @@ def test_clip_in_the_format_of_transformers(pictures: tuple[list[Path], list[str
 
 
 def test_preference_is_scored_by_its_own_model(
-    pictures: tuple[list[Path], list[str]], scorers: Scorers, clip_of_transformers: Path
+    image_files: tuple[list[Path], list[str]], scorers: Scorers, clip_of_transformers: Path
 ) -> None:
-    paths, texts = pictures[0][:4], pictures[1][:4]
+    paths, texts = image_files[0][:4], image_files[1][:4]
     own = Scorers({"clip": "builtin:emoji-clip", "preference": str(clip_of_transformers)})
     clip = load_clip(str(clip_of_transformers))
     expected = 100 * (clip.encode_images(paths) * clip.encode_texts(texts)).sum(dim=1)
@@ -268,14 +270,14 @@ class TestProbe:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
     def test_aesthetic_asks_clip_and_probe(
-        self, pictures: tuple[list[Path], list[str]], scorers: Scorers, tmp_path: Path
+        self, image_files: tuple[list[Path], list[str]], scorers: Scorers, tmp_path: Path
     ) -> None:
         weight = torch.zeros(1, 160)
         weight[0, 3] = 2
         save_file({"weight": weight, "bias": torch.tensor([0.5])}, tmp_path / "probe.safetensors")
         both = Scorers({"clip": "builtin:emoji-clip", "probe": str(tmp_path / "probe.safetensors")})
-        own = judge("aesthetic", Evidence(pictures[0][:3], scorers=both)).values
-        torch.testing.assert_close(own, 2 * scorers.see("clip", pictures[0][:3])[:, 3] + 0.5)
+        own = judge("aesthetic", Evidence(image_files[0][:3], scorers=both)).values
+        torch.testing.assert_close(own, 2 * scorers.see("clip", image_files[0][:3])[:, 3] + 0.5)
 
     @pytest.mark.parametrize(
         ("tensors", "reason"),
@@ -326,7 +328,7 @@ def test_every_metric_says_what_it_is(name: str) -> None:
 
 
 class TestScorers:
-    def test_each_picture_and_text_is_encoded_once(self) -> None:
+    def test_each_image_and_text_is_encoded_once(self) -> None:
         asked: list[object] = []
 
         class Counting:
@@ -342,8 +344,8 @@ class TestScorers:
         scorers.read("clip", ["b", "b"])
         assert asked == [Path("a"), Path("b"), Path("c"), "b"]
 
-    def test_pictures_in_memory_are_not_confused(self) -> None:
-        """The id of a picture that is gone may be given to the next one."""
+    def test_images_in_memory_are_not_confused(self) -> None:
+        """The id of an image that is gone may be given to the next one."""
         scorers = Scorers({"clip": "builtin:emoji-clip"})
         found = [scorers.see("clip", [Image.new("RGB", (64, 64), colour)]) for colour in ("red", "blue", "green")]
         assert not torch.equal(found[0], found[1])

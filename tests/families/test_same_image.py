@@ -1,4 +1,4 @@
-"""A live adapter, a file of its weighted sum, and the base that it is merged into draw one picture."""
+"""A live adapter, a file of its weighted sum, and the base that it is merged into draw one image."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ STORED = {
 KINDS = ("lora", "dora", "dora_out", "loha", "lokr")
 ONLY_PLAIN = ("loha", "lokr")
 WEIGHTS = {"lora": 0.3, "dora": 0.3, "dora_out": 0.3, "loha": 2.0, "lokr": 0.3}
-"""Kind -> the weight at which a picture differs visibly and still holds together."""
-# Largest and mean difference of a picture's values, of 255. In float32 a difference of 1e-3 moves a value by one at
-# most, and NF4 weights are widened to the same numbers for a live adapter and for the sum. In bf16 the sum is rounded
-# once more, to steps of 2^-8, which is one value of 255; 8-bit layers round their inputs too, their widened copies do
+"""Kind -> the weight at which an image differs visibly and still holds together."""
+# Largest and mean difference of an image's values, of 255. In float32 a difference of 1e-3 moves a value by one at
+# most, and NF4 weights are upcast to the same numbers for a live adapter and for the sum. In bf16 the sum is rounded
+# once more, to steps of 2^-8, which is one value of 255; 8-bit layers round their inputs too, their upcast copies do
 # not, to steps of 1/127 of the largest.
 CLOSE = {"fp32": (1, 0.1), "bf16": (12, 1.0), "8bit": (6, 0.5), "nf4": (1, 0.1)}
 
@@ -63,7 +63,7 @@ def term(kind: str) -> Term:
 
 
 def merged(kind: str, stored: str, base: Path, folder: Path, live: Loaded) -> Loaded:
-    """Returns the checkpoint with the adapter in its weights, or of a quantized base its widened copy in memory."""
+    """Returns the checkpoint with the adapter in its weights, or of a quantized base its upcast copy in memory."""
     if "quantization" in STORED[stored]:
         live_merge.merge(live, {"a": WEIGHTS[kind]})
         return live
@@ -97,8 +97,8 @@ def test_live_composed_and_merged_draw_the_same(kind: str, stored: str, tiny_bas
     if "dora" not in kind:  # its change depends on the base, so it has no sum without one
         found["composed"] = drawn(composed(kind, stored, tiny_base, tmp_path / "sum.safetensors"))
     largest, mean = CLOSE[stored]
-    for name, picture in found.items():
-        difference = np.abs(picture - expected)
+    for name, image in found.items():
+        difference = np.abs(image - expected)
         assert difference.max() <= largest, (name, difference.max(), difference.mean())
         assert difference.mean() <= mean, (name, difference.mean())
 
