@@ -447,7 +447,7 @@ def _make_runs(root: Path) -> None:
 def _read_run(folder: Path) -> None:
     from lora_diffusion.evaluation import results
     from lora_diffusion.evaluation.select import choose
-    from lora_diffusion.report import numbers
+    from lora_diffusion.report import page_data
     from lora_diffusion.training import checkpoint, run_files
     from lora_diffusion.training.run_folder import RunFolder
     from lora_diffusion.workflows.report import read_training
@@ -468,7 +468,7 @@ def _read_run(folder: Path) -> None:
         lambda: read_selection(folder),
         lambda: read_training(folder),
         lambda: RunFolder(folder).config(),
-        lambda: numbers.check_beside(folder / "report.html", [folder / "report.csv"]),
+        lambda: page_data.check_beside(folder / "report.html", [folder / "report.csv"]),
     )
 
 

@@ -68,7 +68,7 @@ def _is_safe(name: str, call: ast.Call, path: Path) -> bool:
     if function == "yaml.load":
         return path.name == "plain_yaml.py"
     if name in ("Environment", "ImmutableSandboxedEnvironment", "Template", "from_string"):
-        return path.name in ("template_worker.py", "page.py", "model_card.py")
+        return path.name in ("template_worker.py", "rendering.py", "model_card.py")
     forbidden = ("pickle.", "joblib.", "dill.", "marshal.", "OmegaConf.", "torch.hub.", "np.load")
     methods = ("apply_chat_template", "unsafe_load", "full_load", "load_dataset")
     return (

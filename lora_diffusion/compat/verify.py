@@ -16,7 +16,8 @@ from lora_diffusion.compat.simulation import AppResult, Simulation
 from lora_diffusion.core.errors import AdapterFileError, ConfigError
 from lora_diffusion.core.text import shown, suggestion
 
-_MEANT_FOR = {"diffusers": ("diffusers",), "peft": ("diffusers",)}
+_MEANT_FOR = {"kohya": tuple(APPS), "diffusers": ("diffusers",), "peft": ("diffusers",)}
+"""Format -> the apps that read it; none is known of a format that another package brings."""
 
 
 def verify(file: MatchedFile, app_names: Sequence[str] = ()) -> list[AppResult]:
@@ -52,7 +53,7 @@ def check_fit(file: MatchedFile) -> None:
 
 def default_apps(format_name: str, file: MatchedFile) -> list[str]:
     """Returns the apps that a written file is meant for: of those that read its format, those that read its variant."""
-    names = _MEANT_FOR.get(format_name, tuple(APPS))
+    names = _MEANT_FOR.get(format_name, ())
     return [name for name in names if _reads_variants(_rules_for(name, file), file.modules)]
 
 

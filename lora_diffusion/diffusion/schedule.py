@@ -52,6 +52,7 @@ def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
 
     Source: Lin et al. 2023, arXiv 2305.08891, algorithm 1.
 
+    >>> import torch
     >>> rescale_to_zero_snr(torch.tensor([0.81, 0.25, 0.01]))
     tensor([0.8100, 0.2025, 0.0000])
     """
