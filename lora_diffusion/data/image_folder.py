@@ -231,7 +231,7 @@ class ImageReport:
         """Returns the report as lines of plain text."""
         buckets = ", ".join(f"{size} ({count})" for size, count in self.buckets.items())
         lines = [
-            f"Images:       {self.num_pictures}, {self.num_shown} shown in an epoch",
+            f"Pictures:     {self.num_pictures}, {self.num_shown} shown in an epoch",
             f"Captions:     {self.num_captions}, the longest has {self.longest_caption[1]} words "
             f"({self.longest_caption[0]})",
             f"Trigger:      {self.trigger or 'none'}",
