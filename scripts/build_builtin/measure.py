@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scripts.build_builtin.sources import TRAINING_STYLES, UNSEEN_STYLE
 from scripts.build_builtin.storage import load_checkpoint, write_atomic, write_json
 from scripts.build_builtin.subjects import SCORER, Subject, read_subjects, visible
 from scripts.build_builtin.train_vae import measure as measure_vae
+from scripts.build_builtin.unknown_words import known_words, make_word
 
 PLAIN_PROMPT = "an emoji of {a} {name}"
 STYLED_PROMPT = "an emoji of {a} {name}, {style} style"
@@ -141,6 +143,31 @@ def score_captions(scorer: Scorer, pixels: Tensor, captions: list[str], subjects
     }
 
 
+def score_unknown_words(pipeline: StableDiffusionPipeline, scorer: Scorer, count: int) -> dict[str, Any]:
+    """How well pictures show their plain caption when the prompt also holds none, one or two made-up words.
+
+    Same seeds and subjects for each; `blob` is a token that no part was trained with.
+    """
+    subjects = visible(read_subjects(), "generator")
+    subjects = random.Random(5).sample(subjects, min(count, len(subjects)))
+    plain = [render(PLAIN_PROMPT, subject, "") for subject in subjects]
+    rng, known = random.Random(6), known_words()
+    words = [[make_word(known, rng) for _ in range(2)] for _ in plain]
+    prompts = {
+        "plain": plain,
+        "one": [f"{caption}, {a} style" for caption, (a, _) in zip(plain, words, strict=True)],
+        "two": [f"{a} {b} style emoji of {caption[12:]}" for caption, (a, b) in zip(plain, words, strict=True)],
+        "two_alone": [f"{a} {b} {subject.words}" for subject, (a, b) in zip(subjects, words, strict=True)],
+        "blob": [f"blob style {subject.words}" for subject in subjects],
+    }
+    texts = scorer.texts(plain)
+    scores = {
+        name: (scorer.images(generate(pipeline, texts_of, 500)) * texts).sum(1).mean().item()
+        for name, texts_of in prompts.items()
+    }
+    return {**scores, "pictures": len(subjects)}
+
+
 def write_grid(path: Path, pixels: Tensor, columns: int) -> None:
     """Tile uint8 pictures into one PNG."""
     rows = math.ceil(len(pixels) / columns)
@@ -186,6 +213,7 @@ def measure_pipeline(work: Path, output: Path, scorer: Scorer, count: int, check
     return {
         "vae": measure_vae(trained_vae(work), unseen_style_pictures(read_pictures(work)).pixels),
         "generated": {**score_captions(scorer, images, captions, list(real.subjects)), "samples": state["samples"]},
+        "unknown_words": score_unknown_words(pipeline, scorer, count),
         "real": score_captions(scorer, real.pixels, captions, list(real.subjects)),
         "unet": {"hours": state["seconds"] / 3600},
     }

@@ -78,7 +78,7 @@ class LatentBatches:
         self.template_weights = torch.tensor([share / len(group) for group, share in shares for _ in group])
 
     def draw(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
-        """noisy, target [count, 4, 16, 16], timesteps [count], hidden [count, 24, 160], weights [count]."""
+        """noisy, target [count, 4, 16, 16], hidden [count, 24, 160]; timesteps, weights and chosen latents [count]."""
         chosen = torch.randint(len(self.means), (count,), generator=rng)
         deviation = torch.exp(0.5 * self.logvars[chosen].float())
         clean = self.means[chosen].float() + deviation * torch.randn(deviation.shape, generator=rng)
@@ -97,6 +97,7 @@ class LatentBatches:
             "hidden": self.hidden[captions].float(),
             # min-SNR for v-prediction, Hang et al. 2023, arXiv 2303.09556
             "weights": snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1),
+            "chosen": chosen,
         }
 
 
@@ -183,8 +184,8 @@ class Training:
 class Stopwatch:
     """Says when a sitting ends: samples reached, minutes spent, or a signal; all processes agree."""
 
-    def __init__(self, sitting: Sitting) -> None:
-        self.sitting = sitting
+    def __init__(self, minutes: float, until: int, processes: int) -> None:
+        self.minutes, self.until, self.processes = minutes, until, processes
         self.started = time.monotonic()
         self.asked = False
         signal.signal(signal.SIGTERM, self._ask)
@@ -195,12 +196,12 @@ class Stopwatch:
 
     def over(self, samples: int) -> bool:
         """True at the end of the sitting, in every process at the same step."""
-        late = self.asked or time.monotonic() - self.started > self.sitting.minutes * 60
-        if self.sitting.processes > 1:
+        late = self.asked or time.monotonic() - self.started > self.minutes * 60
+        if self.processes > 1:
             flag = torch.tensor(float(late))
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             late = bool(flag)
-        return late or samples >= self.sitting.until
+        return late or samples >= self.until
 
 
 def fastest_arithmetic(channels: tuple[int, ...]) -> Arithmetic:
@@ -226,7 +227,8 @@ def work_process(rank: int, sitting: Sitting, port: int) -> None:
     if sitting.processes > 1:
         address = f"tcp://127.0.0.1:{port}"
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=sitting.processes)
-    data, training, watch = LatentBatches(sitting.work), Training(sitting), Stopwatch(sitting)
+    data, training = LatentBatches(sitting.work), Training(sitting)
+    watch = Stopwatch(sitting.minutes, sitting.until, sitting.processes)
     saved = logged = time.monotonic()
     before = training.seconds
     errors: list[float] = []
