@@ -75,6 +75,14 @@ class ClipTextLimit:
         is_long = [len(text.encode("utf-8", "replace")) > self.max_tokens for text in texts]
         return [self._cut(text) if long else None for text, long in zip(texts, is_long, strict=True)]
 
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Returns the tokens of each text, begin and end not counted.
+
+        Raises:
+            ModelError: the tokenizer of the base is missing or damaged.
+        """
+        return [len(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+
     def _cut(self, text: str) -> Cut | None:
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return Cut(len(offsets), offsets[self.max_tokens][0]) if len(offsets) > self.max_tokens else None

@@ -53,6 +53,7 @@ POSITIVE = Allowed(lambda v: v > 0, "must be greater than 0")
 NOT_NEGATIVE = Allowed(lambda v: v >= 0, "must be 0 or greater")
 AT_LEAST_ONE = Allowed(lambda v: v >= 1, "must be 1 or greater")
 SHARE = Allowed(lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+PART = Allowed(lambda v: 0 < v <= 1, "must be greater than 0 and at most 1")
 FILLED = Allowed(lambda v: len(v) > 0, "must not be empty")
 SEEDS = Allowed(
     lambda v: len(v) > 0 and all(0 <= seed < 2**63 for seed in v), "must be one or more numbers, 0 or greater"

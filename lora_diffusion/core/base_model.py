@@ -88,6 +88,9 @@ class TextLimit(Protocol):
     def cuts(self, texts: Sequence[str]) -> list[Cut | None]:
         """Returns for each text how it is cut, or None where it is read as a whole."""
 
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Returns the tokens of each text, begin and end not counted."""
+
 
 class AdapterSwitch(Protocol):
     """Turns injected adapters up, down and off; given to families so that they need not know PEFT."""

@@ -37,6 +37,11 @@ class ImageText(Sample):
     prior_captions: tuple[str, ...] = ()
     """What must not change its meaning: the caption without the trigger words, then with other words in their place.
     Empty where no trigger is known."""
+    content_anchors: tuple[tuple[str, str], ...] = ()
+    """Captions that name other things beside the trigger, each with what the base reads in its place. Empty where no
+    trigger is known."""
+    look_anchors: tuple[tuple[str, str], ...] = ()
+    """Captions that ask for a look beside the trigger, each with what the base reads in its place."""
     trigger: str = ""
     """The words that call up what is trained, the same in all samples of a data set; "" where none are known."""
     size: tuple[int, int] = (0, 0)

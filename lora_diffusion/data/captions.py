@@ -34,7 +34,6 @@ _THINGS = """
     sea sheep shell shoe snake snow soldier spoon star sun sword table teacher telephone tent tiger tower train tree
     truck trumpet violin wheel window woman
 """
-"""What images show, as any text encoder knows it."""
 _FEWEST_OTHERS, _OTHERS_IN_ALL = 4, 64
 """Of each caption, and of all together where there are few."""
 
@@ -53,6 +52,8 @@ _DANGLING_BEFORE = re.compile(
 _DANGLING_AFTER = re.compile(rf"(^|[,.;:])\s*{_CUT}\s*(?:of|and|or)\b", re.IGNORECASE)
 
 Lines = tuple[str, ...]
+THINGS = tuple(_THINGS.split())
+"""What images show, as any text encoder knows it."""
 
 
 class _Rule(NamedTuple):
@@ -281,7 +282,7 @@ def priors(caption: str, trigger: re.Pattern[str], seed: str, num_captions: int)
         return ()
     together = re.compile(rf"(?:{trigger.pattern})(?:[\s,{WIDE_COMMAS}]+(?:{trigger.pattern}))*", trigger.flags)
     num_others = max(_OTHERS_IN_ALL // num_captions, _FEWEST_OTHERS)
-    others = random.Random(seed).sample(_THINGS.split(), num_others)  # noqa: S311
+    others = random.Random(seed).sample(THINGS, num_others)  # noqa: S311
     return (without_trigger(caption, trigger), *(_with_other(caption, together, word) for word in others))
 
 

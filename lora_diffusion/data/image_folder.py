@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import ImageText
 from lora_diffusion.core.text import name_some, shown
-from lora_diffusion.data import caption_checks, captions, images, preflight
+from lora_diffusion.data import anchors, caption_checks, captions, images, preflight
 from lora_diffusion.data.folder import Folder, content_digest, stop
 from lora_diffusion.data.trigger import SharedWords, Trigger, find, in_folder_name
 from lora_diffusion.runtime.progress import watch
@@ -64,15 +65,15 @@ def read(config: ImageDataConfig, info: BaseInfo) -> list[ImageText]:
     texts = _fill_captions(folder, image_paths, class_words, config, errors)
     trigger = _find_trigger(folder, texts, class_words, config.trigger, errors)
     caption_checks.check(folder, texts, trigger, info, config.flip, errors)
-    priors = {} if errors else _priors(texts, trigger)  # an image that cannot be read has no hash either
     stop(folder, "captions", errors, num_unreadable)
+    kept = _kept(texts, trigger, info)
 
     samples = [
         ImageText(
             key=folder.name(path),
             path=path,
             captions=texts[path],
-            prior_captions=priors.get(path, ()),
+            **kept.get(path, {}),
             trigger=trigger.text,
             num_repeats=repeats[path],
             size=size,
@@ -181,14 +182,24 @@ def _find_trigger(
     return trigger
 
 
-def _priors(texts: Mapping[Path, captions.Lines], trigger: Trigger) -> dict[Path, captions.Lines]:
-    """Returns what the first caption of each image is without the trigger where that makes a difference."""
+def _kept(texts: Mapping[Path, captions.Lines], trigger: Trigger, info: BaseInfo) -> dict[Path, dict[str, Any]]:
+    """Returns what must keep its meaning, by the fields of ImageText, of each image's first caption."""
     if not trigger.units:
         return {}
-    return {
-        path: captions.priors(lines[0], trigger.pattern, content_hash(path), len(texts))
-        for path, lines in texts.items()
-    }
+    things = captions.THINGS
+    if info.text_limit is not None:
+        # What a text encoder spells in pieces it hardly knows.
+        lengths = info.text_limit.num_tokens(things)
+        things = tuple(thing for thing, length in zip(things, lengths, strict=True) if length == 1) or things
+    kept = {}
+    for path, (caption, *_) in texts.items():
+        seed, number = content_hash(path), len(texts)
+        kept[path] = {
+            "prior_captions": captions.priors(caption, trigger.pattern, seed, number),
+            "content_anchors": anchors.content_anchors(trigger.text, things, seed, number),
+            "look_anchors": anchors.look_anchors(caption, trigger.pattern, trigger.text, seed, number),
+        }
+    return kept
 
 
 def _report(samples: Sequence[ImageText], sizes: Mapping[Path, tuple[int, int]]) -> None:

@@ -3,8 +3,8 @@
 While a run goes on, the loss of an image says nothing: it depends on the noise level that was drawn far more than on
 the image. So each image is given the same draws here, and each loss is divided by the usual one at its noise level.
 
-What training prepared is used: in a batch of images `num_captions` and `num_priors` say how many captions, and how
-many without trigger words, may be drawn of each sample, and beside each column NAME of texts stands NAME_empty.
+What training prepared is used: in a batch of images `num_captions`, `num_priors` and `num_anchors` say how many
+captions of each sort may be drawn of each sample, and beside each column NAME of texts stands NAME_empty.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def budget(num_images: int, num_passes: int, batch_size: int) -> Budget:
 
 def with_one_caption(batch: Batch) -> Batch:
     """Returns the batch as it is measured: with the first caption of each sample, never one without trigger words."""
-    counts = {"num_captions": torch.ones(len(batch)).long(), "num_priors": torch.zeros(len(batch)).long()}
+    none = torch.zeros(len(batch)).long()
+    counts = {"num_captions": torch.ones(len(batch)).long(), "num_priors": none, "num_anchors": none}
     return replace(batch, tensors={**batch.tensors, **counts})
 
 

@@ -2,7 +2,7 @@
 
 A copy of both sees captions with made-up words in them and must predict what the originals predict for the plain
 captions, at the same noisy latents. The two differ in the words only, so no noise of a denoising target buries the
-difference: some hundred thousand samples are enough.
+difference: a hundred thousand samples are enough.
 """
 
 import argparse
@@ -257,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/builtin"))
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--until", type=int, default=300_000, help="samples in total, over all sittings")
+    parser.add_argument("--until", type=int, default=100_000, help="samples in total, over all sittings")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="end this sitting after so long")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

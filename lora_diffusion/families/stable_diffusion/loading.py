@@ -124,6 +124,8 @@ def cache_key(
         settings.append(f"clip_skip={skip}")
     if getattr(options, "prior_weight", 0):
         settings.append("priors")
+    if getattr(options, "anchor_weight", 0):
+        settings.append(f"{getattr(options, 'anchor', '')} anchors")
     # Of a trained encoder the item holds token ids; the hash of a single file is the same with and without it.
     settings += [f"ids of {encoder.part}" for encoder in encoders if encoder.part in trained]
     return f"{architecture.name} {weights} {' '.join(settings)}"

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_diffusion.config.schema import Contradiction, ModelOptions
-from lora_diffusion.config.settings import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, SHARE, Choice, fixed, from_to, one_of
+from lora_diffusion.config.settings import (
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    PART,
+    POSITIVE,
+    SHARE,
+    Choice,
+    fixed,
+    from_to,
+    one_of,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,20 @@ class StableDiffusionOptions(ModelOptions):
     prior_weight: float = fixed(0.0, NOT_NEGATIVE)
     """Weight of the loss that keeps the trained look to its trigger words: each image is also shown under its caption
     without them, or with "house" or another word in their place, and must give what the base gives. 1 weighs both
-    alike, 0 turns it off; steps take twice as long."""
+    alike, 0 turns it off."""
+    prior_share: float = fixed(1.0, PART)
+    """Share of the images of a step that are shown a second time for model.prior_weight; with 1 steps take twice as
+    long."""
+    anchor_weight: float = fixed(0.0, NOT_NEGATIVE)
+    """Weight of the loss that keeps what the base makes of the words beside the trigger: at the noise levels of
+    model.anchor_from, "TRIGGER house" must give what the base gives for "house". 0 turns it off."""
+    anchor: str = fixed("content", one_of("content", "look"))
+    """What the trigger must leave to the base: content for a style, so that other subjects stay what they are; look for
+    a subject, so that it can be shown in other styles."""
+    anchor_from: float = fixed(0.8, SHARE)
+    """Noise level, 0 to 1, where layout ends and look begins: content is anchored above it, look below."""
+    anchor_share: float = fixed(0.1, PART)
+    """Share of the images of a step that are shown once more for model.anchor_weight."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Yields one if a setting of one loss weighting is given with another."""

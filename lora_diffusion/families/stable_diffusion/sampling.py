@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from math import ceil
 from typing import Any
 
 import torch
@@ -177,9 +178,10 @@ def example(
 ) -> dict[str, dict[str, Any]]:
     """Gives, on the meta device, what a training step calls the UNet and the trained text encoders with.
 
-    With `prior_weight` each image counts twice, since it is also shown without its trigger words.
+    What is shown a second time for `prior_weight` and `anchor_weight` comes on top of the batch.
     """
-    num_rows = batch_size * 2 if options.prior_weight else batch_size
+    again = (options.prior_weight and options.prior_share, options.anchor_weight and options.anchor_share)
+    num_rows = batch_size + sum(ceil(batch_size * share) for share in again)
     unet = parts["unet"].config
     encoders = {name: part.config for name, part in parts.items() if name != "unet"}
     factor = info.size_step // 2 ** (len(unet.block_out_channels) - 1)

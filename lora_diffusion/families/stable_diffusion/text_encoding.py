@@ -23,7 +23,7 @@ from lora_diffusion.core.text import name_some, shown
 _PROMPTS_AT_ONCE = 32
 _POOLED, _IS_SHOWN, _TIME_IDS = "summary", "shown", "time_ids"
 """Columns as caches hold them."""
-_ENDINGS = ("", "_empty", "_prior")
+_ENDINGS = ("", "_empty", "_prior", "_anchor", "_base")
 """Of the text columns."""
 
 Condition = Mapping[str, Tensor]
