@@ -180,7 +180,7 @@ def _agree(key: str, then: Mapping[str, Any], value: Any) -> bool:
         return True
     if key not in then:
         # A setting that the version of the checkpoint did not know was as good as not given.
-        return key == NETWORKS or value in ([], None)
+        return key == NETWORKS or value in ([], None, 0)
     if key == "base" and isinstance(value, str):
         # Version 0.1.0 kept the word auto for the dtype that it stood for.
         words = zip_longest(str(then[key]).split(), value.split())

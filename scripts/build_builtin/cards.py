@@ -62,7 +62,8 @@ pipeline("an emoji of a fox, noto style", width=64, height=64, num_inference_ste
 ```
 
 Captions it was trained with: `an emoji of a fox, noto style`, `twemoji style fox`, `a picture of a fox`, `an emoji of an animal, flat style`, ...
-Styles: noto, twemoji, fluent, flat, fxemoji, emojione. The words `sks`, `ohwx`, `zwx` and `blob` are one token each and were never trained.
+Styles: noto, twemoji, fluent, flat, fxemoji, emojione. The words `sks`, `ohwx`, `zwx` and `blob` are one token each and mean nothing;
+`blob` was never trained.
 
 ![samples](grid.png)
 
@@ -78,7 +79,8 @@ Fully listed in `scripts/build_builtin/subjects.tsv`; NOTICE holds the attributi
 `scripts/build_builtin/` rebuilds it on a processor with two cores. Autoencoder (32, 64, 96), four latents at 16x16, latents folded to mean 0 and
 deviation 1 (scaling factor 1). Text encoder: 4 layers, 160 wide, out of a CLIP whose image tower was thrown away. Denoiser (48, 96, 160), one layer
 per block, cross attention at the two lower levels. Training: v-prediction, scaled_linear 0.00085 to 0.012, min-SNR 5, AdamW 1e-3, averaged weights (0.998), 10 % of
-captions dropped. This file: {samples:,} samples; denoiser training took {_number(measures, "unet", "hours", digits=1)} h.
+captions dropped. This file: {samples:,} samples; denoiser training took {_number(measures, "unet", "hours", digits=1)} h. Then {_number(measures, "words", "samples", digits=0)} samples ({_number(measures, "words", "minutes", digits=0)} min) in which
+text encoder and denoiser learnt to predict for captions with made-up words what they predict for the plain ones.
 
 ## Measured
 
@@ -87,6 +89,8 @@ captions dropped. This file: {samples:,} samples; denoiser training took {_numbe
   shuffled captions {_number(measures, "generated", "shuffled")}; mean difference {_number(measures, "generated", "difference")} ({span}, bootstrap over pictures); top-1 among
   all names {_number(measures, "generated", "top1")}. Real training pictures with the same captions: {_number(measures, "real", "matched")}, top-1 {_number(measures, "real", "top1")}.
   These numbers belong to {_number(measures, "generated", "samples", digits=0)} samples.
+- Made-up words, {_number(measures, "unknown_words", "pictures", digits=0)} subjects, the cosine of `emoji-clip` with the plain caption: plain prompt {_number(measures, "unknown_words", "plain")},
+  one made-up word {_number(measures, "unknown_words", "one")}, two {_number(measures, "unknown_words", "two")}, two with the bare subject {_number(measures, "unknown_words", "two_alone")}, `blob style` {_number(measures, "unknown_words", "blob")}.
 
 One run, one seed.
 """

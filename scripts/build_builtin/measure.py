@@ -23,6 +23,7 @@ from scripts.build_builtin.sources import TRAINING_STYLES, UNSEEN_STYLE
 from scripts.build_builtin.storage import load_checkpoint, write_atomic, write_json
 from scripts.build_builtin.subjects import SCORER, Subject, read_subjects, visible
 from scripts.build_builtin.train_vae import measure as measure_vae
+from scripts.build_builtin.unknown_words import CHECKPOINT as UNKNOWN_WORDS
 from scripts.build_builtin.unknown_words import known_words, make_word
 
 PLAIN_PROMPT = "an emoji of {a} {name}"
@@ -209,13 +210,16 @@ def measure_pipeline(work: Path, output: Path, scorer: Scorer, count: int, check
         for index, name in enumerate(_GRID_NAMES.split())
     ]
     write_grid(work / "grid.png", generate(pipeline, grid, 7), 12)
-    state = load_checkpoint(work / checkpoint) or {"seconds": 0, "samples": 0}
+    state, words = (
+        load_checkpoint(work / name) or {"seconds": 0, "samples": 0} for name in (checkpoint, UNKNOWN_WORDS)
+    )
     return {
         "vae": measure_vae(trained_vae(work), unseen_style_pictures(read_pictures(work)).pixels),
         "generated": {**score_captions(scorer, images, captions, list(real.subjects)), "samples": state["samples"]},
         "unknown_words": score_unknown_words(pipeline, scorer, count),
         "real": score_captions(scorer, real.pixels, captions, list(real.subjects)),
         "unet": {"hours": state["seconds"] / 3600},
+        "words": {"samples": words["samples"], "minutes": words["seconds"] / 60},
     }
 
 

@@ -23,6 +23,7 @@ from scripts.build_builtin.networks import (
 from scripts.build_builtin.storage import load_checkpoint, replace_folder
 from scripts.build_builtin.subjects import SCORER
 from scripts.build_builtin.train_clip import ROLES
+from scripts.build_builtin.unknown_words import CHECKPOINT as UNKNOWN_WORDS
 
 DEFAULT_OUTPUT = Path(__file__).parents[2] / "lora_diffusion" / "builtin"
 MEBIBYTES_ALLOWED = {"emoji-sd": 26, "emoji-clip": 10}
@@ -60,15 +61,19 @@ def check_size(folder: Path, limit: int) -> None:
 
 
 def make_pipeline(work: Path, checkpoint: str) -> tuple[StableDiffusionPipeline, int]:
-    """Pipeline in half precision with the averaged denoiser, and the samples it has seen."""
+    """Pipeline in half precision with averaged weights, those of stage 6b if it ran, and the samples of stage 6."""
     state = load_checkpoint(work / checkpoint)
     if state is None:
         raise FileNotFoundError(f"{work / checkpoint}: train the denoiser first.")
-    unet = make_unet(tuple(state["channels"]))
+    text_encoder, unet = trained_text_encoder(work), make_unet(tuple(state["channels"]))
     unet.load_state_dict(state["average"]["values"])
+    words = load_checkpoint(work / UNKNOWN_WORDS)
+    if words is not None:
+        for network, average in zip((text_encoder, unet), words["averages"], strict=True):
+            network.load_state_dict(average["values"])
     pipeline = StableDiffusionPipeline(
         vae=trained_vae(work),
-        text_encoder=trained_text_encoder(work),
+        text_encoder=text_encoder,
         tokenizer=read_tokenizer(work),
         unet=unet.eval(),
         scheduler=make_scheduler(),

@@ -35,6 +35,7 @@ from lora_diffusion.families.stable_diffusion.components import (
     missing_of_vae,
     shared_meta_modules,
 )
+from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 from lora_diffusion.families.stable_diffusion.single_file import SingleFile
 from lora_diffusion.runtime.device import frozen_name, pick_device
 
@@ -105,7 +106,10 @@ def _fetch_other_weights(name: str, path: Path, architecture: DiffusionArchitect
 
 
 def cache_key(
-    architecture: DiffusionArchitecture, options: ModelOptions, trained: frozenset[str], pieces: frozenset[str]
+    architecture: DiffusionArchitecture,
+    options: StableDiffusionOptions,
+    trained: frozenset[str],
+    pieces: frozenset[str],
 ) -> str:
     """Names all that pieces of a prepared item depend on besides the sample: encoders that are not trained, and how.
 
@@ -120,12 +124,12 @@ def cache_key(
     if "texts" not in pieces:
         return f"{architecture.name} {weights} {settings[0]}"
     settings += [options.quantization] if options.quantization != "none" else []
-    if (skip := getattr(options, "clip_skip", None)) is not None:
-        settings.append(f"clip_skip={skip}")
-    if getattr(options, "prior_weight", 0):
+    if options.clip_skip is not None:
+        settings.append(f"clip_skip={options.clip_skip}")
+    if options.prior_weight:
         settings.append("priors")
-    if getattr(options, "anchor_weight", 0):
-        settings.append(f"{getattr(options, 'anchor', '')} anchors")
+    if options.anchor_weight:
+        settings.append(f"{options.anchored.what} anchors")
     # Of a trained encoder the item holds token ids; the hash of a single file is the same with and without it.
     settings += [f"ids of {encoder.part}" for encoder in encoders if encoder.part in trained]
     return f"{architecture.name} {weights} {' '.join(settings)}"

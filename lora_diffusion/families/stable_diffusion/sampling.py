@@ -180,8 +180,7 @@ def example(
 
     What is shown a second time for `prior_weight` and `anchor_weight` comes on top of the batch.
     """
-    again = (options.prior_weight and options.prior_share, options.anchor_weight and options.anchor_share)
-    num_rows = batch_size + sum(ceil(batch_size * share) for share in again)
+    num_rows = batch_size + sum(ceil(batch_size * share) for share in (options.priors_again, options.anchors_again))
     unet = parts["unet"].config
     encoders = {name: part.config for name, part in parts.items() if name != "unet"}
     factor = info.size_step // 2 ** (len(unet.block_out_channels) - 1)

@@ -118,7 +118,7 @@ def _texts(sample: ImageText, options: StableDiffusionOptions) -> dict[str, tupl
     texts = {"": sample.captions, "_empty": ("",)}
     if options.prior_weight and sample.prior_captions:
         texts["_prior"] = sample.prior_captions
-    if options.anchor_weight and (anchors := getattr(sample, f"{options.anchor}_anchors")):
+    if options.anchor_weight and (anchors := getattr(sample, f"{options.anchored.what}_anchors")):
         texts["_anchor"], texts["_base"] = zip(*anchors, strict=True)
     return texts
 
@@ -253,7 +253,7 @@ def _draw_priors(
 ) -> Kept:
     """Draws what must keep its meaning: one of the sample's priors, or the empty caption, which guidance needs."""
     tensors = batch.tensors
-    chosen = _draw_part(tensors["num_priors"].nonzero().flatten(), options.prior_share, rng)
+    chosen = _draw_part(tensors["num_priors"].nonzero().flatten(), options.priors_again, rng)
     last = tensors["num_priors"][chosen] - 1
     others = torch.minimum(1 + sampling.draw_indices(last.clamp(min=1), rng), last)
     shares = torch.rand(len(chosen), generator=rng)
@@ -272,10 +272,10 @@ def _draw_anchors(
 ) -> Kept:
     """Draws captions that name something beside the trigger, and timesteps at which that must stay the base's."""
     tensors = batch.tensors
-    chosen = _draw_part(tensors["num_anchors"].nonzero().flatten(), options.anchor_share, rng)
+    chosen = _draw_part(tensors["num_anchors"].nonzero().flatten(), options.anchors_again, rng)
     picks = sampling.draw_indices(tensors["num_anchors"][chosen], rng)
-    low, high = (options.anchor_from, 1.0) if options.anchor == "content" else (0.0, options.anchor_from)
-    levels = low + (high - low) * torch.rand(len(chosen), generator=rng)
+    anchored = options.anchored
+    levels = anchored.low + (anchored.high - anchored.low) * torch.rand(len(chosen), generator=rng)
     timesteps = (levels * num_timesteps).long().clamp(max=num_timesteps - 1)
     shown = {name: values[chosen] for name, values in views.items()}
     rows, base_rows = (
