@@ -24,7 +24,7 @@ from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.files import write_text
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import AudioText, Chat, ImageText, Output, Request, Sample
-from lora_diffusion.core.text import suggestion
+from lora_diffusion.core.text import shown, suggestion
 from lora_diffusion.data import chats, image_folder, images, speech_folder
 from lora_diffusion.data.folder import content_digest
 
@@ -104,6 +104,11 @@ class SampleType(ABC):
     def warn(self, samples: Sequence[Any], model: Any) -> None:
         """Warns of settings in `model:` that do nothing with these samples."""
         del samples, model
+
+    def explain(self, samples: Sequence[Any], model: Any) -> list[str]:
+        """Returns lines that say which texts of these samples the `model:` section shows, how often, and what for."""
+        del samples, model
+        return []
 
     @abstractmethod
     def previews(self, samples: Sequence[Any], config: PreviewConfig) -> list[Request]:
@@ -187,14 +192,39 @@ class Images(SampleType):
         return side, side
 
     def warn(self, samples: Sequence[ImageText], model: Any) -> None:
-        """Warns of a prior loss without a trigger."""
-        weight = getattr(model, "prior_weight", 0)
-        if weight and not any(sample.prior_captions for sample in samples):
-            logger.warning(
-                "model.prior_weight=%g does nothing, since no trigger words were found: give all captions the same "
-                "made-up words, or name them with data.trigger, so that the rest of the base stays as it is.",
-                weight,
+        """Warns of losses that need a trigger where there is none."""
+        if any(sample.trigger for sample in samples):
+            return
+        for key in ("prior_weight", "anchor_weight"):
+            if weight := getattr(model, key, 0):
+                logger.warning(
+                    "model.%s=%g does nothing, since no trigger words were found: give all captions the same made-up "
+                    "words, or name them with data.trigger, so that the rest of the base stays as it is.",
+                    key,
+                    weight,
+                )
+
+    def explain(self, samples: Sequence[ImageText], model: Any) -> list[str]:
+        """Shows a caption, what it is without the trigger, and one that has something else beside the trigger."""
+        first = next((sample for sample in samples if sample.prior_captions), None)
+        if first is None:
+            return []
+        lines = []
+        if getattr(model, "prior_weight", 0):
+            without, other = (f'"{shown(text)}"' for text in first.prior_captions[:2])
+            lines.append(
+                f"Prior:        {model.priors_again:.0%} of the images again with {without} or {other}, which must "
+                f"give what the base gives (model.prior_weight={model.prior_weight:g})"
             )
+        if getattr(model, "anchor_weight", 0):
+            what, low, high = model.anchored
+            caption, of_base = (f'"{shown(text)}"' for text in getattr(first, f"{what}_anchors")[0])
+            lines.append(
+                f"Anchor:       {model.anchors_again:.0%} of the images again with {caption}, which must give what the "
+                f"base gives for {of_base} at noise levels {low:g} to {high:g}: the trigger leaves the {what} to the "
+                f"base (model.anchor_weight={model.anchor_weight:g})"
+            )
+        return lines
 
     def previews(self, samples: Sequence[ImageText], config: PreviewConfig) -> list[Request]:
         """Asks for the prompts, or for the first captions, with each seed."""

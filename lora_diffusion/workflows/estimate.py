@@ -74,6 +74,8 @@ class DryRunReport:
     plan: InjectionPlan
     memory: memory.MemoryEstimate
     num_steps: int
+    objective: tuple[str, ...] = ()
+    """What is shown under which words, how often, and what for."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -82,11 +84,12 @@ class DryRunReport:
             "plan": self.plan.to_json(),
             "memory": vars(self.memory) | {"total_bytes": self.memory.total_bytes},
             "steps": self.num_steps,
+            "objective": list(self.objective),
         }
 
     def text(self) -> str:
         """Returns lines for people."""
-        lines = [*self.data.lines(), *self.plan.lines(), *self.plan.module_lines(), self.memory.line()]
+        lines = [*self.data.lines(), *self.objective, *self.plan.lines(), *self.plan.module_lines(), self.memory.line()]
         return "\n".join([*lines, f"steps   {self.num_steps}", "Nothing was trained: this was a dry run."])
 
 
@@ -99,7 +102,10 @@ def dry_run(config: Config, *, resume: bool = False, overwrite: bool = False) ->
     checked = check(config, resume=resume or not overwrite, overwrite=overwrite)
     largest = checked.sample_type.largest(checked.samples)
     needed = step_memory(checked.config, checked.family, checked.info, checked.meta_modules, checked.plan, largest)
-    return DryRunReport(checked.sample_type.describe(checked.samples), checked.plan, needed, checked.num_steps)
+    objective = (*checked.sample_type.explain(checked.samples, config.model),)
+    return DryRunReport(
+        checked.sample_type.describe(checked.samples), checked.plan, needed, checked.num_steps, objective
+    )
 
 
 def step_memory(
