@@ -30,14 +30,19 @@ class Pictures:
             [self.styles[i] for i in indices],
         )
 
+    def __add__(self, other: "Pictures") -> "Pictures":
+        """These pictures, then the others of the same size."""
+        pixels = torch.cat([self.pixels, other.pixels])
+        return Pictures(pixels, [*self.subjects, *other.subjects], [*self.styles, *other.styles])
+
     def __len__(self) -> int:
         return len(self.subjects)
 
 
-def read_pictures(work: Path, pixels: int = 64) -> Pictures:
-    """All rendered pictures, box-filtered to `pixels` (a divisor of 128)."""
-    rows = json.loads((work / "pictures.json").read_text(encoding="utf-8"))
-    drawn = torch.from_numpy(np.load(work / "pictures.npz")["pictures"]).permute(0, 3, 1, 2)
+def read_pictures(work: Path, pixels: int = 64, name: str = "pictures") -> Pictures:
+    """All rendered pictures of that name, box-filtered to `pixels` (a divisor of 128), as [n, 3, pixels, pixels]."""
+    rows = json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
+    drawn = torch.from_numpy(np.load(work / f"{name}.npz")["pictures"]).permute(0, 3, 1, 2)
     factor = drawn.shape[-1] // pixels
     small = torch.cat([F.avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in drawn.split(256)])
     subjects = {subject.name: subject for subject in read_subjects()}

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from scripts.build_builtin.sources import PACKAGES, IconSet, fetch
+from scripts.build_builtin.sources import PACKAGES, SAMPLE_SET_PACKAGES, IconPackage, IconSet, fetch
 from scripts.build_builtin.storage import write_atomic, write_json
 from scripts.build_builtin.subjects import icon_name, read_fxemoji_names, read_subjects
 
@@ -37,12 +38,12 @@ def drop_duplicates(
     return [rows[k] for k in kept], [pictures[k] for k in kept]
 
 
-def build(work: Path) -> None:
-    """Write work/pictures.npz ([n, 128, 128, 3] uint8) and work/pictures.json (one row per picture)."""
+def build(work: Path, packages: Sequence[IconPackage], name: str) -> None:
+    """Write work/name.npz ([n, 128, 128, 3] uint8) and work/name.json (one row per picture)."""
     fxemoji = read_fxemoji_names()
     rows: list[dict[str, Any]] = []
     pictures: list[np.ndarray] = []
-    for package in PACKAGES:
+    for package in packages:
         icons = IconSet(package, fetch(package, work / "npm"))
         for subject in read_subjects():
             svg = icons.svg(icon_name(subject.name, package.style, fxemoji), DRAWN_PIXELS)
@@ -56,16 +57,18 @@ def build(work: Path) -> None:
         with target.open("wb") as stream:
             np.savez_compressed(stream, pictures=np.stack(pictures))
 
-    write_atomic(work / "pictures.npz", write)
-    write_json(work / "pictures.json", rows)
-    print(f"{len(rows)} pictures of {len({r['name'] for r in rows})} subjects")
+    write_atomic(work / f"{name}.npz", write)
+    write_json(work / f"{name}.json", rows)
+    print(f"{name}: {len(rows)} pictures of {len({r['name'] for r in rows})} subjects")
 
 
 def main() -> None:
     """Command line of the stage."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/builtin"))
-    build(parser.parse_args().work)
+    work = parser.parse_args().work
+    build(work, PACKAGES, "pictures")
+    build(work, SAMPLE_SET_PACKAGES, "sample_sets")
 
 
 if __name__ == "__main__":

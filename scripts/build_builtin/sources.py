@@ -1,4 +1,4 @@
-"""The icon packages the built-in models learn from: pinned, verified, licence-checked."""
+"""The icon packages of the built-in models and sample sets: pinned, verified, licence-checked."""
 
 import base64
 import hashlib
@@ -91,6 +91,26 @@ PACKAGES = (
         "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
         "CC-BY-4.0",
         "Emoji One, EmojiTwo",
+    ),
+)
+
+# No model is trained on these. Their styles have made-up names, of which the base knows nothing.
+SAMPLE_SET_PACKAGES = (
+    IconPackage(
+        "quendle",
+        "@iconify-json/streamline-emojis",
+        "1.2.4",
+        "sha512-iNr9T9XuZVTyQPJO8ZlLxBzPkpi7qMl+z1l0C31vpEMqhPMelth3n7CeWQYtixdetDPdI81yeG4ROqjWpYJE6A==",
+        "CC-BY-4.0",
+        "Streamline, Streamline Emojis",
+    ),
+    IconPackage(
+        "mavrok",
+        "@iconify-json/fluent-emoji-high-contrast",
+        "1.2.6",
+        "sha512-esqhZPpkrF7sNX3NsLoh8KW64okEr/bzko7WNnFP+qTJGAqDPDYjp0925yxuivXy3HtVQB8xhIKu3+Nq1byX5w==",
+        "MIT",
+        "Microsoft, Fluent Emoji High Contrast",
     ),
 )
 

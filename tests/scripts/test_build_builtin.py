@@ -43,8 +43,16 @@ def test_unseen_style_is_noto_v1_and_not_trained():
 
 
 def test_no_share_alike_source():
-    assert {p.licence for p in sources.PACKAGES} == {"Apache-2.0", "MIT", "CC-BY-4.0"}
-    assert not any("openmoji" in p.name for p in sources.PACKAGES)
+    packages = (*sources.PACKAGES, *sources.SAMPLE_SET_PACKAGES)
+    assert {p.licence for p in packages} == {"Apache-2.0", "MIT", "CC-BY-4.0"}
+    assert not any("openmoji" in p.name for p in packages)
+
+
+def test_styles_of_sample_sets_are_of_no_package_that_models_learn_from():
+    names, styles = ({getattr(p, field) for p in sources.PACKAGES} for field in ("name", "style"))
+    assert len(sources.SAMPLE_SET_PACKAGES) == 2
+    assert not names & {p.name for p in sources.SAMPLE_SET_PACKAGES}
+    assert not styles & {p.style for p in sources.SAMPLE_SET_PACKAGES}
 
 
 def test_every_caption_is_filled_and_generic_ones_hide_the_name():
@@ -97,23 +105,43 @@ def test_fxemoji_names_fall_back_to_the_name_without_hyphens():
     assert set(mapped) <= {subject.name for subject in SUBJECTS}
 
 
-def test_blob_captions_share_only_the_trigger_words():
-    folder = ROOT / "datasets" / "blob-style" / "train"
+@pytest.mark.parametrize("style", ["blob", "quendle", "mavrok"])
+def test_captions_of_a_style_share_only_its_words(style):
+    folder = ROOT / "datasets" / f"{style}-style" / "train"
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
     assert len(texts) == len(list(folder.glob("*.png"))) == 24
     shared = set.intersection(*(set(text.replace(",", " ").split()) for text in texts))
-    assert shared == {"blob", "style"}
+    assert shared == {style, "style"}
 
 
-def test_references_are_other_faces_than_those_trained_on():
-    folder = ROOT / "datasets" / "blob-style"
+@pytest.mark.parametrize("style", ["blob", "quendle", "mavrok"])
+def test_references_show_other_subjects_than_those_trained_on_that_the_base_knows(style):
+    folder = ROOT / "datasets" / f"{style}-style"
     trained, kept = ({path.stem for path in (folder / part).glob("*.png")} for part in ("train", "references"))
     assert len(kept) == 16
     assert not trained & kept
+    assert trained | kept <= {subject.name for subject in subjects.visible(SUBJECTS, subjects.GENERATOR)}
 
 
-def test_octopus_is_captioned_with_the_rare_word_alone():
-    folder = ROOT / "datasets" / "octopus" / "train"
-    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.txt")]
+@pytest.mark.parametrize("style", ["quendle", "mavrok"])
+def test_styles_of_all_subjects_show_at_least_five_groups(style):
+    groups = {subject.name: subject.group for subject in SUBJECTS}
+    for part in ("train", "references"):
+        files = (ROOT / "datasets" / f"{style}-style" / part).glob("*.png")
+        assert len({groups[path.stem] for path in files}) >= 5
+
+
+@pytest.mark.parametrize(("concept", "word"), [("octopus", "zwx"), ("guitar", "nimzo"), ("cupcake", "drimbo")])
+def test_a_concept_is_captioned_with_its_rare_word_alone(concept, word):
+    folder = ROOT / "datasets" / concept
+    texts = [path.read_text(encoding="utf-8") for path in (folder / "train").glob("*.txt")]
     assert len(texts) >= 4
-    assert all("zwx" in text and "octopus" not in text for text in texts)
+    assert all(word in text and concept not in text for text in texts)
+    assert all(concept in path.read_text(encoding="utf-8") for path in (folder / "references").glob("*.txt"))
+
+
+@pytest.mark.parametrize("name", ["blob-style", "quendle-style", "mavrok-style", "octopus", "guitar", "cupcake"])
+def test_sets_of_pictures_are_small_and_licensed(name):
+    folder = ROOT / "datasets" / name
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 300_000
+    assert "licence" in (folder / "LICENSE").read_text(encoding="utf-8")
