@@ -7,6 +7,7 @@ python -m scripts.measure llava --seeds 0 1 2      the drawing style of datasets
 python -m scripts.measure quantization             validation loss after training on bf16, 8-bit and NF4 weights
 python -m scripts.measure selection                what the evaluation says of runs that are far too long
 python -m scripts.measure speech --seeds 0 1 2     Whisper adapters beside those of transformers' trainer
+python -m scripts.measure peers --seeds 0 1 2      ours beside a plain loop with PEFT, on six sample sets
 python -m scripts.measure folder --train DIR --references DIR    configs/sd1/style.yaml untouched on any folder
 """
 
@@ -32,6 +33,10 @@ from lora_diffusion.scoring.clip import load_clip
 from lora_diffusion.workflows.evaluate import compare_with_base
 from lora_diffusion.workflows.train import train
 from scripts.measure import quantization, selection, speech_trainers
+from scripts.measure.peers import comparison
+from scripts.measure.peers.plain_loop import RECIPES
+from scripts.measure.peers.sample_sets import SAMPLE_SETS
+from scripts.measure.peers.trainings import Trainings
 
 _RARE = "zwx"
 _PAIRS = [
@@ -61,17 +66,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.measure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=["style", "concept", "folder", *_TEXT_OUTPUT, *_OTHERS])
+    parser.add_argument("task", choices=["style", "concept", "folder", "peers", *_TEXT_OUTPUT, *_OTHERS])
     parser.add_argument("--train", type=Path, help="captioned images to train on")
     parser.add_argument("--references", type=Path, help="captioned images of the same style, of other subjects")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training run for each")
     parser.add_argument("--draws", type=int, default=2, help="images of each prompt")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "lora-diffusion-measure")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the config")
+    peers = parser.add_argument_group("peers")
+    peers.add_argument("--sets", nargs="+", choices=list(SAMPLE_SETS), default=[], help="without it all")
+    peers.add_argument("--methods", nargs="+", choices=list(RECIPES), default=[], help="beside ours; without it all")
+    peers.add_argument("--steps", type=int, help="of ours, instead of those of the shipped configs")
+    peers.add_argument("--compositions", action="store_true", help="pairs of our adapters, too")
     args = parser.parse_args()
     logs.set_up()
     if args.task in _TEXT_OUTPUT:
         _measure_texts(args.task, args.seeds, args.output, args.set)
+    elif args.task == "peers":
+        trainings = Trainings(args.output, args.steps, args.set)
+        sampling = comparison.Sampling(args.draws)
+        comparison.measure(trainings, args.sets, args.methods, args.seeds, sampling, compositions=args.compositions)
     elif args.task in _OTHERS:
         _OTHERS[args.task](args.output, args.seeds, args.set)
     else:
