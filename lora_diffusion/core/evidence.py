@@ -41,6 +41,8 @@ class Evidence:
     """What the base alone generated for the same prompt from the same noise."""
     references: Sequence[Path | Image] = ()
     """Real images of what was trained, other than those it was trained on."""
+    reference_captions: Sequence[str] = ()
+    """What each reference shows, without trigger words; "" where nobody wrote it down, none at all if none has one."""
     training_images: Sequence[Path | Image] = ()
     answers: Sequence[str] = ()
     """What the model wrote."""
@@ -55,14 +57,21 @@ class Scores:
     """The values of a metric."""
 
     values: Tensor
-    """Float32 on the CPU: one for each image or answer, or for each prompt if the metric is `per_prompt`."""
+    """Float32 on the CPU: one for each image or answer, or for each prompt if the metric is `per_prompt`.
+
+    NaN where the metric says nothing of an image; a prompt with such an image is left out for all candidates.
+    """
     details: Sequence[str] = ()
     """What there is to say of each value; none if there is nothing."""
     weights: Tensor | None = None
     """What each value counts in the mean; None if all count alike."""
+    warnings: Sequence[str] = ()
+    """What is to be minded of the values of all candidates, and why some, or all, are NaN."""
+    remark: str = ""
+    """What the values of all candidates rest on, for the report."""
 
     def mean(self) -> float:
-        """Returns the weighted mean."""
+        """Returns the weighted mean, without weights that of what is not NaN."""
         if self.weights is None:
-            return self.values.mean().item()
+            return self.values.nanmean().item()
         return ((self.values * self.weights).sum() / self.weights.sum()).item()

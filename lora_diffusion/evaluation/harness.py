@@ -1,8 +1,7 @@
 """The one harness: images of all candidates from the same prompts and noise, what the metrics say, how sure that is.
 
-Read `run` first: it leaves an evaluation folder. `compare_conditions` is the short form, in memory, for
-the quickstart, and `ProgressScorer` is what early stopping calls. None of them sees a base model: images come from a
-function that generates. All take their requests from a `PromptGrid` and their scores from `measure`.
+Read `run` first: it leaves an evaluation folder. `compare_conditions` is the short form, in memory, for the quickstart.
+Neither sees a base model: images come from a function that generates. Both take their requests from a `PromptGrid`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ from lora_diffusion.evaluation.results import (
     Summary,
 )
 from lora_diffusion.evaluation.sampling import Generate, Look
-from lora_diffusion.evaluation.select import balance, share
 from lora_diffusion.evaluation.statistics import Interval, MeanWithError, interval, mean_with_error
 from lora_diffusion.runtime.device import process_group
 from lora_diffusion.scoring.image_encoding import BATCH
@@ -199,6 +197,8 @@ class Task:
     metrics: Sequence[Metric]
     scorers: Mapping[str, str]
     references: Sequence[FileHash] = ()
+    reference_captions: Sequence[str] = ()
+    """As in Evidence."""
     training_images: Sequence[FileHash] = ()
     warnings: Sequence[str] = ()
     """What was seen before anything was generated."""
@@ -272,16 +272,19 @@ class _SampledImages:
             [self._path(candidate, case, seed) for case, seed in grid.places()],
             base_images=[self._path(BASE, case, seed) for case, seed in grid.places()],
             references=[Path(reference.path) for reference in self.task.references],
+            reference_captions=self.task.reference_captions,
             training_images=[Path(image.path) for image in self.task.training_images],
             scorers=self.scorers,
         )
 
     def lines(self, candidate: Candidate, metric: Metric, scores: Scores) -> Iterator[Score]:
-        """Yields the lines of scores.csv."""
+        """Yields the lines of scores.csv; a value that is NaN has none."""
         seeds: Sequence[int | None] = [None] if metric.per_prompt else self.task.seeds
         places = [(case, seed) for case in self.task.cases_of(metric) for seed in seeds]
         details = scores.details or [""] * len(places)
         for (case, seed), value, detail in zip(places, scores.values.tolist(), details, strict=True):
+            if math.isnan(value):
+                continue
             path = "" if seed is None else self._path(candidate.name, case, seed).relative_to(self.folder).as_posix()
             facts = candidate.name, candidate.step, candidate.weight, case.index, case.group, case.prompt, seed
             yield Score(*facts, metric.name, value, path, detail)
@@ -293,11 +296,13 @@ class _SampledImages:
 def _score(task: Task, images: _SampledImages) -> Evaluation:
     """Lets the metrics score images that are there."""
     _encode_all(task, images)
-    metrics, names = task.metrics, [candidate.name for candidate in task.candidates]
+    names = [candidate.name for candidate in task.candidates]
     scores = {
-        metric.name: [measure([metric], images.evidence(name, metric))[metric.name] for name in names]
-        for metric in metrics
+        metric.name: _without_gaps(task, metric, [metric.score(images.evidence(name, metric)) for name in names])
+        for metric in task.metrics
     }
+    metrics = [metric for metric in task.metrics if not scores[metric.name][0].values.isnan().all()]
+    minded = [line for metric in task.metrics for line in scores[metric.name][0].warnings]
     measured = [_metric_values(task, metric, scores[metric.name]) for metric in metrics]
     base = {metric.name: images.evidence(BASE, metric) for metric in metrics}
     baselines = {metric.name: metric.random_baseline(base[metric.name]) for metric in metrics}
@@ -309,12 +314,13 @@ def _score(task: Task, images: _SampledImages) -> Evaluation:
         candidates=task.candidates,
         cases=task.cases,
         seeds=task.seeds,
-        metrics=[_facts(metric) for metric in metrics],
+        metrics=[_facts(metric, scores[metric.name][0]) for metric in metrics],
         summary=[summary for values in measured for summary in values.summaries()],
         adapters=task.adapters,
         references=task.references,
+        reference_captions=task.reference_captions,
         training_images=task.training_images,
-        warnings=[*task.warnings, *few_prompts(measured)],
+        warnings=[*task.warnings, *minded, *few_prompts(measured)],
         open_comparisons=[comparison for values in measured for comparison in values.open_comparisons()],
         random_baseline={name: value for name, value in baselines.items() if value is not None},
         reference_scores={name: value for name, value in references.items() if value is not None},
@@ -328,8 +334,17 @@ def _score(task: Task, images: _SampledImages) -> Evaluation:
     )
 
 
-def _facts(metric: Metric) -> MetricFacts:
-    return MetricFacts(metric.name, metric.meaning, metric.higher_is_better, results.OUTPUTS[metric.outputs])
+def _facts(metric: Metric, scores: Scores) -> MetricFacts:
+    outputs = results.OUTPUTS[metric.outputs]
+    return MetricFacts(metric.name, metric.meaning, metric.higher_is_better, outputs, scores.remark)
+
+
+def _without_gaps(task: Task, metric: Metric, scores: Sequence[Scores]) -> list[Scores]:
+    """Makes all values of a case NaN where one of a candidate is, so that candidates are compared on the same cases."""
+    values = torch.stack([row.values for row in scores]).reshape(len(scores), len(task.cases_of(metric)), -1)
+    gaps = values.isnan().any(dim=2).any(dim=0)
+    filled = values.masked_fill(gaps[None, :, None], torch.nan).flatten(start_dim=1)
+    return [replace(row, values=row_values) for row, row_values in zip(scores, filled, strict=True)]
 
 
 def _encode_all(task: Task, images: _SampledImages) -> None:
@@ -344,7 +359,10 @@ def _encode_all(task: Task, images: _SampledImages) -> None:
 def _metric_values(task: Task, metric: Metric, scores: Sequence[Scores]) -> MetricValues:
     cases = task.cases_of(metric)
     values = torch.stack([row.values for row in scores]).double().numpy().reshape(len(scores), len(cases), -1)
-    return MetricValues(metric, [candidate.name for candidate in task.candidates], cases, values, len(task.seeds))
+    kept = ~np.isnan(values).any(axis=(0, 2))
+    cases = [case for case, is_kept in zip(cases, kept, strict=True) if is_kept]
+    names = [candidate.name for candidate in task.candidates]
+    return MetricValues(metric, names, cases, values[:, kept], len(task.seeds))
 
 
 WITH_BASE, WITH_ADAPTER = "base, with trigger", "adapter, with trigger"
@@ -427,72 +445,3 @@ def compare_conditions(
     likeness = CLIP_IMAGE.of_references(Evidence(references=references, scorers=scorers))
     goal = Condition(REFERENCES, (), {CLIP_IMAGE.name: mean_with_error(likeness.values)})
     return Comparison(grid, tuple(conditions), goal, scorers.names["clip"])
-
-
-PROGRESS_CASES, PROGRESS_SEEDS = 8, 2
-"""How many cases and seeds early stopping looks at."""
-
-
-@dataclass(frozen=True)
-class ProgressScorer:
-    """Scores an adapter while it is trained, between what the base generates and what is wanted, as `select` does."""
-
-    grid: PromptGrid
-    scorers: Scorers
-    references: Sequence[Path | Image]
-    base_likeness: float
-    reference_likeness: float
-    base_text: float
-    """Text alignment of the base's images of the control prompts: it generates what it knows as well as it can."""
-
-    def score(self, generate: GenerateLoaded) -> float:
-        """Returns the balance of likeness and text alignment of what the adapter generates now, 0 to 1."""
-        likeness, text = _likeness_and_text(self.grid, generate(self.grid.requests()), self.scorers, self.references)
-        likeness_share = share(likeness, self.base_likeness, self.reference_likeness)
-        return balance(likeness_share, share(text, 0.0, self.base_text))
-
-
-def progress_scorer(
-    grid: PromptGrid, generate: GenerateLoaded, scorers: Scorers, references: Sequence[Path | Image]
-) -> ProgressScorer:
-    """Returns the scorer of early stopping, after looking at what the base generates.
-
-    Args:
-        grid: the first concept prompts of it, and its first seeds, are used.
-        generate: generates with the base alone.
-        scorers: the CLIP.
-        references: real images of what is trained; one by itself is taken as the goal.
-    """
-    cases = [case for case in grid.cases if not case.is_control][:PROGRESS_CASES]
-    grid = replace(grid, cases=cases, seeds=grid.seeds[:PROGRESS_SEEDS])
-    base_likeness, _ = _likeness_and_text(grid, generate(grid.requests()), scorers, references)
-    _, base_text = _likeness_and_text(grid, generate(grid.requests(control=True)), scorers, references)
-    goal = pooled_likeness(scorers.see("clip", references))
-    return ProgressScorer(grid, scorers, references, base_likeness, goal, base_text)
-
-
-def _likeness_and_text(
-    grid: PromptGrid, outputs: Sequence[Output], scorers: Scorers, references: Sequence[Path | Image]
-) -> tuple[float, float]:
-    """Returns mean likeness to the references and mean text alignment."""
-    evidence = grid.evidence([output.image for output in outputs], scorers=scorers)
-    likeness = pooled_likeness(scorers.see("clip", evidence.images), scorers.see("clip", references))
-    return likeness, measure([CLIP_TEXT], evidence)[CLIP_TEXT.name].mean()
-
-
-def pooled_likeness(vectors: Tensor, others: Tensor | None = None) -> float:
-    """Returns the mean cosine over all pairs at once; 1 for a single vector without others.
-
-    `clip_image` takes the mean of each image first, which differs in the last bits; runs that are stopped and continued
-    compare their scores with earlier ones, so early stopping stays with this.
-
-    Args:
-        vectors: [num, dim], unit vectors.
-        others: [num_others, dim], unit vectors; None takes the pairs of `vectors`, each without itself.
-    """
-    if others is not None:
-        return (vectors @ others.T).mean().item()
-    if len(vectors) == 1:
-        return 1.0
-    is_pair = ~torch.eye(len(vectors), dtype=torch.bool)
-    return (vectors @ vectors.T)[is_pair].mean().item()

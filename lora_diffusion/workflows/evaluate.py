@@ -28,6 +28,7 @@ from lora_diffusion.data.preflight import find_images
 from lora_diffusion.data.sample_types import IMAGES
 from lora_diffusion.evaluation import gates, harness
 from lora_diffusion.evaluation.harness import Comparison, PromptGrid, Task
+from lora_diffusion.evaluation.references import read_captions
 from lora_diffusion.evaluation.results import (
     BASE,
     CONTROL_GROUPS,
@@ -56,7 +57,11 @@ if TYPE_CHECKING:
 Candidates = Mapping[str, tuple[Entry, Candidate]]
 """Candidate, without the base -> its adapters with their weights."""
 
-_OPTIONS = {"references": "--references DIR", "training_images": "--training DIR"}
+_OPTIONS = {
+    "references": "--references DIR",
+    "reference_captions": "captions beside the images of --references",
+    "training_images": "--training DIR",
+}
 """Field of Evidence -> the option that gives it."""
 
 
@@ -143,9 +148,11 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     triggers = [] if errors else _candidates.triggers(entries, run, config, family)
     cases = _cases(request, triggers, errors)
     references = _images(request.references, "--references", errors)
+    captions = _captions(request.references, references, request.triggers or triggers)
     training = _images(_training_folder(request, config), "--training", errors)
     scorers = Scorers({"clip": default_clip(model.path), **request.scorers}, device, encode=harness.encode_shared)
-    given = {"base_images", *(["references"] if references else []), *(["training_images"] if training else [])}
+    optional = {"references": references, "reference_captions": captions, "training_images": training}
+    given = {"base_images", *(name for name, items in optional.items() if items)}
     metrics = _metrics(request, cases, given, scorers, errors)
     _check_rest(request, candidates, metrics, errors)
     errors += _unused_scorers(request, metrics)
@@ -167,6 +174,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         metrics=metrics,
         scorers={role: scorers.names[role] for metric in metrics for role in metric.scorers},
         references=references,
+        reference_captions=captions,
         training_images=training,
         warnings=_warnings(references, training, scorers, family.architecture),
     )
@@ -327,6 +335,13 @@ def _images(folder: Path | None, option: str, errors: Errors) -> list[FileHash]:
     with errors.noted():
         return [FileHash(str(path), sha256(path)) for path in find_images(str(folder), option)]
     return []
+
+
+def _captions(folder: Path | None, references: Sequence[FileHash], triggers: Sequence[str]) -> tuple[str, ...]:
+    """Returns what the references show, as far as captions lie beside them."""
+    if not folder or not references:
+        return ()
+    return read_captions(str(folder), [Path(file.path) for file in references], triggers, "--references")
 
 
 def _metrics(
