@@ -43,6 +43,8 @@ class Evidence:
     """Real images of what was trained, other than those it was trained on."""
     reference_captions: Sequence[str] = ()
     """What each reference shows, without trigger words; "" where nobody wrote it down, none at all if none has one."""
+    base_references: Sequence[Path | Image] = ()
+    """What the base alone generates of what the first references show, in step with them, without trigger words."""
     training_images: Sequence[Path | Image] = ()
     answers: Sequence[str] = ()
     """What the model wrote."""

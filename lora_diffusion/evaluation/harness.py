@@ -27,6 +27,7 @@ from lora_diffusion.core.protocols.metric import Metric
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.data.images import grid as image_table
 from lora_diffusion.evaluation import results, sampling
+from lora_diffusion.evaluation.references import counterparts
 from lora_diffusion.evaluation.results import (
     ALL,
     BASE,
@@ -207,11 +208,28 @@ class Task:
         """Returns the cases that a metric is about."""
         return [case for case in self.cases if case.is_control == (metric.outputs == "control")]
 
+    @property
+    def _template(self) -> Request:
+        settings = self.settings
+        return Request("", 0, settings.negative, settings.num_steps, settings.guidance, settings.size)
+
     def grid(self, metric: Metric | None = None) -> PromptGrid:
         """Returns what every candidate generates, or the part of it that a metric is about."""
-        settings = self.settings
-        template = Request("", 0, settings.negative, settings.num_steps, settings.guidance, settings.size)
-        return PromptGrid(self.cases if metric is None else self.cases_of(metric), self.seeds, template)
+        return PromptGrid(self.cases if metric is None else self.cases_of(metric), self.seeds, self._template)
+
+    def base_requests(self) -> dict[tuple[int, int], Request]:
+        """Returns what the base alone generates beside the references, if a metric needs it; no case has such indices.
+
+        The order is that of the references.
+        """
+        controls = [case.control_prompt for case in self.cases if not case.is_control]
+        if not controls or not any("base_references" in metric.needs for metric in self.metrics):
+            return {}
+        wanted = counterparts(self.reference_captions, len(self.references), controls, self.seeds[0])
+        return {
+            (-1 - index, seed): replace(self._template, prompt=prompt, seed=seed)
+            for index, (prompt, seed) in enumerate(wanted)
+        }
 
 
 def run(task: Task, generate: Generate, scorers: Scorers, folder: Path, cache: Path | None = None) -> Evaluation:
@@ -229,7 +247,7 @@ def run(task: Task, generate: Generate, scorers: Scorers, folder: Path, cache: P
     group = process_group()
     grid = task.grid()
     requests = dict(zip([(case.index, seed) for case, seed in grid.places()], grid.requests(), strict=True))
-    sheet = sampling.lay_out(task.base.base_key, task.looks, requests)
+    sheet = sampling.lay_out(task.base.base_key, task.looks, requests, task.base_requests())
     group.wait_for_everyone()  # until then another process may be writing its machine.json
     if group.is_main_process:
         # Not those of the cache: another evaluation may be writing there.
@@ -273,9 +291,16 @@ class _SampledImages:
             base_images=[self._path(BASE, case, seed) for case, seed in grid.places()],
             references=[Path(reference.path) for reference in self.task.references],
             reference_captions=self.task.reference_captions,
+            base_references=self.base_references,
             training_images=[Path(image.path) for image in self.task.training_images],
             scorers=self.scorers,
         )
+
+    @cached_property
+    def base_references(self) -> list[Path]:
+        """The base's own images beside those of the references."""
+        places = self.task.base_requests()
+        return [sampling.image_path(self.folder / IMAGES, self.keys[BASE, index, seed]) for index, seed in places]
 
     def lines(self, candidate: Candidate, metric: Metric, scores: Scores) -> Iterator[Score]:
         """Yields the lines of scores.csv; a value that is NaN has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from lora_diffusion.core.logs import logger
@@ -11,6 +12,23 @@ from lora_diffusion.data import captions
 from lora_diffusion.data.folder import list_folder
 from lora_diffusion.data.images import ENDINGS
 from lora_diffusion.evaluation.suites import control_prompts
+
+MAX_COUNTERPARTS = 48
+"""References of which the base generates its own."""
+
+
+def counterparts(captions: Sequence[str], num: int, controls: Sequence[str], first_seed: int) -> list[tuple[str, int]]:
+    """Returns prompt and seed of what the base is to generate beside the first references, of the same subjects.
+
+    Args:
+        captions: as `read_captions` gives them.
+        num: references.
+        controls: prompts without trigger words, which take turns where a reference has no caption; at least one.
+        first_seed: of the first image of a prompt; the next one of the same prompt has the next seed.
+    """
+    turns = cycle(controls)
+    texts = [text or next(turns) for text in (captions or [""] * num)][:MAX_COUNTERPARTS]
+    return [(text, first_seed + texts[:index].count(text)) for index, text in enumerate(texts)]
 
 
 def read_captions(path: str, references: Sequence[Path], triggers: Sequence[str], setting: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 VERSION = 1
 BASE = "base"
 """Name of the candidate that has no adapter; it is always there, and first."""
-REAL = "real pictures"
+REAL = "real images"
 """What the row of the references is called in tables."""
 ALL = "all"
 """Group of the summary over all cases that a metric looks at."""
@@ -254,8 +254,9 @@ class Evaluation:
             cells = (" " * length if score is None else f"{score:{length}.3f}" for length, score in scores)
             rows.append(f"{REAL:{width}}  {'  '.join(cells)}".rstrip())
         scorers = ", ".join(self.scorer.values()) or "no model"
+        remarks = [f"{metric.name}: {metric.remark}." for metric in self.metrics if metric.remark]
         undecided = [line for line in [undecided_line(self.open_comparisons)] if line]
-        return "\n".join([*rows, f"Scored by {scorers}.", *self.warnings, *undecided])
+        return "\n".join([*rows, f"Scored by {scorers}.", *remarks, *self.warnings, *undecided])
 
     def table(self) -> pd.DataFrame:
         """Returns the lines of scores.csv as a table."""

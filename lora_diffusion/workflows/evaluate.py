@@ -152,7 +152,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     training = _images(_training_folder(request, config), "--training", errors)
     scorers = Scorers({"clip": default_clip(model.path), **request.scorers}, device, encode=harness.encode_shared)
     optional = {"references": references, "reference_captions": captions, "training_images": training}
-    given = {"base_images", *(name for name, items in optional.items() if items)}
+    given = {"base_images", "base_references", *(name for name, items in optional.items() if items)}
     metrics = _metrics(request, cases, given, scorers, errors)
     _check_rest(request, candidates, metrics, errors)
     errors += _unused_scorers(request, metrics)

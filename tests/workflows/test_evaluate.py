@@ -29,6 +29,8 @@ leak:
 """
 NUM_IMAGES = 4 * 2
 """Of each candidate: prompts by seeds."""
+NUM_BESIDE_REFERENCES = 4
+"""What the base generates for the captions of the references."""
 
 Ask = Callable[..., Evaluation]
 
@@ -88,7 +90,7 @@ def test_images_depend_on_what_an_adapter_does_not_on_its_file(done: Path) -> No
     }
     assert by_candidate["run@0.0"] == by_candidate["step-000008@0.0"] == by_candidate["base"]
     assert by_candidate["run@1.0"] == by_candidate["step-000008@1.0"] != by_candidate["base"]
-    assert len(list((done / "pictures").iterdir())) == 2 * NUM_IMAGES
+    assert len(list((done / "pictures").iterdir())) == 2 * NUM_IMAGES + NUM_BESIDE_REFERENCES
     same = {"base", "run@0.0", "step-000008@0.0"}
     assert not any({open_.candidate, open_.other} <= same for open_ in actual.open_comparisons)
 
