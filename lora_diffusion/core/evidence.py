@@ -26,6 +26,22 @@ class SampleLoss:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """One of several things that images are to show together."""
+
+    trigger: str
+    """The words that ask for it, by which it is also named."""
+    is_style: bool
+    """It is how something is drawn, and not what."""
+    references: Sequence[Path | Image]
+    """Real images of it."""
+    base_references: Sequence[Path | Image] = ()
+    """As in Evidence; of styles only."""
+    alone: Sequence[Sequence[Path | Image]] = ()
+    """Images by its adapter alone, each in step with those of the evidence."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a metric scores: images of one candidate, or texts of a text-output model.
 
@@ -37,6 +53,8 @@ class Evidence:
     """What each image should show, in words that the scorer knows."""
     cases: Sequence[int] = ()
     """Number of each image's prompt."""
+    prompts: Sequence[str] = ()
+    """What each image was generated from."""
     base_images: Sequence[Path | Image] = ()
     """What the base alone generated for the same prompt from the same noise."""
     references: Sequence[Path | Image] = ()
@@ -45,6 +63,7 @@ class Evidence:
     """What each reference shows, without trigger words; "" where nobody wrote it down, none at all if none has one."""
     base_references: Sequence[Path | Image] = ()
     """What the base alone generates of what the first references show, in step with them, without trigger words."""
+    concepts: Sequence[Concept] = ()
     training_images: Sequence[Path | Image] = ()
     answers: Sequence[str] = ()
     """What the model wrote."""

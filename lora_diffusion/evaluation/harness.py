@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_diffusion.core.evidence import Evidence, Scores
+from lora_diffusion.core.evidence import Concept, Evidence, Scores
 from lora_diffusion.core.files import remove_leftovers
 from lora_diffusion.core.protocols.metric import Metric
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.data.images import grid as image_table
 from lora_diffusion.evaluation import results, sampling
+from lora_diffusion.evaluation.concepts import NamedConcept, file_paths
 from lora_diffusion.evaluation.references import counterparts
 from lora_diffusion.evaluation.results import (
     ALL,
@@ -201,6 +203,8 @@ class Task:
     reference_captions: Sequence[str] = ()
     """As in Evidence."""
     training_images: Sequence[FileHash] = ()
+    concepts: Sequence[NamedConcept] = ()
+    """What a composition is to show together."""
     warnings: Sequence[str] = ()
     """What was seen before anything was generated."""
 
@@ -218,17 +222,28 @@ class Task:
         return PromptGrid(self.cases if metric is None else self.cases_of(metric), self.seeds, self._template)
 
     def base_requests(self) -> dict[tuple[int, int], Request]:
-        """Returns what the base alone generates beside the references, if a metric needs it; no case has such indices.
-
-        The order is that of the references.
-        """
-        controls = [case.control_prompt for case in self.cases if not case.is_control]
-        if not controls or not any("base_references" in metric.needs for metric in self.metrics):
-            return {}
-        wanted = counterparts(self.reference_captions, len(self.references), controls, self.seeds[0])
+        """Returns what the base alone generates beside references; no case has such indices."""
+        wanted = chain.from_iterable(self.counterparts().values())
         return {
             (-1 - index, seed): replace(self._template, prompt=prompt, seed=seed)
             for index, (prompt, seed) in enumerate(wanted)
+        }
+
+    def counterparts(self) -> dict[str, list[tuple[str, int]]]:
+        """Returns prompt and seed of what the base alone generates, as far as a metric needs it.
+
+        The keys are the triggers of the concepts that are styles, and "" for the references of the evaluation.
+        """
+        needs = {name for metric in self.metrics for name in metric.needs}
+        sets = {"": (self.references, self.reference_captions)} if "base_references" in needs else {}
+        if "concepts" in needs:
+            styles = [concept for concept in self.concepts if concept.is_style]
+            sets |= {style.trigger: (style.references, style.reference_captions) for style in styles}
+        controls = [case.control_prompt for case in self.cases if not case.is_control]
+        return {
+            name: counterparts(captions, len(references), controls, self.seeds[0])
+            for name, (references, captions) in sets.items()
+            if controls
         }
 
 
@@ -286,21 +301,37 @@ class _SampledImages:
     def evidence(self, candidate: str, metric: Metric) -> Evidence:
         """Returns what a metric scores of a candidate."""
         grid = self.task.grid(metric)
+
+        def images(name: str) -> list[Path]:
+            return [self._path(name, case, seed) for case, seed in grid.places()]
+
         return grid.evidence(
-            [self._path(candidate, case, seed) for case, seed in grid.places()],
-            base_images=[self._path(BASE, case, seed) for case, seed in grid.places()],
-            references=[Path(reference.path) for reference in self.task.references],
+            images(candidate),
+            base_images=images(BASE),
+            prompts=grid.prompts(),
+            concepts=[
+                Concept(
+                    concept.trigger,
+                    concept.is_style,
+                    file_paths(concept.references),
+                    self.base_references.get(concept.trigger, []),
+                    [images(name) for name in concept.alone],
+                )
+                for concept in self.task.concepts
+            ],
+            references=file_paths(self.task.references),
             reference_captions=self.task.reference_captions,
-            base_references=self.base_references,
-            training_images=[Path(image.path) for image in self.task.training_images],
+            base_references=self.base_references.get("", []),
+            training_images=file_paths(self.task.training_images),
             scorers=self.scorers,
         )
 
     @cached_property
-    def base_references(self) -> list[Path]:
-        """The base's own images beside those of the references."""
-        places = self.task.base_requests()
-        return [sampling.image_path(self.folder / IMAGES, self.keys[BASE, index, seed]) for index, seed in places]
+    def base_references(self) -> dict[str, list[Path]]:
+        """The base's own images beside references, by the keys of `Task.counterparts`."""
+        keys = iter([self.keys[BASE, index, seed] for index, seed in self.task.base_requests()])
+        sets = self.task.counterparts().items()
+        return {name: [sampling.image_path(self.folder / IMAGES, next(keys)) for _ in wanted] for name, wanted in sets}
 
     def lines(self, candidate: Candidate, metric: Metric, scores: Scores) -> Iterator[Score]:
         """Yields the lines of scores.csv; a value that is NaN has none."""

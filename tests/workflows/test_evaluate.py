@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,28 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
             assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
 
 
+def test_a_composition_shows_both_concepts_or_not(
+    command: Commands, tiny_base: Path, trained: Path, tmp_path: Path
+) -> None:
+    adapter, images = trained / "run.safetensors", trained.parent / "pictures"
+    prompts = tmp_path / "both.yaml"
+    prompts.write_text("composition:\n  - a zwx in sks style\nsubject:\n  - a zwx\n", encoding="utf-8")
+    options = ["evaluate", "--model", tiny_base, "--adapter", adapter, "--prompts", prompts, "--seed", 0, "--steps", 1]
+    options += ["--clip", "builtin:emoji-clip", "--guidance", 1, "--metrics", "concepts_shown,clip_text"]
+    concepts = ["--concept", f"style:sks style={images}", "--concept", f"subject:zwx={images}"]
+    refused = command(*options, *concepts[:2], "--concept", f"subject:qvb={images}", "--output", tmp_path / "none")
+    assert "no prompt holds the triggers of all concepts (sks style, qvb)" in refused.message
+    command.good(*options, *concepts, "--output", tmp_path / "out")
+    found = results.read(tmp_path / "out")
+    metrics = {metric.name: metric for metric in found.metrics}
+    if "concepts_shown" in metrics:
+        assert "sks style above" in metrics["concepts_shown"].remark
+        assert {score.prompt for score in found.scores if score.metric == "concepts_shown"} == {"a zwx in sks style"}
+    else:
+        assert any("concepts_shown is not measured" in warning for warning in found.warnings)
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2 * 2 + NUM_BESIDE_REFERENCES
+
+
 def test_a_request_takes_texts_and_paths() -> None:
     folders = {"run": "run", "references": "r", "training": "t", "cache_path": "c"}
     texts = EvaluationRequest("out", "suite", adapters="a.safetensors", **folders)  # type: ignore[arg-type]
@@ -166,9 +189,8 @@ class TestAsked:
 
     def test_compositions_and_json(self, ask: Callable[..., str], trained: Path) -> None:
         kohya, peft = trained / "run.safetensors", trained / "run.peft"
-        actual = json.loads(
-            ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json").split("INFO")[0]
-        )
+        said = ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json")
+        actual = json.loads(re.split("INFO|WARNING", said)[0])
         names = [candidate["name"] for candidate in actual["candidates"]]
         assert names == ["base", "run.safetensors:0.25+run.peft:0.75@1.0"]
         assert actual["candidates"][1]["weights"] == {"run.safetensors": 0.25, "run.peft": 0.75}
@@ -270,6 +292,8 @@ def test_all_errors_are_told_before_the_base_is_loaded(
         (["--model", "builtin:emoji", "--scorer", "dino=x"], "--scorer dino=x does nothing"),
         (["--model", "builtin:emoji", "--class", "dog"], "'dog' does nothing: no prompt of"),
         (["--model", "builtin:emoji", "--trigger", "a", "--trigger", "b"], "'b' does nothing: no prompt of"),
+        (["--model", "builtin:emoji", "--concept", "octopus=x"], "--concept octopus=x: is no concept; write subject:"),
+        (["--model", "builtin:emoji", "--concept", "style:blob=nowhere"], "--concept=nowhere: there is no such folder"),
     ],
 )
 def test_missing_parts(command: Commands, prompts: Path, tmp_path: Path, arguments: list[str], reason: str) -> None:
