@@ -76,7 +76,7 @@ class ImageScores(EarlyStop):
         cases = select.cases(config, trigger)
         grid = PromptGrid(cases, evaluate.seeds, Request("", 0, preview.negative, preview.num_steps, guidance))
         references = _references(config)
-        captions = read_captions(evaluate.references, references, [trigger], _SETTING)
+        captions = read_captions(str(evaluate.references), references, [trigger], _SETTING)
         self._scorer = progress_scorer(grid, self._generate, scorers, references, captions)
 
     def state(self) -> Mapping[str, Any]:
