@@ -31,8 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--class", action="append", default=[], dest="classes", help="words for {class}, the next for {class2}"
     )
-    parser.add_argument("--references", type=Path, metavar="DIR", help="real images that were not trained on")
-    parser.add_argument("--training", type=Path, metavar="DIR", help="training images, to find copies")
+    _add_images(parser)
     parser.add_argument(
         "--metrics",
         type=_names,
@@ -67,6 +66,20 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name images to compare with."""
+    parser.add_argument("--references", type=Path, metavar="DIR", help="real images that were not trained on")
+    parser.add_argument(
+        "--concept",
+        action="append",
+        default=[],
+        dest="concepts",
+        metavar="subject:TRIGGER=DIR",
+        help="what a composition is to show, with its real images; or style:TRIGGER=DIR; may be given several times",
+    )
+    parser.add_argument("--training", type=Path, metavar="DIR", help="training images, to find copies")
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     configured = base_of(args) if args.config or args.model is not None else None
@@ -82,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         run=args.run_path,
         weights=args.weights,
         references=args.references,
+        concepts=args.concepts,
         training=args.training,
         metrics=args.metrics,
         scorers=dict(args.scorer) | ({"clip": args.clip} if args.clip else {}),

@@ -26,6 +26,22 @@ class SampleLoss:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """One of several things that images are to show together."""
+
+    trigger: str
+    """The words that ask for it, by which it is also named."""
+    is_style: bool
+    """It is how something is drawn, and not what."""
+    references: Sequence[Path | Image]
+    """Real images of it."""
+    base_references: Sequence[Path | Image] = ()
+    """As in Evidence; of styles only."""
+    alone: Sequence[Sequence[Path | Image]] = ()
+    """Images by its adapter alone, each in step with those of the evidence."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a metric scores: images of one candidate, or texts of a text-output model.
 
@@ -37,10 +53,17 @@ class Evidence:
     """What each image should show, in words that the scorer knows."""
     cases: Sequence[int] = ()
     """Number of each image's prompt."""
+    prompts: Sequence[str] = ()
+    """What each image was generated from."""
     base_images: Sequence[Path | Image] = ()
     """What the base alone generated for the same prompt from the same noise."""
     references: Sequence[Path | Image] = ()
     """Real images of what was trained, other than those it was trained on."""
+    reference_captions: Sequence[str] = ()
+    """What each reference shows, without trigger words; "" where nobody wrote it down, none at all if none has one."""
+    base_references: Sequence[Path | Image] = ()
+    """What the base alone generates of what the first references show, in step with them, without trigger words."""
+    concepts: Sequence[Concept] = ()
     training_images: Sequence[Path | Image] = ()
     answers: Sequence[str] = ()
     """What the model wrote."""
@@ -55,14 +78,21 @@ class Scores:
     """The values of a metric."""
 
     values: Tensor
-    """Float32 on the CPU: one for each image or answer, or for each prompt if the metric is `per_prompt`."""
+    """Float32 on the CPU: one for each image or answer, or for each prompt if the metric is `per_prompt`.
+
+    NaN where the metric says nothing of an image; a prompt with such an image is left out for all candidates.
+    """
     details: Sequence[str] = ()
     """What there is to say of each value; none if there is nothing."""
     weights: Tensor | None = None
     """What each value counts in the mean; None if all count alike."""
+    warnings: Sequence[str] = ()
+    """What is to be minded of the values of all candidates, and why some, or all, are NaN."""
+    remark: str = ""
+    """What the values of all candidates rest on, for the report."""
 
     def mean(self) -> float:
-        """Returns the weighted mean."""
+        """Returns the weighted mean, without weights that of what is not NaN."""
         if self.weights is None:
-            return self.values.mean().item()
+            return self.values.nanmean().item()
         return ((self.values * self.weights).sum() / self.weights.sum()).item()

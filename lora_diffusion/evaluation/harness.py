@@ -1,8 +1,7 @@
 """The one harness: images of all candidates from the same prompts and noise, what the metrics say, how sure that is.
 
-Read `run` first: it leaves an evaluation folder. `compare_conditions` is the short form, in memory, for
-the quickstart, and `ProgressScorer` is what early stopping calls. None of them sees a base model: images come from a
-function that generates. All take their requests from a `PromptGrid` and their scores from `measure`.
+Read `run` first: it leaves an evaluation folder. `compare_conditions` is the short form, in memory, for the quickstart.
+Neither sees a base model: images come from a function that generates. Both take their requests from a `PromptGrid`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import Tensor
 
-from lora_diffusion.core.evidence import Evidence, Scores
+from lora_diffusion.core.evidence import Concept, Evidence, Scores
 from lora_diffusion.core.files import remove_leftovers
 from lora_diffusion.core.protocols.metric import Metric
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.data.images import grid as image_table
 from lora_diffusion.evaluation import results, sampling
+from lora_diffusion.evaluation.concepts import NamedConcept, file_paths
+from lora_diffusion.evaluation.references import counterparts
 from lora_diffusion.evaluation.results import (
     ALL,
     BASE,
@@ -43,7 +45,6 @@ from lora_diffusion.evaluation.results import (
     Summary,
 )
 from lora_diffusion.evaluation.sampling import Generate, Look
-from lora_diffusion.evaluation.select import balance, share
 from lora_diffusion.evaluation.statistics import Interval, MeanWithError, interval, mean_with_error
 from lora_diffusion.runtime.device import process_group
 from lora_diffusion.scoring.image_encoding import BATCH
@@ -199,7 +200,11 @@ class Task:
     metrics: Sequence[Metric]
     scorers: Mapping[str, str]
     references: Sequence[FileHash] = ()
+    reference_captions: Sequence[str] = ()
+    """As in Evidence."""
     training_images: Sequence[FileHash] = ()
+    concepts: Sequence[NamedConcept] = ()
+    """What a composition is to show together."""
     warnings: Sequence[str] = ()
     """What was seen before anything was generated."""
 
@@ -207,11 +212,39 @@ class Task:
         """Returns the cases that a metric is about."""
         return [case for case in self.cases if case.is_control == (metric.outputs == "control")]
 
+    @property
+    def _template(self) -> Request:
+        settings = self.settings
+        return Request("", 0, settings.negative, settings.num_steps, settings.guidance, settings.size)
+
     def grid(self, metric: Metric | None = None) -> PromptGrid:
         """Returns what every candidate generates, or the part of it that a metric is about."""
-        settings = self.settings
-        template = Request("", 0, settings.negative, settings.num_steps, settings.guidance, settings.size)
-        return PromptGrid(self.cases if metric is None else self.cases_of(metric), self.seeds, template)
+        return PromptGrid(self.cases if metric is None else self.cases_of(metric), self.seeds, self._template)
+
+    def base_requests(self) -> dict[tuple[int, int], Request]:
+        """Returns what the base alone generates beside references; no case has such indices."""
+        wanted = chain.from_iterable(self.counterparts().values())
+        return {
+            (-1 - index, seed): replace(self._template, prompt=prompt, seed=seed)
+            for index, (prompt, seed) in enumerate(wanted)
+        }
+
+    def counterparts(self) -> dict[str, list[tuple[str, int]]]:
+        """Returns prompt and seed of what the base alone generates, as far as a metric needs it.
+
+        The keys are the triggers of the concepts that are styles, and "" for the references of the evaluation.
+        """
+        needs = {name for metric in self.metrics for name in metric.needs}
+        sets = {"": (self.references, self.reference_captions)} if "base_references" in needs else {}
+        if "concepts" in needs:
+            styles = [concept for concept in self.concepts if concept.is_style]
+            sets |= {style.trigger: (style.references, style.reference_captions) for style in styles}
+        controls = [case.control_prompt for case in self.cases if not case.is_control]
+        return {
+            name: counterparts(captions, len(references), controls, self.seeds[0])
+            for name, (references, captions) in sets.items()
+            if controls
+        }
 
 
 def run(task: Task, generate: Generate, scorers: Scorers, folder: Path, cache: Path | None = None) -> Evaluation:
@@ -229,7 +262,7 @@ def run(task: Task, generate: Generate, scorers: Scorers, folder: Path, cache: P
     group = process_group()
     grid = task.grid()
     requests = dict(zip([(case.index, seed) for case, seed in grid.places()], grid.requests(), strict=True))
-    sheet = sampling.lay_out(task.base.base_key, task.looks, requests)
+    sheet = sampling.lay_out(task.base.base_key, task.looks, requests, task.base_requests())
     group.wait_for_everyone()  # until then another process may be writing its machine.json
     if group.is_main_process:
         # Not those of the cache: another evaluation may be writing there.
@@ -268,20 +301,46 @@ class _SampledImages:
     def evidence(self, candidate: str, metric: Metric) -> Evidence:
         """Returns what a metric scores of a candidate."""
         grid = self.task.grid(metric)
+
+        def images(name: str) -> list[Path]:
+            return [self._path(name, case, seed) for case, seed in grid.places()]
+
         return grid.evidence(
-            [self._path(candidate, case, seed) for case, seed in grid.places()],
-            base_images=[self._path(BASE, case, seed) for case, seed in grid.places()],
-            references=[Path(reference.path) for reference in self.task.references],
-            training_images=[Path(image.path) for image in self.task.training_images],
+            images(candidate),
+            base_images=images(BASE),
+            prompts=grid.prompts(),
+            concepts=[
+                Concept(
+                    concept.trigger,
+                    concept.is_style,
+                    file_paths(concept.references),
+                    self.base_references.get(concept.trigger, []),
+                    [images(name) for name in concept.alone],
+                )
+                for concept in self.task.concepts
+            ],
+            references=file_paths(self.task.references),
+            reference_captions=self.task.reference_captions,
+            base_references=self.base_references.get("", []),
+            training_images=file_paths(self.task.training_images),
             scorers=self.scorers,
         )
 
+    @cached_property
+    def base_references(self) -> dict[str, list[Path]]:
+        """The base's own images beside references, by the keys of `Task.counterparts`."""
+        keys = iter([self.keys[BASE, index, seed] for index, seed in self.task.base_requests()])
+        sets = self.task.counterparts().items()
+        return {name: [sampling.image_path(self.folder / IMAGES, next(keys)) for _ in wanted] for name, wanted in sets}
+
     def lines(self, candidate: Candidate, metric: Metric, scores: Scores) -> Iterator[Score]:
-        """Yields the lines of scores.csv."""
+        """Yields the lines of scores.csv; a value that is NaN has none."""
         seeds: Sequence[int | None] = [None] if metric.per_prompt else self.task.seeds
         places = [(case, seed) for case in self.task.cases_of(metric) for seed in seeds]
         details = scores.details or [""] * len(places)
         for (case, seed), value, detail in zip(places, scores.values.tolist(), details, strict=True):
+            if math.isnan(value):
+                continue
             path = "" if seed is None else self._path(candidate.name, case, seed).relative_to(self.folder).as_posix()
             facts = candidate.name, candidate.step, candidate.weight, case.index, case.group, case.prompt, seed
             yield Score(*facts, metric.name, value, path, detail)
@@ -293,11 +352,13 @@ class _SampledImages:
 def _score(task: Task, images: _SampledImages) -> Evaluation:
     """Lets the metrics score images that are there."""
     _encode_all(task, images)
-    metrics, names = task.metrics, [candidate.name for candidate in task.candidates]
+    names = [candidate.name for candidate in task.candidates]
     scores = {
-        metric.name: [measure([metric], images.evidence(name, metric))[metric.name] for name in names]
-        for metric in metrics
+        metric.name: _without_gaps(task, metric, [metric.score(images.evidence(name, metric)) for name in names])
+        for metric in task.metrics
     }
+    metrics = [metric for metric in task.metrics if not scores[metric.name][0].values.isnan().all()]
+    minded = [line for metric in task.metrics for line in scores[metric.name][0].warnings]
     measured = [_metric_values(task, metric, scores[metric.name]) for metric in metrics]
     base = {metric.name: images.evidence(BASE, metric) for metric in metrics}
     baselines = {metric.name: metric.random_baseline(base[metric.name]) for metric in metrics}
@@ -309,12 +370,13 @@ def _score(task: Task, images: _SampledImages) -> Evaluation:
         candidates=task.candidates,
         cases=task.cases,
         seeds=task.seeds,
-        metrics=[_facts(metric) for metric in metrics],
+        metrics=[_facts(metric, scores[metric.name][0]) for metric in metrics],
         summary=[summary for values in measured for summary in values.summaries()],
         adapters=task.adapters,
         references=task.references,
+        reference_captions=task.reference_captions,
         training_images=task.training_images,
-        warnings=[*task.warnings, *few_prompts(measured)],
+        warnings=[*task.warnings, *minded, *few_prompts(measured)],
         open_comparisons=[comparison for values in measured for comparison in values.open_comparisons()],
         random_baseline={name: value for name, value in baselines.items() if value is not None},
         reference_scores={name: value for name, value in references.items() if value is not None},
@@ -328,8 +390,17 @@ def _score(task: Task, images: _SampledImages) -> Evaluation:
     )
 
 
-def _facts(metric: Metric) -> MetricFacts:
-    return MetricFacts(metric.name, metric.meaning, metric.higher_is_better, results.OUTPUTS[metric.outputs])
+def _facts(metric: Metric, scores: Scores) -> MetricFacts:
+    outputs = results.OUTPUTS[metric.outputs]
+    return MetricFacts(metric.name, metric.meaning, metric.higher_is_better, outputs, scores.remark)
+
+
+def _without_gaps(task: Task, metric: Metric, scores: Sequence[Scores]) -> list[Scores]:
+    """Makes all values of a case NaN where one of a candidate is, so that candidates are compared on the same cases."""
+    values = torch.stack([row.values for row in scores]).reshape(len(scores), len(task.cases_of(metric)), -1)
+    gaps = values.isnan().any(dim=2).any(dim=0)
+    filled = values.masked_fill(gaps[None, :, None], torch.nan).flatten(start_dim=1)
+    return [replace(row, values=row_values) for row, row_values in zip(scores, filled, strict=True)]
 
 
 def _encode_all(task: Task, images: _SampledImages) -> None:
@@ -344,7 +415,10 @@ def _encode_all(task: Task, images: _SampledImages) -> None:
 def _metric_values(task: Task, metric: Metric, scores: Sequence[Scores]) -> MetricValues:
     cases = task.cases_of(metric)
     values = torch.stack([row.values for row in scores]).double().numpy().reshape(len(scores), len(cases), -1)
-    return MetricValues(metric, [candidate.name for candidate in task.candidates], cases, values, len(task.seeds))
+    kept = ~np.isnan(values).any(axis=(0, 2))
+    cases = [case for case, is_kept in zip(cases, kept, strict=True) if is_kept]
+    names = [candidate.name for candidate in task.candidates]
+    return MetricValues(metric, names, cases, values[:, kept], len(task.seeds))
 
 
 WITH_BASE, WITH_ADAPTER = "base, with trigger", "adapter, with trigger"
@@ -427,72 +501,3 @@ def compare_conditions(
     likeness = CLIP_IMAGE.of_references(Evidence(references=references, scorers=scorers))
     goal = Condition(REFERENCES, (), {CLIP_IMAGE.name: mean_with_error(likeness.values)})
     return Comparison(grid, tuple(conditions), goal, scorers.names["clip"])
-
-
-PROGRESS_CASES, PROGRESS_SEEDS = 8, 2
-"""How many cases and seeds early stopping looks at."""
-
-
-@dataclass(frozen=True)
-class ProgressScorer:
-    """Scores an adapter while it is trained, between what the base generates and what is wanted, as `select` does."""
-
-    grid: PromptGrid
-    scorers: Scorers
-    references: Sequence[Path | Image]
-    base_likeness: float
-    reference_likeness: float
-    base_text: float
-    """Text alignment of the base's images of the control prompts: it generates what it knows as well as it can."""
-
-    def score(self, generate: GenerateLoaded) -> float:
-        """Returns the balance of likeness and text alignment of what the adapter generates now, 0 to 1."""
-        likeness, text = _likeness_and_text(self.grid, generate(self.grid.requests()), self.scorers, self.references)
-        likeness_share = share(likeness, self.base_likeness, self.reference_likeness)
-        return balance(likeness_share, share(text, 0.0, self.base_text))
-
-
-def progress_scorer(
-    grid: PromptGrid, generate: GenerateLoaded, scorers: Scorers, references: Sequence[Path | Image]
-) -> ProgressScorer:
-    """Returns the scorer of early stopping, after looking at what the base generates.
-
-    Args:
-        grid: the first concept prompts of it, and its first seeds, are used.
-        generate: generates with the base alone.
-        scorers: the CLIP.
-        references: real images of what is trained; one by itself is taken as the goal.
-    """
-    cases = [case for case in grid.cases if not case.is_control][:PROGRESS_CASES]
-    grid = replace(grid, cases=cases, seeds=grid.seeds[:PROGRESS_SEEDS])
-    base_likeness, _ = _likeness_and_text(grid, generate(grid.requests()), scorers, references)
-    _, base_text = _likeness_and_text(grid, generate(grid.requests(control=True)), scorers, references)
-    goal = pooled_likeness(scorers.see("clip", references))
-    return ProgressScorer(grid, scorers, references, base_likeness, goal, base_text)
-
-
-def _likeness_and_text(
-    grid: PromptGrid, outputs: Sequence[Output], scorers: Scorers, references: Sequence[Path | Image]
-) -> tuple[float, float]:
-    """Returns mean likeness to the references and mean text alignment."""
-    evidence = grid.evidence([output.image for output in outputs], scorers=scorers)
-    likeness = pooled_likeness(scorers.see("clip", evidence.images), scorers.see("clip", references))
-    return likeness, measure([CLIP_TEXT], evidence)[CLIP_TEXT.name].mean()
-
-
-def pooled_likeness(vectors: Tensor, others: Tensor | None = None) -> float:
-    """Returns the mean cosine over all pairs at once; 1 for a single vector without others.
-
-    `clip_image` takes the mean of each image first, which differs in the last bits; runs that are stopped and continued
-    compare their scores with earlier ones, so early stopping stays with this.
-
-    Args:
-        vectors: [num, dim], unit vectors.
-        others: [num_others, dim], unit vectors; None takes the pairs of `vectors`, each without itself.
-    """
-    if others is not None:
-        return (vectors @ others.T).mean().item()
-    if len(vectors) == 1:
-        return 1.0
-    is_pair = ~torch.eye(len(vectors), dtype=torch.bool)
-    return (vectors @ vectors.T)[is_pair].mean().item()

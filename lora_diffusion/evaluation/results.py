@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 VERSION = 1
 BASE = "base"
 """Name of the candidate that has no adapter; it is always there, and first."""
+REAL = "real images"
+"""What the row of the references is called in tables."""
 ALL = "all"
 """Group of the summary over all cases that a metric looks at."""
 CONTROL_GROUPS = frozenset({"prior", "leak"})
@@ -128,6 +130,8 @@ class MetricFacts:
     higher_is_better: bool
     judges: str = ""
     """"asked": concept prompts, "plain": control prompts, "": an evaluation that does not say it."""
+    remark: str = ""
+    """What its values rest on in this evaluation; "" if there is nothing to say."""
 
     @property
     def is_about_control(self) -> bool:
@@ -215,6 +219,8 @@ class Evaluation:
     summary: Sequence[Summary]
     adapters: Mapping[str, FileHash] = field(default_factory=dict)
     references: Sequence[FileHash] = ()
+    reference_captions: Sequence[str] = ()
+    """What each reference shows, without trigger words; none where no captions lie beside them."""
     training_images: Sequence[FileHash] = ()
     warnings: Sequence[str] = ()
     open_comparisons: Sequence[OpenComparison] = ()
@@ -237,15 +243,20 @@ class Evaluation:
 
     def text(self) -> str:
         """Returns lines for people: the means over all cases, and the warnings."""
-        width = max(len(candidate.name) for candidate in self.candidates)
+        width = max(len(name) for name in (REAL, *(candidate.name for candidate in self.candidates)))
         names = [metric.name for metric in self.metrics]
         rows = [f"{'':{width}}  {'  '.join(names)}"]
         for candidate in self.candidates:
             means = (f"{self.find(candidate.name, name).mean:{len(name)}.3f}" for name in names)
             rows.append(f"{candidate.name:{width}}  {'  '.join(means)}")
+        if self.reference_scores:
+            scores = ((len(name), self.reference_scores.get(name)) for name in names)
+            cells = (" " * length if score is None else f"{score:{length}.3f}" for length, score in scores)
+            rows.append(f"{REAL:{width}}  {'  '.join(cells)}".rstrip())
         scorers = ", ".join(self.scorer.values()) or "no model"
+        remarks = [f"{metric.name}: {metric.remark}." for metric in self.metrics if metric.remark]
         undecided = [line for line in [undecided_line(self.open_comparisons)] if line]
-        return "\n".join([*rows, f"Scored by {scorers}.", *self.warnings, *undecided])
+        return "\n".join([*rows, f"Scored by {scorers}.", *remarks, *self.warnings, *undecided])
 
     def table(self) -> pd.DataFrame:
         """Returns the lines of scores.csv as a table."""
@@ -384,6 +395,10 @@ class Table:
     def has(self, metric: str) -> bool:
         """Says whether the metric was measured on such cases."""
         return any(metric == name for _, name in self._values)
+
+    def cases(self, metric: str) -> set[int | None]:
+        """Returns the cases of which a metric says something."""
+        return {case for (_, name), values in self._values.items() if name == metric for case, _ in values}
 
     def values(self, candidate: str, metric: str) -> Mapping[Place, float]:
         """Returns the scores of a candidate; none where it was not measured."""

@@ -14,6 +14,7 @@ from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import Output, Request
 from lora_diffusion.core.text import name_some
 from lora_diffusion.evaluation.images import is_whole, save_generated
+from lora_diffusion.evaluation.results import BASE
 
 _VERSION = 2
 """Raised whenever the same base, adapters and request would give another image."""
@@ -51,7 +52,12 @@ def look(adapters: Iterable[tuple[str, float]]) -> Look:
     return tuple(sorted((digest, weight) for digest, weight in adapters if weight))
 
 
-def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[int, int], Request]) -> Sheet:
+def lay_out(
+    base_key: str,
+    looks: Mapping[str, Look],
+    requests: Mapping[tuple[int, int], Request],
+    base_requests: Mapping[tuple[int, int], Request] | None = None,
+) -> Sheet:
     """Returns which image goes where, and the chunks in which they are generated.
 
     A chunk has one seed, so that a question with more seeds has all chunks of that with fewer. What it holds depends on
@@ -62,13 +68,15 @@ def lay_out(base_key: str, looks: Mapping[str, Look], requests: Mapping[tuple[in
         base_key: names the base's weights, dtype and device.
         looks: candidate -> its adapters.
         requests: (index of the case, seed) -> what to generate, without adapter weights.
+        base_requests: the same with other indices, of what only the base generates; in chunks of their own.
     """
     keys: dict[Place, str] = {}
     chunks: list[Chunk] = []
     known: set[str] = set()
-    for candidate, adapters in looks.items():
+    wanted = [(candidate, adapters, requests) for candidate, adapters in looks.items()]
+    for candidate, adapters, of_candidate in [*wanted, (BASE, (), base_requests or {})]:
         missing: dict[int, dict[str, Request]] = {}
-        for (case, seed), request in requests.items():
+        for (case, seed), request in of_candidate.items():
             key = image_key(base_key, adapters, request)
             keys[candidate, case, seed] = key
             if key not in known:

@@ -1,11 +1,13 @@
 """Which candidate is the best: as like the references and as true to the prompts as the limits allow.
 
 Likeness and text alignment pull against each other, so no single score decides. What no other candidate beats in both
-is the frontier. On it, each candidate has two shares: how far it goes from the base to real images in likeness, and
-how far from unrelated images to the best of all in text alignment. Their harmonic mean (van Rijsbergen 1979,
-"Information Retrieval", chapter 7) is maximized: it is 0 where either share is, so neither the base nor a copy that
-ignores its prompt can win. The next ones are tied with the best for as long as neither their likeness nor their text
-alignment can be told from its own; of those the earliest with the lowest weight is taken.
+is the frontier. On it, each candidate has two shares: how far it goes from the base to real images in likeness, and how
+far from unrelated images to the references with their own captions in text alignment. Images of a style that the scorer
+does not know never reach what those of the base score, so the base is no goal; only where the references have no
+captions, the best of all is. The harmonic mean of the shares (van Rijsbergen 1979, "Information Retrieval", chapter 7)
+is maximized: it is 0 where either share is, so neither the base nor a copy that ignores its prompt can win. The next
+ones are tied with the best for as long as neither their likeness nor their text alignment can be told from its own; of
+those the earliest with the lowest weight is taken.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from lora_diffusion.core import registry
 from lora_diffusion.core.errors import ConfigError, DataError
 from lora_diffusion.evaluation.results import BASE, Candidate, Evaluation, Table
 
-LIKENESS = ("dino_image", "clip_image")
-"""Metrics of likeness to the references, the one that is better at subjects first (Ruiz et al. 2023, section 4.2)."""
+LIKENESS = ("match", "dino_image", "clip_image")
+"""Metrics of likeness to the references: to those of the same subject first, since the others do not see whether an
+image shows another one, then the one that is better at subjects (Ruiz et al. 2023, section 4.2)."""
+MATCHED = 0.5
+"""Share of the prompts that ask for what was trained of which a metric must speak to be the one of likeness."""
 TEXT = "clip_text"
 
 
@@ -63,7 +68,7 @@ class CandidateScore:
     likeness_share: float
     """0 at the base, 1 at real images."""
     text_share: float
-    """0 at unrelated images, 1 at the best text alignment of all."""
+    """0 at unrelated images, 1 at the references with their own captions; where they have none, at the best of all."""
     balance: float
     """Weighted harmonic mean of both shares."""
     on_frontier: bool
@@ -235,7 +240,12 @@ _DEFAULTS = {"copying": _copying_limit, "prior_drift": _drift_limit, "prompt_lea
 
 def _likeness_metric(table: Table, preference: Preference) -> str:
     wanted = (preference.likeness,) if preference.likeness else LIKENESS
-    measured = [metric for metric in wanted if table.has(metric)]
+    num_prompts = len(table.cases(TEXT))
+    measured = [
+        metric
+        for metric in wanted
+        if table.has(metric) and (preference.likeness or len(table.cases(metric)) >= MATCHED * num_prompts)
+    ]
     if not measured or not table.has(TEXT):
         raise DataError(
             f"The evaluation has no scores of {' or '.join(wanted) if not measured else TEXT} for prompts that ask for "
@@ -271,7 +281,9 @@ def _candidate_scores(
 ) -> tuple[CandidateScore, ...]:
     low, high = _anchors(evaluation, table, candidates, likeness)
     baseline = evaluation.random_baseline.get(TEXT, 0.0)
-    most = max(table.mean(name, TEXT) for name in (BASE, *(candidate.name for candidate in candidates)))
+    most = _text_of_references(evaluation)
+    if most is None:
+        most = max(table.mean(name, TEXT) for name in (BASE, *(candidate.name for candidate in candidates)))
     scores = []
     for candidate in candidates:
         mean, text = table.mean(candidate.name, likeness), table.mean(candidate.name, TEXT)
@@ -284,6 +296,12 @@ def _candidate_scores(
         facts = candidate.name, candidate.step, candidate.weight, mean, text
         scores.append(CandidateScore(*facts, *shares, balance(*shares, text_weight), False, (*broken,)))
     return tuple(scores)
+
+
+def _text_of_references(evaluation: Evaluation) -> float | None:
+    """Returns the text alignment of the references with their own captions; None where it is not known."""
+    score = evaluation.reference_scores.get(TEXT)
+    return score if score is not None and score > evaluation.random_baseline.get(TEXT, 0.0) else None
 
 
 def _anchors(
@@ -338,10 +356,12 @@ def _explain(choice: Choice, evaluation: Evaluation, table: Table) -> tuple[str,
     picked, likeness = choice.score, choice.likeness_metric
     goal_score = evaluation.reference_scores.get(likeness)
     goal = f"real images ({likeness} {goal_score:.3f})" if goal_score is not None else "the most alike candidate"
+    text = _text_of_references(evaluation)
+    text_goal = "best text alignment" if text is None else f"text alignment of real images ({text:.3f})"
     first = (
         f"{picked.name} goes {picked.likeness_share:.0%} of the way from the base ({likeness} "
         f"{table.mean(BASE, likeness):.3f}) to {goal} with {picked.likeness:.3f}, and keeps {picked.text_share:.0%} of "
-        f"the best text alignment with {TEXT} {picked.text:.3f}: a balance of {picked.balance:.2f}."
+        f"the {text_goal} with {TEXT} {picked.text:.3f}: a balance of {picked.balance:.2f}."
     )
     return first, f"Of {len(choice.scores)} candidates {_others(choice)}."
 

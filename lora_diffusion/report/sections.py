@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_diffusion.evaluation.results import BASE, Candidate, Case, Evaluation, Table
+from lora_diffusion.evaluation.results import BASE, REAL, Candidate, Case, Evaluation, Table
 from lora_diffusion.evaluation.select import TEXT, CandidateScore, Choice
 from lora_diffusion.evaluation.statistics import Interval
 from lora_diffusion.report import plots
@@ -23,6 +23,7 @@ _NUM_EXTREME = 4
 _LABELS: Mapping[str, str] = {
     "clip_text": "text alignment (CLIP)",
     "clip_score": "CLIPScore",
+    "match": "likeness to the same subject",
     "clip_image": "likeness (CLIP)",
     "clip_image_max": "nearest reference (CLIP)",
     "dino_image": "likeness (DINO)",
@@ -153,9 +154,12 @@ def candidates(findings: Findings) -> dict[str, Any]:
         cells += [table.mean(candidate.name, metric) for metric in metrics]
         mark = "chosen" if candidate.name == findings.shown.name else "off" if score and score.breaks else ""
         rows.append(row(cells, mark))
+    if real := evaluation.reference_scores:
+        blank = ["", ""] if chosen else []
+        rows.append(row([REAL, *blank, *(real.get(metric, "") for metric in metrics)], "off"))
     return {
         "note": "Likeness and text alignment pull against each other: a candidate is on the frontier if no other that "
-        "keeps the limits beats it in both. " + _arrows(evaluation),
+        "keeps the limits beats it in both. " + _arrows(evaluation) + _remarks(evaluation),
         "frontier": _frontier(findings) if chosen else None,
         "columns": names,
         "rows": rows,
@@ -203,6 +207,13 @@ def _needed(number: float | None) -> str:
 def _arrows(evaluation: Evaluation) -> str:
     lower = [label(facts.name) for facts in evaluation.metrics if not facts.higher_is_better]
     return f"Lower is better for {', '.join(lower)}; higher for all else." if lower else ""
+
+
+def _remarks(evaluation: Evaluation) -> str:
+    """Returns what the values of metrics rest on, in sentences."""
+    return "".join(
+        f" {label(facts.name).capitalize()}: {facts.remark}." for facts in evaluation.metrics if facts.remark
+    )
 
 
 def _remark(score: CandidateScore, chosen: Choice) -> str:

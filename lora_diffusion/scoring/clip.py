@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_diffusion.architectures.base import DiffusionArchitecture
 from lora_diffusion.core.base_model import Architecture
@@ -19,7 +19,7 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.files import builtin_path, user_path
 from lora_diffusion.core.model_folder import check_model_folder, check_sizes
 from lora_diffusion.core.text import shown
-from lora_diffusion.scoring.image_encoding import CentreCrop, Preprocessing, encode_images
+from lora_diffusion.scoring.image_encoding import CentreCrop, Preprocessing, encode_images, network_outputs
 
 BUILTIN = "builtin:emoji-clip"
 DEFAULT = "ViT-B-32/datacomp_xl_s13b_b90k"
@@ -51,6 +51,28 @@ class Clip:
         """Returns unit vectors, [num_images, dim] float32 on the CPU."""
         return encode_images(self.model.encode_image, self.preprocessing, images, self._device)
 
+    def encode_looks(self, images: Sequence[Path | Image]) -> Tensor:
+        """Returns how images are drawn rather than what they show, [num_images, dim] float32 on the CPU.
+
+        That is mean and standard deviation over the image of each channel of the encoder's early layers.
+
+        Raises:
+            ModelError: the layers of this image encoder are not known.
+        """
+        layers = early_layers(self.name, self.model)
+
+        def forward(pixels: Tensor) -> Tensor:
+            statistics: list[Tensor] = []
+            hooks = [layer.register_forward_hook(lambda *call: statistics.append(_spread(call[2]))) for layer in layers]
+            try:
+                self.model.encode_image(pixels)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return torch.cat(statistics, dim=1)
+
+        return network_outputs(forward, self.preprocessing, images, self._device)
+
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Returns unit vectors, [num_texts, dim] float32 on the CPU; equal texts are encoded once."""
@@ -60,6 +82,40 @@ class Clip:
             [self.model.encode_text(part, normalize=True).float().cpu() for part in ids.split(_TEXT_BATCH)]
         )
         return rows[[distinct[text] for text in texts]]
+
+
+def early_layers(name: str, model: Any) -> list[nn.Module]:
+    """Returns the layers of an image encoder in which the look of an image is seen, more than what it shows.
+
+    Of a ResNet the stem and the first two stages, of a transformer the first quarter of its blocks.
+
+    Args:
+        name: of the CLIP.
+        model: `Clip.model`.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+    visual = model.visual
+    if isinstance(visual, ModifiedResNet):
+        return [visual.act3, visual.layer1, visual.layer2]
+    blocks = visual.transformer.resblocks if isinstance(visual, VisionTransformer) else getattr(visual, "layers", None)
+    if blocks is None:
+        raise ModelError(f"The layers of the image encoder of {name} are not known ({type(visual).__name__}).")
+    return list(blocks[: max(1, len(blocks) // 4)])
+
+
+def _spread(output: Any) -> Tensor:
+    """Returns mean and standard deviation of each channel, [batch, 2 * channels].
+
+    Args:
+        output: of a layer, [batch, channels, height, width] or [batch, tokens, channels].
+    """
+    places = output.flatten(2).transpose(1, 2) if output.dim() == 4 else output
+    return torch.cat([places.mean(dim=1), places.std(dim=1)], dim=1)
 
 
 def load_clip(name: str = BUILTIN, device: str | torch.device = "cpu") -> Clip:
@@ -188,6 +244,7 @@ class TransformersClip:
     def __init__(self, model: Any) -> None:
         self._model = model
         self.parameters = model.parameters
+        self.visual = model.vision_model.encoder
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Returns [batch, dim] of normalised pixels [batch, 3, height, width]."""

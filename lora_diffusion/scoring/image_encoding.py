@@ -56,7 +56,6 @@ class CentreCrop:
         return resized.crop((left, top, left + self.side, top + self.side))
 
 
-@torch.no_grad()
 def encode_images(
     forward: Callable[[Tensor], Tensor],
     preprocessing: Preprocessing,
@@ -64,6 +63,20 @@ def encode_images(
     device: torch.device,
 ) -> Tensor:
     """Returns what a network gives for each image as unit vectors, [num_images, dim] float32 on the CPU.
+
+    The arguments are those of `network_outputs`.
+    """
+    return torch.nn.functional.normalize(network_outputs(forward, preprocessing, images, device), dim=-1)
+
+
+@torch.no_grad()
+def network_outputs(
+    forward: Callable[[Tensor], Tensor],
+    preprocessing: Preprocessing,
+    images: Sequence[Path | Image],
+    device: torch.device,
+) -> Tensor:
+    """Returns what a network gives for each image, [num_images, dim] float32 on the CPU.
 
     Args:
         forward: normalised pixels [batch, 3, height, width] -> [batch, dim].
@@ -82,6 +95,5 @@ def encode_images(
         for index in range(len(batches)):
             pixels = [future.result() for future in ahead]
             ahead = start(index + 1) if index + 1 < len(batches) else []
-            vectors = forward(preprocessing.normalise(pixels, device)).float()
-            rows.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
+            rows.append(forward(preprocessing.normalise(pixels, device)).float().cpu())
     return torch.cat(rows) if rows else torch.empty(0, 0)

@@ -68,6 +68,10 @@ class Scorers:
         """Returns the unit vectors of images, [num_images, dim] float32 on the CPU; of files they are kept."""
         return self._vectors(role, self.find(role).encode_images, images)
 
+    def look(self, role: str, images: Sequence[Path | Image]) -> Tensor:
+        """Returns how images are drawn, [num_images, dim] float32 on the CPU; of files they are kept."""
+        return self._vectors(f"look of {role}", self.find(role).encode_looks, images)
+
     def read(self, role: str, texts: Sequence[str]) -> Tensor:
         """Returns the unit vectors of texts, [num_texts, dim] float32 on the CPU; they are kept."""
         return self._vectors(role, self.find(role).encode_texts, texts)

@@ -26,8 +26,10 @@ from lora_diffusion.data import image_folder
 from lora_diffusion.data.images import open_rgb
 from lora_diffusion.data.preflight import find_images
 from lora_diffusion.data.sample_types import IMAGES
-from lora_diffusion.evaluation import gates, harness
+from lora_diffusion.evaluation import concepts, gates, harness
+from lora_diffusion.evaluation.concepts import NamedConcept
 from lora_diffusion.evaluation.harness import Comparison, PromptGrid, Task
+from lora_diffusion.evaluation.references import read_captions
 from lora_diffusion.evaluation.results import (
     BASE,
     CONTROL_GROUPS,
@@ -56,7 +58,12 @@ if TYPE_CHECKING:
 Candidates = Mapping[str, tuple[Entry, Candidate]]
 """Candidate, without the base -> its adapters with their weights."""
 
-_OPTIONS = {"references": "--references DIR", "training_images": "--training DIR"}
+_OPTIONS = {
+    "references": "--references DIR",
+    "reference_captions": "captions beside the images of --references",
+    "training_images": "--training DIR",
+    "concepts": "--concept subject:TRIGGER=DIR",
+}
 """Field of Evidence -> the option that gives it."""
 
 
@@ -80,6 +87,8 @@ class EvaluationRequest:
     """Folder of real images of what was trained, other than those it was trained on."""
     training: Path | None = None
     """Folder of the training images; None takes that of the run, if it is there."""
+    concepts: Sequence[str] = ()
+    """subject:TRIGGER=FOLDER or style:TRIGGER=FOLDER, of each concept that a composition is to show."""
     metrics: Sequence[str] = ()
     """Without any, all that can be computed from what is given."""
     scorers: Mapping[str, str] = field(default_factory=dict)
@@ -113,7 +122,7 @@ class EvaluationRequest:
 
 
 _PATHS = ("output_path", "run", "references", "training", "cache_path")
-_TEXTS = ("adapters", "metrics", "triggers", "classes", "gates")
+_TEXTS = ("adapters", "concepts", "metrics", "triggers", "classes", "gates")
 
 
 def _path(value: str | Path | None) -> Path | None:
@@ -143,9 +152,18 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     triggers = [] if errors else _candidates.triggers(entries, run, config, family)
     cases = _cases(request, triggers, errors)
     references = _images(request.references, "--references", errors)
+    captions = _captions(request.references, references, request.triggers or triggers)
+    named = _concepts(request, cases, candidates, request.triggers or triggers, errors)
     training = _images(_training_folder(request, config), "--training", errors)
     scorers = Scorers({"clip": default_clip(model.path), **request.scorers}, device, encode=harness.encode_shared)
-    given = {"base_images", *(["references"] if references else []), *(["training_images"] if training else [])}
+    optional = {
+        "concepts": named,
+        "references": references,
+        "reference_captions": captions,
+        "training_images": training,
+    }
+    given = {"base_images", "base_references", *(name for name, items in optional.items() if items)}
+    given |= {"concepts"} if named else set()
     metrics = _metrics(request, cases, given, scorers, errors)
     _check_rest(request, candidates, metrics, errors)
     errors += _unused_scorers(request, metrics)
@@ -167,7 +185,9 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         metrics=metrics,
         scorers={role: scorers.names[role] for metric in metrics for role in metric.scorers},
         references=references,
+        reference_captions=captions,
         training_images=training,
+        concepts=named,
         warnings=_warnings(references, training, scorers, family.architecture),
     )
     sampler = CandidateSampler(family, loaded, candidates)
@@ -327,6 +347,37 @@ def _images(folder: Path | None, option: str, errors: Errors) -> list[FileHash]:
     with errors.noted():
         return [FileHash(str(path), sha256(path)) for path in find_images(str(folder), option)]
     return []
+
+
+def _captions(folder: Path | None, references: Sequence[FileHash], triggers: Sequence[str]) -> tuple[str, ...]:
+    """Returns what the references show, as far as captions lie beside them."""
+    if not folder or not references:
+        return ()
+    return read_captions(str(folder), [Path(file.path) for file in references], triggers, "--references")
+
+
+def _concepts(
+    request: EvaluationRequest,
+    cases: Sequence[Case],
+    candidates: Candidates,
+    triggers: Sequence[str],
+    errors: Errors,
+) -> list[NamedConcept]:
+    """Returns the concepts of a composition, with their references and the candidates that show each alone."""
+    found = []
+    for text in request.concepts:
+        with errors.noted():
+            concept = concepts.parse(text)
+            references = _images(Path(concept.folder), "--concept", errors)
+            captions = _captions(Path(concept.folder), references, [*triggers, concept.trigger])
+            alone = [
+                name
+                for name, (entry, candidate) in candidates.items()
+                if candidate.weight and [source.trigger for source, _ in entry.parts] == [concept.trigger]
+            ]
+            found.append(replace(concept, references=references, reference_captions=captions, alone=alone))
+    errors += concepts.check(found, cases)
+    return found
 
 
 def _metrics(

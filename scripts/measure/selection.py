@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 from lora_diffusion.config.load import find_shipped, load
 from lora_diffusion.core.files import shipped_path
-from lora_diffusion.evaluation.results import BASE, Evaluation, Table
+from lora_diffusion.data.preflight import find_images
+from lora_diffusion.evaluation.references import read_captions
+from lora_diffusion.evaluation.results import BASE, Case, Evaluation, Table
+from lora_diffusion.evaluation.select import share
 from lora_diffusion.workflows.evaluate import EvaluationRequest, evaluate
 from lora_diffusion.workflows.report import report
 from lora_diffusion.workflows.select import Selection, select
@@ -27,7 +32,9 @@ TOO_LONG = (
     "train.keep_checkpoints=0",
     "train.save_every_steps=0",
 )
-METRICS = ("clip_image", "clip_text", "copying", "prior_drift", "prompt_leak")
+FRESH_SEEDS = (100, 101)
+"""Of the evaluation that the choice is held against."""
+METRICS = ("match", "style", "clip_image", "clip_text", "copying", "prior_drift", "prompt_leak")
 
 
 class Task(NamedTuple):
@@ -35,18 +42,22 @@ class Task(NamedTuple):
 
     data: str
     suite: str
+    trigger: str
     class_words: tuple[str, ...] = ()
 
 
 TASKS = {
-    "style": Task("blob-style", "emoji-style"),
-    "concept": Task("octopus", "emoji-subject", ("octopus",)),
+    "style": Task("blob-style", "emoji-style", "blob style"),
+    "concept": Task("octopus", "emoji-subject", "zwx", ("octopus",)),
 }
 """Name of the config -> its task."""
 
 
 def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
-    """Trains, evaluates and selects for each task and seed, and prints a Markdown table of means for each."""
+    """Trains, evaluates and selects for each task and seed, and prints a Markdown table of means for each.
+
+    Below it stands how near the choice comes to the best of all candidates with other prompts and seeds.
+    """
     for name, task in TASKS.items():
         for seed in seeds:
             run = output / f"selection-{name}-seed{seed}"
@@ -67,6 +78,21 @@ def measure(output: Path, seeds: Sequence[int], changes: Sequence[str]) -> None:
             selection = select(run)
             report([run])
             _print_table(f"{name}, seed {seed}", evaluation, selection)
+            fresh = replace(request, output_path=run / "fresh", prompts=_fresh_cases(task), seeds=FRESH_SEEDS)
+            _print_best(evaluate(fresh), selection.candidate)
+
+
+def _fresh_cases(task: Task) -> tuple[Case, ...]:
+    """Returns prompts for all references, in other words than the choice was made with."""
+    folder = shipped_path("datasets") / task.data / "references"
+    images = find_images(str(folder), "references")
+    captions = [f"a drawing of {text}" for text in read_captions(str(folder), images, [task.trigger], "references")]
+    if task.class_words:
+        prompts = [caption.replace(task.class_words[0], task.trigger) for caption in captions]
+    else:
+        prompts = [f"{caption}, {task.trigger}" for caption in captions]
+    pairs = enumerate(zip(prompts, captions, strict=True))
+    return tuple(Case(index, prompt, plain, plain, "subject", "fresh") for index, (prompt, plain) in pairs)
 
 
 def _print_table(title: str, evaluation: Evaluation, selection: Selection) -> None:
@@ -79,3 +105,30 @@ def _print_table(title: str, evaluation: Evaluation, selection: Selection) -> No
     references = [evaluation.reference_scores.get(metric) for metric in METRICS]
     print(f"| real pictures | {' | '.join('' if value is None else f'{value:.3f}' for value in references)} |")
     print(f"\n{selection.text()}", flush=True)
+
+
+def _print_best(evaluation: Evaluation, chosen: str) -> None:
+    """Prints how near the choice comes to the best of all candidates with other prompts and seeds."""
+    values = exhaustive(evaluation)
+    best = max(values, key=lambda name: values[name])
+    print(
+        f"\nFresh prompts and seeds: {chosen} has {values[chosen]:.3f}, the best, {best}, {values[best]:.3f}: "
+        f"{values[chosen] / values[best] - 1:+.1%}.",
+        flush=True,
+    )
+
+
+def exhaustive(evaluation: Evaluation) -> dict[str, float]:
+    """Returns candidate -> mean of its shares of match (0 at the base, 1 at real images) and style.
+
+    Where the evaluation has no style, that of match alone.
+    """
+    table, goal = Table(evaluation), evaluation.reference_scores["match"]
+    base = table.mean(BASE, "match")
+    values = {}
+    for candidate in evaluation.candidates:
+        shares = [share(table.mean(candidate.name, "match"), base, goal)]
+        if table.has("style"):
+            shares.append(table.mean(candidate.name, "style"))
+        values[candidate.name] = mean(shares)
+    return values

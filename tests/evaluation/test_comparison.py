@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,8 +18,6 @@ from lora_diffusion.evaluation.harness import (
     Comparison,
     PromptGrid,
     compare_conditions,
-    pooled_likeness,
-    progress_scorer,
 )
 from lora_diffusion.evaluation.images import save_output
 from lora_diffusion.evaluation.results import Case
@@ -82,28 +79,6 @@ def test_scores_show_what_the_adapter_changed_and_where(comparison: Comparison) 
 
 def test_sheet_has_a_row_for_each_prompt_and_a_column_for_each_condition(comparison: Comparison) -> None:
     assert comparison.sheet([0, 2]).size == (150 + 4 * 128, 28 + 2 * 128)
-
-
-def test_progress_is_0_for_the_base_and_1_for_what_looks_like_the_references() -> None:
-    with_adapter = {"a": 1.0}
-
-    def adapted(requests: Sequence[Request]) -> list[Output]:
-        return generate([replace(request, weights=with_adapter) for request in requests])
-
-    def base(requests: Sequence[Request]) -> list[Output]:
-        """Makes violet images, of which some red can be said."""
-        return [Output(request, Image.new("RGB", (8, 8), "purple")) for request in requests]
-
-    scorer = progress_scorer(GRID, base, colour_scorers(), [Image.new("RGB", (8, 8), "red")])
-    assert scorer.score(base) == 0
-    assert scorer.score(adapted) == pytest.approx(1)
-
-
-def test_likeness_is_pooled_over_all_pairs() -> None:
-    vectors = torch.eye(3)
-    assert pooled_likeness(vectors, vectors) == pytest.approx(1 / 3)
-    assert pooled_likeness(vectors) == 0
-    assert pooled_likeness(vectors[:1]) == 1
 
 
 def test_grid_enlarges_small_images_and_labels_them() -> None:

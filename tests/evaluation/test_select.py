@@ -81,6 +81,40 @@ def test_shares_and_balance_equal_a_computation_by_hand() -> None:
     assert leaning.score.balance == pytest.approx(1 / (0.8 / 0.5 + 0.2 / 0.9))
 
 
+def test_text_is_measured_against_what_the_references_reach_with_their_captions() -> None:
+    """No image of this style reaches the base's 0.7: against it, the earliest would win for what it has not learnt."""
+    made = evaluation((100, 1.0, 0.36, 0.66), (200, 1.0, 0.5, 0.42), (300, 1.0, 0.52, 0.2))
+    assert choose(made).candidate.step == 200
+    assert choose(made, Preference(text_weight=0.8)).candidate.step == 100
+    captioned = dataclasses.replace(made, reference_scores={**made.reference_scores, "clip_text": 0.4})
+    choice = choose(captioned, Preference(text_weight=0.8))
+    assert choice.candidate.step == 200
+    assert [score.text_share for score in choice.scores] == [1, 1, pytest.approx(0.5)]
+    assert "100% of the text alignment of real images (0.400) with clip_text 0.420" in choice.sentences[0]
+    assert "of the best text alignment with" in choose(made).sentences[0]
+    nonsense = dataclasses.replace(made, reference_scores={**made.reference_scores, "clip_text": -0.1})
+    assert choose(nonsense) == choose(made)
+
+
+@pytest.mark.parametrize(("num_matched", "metric"), [(8, "match"), (4, "match"), (3, "clip_image")])
+def test_likeness_is_that_to_the_same_subject_where_most_prompts_have_a_reference(
+    num_matched: int, metric: str
+) -> None:
+    made = evaluation((100, 1.0, 0.5, 0.6), (200, 1.0, 0.6, 0.6))
+    match = {"base": 0.2, "step-000100@1": 0.6, "step-000200@1": 0.3}
+    scores = [
+        dataclasses.replace(score, metric="match", value=match[score.candidate])
+        for score in made.scores
+        if score.metric == "clip_image" and score.case < num_matched  # type: ignore[operator]
+    ]
+    facts = [*made.metrics, MetricFacts("match", "match", True)]
+    made = dataclasses.replace(made, scores=[*made.scores, *scores], metrics=facts)
+    choice = choose(made)
+    assert choice.likeness_metric == metric
+    assert choice.candidate.step == (100 if metric == "match" else 200)
+    assert choose(made, Preference(likeness="match")).likeness_metric == "match"
+
+
 def test_overtrained_and_undertrained_lose_to_the_middle() -> None:
     made = evaluation((100, 1.0, 0.3, 0.7), (200, 1.0, 0.55, 0.65), (300, 1.0, 0.65, 0.5), (400, 1.0, 0.69, 0.3))
     choice = choose(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ leak:
 """
 NUM_IMAGES = 4 * 2
 """Of each candidate: prompts by seeds."""
+NUM_BESIDE_REFERENCES = 4
+"""What the base generates for the captions of the references."""
 
 Ask = Callable[..., Evaluation]
 
@@ -88,7 +91,7 @@ def test_images_depend_on_what_an_adapter_does_not_on_its_file(done: Path) -> No
     }
     assert by_candidate["run@0.0"] == by_candidate["step-000008@0.0"] == by_candidate["base"]
     assert by_candidate["run@1.0"] == by_candidate["step-000008@1.0"] != by_candidate["base"]
-    assert len(list((done / "pictures").iterdir())) == 2 * NUM_IMAGES
+    assert len(list((done / "pictures").iterdir())) == 2 * NUM_IMAGES + NUM_BESIDE_REFERENCES
     same = {"base", "run@0.0", "step-000008@0.0"}
     assert not any({open_.candidate, open_.other} <= same for open_ in actual.open_comparisons)
 
@@ -113,6 +116,28 @@ def test_stopped_continued_and_shared_evaluations_are_equal(
     for name in ("stopped", "shared"):
         for file in ("evaluation.json", "scores.csv"):
             assert (tmp_path / name / file).read_bytes() == (done / file).read_bytes(), f"{name} {file}"
+
+
+def test_a_composition_shows_both_concepts_or_not(
+    command: Commands, tiny_base: Path, trained: Path, tmp_path: Path
+) -> None:
+    adapter, images = trained / "run.safetensors", trained.parent / "pictures"
+    prompts = tmp_path / "both.yaml"
+    prompts.write_text("composition:\n  - a zwx in sks style\nsubject:\n  - a zwx\n", encoding="utf-8")
+    options = ["evaluate", "--model", tiny_base, "--adapter", adapter, "--prompts", prompts, "--seed", 0, "--steps", 1]
+    options += ["--clip", "builtin:emoji-clip", "--guidance", 1, "--metrics", "concepts_shown,clip_text"]
+    concepts = ["--concept", f"style:sks style={images}", "--concept", f"subject:zwx={images}"]
+    refused = command(*options, *concepts[:2], "--concept", f"subject:qvb={images}", "--output", tmp_path / "none")
+    assert "no prompt holds the triggers of all concepts (sks style, qvb)" in refused.message
+    command.good(*options, *concepts, "--output", tmp_path / "out")
+    found = results.read(tmp_path / "out")
+    metrics = {metric.name: metric for metric in found.metrics}
+    if "concepts_shown" in metrics:
+        assert "sks style above" in metrics["concepts_shown"].remark
+        assert {score.prompt for score in found.scores if score.metric == "concepts_shown"} == {"a zwx in sks style"}
+    else:
+        assert any("concepts_shown is not measured" in warning for warning in found.warnings)
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2 * 2 + NUM_BESIDE_REFERENCES
 
 
 def test_a_request_takes_texts_and_paths() -> None:
@@ -164,9 +189,8 @@ class TestAsked:
 
     def test_compositions_and_json(self, ask: Callable[..., str], trained: Path) -> None:
         kohya, peft = trained / "run.safetensors", trained / "run.peft"
-        actual = json.loads(
-            ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json").split("INFO")[0]
-        )
+        said = ask("--adapter", f"{kohya}:0.25+{peft}:0.75", "--metrics", "clip_text", "--json")
+        actual = json.loads(re.split("INFO|WARNING", said)[0])
         names = [candidate["name"] for candidate in actual["candidates"]]
         assert names == ["base", "run.safetensors:0.25+run.peft:0.75@1.0"]
         assert actual["candidates"][1]["weights"] == {"run.safetensors": 0.25, "run.peft": 0.75}
@@ -268,6 +292,8 @@ def test_all_errors_are_told_before_the_base_is_loaded(
         (["--model", "builtin:emoji", "--scorer", "dino=x"], "--scorer dino=x does nothing"),
         (["--model", "builtin:emoji", "--class", "dog"], "'dog' does nothing: no prompt of"),
         (["--model", "builtin:emoji", "--trigger", "a", "--trigger", "b"], "'b' does nothing: no prompt of"),
+        (["--model", "builtin:emoji", "--concept", "octopus=x"], "--concept octopus=x: is no concept; write subject:"),
+        (["--model", "builtin:emoji", "--concept", "style:blob=nowhere"], "--concept=nowhere: there is no such folder"),
     ],
 )
 def test_missing_parts(command: Commands, prompts: Path, tmp_path: Path, arguments: list[str], reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,28 @@ class Defaults:
 
     def reference_score(self, evidence: Evidence) -> float | None:
         """Returns None: the references say nothing."""
+
+
+def references_with_captions(evidence: Evidence) -> Evidence | None:
+    """Returns the captioned references as the images to score, with their captions; None where there are none."""
+    pairs = [pair for pair in zip(evidence.references, evidence.reference_captions, strict=False) if pair[1]]
+    if not pairs:
+        return None
+    images, captions = zip(*pairs, strict=True)
+    return Evidence(images, captions, range(len(images)), scorers=evidence.scorers)
+
+
+class CaptionDefaults(Defaults):
+    """A metric of images and their scoring captions; references are scored with their own captions."""
+
+    @abstractmethod
+    def score(self, evidence: Evidence) -> Scores:
+        """Returns one value for each image."""
+
+    def reference_score(self, evidence: Evidence) -> float | None:
+        """Returns the mean score of the references with their own captions, or None where they have none."""
+        references = references_with_captions(evidence)
+        return self.score(references).mean() if references else None
 
 
 class TextDefaults(Defaults):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._shared import Defaults
+from lora_diffusion.scoring.metrics._shared import CaptionDefaults
 from lora_diffusion.scoring.metrics.clip_text import METRIC as CLIP_TEXT
 
 _FACTOR = 2.5
 
 
-class ClipScore(Defaults):
+class ClipScore(CaptionDefaults):
     """2.5 * max(cosine, 0) (Hessel et al. 2021, arXiv 2104.08718, section 3)."""
 
     name = "clip_score"

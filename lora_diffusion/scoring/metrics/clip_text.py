@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._shared import Defaults
+from lora_diffusion.scoring.metrics._shared import CaptionDefaults
 
 
-class ClipText(Defaults):
+class ClipText(CaptionDefaults):
     """Cosine of each image and its scoring caption (CLIP-T of Ruiz et al. 2023, arXiv 2208.12242, section 4.2)."""
 
     name = "clip_text"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lora_diffusion.core.evidence import Evidence, Scores
-from lora_diffusion.scoring.metrics._shared import Defaults
+from lora_diffusion.scoring.metrics._shared import CaptionDefaults
 
 _FACTOR = 100.0
 
 
-class Preference(Defaults):
+class Preference(CaptionDefaults):
     """100 times the cosine of image and scoring caption in a CLIP that was tuned on people's choices.
 
     Such are PickScore (Kirstain et al. 2023, arXiv 2305.01569, section 4) and HPS v2 (Wu et al. 2023, arXiv

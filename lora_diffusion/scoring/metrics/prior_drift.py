@@ -29,5 +29,12 @@ class PriorDrift(Defaults):
         pairs = (cases == cases[:, None]).fill_diagonal_(False)
         return (1 - vectors @ vectors.T)[pairs].mean().item() if pairs.any() else None
 
+    def reference_score(self, evidence: Evidence) -> float | None:
+        """Returns how far the references lie from the base's images, or None without any."""
+        if not evidence.references:
+            return None
+        base = evidence.scorers.see("clip", evidence.base_images)
+        return (1 - base @ evidence.scorers.see("clip", evidence.references).T).mean().item()  # type: ignore[no-any-return]
+
 
 METRIC = PriorDrift()

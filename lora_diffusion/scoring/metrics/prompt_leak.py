@@ -21,5 +21,11 @@ class PromptLeak(Defaults):
         base = Evidence(evidence.base_images, references=evidence.references, scorers=evidence.scorers)
         return Scores(CLIP_IMAGE.score(evidence).values - CLIP_IMAGE.score(base).values)
 
+    def reference_score(self, evidence: Evidence) -> float | None:
+        """Returns what real images of the concept in place of the base's would score, or None if there is but one."""
+        real = CLIP_IMAGE.reference_score(evidence)
+        base = Evidence(evidence.base_images, references=evidence.references, scorers=evidence.scorers)
+        return None if real is None else real - CLIP_IMAGE.score(base).mean()
+
 
 METRIC = PromptLeak()

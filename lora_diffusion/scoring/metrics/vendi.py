@@ -27,6 +27,13 @@ class Vendi(Defaults):
         cases = torch.tensor(evidence.cases)
         return Scores(torch.stack([_vendi(vectors[cases == case]) for case in dict.fromkeys(evidence.cases)]))
 
+    def reference_score(self, evidence: Evidence) -> float | None:
+        """Returns the mean score of groups of references, each as many as a prompt has images; None with fewer."""
+        num = len(evidence.cases) // max(1, len(dict.fromkeys(evidence.cases)))
+        groups = evidence.scorers.see("clip", evidence.references).split(max(1, num))
+        scores = [_vendi(group) for group in groups if len(group) == num]
+        return torch.stack(scores).mean().item() if scores else None
+
 
 def _vendi(vectors: Tensor) -> Tensor:
     shares = torch.linalg.eigvalsh((vectors @ vectors.T).double() / len(vectors)).clamp(min=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lora_diffusion.config.schema import Config
 from lora_diffusion.core.base_model import Loaded
@@ -12,7 +13,9 @@ from lora_diffusion.core.files import write_json
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import ImageText, Request
 from lora_diffusion.data.preflight import find_images
-from lora_diffusion.evaluation.harness import ProgressScorer, PromptGrid, progress_scorer
+from lora_diffusion.evaluation.harness import PromptGrid
+from lora_diffusion.evaluation.progress import ProgressScorer, progress_scorer
+from lora_diffusion.evaluation.references import read_captions
 from lora_diffusion.evaluation.select import check_metrics
 from lora_diffusion.scoring.clip import default_clip
 from lora_diffusion.scoring.scorers import LOADERS, Scorers
@@ -21,6 +24,8 @@ from lora_diffusion.training.hooks import EarlyStop
 from lora_diffusion.training.run_folder import RunFolder
 from lora_diffusion.training.tracking import PROGRESS_NAME
 from lora_diffusion.workflows import select
+
+_SETTING = "evaluate.references"
 
 
 def check(config: Config, samples: Sequence[ImageText]) -> None:
@@ -67,9 +72,22 @@ class ImageScores(EarlyStop):
         guidance = info.guidance if preview.guidance is None else preview.guidance
         scorers = Scorers({"clip": evaluate.clip or default_clip(config.model.path)}, str(self._loaded.device))
         scorers.find("clip")
-        cases = select.cases(config, getattr(self._run.samples[0], "trigger", ""))
+        trigger = getattr(self._run.samples[0], "trigger", "")
+        cases = select.cases(config, trigger)
         grid = PromptGrid(cases, evaluate.seeds, Request("", 0, preview.negative, preview.num_steps, guidance))
-        self._scorer = progress_scorer(grid, self._generate, scorers, _references(config))
+        references = _references(config)
+        captions = read_captions(str(evaluate.references), references, [trigger], _SETTING)
+        self._scorer = progress_scorer(grid, self._generate, scorers, references, captions)
+
+    def state(self) -> Mapping[str, Any]:
+        """Returns all scores, and whether the captions of the references decided them."""
+        return {**super().state(), "captions": bool(self._scorer and self._scorer.uses_captions)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes the scores back, and goes on as they were made, so that they can be compared."""
+        super().load_state(state)
+        if self._scorer and self.scores and not state.get("captions"):
+            self._scorer = self._scorer.without_captions()
 
     def _score_step(self, step: int) -> float:
         del step
@@ -88,4 +106,4 @@ def hooks(run: CheckedRun, loaded: Loaded) -> list[ImageScores]:
 
 
 def _references(config: Config) -> list[Path]:
-    return find_images(str(config.evaluate.references), "evaluate.references")
+    return find_images(str(config.evaluate.references), _SETTING)
