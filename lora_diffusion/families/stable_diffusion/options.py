@@ -20,7 +20,7 @@ from lora_diffusion.config.settings import (
 )
 
 _ANCHOR_FROM: Mapping[str, float] = {"content": 0.8, "look": 0.3}
-_ANCHOR_SHARE = 0.1
+_ANCHOR_SHARE = 0.05
 _NEEDS = {
     "prior_share": "prior_weight",
     "anchor": "anchor_weight",
@@ -62,8 +62,8 @@ class StableDiffusionOptions(ModelOptions):
     without them, or with "house" or another word in their place, and must give what the base gives. 1 weighs both
     alike, 0 turns it off."""
     prior_share: float | None = fixed(None, PART)
-    """Share of the images that are shown a second time for model.prior_weight; null shows all again, and steps take
-    twice as long."""
+    """Share of the images that are shown a second time for model.prior_weight; with fewer each counts the more. null
+    shows all again, and steps take twice as long."""
     anchor_weight: float = fixed(0.0, NOT_NEGATIVE)
     """Weight of the loss that leaves to the base what stands beside the trigger words: "TRIGGER house" must give what
     the base gives for "house" at the noise levels of model.anchor_from. 0 turns it off."""
@@ -74,7 +74,8 @@ class StableDiffusionOptions(ModelOptions):
     """Noise level, 0 to 1, that parts layout from look: content is anchored above it, look below. null takes 0.8 for
     content and 0.3 for look."""
     anchor_share: float | None = fixed(None, PART)
-    """Share of the images that are shown once more for model.anchor_weight; null takes 0.1."""
+    """Share of the images that are shown once more for model.anchor_weight; with fewer each counts the more.
+    null takes 0.05."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Yields one if a setting of one loss weighting is given with another."""

@@ -25,8 +25,9 @@ from lora_diffusion.families.stable_diffusion import sampling
 from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 from lora_diffusion.families.stable_diffusion.text_encoding import Condition, Rows
 
-_EMPTY_SHARE_OF_PRIORS, _CUT_SHARE_OF_PRIORS = 0.2, 0.4
-"""Of the draws without trigger words: the empty caption, and the own caption cut; the others name other things."""
+_SHARES_OF_PRIORS, _SHARES_OF_FEW_PRIORS = (0.2, 0.4), (0.5, 0.25)
+"""Of the draws without trigger words: the empty caption, and the own caption cut; the others name other things.
+Guidance multiplies what differs from the empty caption, so it comes first where few images are shown again."""
 _VIEWS = ("moments", "time_ids")
 
 Encode = Callable[[Rows], Condition]
@@ -257,14 +258,17 @@ def _draw_priors(
     last = tensors["num_priors"][chosen] - 1
     others = torch.minimum(1 + sampling.draw_indices(last.clamp(min=1), rng), last)
     shares = torch.rand(len(chosen), generator=rng)
-    is_empty = shares < _EMPTY_SHARE_OF_PRIORS
-    picks = torch.where(shares < _EMPTY_SHARE_OF_PRIORS + _CUT_SHARE_OF_PRIORS, 0, others)
+    empty_share, cut_share = _SHARES_OF_PRIORS if options.prior_share is None else _SHARES_OF_FEW_PRIORS
+    is_empty = shares < empty_share
+    picks = torch.where(shares < empty_share + cut_share, 0, others)
     texts = {
         name: _with_empty(tensors[f"{name}_prior"][chosen, picks], tensors[f"{name}_empty"][chosen], is_empty)
         for name in _columns(tensors)
     }
     rows = {**{name: values[chosen] for name, values in views.items()}, **texts}
-    return Kept(chosen, timesteps[chosen], rows, rows, torch.full((len(chosen),), options.prior_weight))
+    return Kept(
+        chosen, timesteps[chosen], rows, rows, torch.full((len(chosen),), options.prior_weight / options.priors_again)
+    )
 
 
 def _draw_anchors(
@@ -282,7 +286,9 @@ def _draw_anchors(
         {**shown, **{name: tensors[name + ending][chosen, picks] for name in _columns(tensors)}}
         for ending in ("_anchor", "_base")
     )
-    return Kept(chosen, timesteps, rows, base_rows, torch.full((len(chosen),), options.anchor_weight))
+    return Kept(
+        chosen, timesteps, rows, base_rows, torch.full((len(chosen),), options.anchor_weight / options.anchors_again)
+    )
 
 
 def _with_empty(text: Tensor, empty: Tensor, is_empty: Tensor) -> Tensor:
