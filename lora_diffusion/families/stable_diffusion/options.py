@@ -20,7 +20,7 @@ from lora_diffusion.config.settings import (
 )
 
 _ANCHOR_FROM: Mapping[str, float] = {"content": 0.8, "look": 0.3}
-_ANCHOR_SHARE = 0.05
+_ANCHOR_SHARE = 0.04
 _NEEDS = {
     "prior_share": "prior_weight",
     "anchor": "anchor_weight",
@@ -75,7 +75,7 @@ class StableDiffusionOptions(ModelOptions):
     content and 0.3 for look."""
     anchor_share: float | None = fixed(None, PART)
     """Share of the images that are shown once more for model.anchor_weight; with fewer each counts the more.
-    null takes 0.05."""
+    null takes 0.04."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Yields one if a setting of one loss weighting is given with another."""

@@ -25,7 +25,7 @@ from lora_diffusion.families.stable_diffusion import sampling
 from lora_diffusion.families.stable_diffusion.options import StableDiffusionOptions
 from lora_diffusion.families.stable_diffusion.text_encoding import Condition, Rows
 
-_SHARES_OF_PRIORS, _SHARES_OF_FEW_PRIORS = (0.2, 0.4), (0.5, 0.25)
+_SHARES_OF_PRIORS, _SHARES_OF_FEW_PRIORS = (0.2, 0.4), (0.3, 0.4)
 """Of the draws without trigger words: the empty caption, and the own caption cut; the others name other things.
 Guidance multiplies what differs from the empty caption, so it comes first where few images are shown again."""
 _VIEWS = ("moments", "time_ids")
