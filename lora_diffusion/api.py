@@ -213,6 +213,7 @@ def evaluate(
     run: AnyPath | None = None,
     weights: Sequence[float] = (1.0,),
     references: AnyPath | None = None,
+    concepts: Sequence[str] = (),
     training: AnyPath | None = None,
     metrics: Sequence[str] = (),
     scorers: Mapping[str, AnyPath] | None = None,
@@ -235,6 +236,7 @@ def evaluate(
         run: folder of a run, whose checkpoints are compared.
         weights: all weights are multiplied with each of these.
         references: folder of real images that were not trained on.
+        concepts: "style:TRIGGER=DIR" or "subject:TRIGGER=DIR" of each adapter of a composition, with its references.
         training: folder of the training images, to find copies.
         metrics: without any, all that can be computed from what is given.
         scorers: "clip", "dino", ... -> model that scores.

@@ -115,8 +115,8 @@ def test_equals_that_contradict_are_an_error(tmp_path: Path, pair: tuple[str, st
 
 def test_a_longer_warmup_than_the_files_run_is_an_error() -> None:
     """To drop the length instead would train three times as long as the file says."""
-    with pytest.raises(ConfigError, match=r"train.warmup_steps=400: must be less than train.max_steps=350"):
-        load(Path("sd1/style"), ["train.warmup_steps=400"])
+    with pytest.raises(ConfigError, match=r"train.warmup_steps=700: must be less than train.max_steps=600"):
+        load(Path("sd1/style"), ["train.warmup_steps=700"])
 
 
 def test_what_the_variant_lacks_gives_way(caplog: pytest.LogCaptureFixture) -> None:

@@ -342,7 +342,7 @@ class TestCheck:
         assert "No errors." in command.good("data", "check", data, *arguments).out
 
     def test_images(self, command: Commands, images: Path) -> None:
-        assert "Images:" in command.good("data", "check", images).out
+        assert "Pictures:" in command.good("data", "check", images).out
 
     def test_errors(self, command: Commands, tmp_path: Path) -> None:
         write_picture(tmp_path / "a.png")

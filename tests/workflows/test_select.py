@@ -342,7 +342,7 @@ def test_wrong_caption_and_odd_image_are_found(command: Commands, tmp_path: Path
     wrong.with_suffix(".txt").write_text("blob style drawing of a red car\n")
     shutil.copy(sorted((data / "octopus" / "train").glob("*.png"))[0], odd)
     arguments = [f"data.path={folder}", f"output.path={tmp_path / 'run'}", "train.max_steps=1", "train.batch_size=6"]
-    arguments += ["adapter.rank=1", "train.threads=1", "train.warmup_steps=0", "evaluate.picture_draws=8"]
+    arguments += ["adapter.rank=1", "train.threads=1", "train.warmup_steps=0", "evaluate.picture_draws=32"]
     command.good("train", "--config", "sd1/style", *arguments)
     losses = json.loads((tmp_path / "run" / "picture_losses.json").read_text())
     ranked = sorted(losses, key=lambda own: own["caption_help"])

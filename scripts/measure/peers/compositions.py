@@ -76,6 +76,7 @@ def _compare(
         model=find_model(BASE_MODEL),
         adapters=["+".join(f"{one}:1" for one in paths), *map(str, (*files.values(), *paths))],
         references=second.references,
+        concepts=[f"{'subject' if one.subject else 'style'}:{one.trigger}={one.references}" for one in (first, second)],
         metrics=[metric for metric in _METRICS if metric in registry.available("metrics")],
         seeds=range(_NUM_DRAWS),
         num_steps=num_denoising_steps,
