@@ -15,8 +15,8 @@ OPTIONS = {
     "quickstart": "what --output --resume --overwrite",
     "train": "--config --resume --dry-run --overwrite overrides",
     "generate": "--config --model --adapter --prompt --negative --seed --steps --guidance --size --output",
-    "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --concept --training "
-    "--metrics --clip --scorer --seed --negative --steps --guidance --size --cache --assert --output",
+    "evaluate": "--config --model --adapter --run --weights --prompts --trigger --class --references --concept "
+    "--training --metrics --clip --scorer --seed --negative --steps --guidance --size --cache --assert --output",
     "estimate": "--config overrides",
     "select": "path --evaluation --max-copying --max-prior-drift --max-prompt-leak --likeness --text-weight overrides",
     "report": "paths --output",
