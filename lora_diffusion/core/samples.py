@@ -16,6 +16,10 @@ PIECES = frozenset({"views", "texts"})
 """What an item is prepared from, each by itself: the views of its image or recording, and its texts."""
 
 
+AnchorPairs = tuple[tuple[str, str], ...]
+"""Captions with the trigger, each with what the base reads in its place."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training example as the user gave it."""
@@ -37,11 +41,9 @@ class ImageText(Sample):
     prior_captions: tuple[str, ...] = ()
     """What must not change its meaning: the caption without the trigger words, then with other words in their place.
     Empty where no trigger is known."""
-    content_anchors: tuple[tuple[str, str], ...] = ()
-    """Captions that name other things beside the trigger, each with what the base reads in its place. Empty where no
-    trigger is known."""
-    look_anchors: tuple[tuple[str, str], ...] = ()
-    """Captions that ask for a look beside the trigger, each with what the base reads in its place."""
+    anchors: Callable[[str], AnchorPairs] | None = field(default=None, compare=False, repr=False)
+    """Makes the captions that have something else beside the trigger, content or look. None where no trigger is
+    known."""
     trigger: str = ""
     """The words that call up what is trained, the same in all samples of a data set; "" where none are known."""
     size: tuple[int, int] = (0, 0)

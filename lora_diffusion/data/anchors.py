@@ -9,15 +9,14 @@ noise, where the layout of an image is settled, of a subject at low noise, where
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from lora_diffusion.data.captions import THINGS, priors
+from lora_diffusion.core.base_model import TextLimit
+from lora_diffusion.core.samples import AnchorPairs
+from lora_diffusion.data.captions import THINGS, num_others
 
-Pairs = tuple[tuple[str, str], ...]
-"""What the adapter reads, and what the base reads in its place."""
-_FEWEST, _IN_ALL = 4, 64
-"""Of each caption, and of all together where there are few."""
 _LOOKS = (
     "watercolor painting", "oil painting", "pencil sketch", "ink drawing", "pixel art", "vector art", "line art",
     "3d render", "clay model", "paper cutout", "embroidery", "stained glass", "mosaic", "comic", "cartoon", "photo",
@@ -38,39 +37,46 @@ _WITH_LOOK = (
 )
 
 
-def content_anchors(trigger: str, things: Sequence[str], seed: str, num_captions: int) -> Pairs:
-    """Returns captions that name other things beside the trigger, each with the same without the trigger.
+@dataclass(frozen=True)
+class Anchors:
+    """Makes the anchors of a data set, of one image at a time."""
 
-    Args:
-        trigger: as it is published.
-        things: words that the base knows.
-        seed: chooses things and templates.
-        num_captions: in the whole data set; a caption of few gets more of them.
-    """
-    rng = random.Random(seed)  # noqa: S311
-    chosen = _chosen(things, num_captions, rng)
-    return tuple(_filled(rng.choice(_WITH_THING), trigger=trigger, thing=thing) for thing in chosen)
+    trigger: str
+    """As it is published."""
+    num_captions: int
+    """Of the data set; a caption of few gets more of them."""
+    text_limit: TextLimit | None = None
+    """Of the base; None takes all words for known."""
 
+    def of_image(self, what: str, caption: str, priors: Sequence[str], seed: str) -> AnchorPairs:
+        """Returns captions that name other things or looks beside the trigger, each with what the base reads instead.
 
-def look_anchors(caption: str, trigger: re.Pattern[str], words: str, seed: str, num_captions: int) -> Pairs:
-    """Returns the caption, and captions that ask for a look, each with the same about another thing.
+        Args:
+            what: content or look.
+            caption: of the image; it names the look of the image.
+            priors: what `captions.priors` makes of it.
+            seed: chooses words and templates.
+        """
+        rng = random.Random(seed)  # noqa: S311
+        if what == "content":
+            chosen = self._chosen(self._known_things, rng)
+            return tuple(_filled(rng.choice(_WITH_THING), trigger=self.trigger, thing=thing) for thing in chosen)
+        looks = self._chosen(_LOOKS, rng)
+        listed = (
+            _filled(rng.choice(_WITH_LOOK), trigger=self.trigger, look=look, thing=rng.choice(THINGS)) for look in looks
+        )
+        return (*((caption, prior) for prior in priors), *listed)
 
-    Args:
-        caption: one that may hold the trigger, and names the look of its image.
-        trigger: as `captions.phrase_pattern` and `words_pattern` give it.
-        words: the trigger as it is published.
-        seed: chooses looks, things and templates.
-        num_captions: in the whole data set; a caption of few gets more of them.
-    """
-    rng = random.Random(seed)  # noqa: S311
-    of_image = [(caption, other) for other in priors(caption, trigger, seed, num_captions)]
-    looks = _chosen(_LOOKS, num_captions, rng)
-    listed = [_filled(rng.choice(_WITH_LOOK), trigger=words, look=look, thing=rng.choice(THINGS)) for look in looks]
-    return (*of_image, *listed)
+    @cached_property
+    def _known_things(self) -> Sequence[str]:
+        """What a text encoder spells in pieces it hardly knows."""
+        if self.text_limit is None:
+            return THINGS
+        lengths = self.text_limit.num_tokens(THINGS)
+        return tuple(thing for thing, length in zip(THINGS, lengths, strict=True) if length == 1) or THINGS
 
-
-def _chosen(words: Sequence[str], num_captions: int, rng: random.Random) -> list[str]:
-    return rng.sample(words, min(max(_IN_ALL // num_captions, _FEWEST), len(words)))
+    def _chosen(self, words: Sequence[str], rng: random.Random) -> list[str]:
+        return rng.sample(words, min(num_others(self.num_captions), len(words)))
 
 
 def _filled(templates: tuple[str, str], **words: str) -> tuple[str, str]:

@@ -281,9 +281,13 @@ def priors(caption: str, trigger: re.Pattern[str], seed: str, num_captions: int)
     if not trigger.search(caption):
         return ()
     together = re.compile(rf"(?:{trigger.pattern})(?:[\s,{WIDE_COMMAS}]+(?:{trigger.pattern}))*", trigger.flags)
-    num_others = max(_OTHERS_IN_ALL // num_captions, _FEWEST_OTHERS)
-    others = random.Random(seed).sample(THINGS, num_others)  # noqa: S311
+    others = random.Random(seed).sample(THINGS, num_others(num_captions))  # noqa: S311
     return (without_trigger(caption, trigger), *(_with_other(caption, together, word) for word in others))
+
+
+def num_others(num_captions: int) -> int:
+    """Returns how many other words each caption of a data set is tried with."""
+    return max(_OTHERS_IN_ALL // num_captions, _FEWEST_OTHERS)
 
 
 def _with_other(caption: str, trigger: re.Pattern[str], word: str) -> str:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from lora_diffusion.core.files import content_hash
 from lora_diffusion.core.logs import logger
 from lora_diffusion.core.samples import ImageText
 from lora_diffusion.core.text import name_some, shown
-from lora_diffusion.data import anchors, caption_checks, captions, images, preflight
+from lora_diffusion.data import caption_checks, captions, images, preflight
+from lora_diffusion.data.anchors import Anchors
 from lora_diffusion.data.folder import Folder, content_digest, stop
 from lora_diffusion.data.trigger import SharedWords, Trigger, find, in_folder_name
 from lora_diffusion.runtime.progress import watch
@@ -186,19 +188,13 @@ def _kept(texts: Mapping[Path, captions.Lines], trigger: Trigger, info: BaseInfo
     """Returns what must keep its meaning, by the fields of ImageText, of each image's first caption."""
     if not trigger.units:
         return {}
-    things = captions.THINGS
-    if info.text_limit is not None:
-        # What a text encoder spells in pieces it hardly knows.
-        lengths = info.text_limit.num_tokens(things)
-        things = tuple(thing for thing, length in zip(things, lengths, strict=True) if length == 1) or things
+    of_set = Anchors(trigger.text, len(texts), info.text_limit)
     kept = {}
     for path, (caption, *_) in texts.items():
-        seed, number = content_hash(path), len(texts)
-        kept[path] = {
-            "prior_captions": captions.priors(caption, trigger.pattern, seed, number),
-            "content_anchors": anchors.content_anchors(trigger.text, things, seed, number),
-            "look_anchors": anchors.look_anchors(caption, trigger.pattern, trigger.text, seed, number),
-        }
+        seed = content_hash(path)
+        priors = captions.priors(caption, trigger.pattern, seed, len(texts))
+        anchors = partial(of_set.of_image, caption=caption, priors=priors, seed=seed)
+        kept[path] = {"prior_captions": priors, "anchors": anchors}
     return kept
 
 

@@ -56,6 +56,8 @@ UNSPACED = (
 )
 """Thai, Lao, Burmese, Khmer, kana, Chinese and Korean characters, by the blocks of Unicode, for a regular expression:
 no space stands between words, or before the endings of one."""
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+"""Of scripts that set no spaces between words, each character is one."""
 
 
 def level(word: str) -> int:

@@ -193,10 +193,10 @@ class Images(SampleType):
 
     def warn(self, samples: Sequence[ImageText], model: Any) -> None:
         """Warns of losses that need a trigger where there is none."""
-        if any(sample.trigger for sample in samples):
-            return
-        for key in ("prior_weight", "anchor_weight"):
-            if weight := getattr(model, key, 0):
+        needed = {"prior_weight": "prior_captions", "anchor_weight": "anchors"}
+        for key, attribute in needed.items():
+            weight = getattr(model, key, 0)
+            if weight and not any(getattr(sample, attribute) for sample in samples):
                 logger.warning(
                     "model.%s=%g does nothing, since no trigger words were found: give all captions the same made-up "
                     "words, or name them with data.trigger, so that the rest of the base stays as it is.",
@@ -216,9 +216,9 @@ class Images(SampleType):
                 f"Prior:        {model.priors_again:.0%} of the images again with {without} or {other}, which must "
                 f"give what the base gives (model.prior_weight={model.prior_weight:g})"
             )
-        if getattr(model, "anchor_weight", 0):
+        if getattr(model, "anchor_weight", 0) and first.anchors:
             what, low, high = model.anchored
-            caption, of_base = (f'"{shown(text)}"' for text in getattr(first, f"{what}_anchors")[0])
+            caption, of_base = (f'"{shown(text)}"' for text in first.anchors(what)[0])
             lines.append(
                 f"Anchor:       {model.anchors_again:.0%} of the images again with {caption}, which must give what the "
                 f"base gives for {of_base} at noise levels {low:g} to {high:g}: the trigger leaves the {what} to the "

@@ -20,13 +20,12 @@ from lora_diffusion.data.known_words import (
     UNSPACED,
     WIDE_COMMAS,
     WIDE_STOPS,
+    WORD,
     level,
     level_unspaced,
     trimmed_unspaced,
 )
 
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-"""Of scripts that set no spaces between words, each character is one."""
 _IS_UNSPACED = re.compile(rf"[{UNSPACED}]")
 _BREAK = re.compile(rf"[,;!?|{WIDE_COMMAS}{WIDE_STOPS}]|\.\s|\.$|:\s|<[^<>]*>|\bBREAK\b")
 """What ends a tag or a sentence, inside of which a trigger stands."""
@@ -144,7 +143,7 @@ def _segments(text: str) -> list[Words]:
     """Returns the words between two breaks."""
     ends = [*(match.span() for match in _BREAK.finditer(text)), (len(text), len(text))]
     starts = [0, *(end for _, end in ends)]
-    pieces = [list(_WORD.finditer(text, start, end)) for start, (end, _) in zip(starts, ends, strict=False)]
+    pieces = [list(WORD.finditer(text, start, end)) for start, (end, _) in zip(starts, ends, strict=False)]
     return [piece for piece in pieces if piece]
 
 

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_diffusion.config.load import load
 from lora_diffusion.core.base_model import Loaded
+from lora_diffusion.core.errors import ConfigError
 from lora_diffusion.core.protocols.family import step_loss
 from lora_diffusion.core.rng import derive
 from lora_diffusion.core.samples import Batch
@@ -84,3 +86,20 @@ def test_anchors_are_prepared_only_where_they_count(setup: Setup) -> None:
     settings = [{}, {"anchor_weight": 1.0}, {"anchor_weight": 0.5}, {"anchor_weight": 1.0, "anchor": "look"}]
     keys = [setup.family.cache_key(replace(options, **one), frozenset()) for one in settings]
     assert keys[1] == keys[2] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "weight"),
+    [
+        ("prior_share=0.5", "prior_weight"),
+        ("anchor=look", "anchor_weight"),
+        ("anchor_from=0.5", "anchor_weight"),
+        ("anchor_share=0.5", "anchor_weight"),
+    ],
+)
+def test_a_setting_without_its_weight_is_an_error(setting: str, weight: str) -> None:
+    paths = ["model.path=x", "data.path=x", "output.path=x"]
+    with pytest.raises(ConfigError) as caught:
+        load(None, [*paths, f"model.{setting}"])
+    assert f"model.{setting.split('=')[0]} is not used without model.{weight}" in str(caught.value)
+    assert getattr(load(None, [*paths, f"model.{setting}", f"model.{weight}=1"]).model, weight) == 1

@@ -119,8 +119,8 @@ def _texts(sample: ImageText, options: StableDiffusionOptions) -> dict[str, tupl
     texts = {"": sample.captions, "_empty": ("",)}
     if options.prior_weight and sample.prior_captions:
         texts["_prior"] = sample.prior_captions
-    if options.anchor_weight and (anchors := getattr(sample, f"{options.anchored.what}_anchors")):
-        texts["_anchor"], texts["_base"] = zip(*anchors, strict=True)
+    if options.anchor_weight and sample.anchors:
+        texts["_anchor"], texts["_base"] = zip(*sample.anchors(options.anchored.what), strict=True)
     return texts
 
 
