@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
+from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
+
+from lora_diffusion.scoring.scorers import Scorers
 
 _RIDGE = 1.0
 """Times the mean of the squared features. On 16 references in blob style against the built-in base 1 told 32 of 32
@@ -79,6 +83,18 @@ def fit(looks: Tensor, others: Tensor) -> StyleProbe | None:
         function = _ridge(looks[kept], others[kept])
         held_out.append(function(torch.stack([looks[index], others[index]])))
     return StyleProbe(_ridge(looks, others), torch.stack(held_out))
+
+
+def fit_to_images(
+    scorers: Scorers, references: Sequence[Path | Image], base_references: Sequence[Path | Image]
+) -> StyleProbe | None:
+    """Returns a probe for the look of references; the first of them show what the base's images show.
+
+    Raises:
+        ModelError: the early layers of the CLIP are not known.
+    """
+    counterparts = references[: len(base_references)]
+    return fit(scorers.look("clip", counterparts), scorers.look("clip", base_references))
 
 
 def _ridge(looks: Tensor, others: Tensor) -> Callable[[Tensor], Tensor]:

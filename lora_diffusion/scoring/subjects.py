@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from lora_diffusion.data.known_words import QUALITY, SAY_NOTHING, UNSPACED
+from lora_diffusion.data.known_words import QUALITY, SAY_NOTHING, WORD
 
-_WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
-"""Of scripts that set no spaces between words, each character is one."""
 _STYLE = re.compile(r"[^\W_]+[\s_-]+style\b|\bstyle\s+of\s+[^\W_]+", re.IGNORECASE)
 """How something is drawn, and not what: "noto style", "style of zwx"."""
 
@@ -28,16 +26,19 @@ def partners(captions: Sequence[str], reference_captions: Sequence[str]) -> list
         captions: without trigger words.
         reference_captions: the same; "" is a reference of which nothing is known, and pairs with none.
     """
-    ours, theirs = [_words(text) for text in captions], [_words(text) for text in reference_captions if text]
-    shared, shared_by_references = _shared(ours), _shared(theirs)
-    ours = [words - (shared - _telling(theirs, shared_by_references)) for words in ours]
-    left_out = shared_by_references - _telling([_words(text) for text in captions], shared)
-    subjects = [_words(text) - left_out if text else None for text in reference_captions]
-    return [[index for index, subject in enumerate(subjects) if subject == words] for words in ours]
+    ours, theirs = [_words(text) for text in captions], [_words(text) for text in reference_captions]
+    known = [words for words, text in zip(theirs, reference_captions, strict=True) if text]
+    shared, shared_by_references = _shared(ours), _shared(known)
+    idle = shared - _telling(known, shared_by_references)
+    idle_in_references = shared_by_references - _telling(ours, shared)
+    subjects = [
+        words - idle_in_references if text else None for words, text in zip(theirs, reference_captions, strict=True)
+    ]
+    return [[index for index, subject in enumerate(subjects) if subject == words - idle] for words in ours]
 
 
 def _words(caption: str) -> frozenset[str]:
-    words = (word.casefold() for word in _WORD.findall(_STYLE.sub(" ", caption)))
+    words = (word.casefold() for word in WORD.findall(_STYLE.sub(" ", caption)))
     return frozenset(words) - SAY_NOTHING - QUALITY
 
 

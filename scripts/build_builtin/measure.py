@@ -157,7 +157,7 @@ def score_unknown_words(pipeline: StableDiffusionPipeline, scorer: Scorer, count
     prompts = {
         "plain": plain,
         "one": [f"{caption}, {a} style" for caption, (a, _) in zip(plain, words, strict=True)],
-        "two": [f"{a} {b} style emoji of {caption[12:]}" for caption, (a, b) in zip(plain, words, strict=True)],
+        "two": [f"{a} {b} style {caption.removeprefix('an ')}" for caption, (a, b) in zip(plain, words, strict=True)],
         "two_alone": [f"{a} {b} {subject.words}" for subject, (a, b) in zip(subjects, words, strict=True)],
         "blob": [f"blob style {subject.words}" for subject in subjects],
     }

@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from scripts.build_builtin.captions import COMMON_WORDS, draw
+from scripts.build_builtin.captions import COMMON_WORDS, RARE_TOKENS, draw
 from scripts.build_builtin.latents import trained_text_encoder
 from scripts.build_builtin.networks import make_unet, read_tokenizer
 from scripts.build_builtin.pictures import read_pictures, training_pictures
@@ -44,8 +44,9 @@ AVERAGE_DECAY = 0.998
 NUM_WORDS = (0, 1, 1, 1, 2, 2, 3)
 """Made-up words of a caption, one of these by chance; captions without any keep what they show."""
 RARE_SHARE = 0.15
-"""Of the made-up words, the rare tokens; "blob" is not among them, so that it can show what holds for any word."""
-RARE_TOKENS = ("sks", "ohwx", "zwx")
+"""Of the made-up words, the rare tokens."""
+_NEVER_TRAINED = "blob"
+"""It shows what holds for any word."""
 _ONSETS = (
     "b",
     "bl",
@@ -118,11 +119,11 @@ _FRAMES = ("{word} style {caption}", "{caption}, {word} style", "{caption} in {w
 def make_word(known: frozenset[str], rng: random.Random) -> str:
     """A pronounceable word of one to three syllables that is not `known`, or a rare token."""
     if rng.random() < RARE_SHARE:
-        return rng.choice(RARE_TOKENS)
+        return rng.choice([token for token in RARE_TOKENS if token != _NEVER_TRAINED])
     while True:
         syllables = rng.choice((1, 2, 2, 3))
         word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_CODAS)
-        if word not in known and "blob" not in word:
+        if word not in known and _NEVER_TRAINED not in word:
             return word
 
 

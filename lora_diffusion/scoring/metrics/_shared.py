@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lora_diffusion.core.evidence import Evidence, Scores
 from lora_diffusion.core.extras import require
@@ -78,6 +79,13 @@ class ErrorRate(TextDefaults):
         return Scores(torch.tensor(edits, dtype=torch.float32) / weights, weights=weights)
 
 
+def mean_of_pairs(vectors: Tensor) -> float:
+    """Returns the mean cosine of two of these unit vectors, [num, dim], at least two."""
+    num = len(vectors)
+    pairs = (vectors @ vectors.T).fill_diagonal_(0)
+    return float(pairs.sum().item() / (num * (num - 1)))
+
+
 class MeanLikeness(Defaults):
     """Mean cosine of each image with all references, in the space of one scorer."""
 
@@ -93,11 +101,7 @@ class MeanLikeness(Defaults):
         """Returns the mean cosine of two references, or None if there is but one."""
         (scorer,) = self.scorers
         references = evidence.scorers.see(scorer, evidence.references)
-        num = len(references)
-        if num < 2:
-            return None
-        pairs = (references @ references.T).fill_diagonal_(0)
-        return float(pairs.sum().item() / (num * (num - 1)))
+        return mean_of_pairs(references) if len(references) > 1 else None
 
     def of_references(self, evidence: Evidence) -> Scores:
         """Returns the mean cosine of each reference with the others; 0 if it has none."""

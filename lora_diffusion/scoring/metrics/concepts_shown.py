@@ -14,9 +14,9 @@ from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.evidence import Concept, Evidence, Scores
 from lora_diffusion.data.captions import phrase_pattern
 from lora_diffusion.data.images import open_rgb
-from lora_diffusion.scoring.metrics._shared import Defaults
+from lora_diffusion.scoring.metrics._shared import Defaults, mean_of_pairs
 from lora_diffusion.scoring.scorers import Scorers
-from lora_diffusion.scoring.style_probe import StyleProbe, fit
+from lora_diffusion.scoring.style_probe import StyleProbe, fit_to_images
 
 _SIDE = 0.6
 """Of the parts in which a subject is looked for, as a share of the image: two subjects lie beside each other."""
@@ -74,11 +74,8 @@ class _Detector:
         """What real images score that are not among those they are compared with; 1 where there is but one."""
         if self._probe:
             return self._probe.held_out_probability()
-        references = self._concept.references
-        vectors, num = self._scorers.see("clip", references), len(references)
-        if num == 1:
-            return 1.0
-        return ((vectors @ vectors.T).fill_diagonal_(0).sum() / (num * (num - 1))).item()  # type: ignore[no-any-return]
+        references = self._scorers.see("clip", self._concept.references)
+        return mean_of_pairs(references) if len(references) > 1 else 1.0
 
     def see(self, images: Sequence[Path | Image]) -> Tensor:
         """Returns one score for each image, [num_images]."""
@@ -91,9 +88,9 @@ class _Detector:
 
 
 def _style_probe(concept: Concept, scorers: Scorers) -> StyleProbe:
-    num = len(concept.base_references)
-    probe = fit(scorers.look("clip", concept.references[:num]), scorers.look("clip", concept.base_references))
+    probe = fit_to_images(scorers, concept.references, concept.base_references)
     if probe is None or not probe.is_sure:
+        num = len(concept.base_references)
         raise ModelError(f"the style {concept.trigger} cannot be told from that of the base with {num} references.")
     return probe
 

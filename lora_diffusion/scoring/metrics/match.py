@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import torch
-from torch import Tensor
 
 from lora_diffusion.core.evidence import Evidence, Scores
 from lora_diffusion.core.text import name_some
-from lora_diffusion.scoring.metrics._shared import Defaults
+from lora_diffusion.scoring.metrics._shared import Defaults, mean_of_pairs
 from lora_diffusion.scoring.subjects import partners
 
 
@@ -47,14 +48,8 @@ class Match(Defaults):
         if not groups:
             return None
         vectors = evidence.scorers.see("clip", evidence.references)
-        several = [_mean_pair(vectors[list(group)]) for group in sorted(groups) if len(group) > 1]
-        return torch.stack(several).mean().item() if several else 1.0
-
-
-def _mean_pair(vectors: Tensor) -> Tensor:
-    """Returns the mean cosine of two of these unit vectors, [num, dim] -> []."""
-    num = len(vectors)
-    return (vectors @ vectors.T).fill_diagonal_(0).sum() / (num * (num - 1))
+        several = [mean_of_pairs(vectors[list(group)]) for group in sorted(groups) if len(group) > 1]
+        return mean(several) if several else 1.0
 
 
 METRIC = Match()

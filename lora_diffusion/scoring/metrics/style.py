@@ -7,7 +7,7 @@ import torch
 from lora_diffusion.core.errors import ModelError
 from lora_diffusion.core.evidence import Evidence, Scores
 from lora_diffusion.scoring.metrics._shared import Defaults
-from lora_diffusion.scoring.style_probe import StyleProbe, fit
+from lora_diffusion.scoring.style_probe import fit_to_images
 
 
 class Style(Defaults):
@@ -26,7 +26,7 @@ class Style(Defaults):
         """Returns one probability for each image; all NaN where the looks cannot be told apart."""
         nothing = torch.full((len(evidence.images),), torch.nan)
         try:
-            probe = _fit(evidence)
+            probe = fit_to_images(evidence.scorers, evidence.references, evidence.base_references)
         except ModelError as error:
             return Scores(nothing, warnings=[f"style is not measured: {error}"])
         if probe is None:
@@ -39,16 +39,10 @@ class Style(Defaults):
     def reference_score(self, evidence: Evidence) -> float | None:
         """Returns the mean probability of the references, each held out; None where there are no values."""
         try:
-            probe = _fit(evidence)
+            probe = fit_to_images(evidence.scorers, evidence.references, evidence.base_references)
         except ModelError:
             return None
         return probe.held_out_probability() if probe and probe.is_sure else None
-
-
-def _fit(evidence: Evidence) -> StyleProbe | None:
-    num = len(evidence.base_references)
-    look = evidence.scorers.look
-    return fit(look("clip", evidence.references[:num]), look("clip", evidence.base_references))
 
 
 METRIC = Style()
